@@ -1,0 +1,7 @@
+"""`python -m glm_jax` is `glm-jax`."""
+
+import sys
+
+from glm_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,239 @@
+"""The command line: `glm-jax <command> [flags]`.
+
+Rooms are imported inside the commands, so that `--help` and `glm-jax config` answer at once.
+Exit codes: 0 done, 2 a usage or configuration error (one line), 3 stopped early on request with a checkpoint saved.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from glm_jax import config as configs
+from glm_jax.errors import UserError
+
+Command = Callable[[Sequence[str]], int]
+
+EXPERIMENTS = Path("experiments")
+
+
+def say(line: str) -> None:
+    """Tell the person at the terminal; results alone go to standard output."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train as an experiment says; the same command goes on from the newest checkpoint."""
+    values = _flag_values("train")
+    _define_config(values, arguments)
+    _define_workdir(values)
+    if not _parse(values, arguments, ["config", "workdir"]):
+        return 0
+    resolved = _load(values)
+
+    from glm_jax.inference import examples
+    from glm_jax.training import loop
+    from glm_jax.training.workdir import load_model
+
+    workdir = Path(values.workdir)
+    run = loop.ready(resolved, workdir, say)
+    code = run.run(say)
+    if code == loop.DONE:
+        cfg, params, tokenizer = load_model(workdir)
+        for line in examples.heldout(cfg, params, tokenizer, run.heldout(), run.prepared.languages):
+            print(line, flush=True)
+    return code
+
+
+def generate(arguments: Sequence[str]) -> int:
+    """Fill the blanks of a prompt with the model of a workdir."""
+    values = _flag_values("generate")
+    _define_workdir(values)
+    flags.DEFINE_string("prompt", None, "text with [MASK] or [gMASK] in it", flag_values=values)
+    flags.DEFINE_enum("strategy", "greedy", ["greedy", "sample"], "how tokens are chosen", flag_values=values)
+    flags.DEFINE_integer(
+        "max_tokens", 64, "at most this many tokens a blank", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_float("temperature", 1.0, "of sampling", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_integer(
+        "top_k", 0, "sample from this many tokens, 0: all", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_float(
+        "top_p",
+        0.7,
+        "sample from this much probability",
+        lower_bound=0.0,
+        upper_bound=1.0,
+        flag_values=values,
+    )
+    flags.DEFINE_integer("seed", 1234, "of sampling", flag_values=values)
+    if not _parse(values, arguments, ["workdir", "prompt"]):
+        return 0
+
+    from glm_jax.training.workdir import load_model
+    from glm_jax.inference.fill import fill
+    from glm_jax.inference.strategies import GREEDY, Sampling
+
+    cfg, params, tokenizer = load_model(Path(values.workdir))
+    sampled = Sampling(values.temperature, values.top_k, values.top_p)
+    sampling = sampled if values.strategy == "sample" else GREEDY
+    pieces = fill(
+        cfg,
+        params,
+        tokenizer,
+        values.prompt,
+        max_tokens=values.max_tokens,
+        sampling=sampling,
+        seed=values.seed,
+    )
+    underline, plain = ("\x1b[4m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    print("".join(f"{underline}{piece.text}{plain}" if piece.filled else piece.text for piece in pieces))
+    return 0
+
+
+def config(arguments: Sequence[str]) -> int:
+    """List the experiments (`config list`), or show every value of one and where it comes from (`config show`)."""
+    usage = "glm-jax config list, or glm-jax config show --config experiments/X.py [--config.KEY=VALUE ...]"
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: {usage}")
+        return 0
+    if arguments[0] == "list" and len(arguments) == 1:
+        return _list_experiments()
+    if arguments[0] == "show":
+        return _show_config(arguments[1:])
+    raise UserError(f"unknown arguments {' '.join(arguments)}: use {usage}")
+
+
+COMMANDS: dict[str, Command] = {"train": train, "generate": generate, "config": config}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: glm-jax <command> [flags]\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:10} {_summary(command)}")
+        print("\n`glm-jax <command> --help` lists a command's flags.")
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise UserError(
+                f"unknown command {arguments[0]}: {configs.closest(arguments[0], list(COMMANDS))}"
+            )
+        return COMMANDS[arguments[0]](arguments[1:])
+    except UserError as error:
+        say(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted; what was finished is kept, and the same command goes on from there")
+        return 130
+
+
+def _summary(command: Command) -> str:
+    return (command.__doc__ or "").splitlines()[0]
+
+
+def _flag_values(command: str) -> flags.FlagValues:
+    """Give an empty set of flags, so that commands do not share any."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_bool("help", False, f"show the flags of {command}", short_name="h", flag_values=values)
+    return values
+
+
+def _define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    summary = "an experiment, such as experiments/quickstart.py; --config.KEY=VALUE after it changes a value"
+    config_flags.DEFINE_config_file(
+        "config", None, summary, flag_values=values, lock_config=True, sys_argv=["glm-jax", *arguments]
+    )
+
+
+def _define_workdir(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "the folder that holds everything a run makes", flag_values=values)
+
+
+def _parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence[str]) -> bool:
+    """Parse a command's flags; False when the help was asked for and has been printed.
+
+    Raises:
+        UserError: for anything that is wrong with them.
+    """
+    if {"-h", "--help"} & set(arguments):
+        for name in values:
+            print(f"  --{name:14} {values[name].help}")
+        return False
+    try:
+        rest = values(["glm-jax", *arguments])
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from error
+    except (AttributeError, KeyError) as error:
+        raise UserError(_unknown_key(arguments, error)) from error
+    except (OSError, SyntaxError, ImportError, TypeError, ValueError, NameError) as error:
+        raise UserError(f"the experiment cannot be loaded: {_one_line(error)}") from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]}: flags are written --name=value")
+    for name in required:
+        if values[name].value is None:
+            raise UserError(f"--{name} is missing: {values[name].help}")
+    return True
+
+
+def _load(values: flags.FlagValues) -> ConfigDict:
+    """Give the resolved config that the flags describe."""
+    try:
+        return configs.resolve(values.config)
+    except OSError as error:  # config_flags raises it only now
+        raise UserError(
+            f"--config {values['config'].config_filename} cannot be read: is the path right?"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    """Give the last line of an error's message, which says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
+    """Say which `--config.KEY` does not exist, and the nearest that does."""
+    known = [key for key, _ in configs.flatten(configs.default_config())]
+    known += [f"data.sources.NAME.{key}" for key in configs.source()]
+    for argument in arguments:
+        key = argument.split("=")[0].removeprefix("--config.")
+        if key != argument.split("=")[0] and key not in known and not key.startswith("data.sources."):
+            return f"unknown config key {key}: {configs.closest(key, known)}"
+    return f"unknown config key: {_one_line(error)}"
+
+
+def _list_experiments() -> int:
+    if not EXPERIMENTS.is_dir():
+        raise UserError(f"there is no folder {EXPERIMENTS} here: run this in the root of the repository")
+    for path in sorted(EXPERIMENTS.rglob("*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        print(f"{path!s:32} {docstring.partition(chr(10))[0]}")
+    return 0
+
+
+def _show_config(arguments: Sequence[str]) -> int:
+    values = _flag_values("config show")
+    _define_config(values, arguments)
+    if not _parse(values, arguments, ["config"]):
+        return 0
+    resolved = _load(values)
+    defaults = dict(configs.flatten(configs.default_config()))
+    overrides = values["config"].override_values
+    for key, value in configs.flatten(resolved):
+        if key in overrides:
+            origin = f"--config.{key}"
+        elif key in defaults and defaults[key] == value:
+            origin = "default"
+        else:
+            origin = values["config"].config_filename
+        print(f"{key:36} {value!r:24} {origin}")
+    return 0

@@ -1,0 +1,8 @@
+"""The one exception that a user's mistake raises."""
+
+
+class UserError(Exception):
+    """Bad input: one line that says what is wrong, where, and how to mend it.
+
+    The command line prints the message after ``error: `` and exits with code 2, without a traceback.
+    """
