@@ -1,0 +1,47 @@
+"""The feed-forward sublayer: GeGLU as in GLM-130B, or plain GELU."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glm_jax.model.config import GLMConfig
+from glm_jax.model.layers import NORMAL_STDDEV, ONE_DEVICE, Affine, TensorAxis, xavier_stddev
+from glm_jax.model.residual import depth_coefficients
+
+Array = jax.Array
+
+
+def feedforward_stddevs(cfg: GLMConfig) -> tuple[float, float]:
+    """Give the standard deviations of the up kernel (each half is a matrix of its own) and of the down kernel."""
+    if cfg.initialisation == "normal":
+        return NORMAL_STDDEV, NORMAL_STDDEV * (2 * cfg.num_layers) ** -0.5
+    gains = depth_coefficients(cfg.norm, cfg.num_layers)
+    shape = (cfg.hidden_size, cfg.ffn_size)
+    return xavier_stddev(*shape, gains.up_gain), xavier_stddev(*shape, gains.down_gain)
+
+
+class FeedForward(nn.Module):
+    """D -> F -> D. GeGLU multiplies the first half by the exact GELU of the second (arXiv 2002.05202)."""
+
+    cfg: GLMConfig
+    axis: TensorAxis = ONE_DEVICE
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [B, S, D] -> [B, S, D]."""
+        cfg, width, inner = self.cfg, self.cfg.hidden_size, self.cfg.ffn_size // self.axis.size
+        up_stddev, down_stddev = feedforward_stddevs(cfg)
+        kernel, bias = Affine(
+            (width, cfg.up_projections, inner), ("hidden", None, "ffn"), up_stddev, inputs=1, name="up"
+        )()  # [D, 2, F], [2, F]; without a gate [D, 1, F], [1, F]
+        halves = jnp.einsum("bsd,dcf->cbsf", self.axis.enter(x), kernel) + bias[:, None, None]  # [2, B, S, F]
+        if cfg.activation == "geglu":
+            inner_x = halves[0] * jax.nn.gelu(halves[1], approximate=False)  # [B, S, F]
+        else:
+            inner_x = jax.nn.gelu(halves[0], approximate=cfg.activation == "gelu_tanh")  # [B, S, F]
+        kernel, bias = Affine(
+            (inner, width), ("ffn", "hidden"), down_stddev, inputs=1, name="down"
+        )()  # [F, D], [D]
+        return self.axis.leave(jnp.einsum("bsf,fd->bsd", inner_x, kernel)) + bias  # [B, S, D]

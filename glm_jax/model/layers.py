@@ -1,0 +1,98 @@
+"""Small pieces that every block shares: layer norm, dropout, initialisers, and the tensor axis of one device."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+NORMAL_STDDEV = 0.02  # the original GLM's initialisation
+
+
+class TensorAxis:
+    """How a pair of sharded matmuls meets the rest of the model; this default is one device and does nothing.
+
+    A block brackets each pair: `enter` before the first matmul (whose output features are sharded), `leave` after the
+    second (whose result is a partial sum). parallel/ provides one whose methods are collectives.
+    """
+
+    size: int = 1
+
+    def enter(self, x: Array) -> Array:
+        """Make x [B, S, D] whole on every member before a matmul with sharded output features."""
+        return x
+
+    def leave(self, x: Array) -> Array:
+        """Sum the members' partial results x [B, S, D]."""
+        return x
+
+
+ONE_DEVICE = TensorAxis()
+
+
+def at_least_float32(x: Array) -> Array:
+    """Widen to float32; float64 stays."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Zero each entry with probability `rate` and scale the rest by 1 / (1 - rate); without a key, do nothing."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with weight and bias over the last axis, statistics in float32 (biased variance)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [..., D] -> [..., D] in the dtype of x."""
+        width = x.shape[-1]
+        scale = self.param("scale", nn.with_partitioning(nn.initializers.ones, ("hidden",)), (width,))  # [D]
+        bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, ("hidden",)), (width,))  # [D]
+        wide = at_least_float32(x)  # [..., D]
+        mean = jnp.mean(wide, axis=-1, keepdims=True)  # [..., 1]
+        centred = wide - mean  # [..., D]
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)  # [..., 1]
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)  # [..., D]
+        return (normed * scale + bias).astype(x.dtype)  # [..., D]
+
+
+class Affine(nn.Module):
+    """The kernel and bias of one projection, declared together; the caller multiplies, since a bias may have to wait.
+
+    Attributes:
+        shape: of the kernel, input axes first.
+        axes: the logical axis of each, for parallel/partition.py; None is never sharded.
+        stddev: of the kernel's normal distribution at the start; an array broadcasts to the shape. Biases are zero.
+        inputs: how many leading axes are summed over; the others are the bias's.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    stddev: np.ndarray | float
+    inputs: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        """Give the kernel, [*inputs, *outputs], and the bias, [*outputs]."""
+
+        def normal(key: Array, shape: tuple[int, ...]) -> Array:
+            return jax.random.normal(key, shape) * jnp.asarray(self.stddev, jnp.float32)
+
+        kernel = self.param("kernel", nn.with_partitioning(normal, self.axes), self.shape)
+        bias_axes, bias_shape = self.axes[self.inputs :], self.shape[self.inputs :]
+        bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, bias_axes), bias_shape)
+        return kernel, bias
+
+
+def xavier_stddev(rows: int, columns: int, gain: float = 1.0) -> float:
+    """Give Xavier's standard deviation for one whole matrix, however it is stored or sharded."""
+    return gain * (2.0 / (rows + columns)) ** 0.5

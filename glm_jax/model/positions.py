@@ -1,0 +1,93 @@
+"""Positions: rotary (RoPE), linear biases (ALiBi), and the original GLM's two learned streams."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax.model.config import GLMConfig
+
+Array = jax.Array
+
+
+class PositionTerms(NamedTuple):
+    """What attention needs of the positions; the members that the config does not use are None."""
+
+    rotation: tuple[Array, Array] | None = (
+        None  # cosines and sines for the queries and new keys, [B, S, 1, K/2]
+    )
+    distance: Array | None = None  # ALiBi: [B, S, T], from each query to each of T keys
+
+
+def rotary_tables(cfg: GLMConfig, positions: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Give cosines and sines [B, S, 1, K/2] for `positions` [B, S] (paper section 2.1; RoFormer, arXiv 2104.09864).
+
+    Angles are float32 or wider, unless `rope_angles` asks for the float16 tables of the released inference code, in
+    which frequencies, positions, angles and tables are all rounded to float16.
+    """
+    half = cfg.head_dim // 2
+    if cfg.rope_angles == "float16":
+        table_dtype = jnp.float16
+    else:
+        table_dtype = jnp.promote_types(dtype, jnp.float32)
+    exponents = jnp.arange(half, dtype=jnp.promote_types(dtype, jnp.float32)) / half  # [K/2]
+    frequencies = (cfg.rope_base**-exponents).astype(table_dtype)  # [K/2]
+    angles = positions[:, :, None, None].astype(table_dtype) * frequencies  # [B, S, 1, K/2]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
+    """Rotate x [B, S, N, K]: the pairs are (j, j + K/2), not neighbours, as in GLM-130B's code."""
+    cosine, sine = rotation  # [B, S, 1, K/2]
+    first, second = jnp.split(
+        x.astype(jnp.promote_types(x.dtype, cosine.dtype)), 2, axis=-1
+    )  # [B, S, N, K/2]
+    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    return rotated.astype(x.dtype)  # [B, S, N, K]
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Give one slope a head: 2^(-8/n), 2^(-16/n), ... for n heads, n a power of two (arXiv 2108.12409).
+
+    For other counts, the slopes of the power of two below, then every other slope of the one above, as its authors do.
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]
+    if power < num_heads:
+        slopes += alibi_slopes(2 * power)[0::2][: num_heads - power]
+    return slopes
+
+
+def repeat_ranks(positions: Array) -> tuple[Array, Array]:
+    """Say where positions [B, S] repeat: the run that each token belongs to and its place inside, both [B, S]."""
+    starts = jnp.concatenate(
+        [jnp.ones_like(positions[:, :1], bool), positions[:, 1:] != positions[:, :-1]], axis=1
+    )
+    runs = jnp.cumsum(starts, axis=1)  # [B, S]
+    index = jnp.arange(positions.shape[1])
+    ranks = index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)  # [B, S]
+    return runs, ranks
+
+
+def alibi_distance(positions: Array) -> Array:
+    """Give ALiBi's distance [B, S, S] from each query to each key, for positions [B, S].
+
+    It is |p_i - p_j|, plus the distance inside a target block, where a blank's position repeats: there all p are
+    equal and alone would tell nothing of the order.
+    """
+    runs, ranks = repeat_ranks(positions)  # [B, S] both
+    apart = jnp.abs(positions[:, :, None] - positions[:, None, :])  # [B, S, S]
+    inside = jnp.abs(ranks[:, :, None] - ranks[:, None, :])  # [B, S, S]
+    return apart + jnp.where(runs[:, :, None] == runs[:, None, :], inside, 0)  # [B, S, S]
+
+
+def position_terms(cfg: GLMConfig, positions: Array, dtype: jnp.dtype) -> PositionTerms:
+    """Work out once, for all layers, what attention needs of `positions` ([B, S], or [B, 2, S] for learned_2d)."""
+    if cfg.position == "rope":
+        return PositionTerms(rotation=rotary_tables(cfg, positions, dtype))
+    if cfg.position == "alibi":
+        return PositionTerms(distance=alibi_distance(positions))
+    return PositionTerms()

@@ -1,0 +1,68 @@
+"""The four normalisation schemes of GLM-130B's ablation, side by side (paper section 2.1 and appendix B).
+
+| scheme   | update of the residual stream x by a sublayer f | depth coefficients                                |
+|----------|-------------------------------------------------|---------------------------------------------------|
+| post     | x <- LN(x + f(x))                               | none                                              |
+| deepnorm | x <- LN(alpha x + f(x))                         | alpha = (2N)^(1/2); gain (2N)^(-1/2) on v, out, ff |
+| pre      | x <- x + f(LN(x))                               | gain (2N)^(-1/2) on attention output and ff down  |
+| sandwich | x <- x + LN'(f(LN(x)))                          | as pre                                            |
+
+post and deepnorm are written *shifted*, as in the released model: the norm that ends one sublayer stands at the start
+of the next, so there is a norm right on the embedding and one after the last layer, 2N + 1 in all, and the stream
+between blocks is the sum that has not yet been normalised. All four schemes thus share one block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthCoefficients:
+    """What a scheme makes of the number of layers N: the residual's factor and the gains of initialisation."""
+
+    alpha: float = 1.0
+    value_gain: float = 1.0  # the v rows of qkv; q and k always have gain 1
+    output_gain: float = 1.0  # attention output projection
+    up_gain: float = 1.0
+    down_gain: float = 1.0
+
+
+def depth_coefficients(norm: str, num_layers: int) -> DepthCoefficients:
+    """Give the depth coefficients of a scheme.
+
+    DeepNorm's exponents are 1/2, not the 1/4 of the DeepNet paper (arXiv 2203.00555): GLM-130B derives them for Adam.
+    """
+    beta = (2 * num_layers) ** -0.5
+    if norm == "deepnorm":
+        return DepthCoefficients(
+            alpha=(2 * num_layers) ** 0.5, value_gain=beta, output_gain=beta, up_gain=beta, down_gain=beta
+        )
+    if norm in ("pre", "sandwich"):
+        return DepthCoefficients(output_gain=beta, down_gain=beta)
+    return DepthCoefficients()
+
+
+def residual_update(
+    norm: str,
+    alpha: float,
+    x: Array,
+    norm_in: Callable[[Array], Array],
+    sublayer: Callable[[Array], Array],
+    norm_out: Callable[[Array], Array],
+) -> Array:
+    """Apply one sublayer to the residual stream x [B, S, D] under the scheme `norm`; see the table above.
+
+    The residual that alpha multiplies is the *normalised* tensor.
+    """
+    normed = norm_in(x)  # [B, S, D]
+    if norm in ("post", "deepnorm"):
+        return alpha * normed + sublayer(normed)  # [B, S, D]
+    if norm == "pre":
+        return x + sublayer(normed)  # [B, S, D]
+    return x + norm_out(sublayer(normed))  # [B, S, D]

@@ -1,0 +1,295 @@
+"""GLM itself: embed, block, stage (a run of blocks), head, and the whole of them, `apply`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from glm_jax.model.attention import Attention, LayerCache
+from glm_jax.model.config import GLMConfig
+from glm_jax.model.feedforward import FeedForward
+from glm_jax.model.layers import (
+    NORMAL_STDDEV,
+    ONE_DEVICE,
+    LayerNorm,
+    TensorAxis,
+    dropout,
+    xavier_stddev,
+)
+from glm_jax.model.positions import PositionTerms, alibi_distance, position_terms
+from glm_jax.model.residual import depth_coefficients, residual_update
+
+Array = jax.Array
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """Keys (rotated) and values of every layer, [L, B, T, N, K] each, for decoding."""
+
+    keys: Array
+    values: Array
+
+
+class Embedding(nn.Module):
+    """The word embedding, tied with the head; the original GLM adds two learned position tables."""
+
+    cfg: GLMConfig
+
+    @nn.compact
+    def __call__(self, tokens: Array, positions: Array, shrink: Array | float | None) -> Array:
+        """tokens [B, S], positions [B, S] or [B, 2, S] -> [B, S, D]; `shrink`, see `embed`."""
+        cfg = self.cfg
+        word = self._table("word", cfg.vocab_size, "vocab")  # [V, D]
+        x = jnp.take(word, tokens, axis=0)  # [B, S, D]
+        if shrink is not None:
+            alpha = jnp.asarray(shrink, x.dtype)
+            x = alpha * x + (1 - alpha) * jax.lax.stop_gradient(x)  # [B, S, D]
+        if cfg.position == "learned_2d":
+            x = x + jnp.take(
+                self._table("position", cfg.max_length, None), positions[:, 0], axis=0
+            )  # [B, S, D]
+            x = x + jnp.take(self._table("block_position", cfg.max_length, None), positions[:, 1], axis=0)
+        if cfg.embedding_norm:
+            x = LayerNorm(cfg.norm_epsilon, name="norm")(x)  # [B, S, D]
+        return x
+
+    def _table(self, name: str, rows: int, axis: str | None) -> Array:
+        width = self.cfg.hidden_size
+        stddev = NORMAL_STDDEV if self.cfg.initialisation == "normal" else xavier_stddev(rows, width)
+        initialiser = nn.with_partitioning(nn.initializers.normal(stddev), (axis, "hidden"))
+        return self.param(name, initialiser, (rows, width))  # [rows, D]
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with its norms, under one of the schemes of residual.py."""
+
+    cfg: GLMConfig
+    axis: TensorAxis = ONE_DEVICE
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        allowed: Array,
+        terms: PositionTerms,
+        layer: Array,
+        key: Array | None,
+        cache: LayerCache | None,
+    ) -> tuple[Array, LayerCache | None]:
+        """x [B, S, D], allowed [B, S, T] -> [B, S, D] and the layer's cache, extended."""
+        cfg = self.cfg
+        alpha = depth_coefficients(cfg.norm, cfg.num_layers).alpha
+        keys = jax.random.split(key, 3) if key is not None else (None, None, None)
+        attention = Attention(cfg, self.axis, name="attention")
+        feedforward = FeedForward(cfg, self.axis, name="feedforward")
+        grown = cache
+
+        def attend(normed: Array) -> Array:
+            nonlocal grown
+            mixed, grown = attention(normed, allowed, terms, layer, keys[0], cache)  # [B, S, D]
+            return dropout(mixed, cfg.hidden_dropout, keys[1])
+
+        def feed(normed: Array) -> Array:
+            return dropout(feedforward(normed), cfg.hidden_dropout, keys[2])  # [B, S, D]
+
+        for name, sublayer in (("attention", attend), ("feedforward", feed)):
+            norm_in = LayerNorm(cfg.norm_epsilon, name=f"{name}_norm")
+            norm_out = LayerNorm(
+                cfg.norm_epsilon, name=f"{name}_output_norm"
+            )  # has params under sandwich alone
+            x = residual_update(cfg.norm, alpha, x, norm_in, sublayer, norm_out)  # [B, S, D]
+        return x, grown
+
+
+def _init_boxed(cfg: GLMConfig, key: Array) -> Params:
+    """Initialise with each array in a box that names its logical axes; blocks have no leading L yet, see callers."""
+    embedding_key, block_key = jax.random.split(key)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    positions = jnp.zeros((1, 2, 1) if cfg.position == "learned_2d" else (1, 1), jnp.int32)
+    x = jnp.zeros((1, 1, cfg.hidden_size))
+    terms = position_terms(cfg, positions, x.dtype)
+
+    def block(layer_key: Array) -> Params:
+        arguments = (x, jnp.ones((1, 1, 1), bool), terms, jnp.int32(0), None, None)
+        return Block(cfg).init(layer_key, *arguments)["params"]
+
+    return {
+        "embedding": Embedding(cfg).init(embedding_key, tokens, positions, None)["params"],
+        "blocks": jax.vmap(block)(jax.random.split(block_key, cfg.num_layers)),
+        "final_norm": LayerNorm(cfg.norm_epsilon).init(key, x)["params"],
+    }
+
+
+def init(cfg: GLMConfig, key: Array) -> Params:
+    """Initialise float32 params (paper section 2.1 and table 11; see residual.py for the gains).
+
+    Returns:
+        Nested dicts: `embedding`, `blocks` (every array stacked on a leading L axis) and `final_norm`.
+    """
+    return nn.unbox(_init_boxed(cfg, key))
+
+
+def logical_axes(cfg: GLMConfig) -> Params:
+    """Give the tree of `init` with a tuple of logical axis names (or None) in place of each array.
+
+    parallel/partition.py turns the names, `layers`, `vocab`, `hidden`, `heads` and `ffn`, into mesh axes.
+    """
+    boxed = jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))
+    specs = nn.get_partition_spec(boxed)
+    specs["blocks"] = jax.tree.map(
+        lambda spec: ("layers", *spec), specs["blocks"], is_leaf=lambda leaf: isinstance(leaf, jax.P)
+    )
+    return jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, jax.P | tuple))
+
+
+def embed(
+    cfg: GLMConfig,
+    weights: Params,
+    tokens: Array,
+    positions: Array,
+    shrink: Array | float | None = None,
+    key: Array | None = None,
+) -> Array:
+    """Embed tokens [B, S] at positions [B, S] (or [B, 2, S]) -> [B, S, D].
+
+    `shrink` is alpha of the embedding gradient shrink (paper section 3.2): the value stays, the gradient that reaches
+    the word embedding on this path is multiplied by it.
+    """
+    x = Embedding(cfg).apply({"params": weights["embedding"]}, tokens, positions, shrink)
+    return dropout(x, cfg.hidden_dropout, key)  # [B, S, D]
+
+
+def block(
+    cfg: GLMConfig,
+    layer_weights: Params,
+    x: Array,
+    allowed: Array,
+    terms: PositionTerms,
+    layer: Array,
+    key: Array | None = None,
+    cache: LayerCache | None = None,
+    axis: TensorAxis = ONE_DEVICE,
+) -> tuple[Array, LayerCache | None]:
+    """Run one block: x [B, S, D] -> [B, S, D], and the layer's cache. `layer` is its index in the whole model."""
+    return Block(cfg, axis).apply({"params": layer_weights}, x, allowed, terms, layer, key, cache)
+
+
+def stage(
+    cfg: GLMConfig,
+    stacked_weights: Params,
+    x: Array,
+    allowed: Array,
+    terms: PositionTerms,
+    key: Array | None = None,
+    remat: bool = False,
+) -> Array:
+    """Run the blocks of `stacked_weights` (arrays [L, ...]) in one scan: x [B, S, D] -> [B, S, D].
+
+    With `remat`, the backward pass keeps only each block's input and computes the rest again.
+    """
+
+    def one(x: Array, scanned: tuple[Params, Array]) -> tuple[Array, None]:
+        layer_weights, layer = scanned
+        layer_key = None if key is None else jax.random.fold_in(key, layer)
+        return block(cfg, layer_weights, x, allowed, terms, layer, layer_key)[0], None
+
+    layers = jax.tree.leaves(stacked_weights)[0].shape[0]
+    one = jax.checkpoint(one) if remat else one
+    return jax.lax.scan(one, x, (stacked_weights, jnp.arange(layers)))[0]
+
+
+def head(cfg: GLMConfig, weights: Params, x: Array) -> Array:
+    """Norm and project with the tied embedding: x [B, S, D] -> float32 logits [B, S, V]."""
+    x = LayerNorm(cfg.norm_epsilon).apply({"params": weights["final_norm"]}, x)  # [B, S, D]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum(
+        "bsd,vd->bsv", x, weights["embedding"]["word"], preferred_element_type=wide
+    )  # [B, S, V]
+
+
+def apply(
+    cfg: GLMConfig,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    allowed: Array,
+    *,
+    shrink: Array | float | None = None,
+    key: Array | None = None,
+    remat: bool = False,
+) -> Array:
+    """Run GLM over whole rows.
+
+    Args:
+        cfg: the model.
+        params: what `init` gives, in any dtype: the dtype of the arrays is the dtype of the computation.
+        tokens: int32 [B, S].
+        positions: int32 [B, S], or [B, 2, S] for learned_2d.
+        allowed: bool [B, S, S], True where a query may see a key; `visibility` makes it for packed rows.
+        shrink: alpha of the embedding gradient shrink, see `embed`.
+        key: dropout key; without one, no dropout.
+        remat: recompute inside blocks in the backward pass.
+
+    Returns:
+        float32 logits [B, S, V] (float64 for float64 params).
+    """
+    embedding_key, stage_key = (None, None) if key is None else jax.random.split(key)
+    x = embed(cfg, params, tokens, positions, shrink, embedding_key)  # [B, S, D]
+    terms = position_terms(cfg, positions, x.dtype)
+    x = stage(cfg, params["blocks"], x, allowed, terms, stage_key, remat)  # [B, S, D]
+    return head(cfg, params, x)  # [B, S, V]
+
+
+def init_cache(cfg: GLMConfig, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+    """Make an empty cache for `batch` rows of up to `length` tokens."""
+    shape = (cfg.num_layers, batch, length, cfg.num_heads, cfg.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def apply_cached(
+    cfg: GLMConfig,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    allowed: Array,
+    cache: Cache,
+    start: Array,
+) -> tuple[Array, Cache]:
+    """Run GLM over the S tokens that stand at `start`, seeing what the cache holds before them.
+
+    Args:
+        cfg, params: as in `apply`.
+        tokens: int32 [B, S], the new tokens.
+        positions: int32 [B, T] (or [B, 2, T]) of the whole row; those of the new tokens stand at `start`.
+        allowed: bool [B, S, T], which of the row's T places each new token may see.
+        cache: of T places; a place that no row of `allowed` shows may hold anything.
+        start: int32 [], the place of the first new token.
+
+    Returns:
+        float32 logits [B, S, V] and the cache with the new keys and values in it. The logits equal those of `apply`
+        over the whole row.
+    """
+    length = tokens.shape[1]
+
+    def new(whole: Array, axis: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(whole, start, length, axis)
+
+    new_positions = new(positions, positions.ndim - 1)  # [B, S] or [B, 2, S]
+    x = embed(cfg, params, tokens, new_positions)  # [B, S, D]
+    if cfg.position == "alibi":
+        terms = PositionTerms(distance=new(alibi_distance(positions), 1))  # [B, S, T]
+    else:
+        terms = position_terms(cfg, new_positions, x.dtype)
+
+    def one(x: Array, scanned: tuple[Params, Array, Array, Array]) -> tuple[Array, Cache]:
+        layer_weights, layer, keys, values = scanned
+        x, grown = block(cfg, layer_weights, x, allowed, terms, layer, cache=LayerCache(keys, values, start))
+        assert grown is not None
+        return x, Cache(grown.keys, grown.values)
+
+    layers = jnp.arange(cfg.num_layers)
+    x, cache = jax.lax.scan(one, x, (params["blocks"], layers, cache.keys, cache.values))
+    return head(cfg, params, x), cache

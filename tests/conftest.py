@@ -1,0 +1,18 @@
+"""Shared by all tests: a persistent compilation cache, and the mesh that the mesh-bound tests run on."""
+
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).parent.parent / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import pytest  # noqa: E402 (jax reads the environment when it is imported)
+
+
+@pytest.fixture(scope="session")
+def mesh_sizes() -> dict[str, int]:
+    """Give the mesh of this test run: 1 x 1 x 1, or what GLM_JAX_TEST_MESH says, such as 2,1,2."""
+    sizes = os.environ.get("GLM_JAX_TEST_MESH", "1,1,1").split(",")
+    return dict(zip(("data", "pipeline", "tensor"), map(int, sizes), strict=True))

@@ -1,0 +1,173 @@
+"""The model's own contracts: shapes, counts, initialisation, cache, dropout, options that must not change numbers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.model import GLMConfig, apply, apply_cached, init, init_cache, logical_axes, visibility
+from glm_jax.model.positions import alibi_distance, alibi_slopes
+
+SMALL = GLMConfig(num_layers=3, hidden_size=32, num_heads=4, ffn_size=48, vocab_size=64, max_length=32)
+
+
+def sample(cfg: GLMConfig, length: int = 12, context: int = 7) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Give tokens, positions and allowed of two rows with `context` bidirectional tokens, the blank being at 3."""
+    tokens = jax.random.randint(jax.random.key(1), (2, length), 0, cfg.vocab_size)
+    places = np.arange(length)
+    positions = np.where(places < context, places, 3)
+    if cfg.position == "learned_2d":
+        positions = np.stack([positions, np.where(places < context, 0, places - context + 1)])
+    positions = jnp.asarray(np.stack([positions, positions]), jnp.int32)
+    segments = jnp.ones((2, length), jnp.int32)
+    return tokens, positions, visibility(segments, jnp.broadcast_to(places < context, (2, length)))
+
+
+@pytest.mark.parametrize("norm", ["deepnorm", "post", "pre", "sandwich"])
+@pytest.mark.parametrize(
+    "position, activation", [("rope", "geglu"), ("learned_2d", "gelu"), ("alibi", "gelu_tanh")]
+)
+def test_parameter_count_and_axes_follow_the_params(norm: str, position: str, activation: str) -> None:
+    cfg = dataclasses.replace(SMALL, norm=norm, position=position, activation=activation, embedding_norm=True)
+    params = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == cfg.num_parameters
+    axes = logical_axes(cfg)
+    ranks = jax.tree.map(len, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    assert ranks == jax.tree.map(lambda leaf: leaf.ndim, params)
+    assert axes["blocks"]["attention"]["qkv"]["kernel"] == ("layers", "hidden", "heads", None, None)
+
+
+def test_glm_130b_has_its_published_parameter_count() -> None:
+    cfg = GLMConfig(num_layers=70, hidden_size=12288, num_heads=96, ffn_size=32768, vocab_size=150528)
+    assert cfg.num_parameters == 128_697_794_560
+
+
+def test_forward_flops_count_every_matmul() -> None:
+    compiled = jax.jit(lambda params, *rest: apply(SMALL, params, *rest)).lower(
+        init(dataclasses.replace(SMALL, num_layers=1), jax.random.key(0)), *sample(SMALL)
+    )
+    cost = compiled.compile().cost_analysis()
+    one_layer = dataclasses.replace(SMALL, num_layers=1)  # cost_analysis counts the body of the scan once
+    assert one_layer.forward_flops(12) * 2 == pytest.approx(cost["flops"], rel=0.35)
+    assert one_layer.forward_flops(12) * 2 < cost["flops"]  # the rest is element-wise work
+
+
+@pytest.mark.parametrize(
+    "norm, value, output", [("deepnorm", 200**-0.5, 200**-0.5), ("post", 1, 1), ("pre", 1, 200**-0.5)]
+)
+def test_initial_scales_follow_the_depth_coefficients(norm: str, value: float, output: float) -> None:
+    cfg = GLMConfig(100, 64, 4, 96, 128, norm=norm)
+    blocks = init(cfg, jax.random.key(0))["blocks"]
+    qkv = blocks["attention"]["qkv"]["kernel"]  # [L, D, N, 3, K]
+    xavier = (2 / 128) ** 0.5
+    for part, gain in ((0, 1.0), (1, 1.0), (2, value)):
+        assert qkv[:, :, :, part].std() == pytest.approx(xavier * gain, rel=0.02)
+    assert blocks["attention"]["output"]["kernel"].std() == pytest.approx(xavier * output, rel=0.02)
+    assert blocks["feedforward"]["up"]["kernel"].std() == pytest.approx((2 / 160) ** 0.5 * value, rel=0.02)
+    assert blocks["feedforward"]["down"]["kernel"].std() == pytest.approx((2 / 160) ** 0.5 * output, rel=0.02)
+    assert not blocks["attention"]["qkv"]["bias"].any() and (blocks["attention_norm"]["scale"] == 1).all()
+
+
+def test_largescale_initialisation_gives_whole_heads_the_gain() -> None:
+    cfg = GLMConfig(8, 96, 12, 96, 128, initialisation="largescale")  # 4 ranks of 3 heads
+    kernel = init(cfg, jax.random.key(0))["blocks"]["attention"]["qkv"]["kernel"]  # [L, D, N, 3, K]
+    scales = kernel.std(axis=(0, 1, 3, 4)) / (2 / 192) ** 0.5  # [N]
+    np.testing.assert_allclose(scales, [1, 1, 0.25] * 4, rtol=0.1)
+
+
+@pytest.mark.parametrize("position", ["rope", "learned_2d", "alibi"])
+def test_cached_logits_equal_full_logits(position: str) -> None:
+    cfg = dataclasses.replace(SMALL, position=position)
+    params = init(cfg, jax.random.key(0))
+    tokens, positions, allowed = sample(cfg)
+    full = apply(cfg, params, tokens, positions, allowed)
+    step = jax.jit(apply_cached, static_argnums=0)
+    cache = init_cache(cfg, 2, 12)
+    logits, cache = step(cfg, params, tokens[:, :8], positions, allowed[:, :8], cache, jnp.int32(0))
+    np.testing.assert_allclose(logits, full[:, :8], atol=1e-5)
+    for place in range(8, 12):
+        new = slice(place, place + 1)
+        logits, cache = step(cfg, params, tokens[:, new], positions, allowed[:, new], cache, jnp.int32(place))
+        np.testing.assert_allclose(logits, full[:, new], atol=1e-5)
+
+
+def test_visibility_is_the_rule_of_packed_segments() -> None:
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0]])
+    context = np.array([[1, 1, 0, 0, 1, 0, 0, 0]], bool)
+    allowed = np.asarray(visibility(jnp.asarray(segments), jnp.asarray(context)))
+    for query in range(8):
+        for key in range(8):
+            same = segments[0, query] == segments[0, key]
+            assert allowed[0, query, key] == (same and (key <= query or context[0, key]))
+
+
+def test_options_for_float16_scores_leave_the_logits_alone() -> None:
+    params = init(SMALL, jax.random.key(0))
+    plain = apply(dataclasses.replace(SMALL, score_scaling=False), params, *sample(SMALL))
+    for cfg in (SMALL, dataclasses.replace(SMALL, pb_relax=128.0)):
+        np.testing.assert_allclose(apply(cfg, params, *sample(SMALL)), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, finite", [({}, True), ({"pb_relax": 128.0}, True), ({"score_scaling": False}, False)]
+)
+def test_float16_scores_stay_in_range(changes: dict, finite: bool) -> None:
+    cfg = dataclasses.replace(SMALL, num_layers=1, norm="pre", **changes)
+    params = init(cfg, jax.random.key(0))
+    qkv = params["blocks"]["attention"]["qkv"]
+    qkv["bias"] = (
+        qkv["bias"].at[:, :, :2].set(250.0 if changes else 150.0)
+    )  # q.k / sqrt(K) is 176,000, or 63,600
+    weights = jax.tree.map(lambda param: param.astype(jnp.float16), params)
+    assert bool(jnp.isfinite(apply(cfg, weights, *sample(cfg))).all()) == finite
+
+
+def test_dropout_needs_a_key_and_repeats_with_it() -> None:
+    params = init(SMALL, jax.random.key(0))
+    arguments = sample(SMALL)
+    plain = apply(SMALL, params, *arguments)
+    first, again, other = (apply(SMALL, params, *arguments, key=jax.random.key(seed)) for seed in (1, 1, 2))
+    assert (first == again).all() and not jnp.allclose(first, other) and not jnp.allclose(first, plain)
+
+
+def test_remat_gives_the_same_gradients_with_dropout() -> None:
+    params, arguments = init(SMALL, jax.random.key(0)), sample(SMALL)
+
+    def loss(params: dict, remat: bool) -> jax.Array:
+        return (apply(SMALL, params, *arguments, key=jax.random.key(1), remat=remat) ** 2).mean()
+
+    gradients = [jax.grad(loss)(params, remat) for remat in (False, True)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *gradients)
+
+
+def test_shrink_scales_the_gradient_of_the_input_path_alone() -> None:
+    params, arguments = init(SMALL, jax.random.key(0)), sample(SMALL)
+
+    def word_gradient(shrink: float | None) -> jax.Array:
+        def loss(params: dict) -> jax.Array:
+            return (apply(SMALL, params, *arguments, shrink=shrink) ** 2).mean()
+
+        return jax.grad(loss)(params)["embedding"]["word"]
+
+    head_path, whole, shrunk = word_gradient(0.0), word_gradient(None), word_gradient(0.1)
+    np.testing.assert_allclose(shrunk, head_path + 0.1 * (whole - head_path), atol=1e-6)
+    assert not jnp.allclose(whole, head_path, atol=1e-4)
+
+
+def test_alibi_distance_counts_inside_a_repeated_position() -> None:
+    distance = alibi_distance(jnp.array([[0, 1, 2, 1, 1, 1]]))[0]
+    np.testing.assert_array_equal(distance[5], [1, 0, 1, 2, 1, 0])
+
+
+def test_alibi_slopes_of_any_head_count() -> None:
+    assert alibi_slopes(4) == [2**-2, 2**-4, 2**-6, 2**-8]
+    assert alibi_slopes(6) == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="not divisible by num_heads 5"):
+        dataclasses.replace(SMALL, num_heads=5)
+    with pytest.raises(ValueError, match="even head dimension"):
+        dataclasses.replace(SMALL, hidden_size=12)
