@@ -56,13 +56,9 @@ def generate(arguments: Sequence[str]) -> int:
     _define_workdir(values)
     flags.DEFINE_string("prompt", None, "text with [MASK] or [gMASK] in it", flag_values=values)
     flags.DEFINE_enum("strategy", "greedy", ["greedy", "sample"], "how tokens are chosen", flag_values=values)
-    flags.DEFINE_integer(
-        "max_tokens", 64, "at most this many tokens a blank", lower_bound=1, flag_values=values
-    )
+    flags.DEFINE_integer("max_tokens", 64, "at most this many tokens a blank", lower_bound=1, flag_values=values)
     flags.DEFINE_float("temperature", 1.0, "of sampling", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_integer(
-        "top_k", 0, "sample from this many tokens, 0: all", lower_bound=0, flag_values=values
-    )
+    flags.DEFINE_integer("top_k", 0, "sample from this many tokens, 0: all", lower_bound=0, flag_values=values)
     flags.DEFINE_float(
         "top_p",
         0.7,
@@ -75,9 +71,9 @@ def generate(arguments: Sequence[str]) -> int:
     if not _parse(values, arguments, ["workdir", "prompt"]):
         return 0
 
-    from glm_jax.training.workdir import load_model
     from glm_jax.inference.fill import fill
     from glm_jax.inference.strategies import GREEDY, Sampling
+    from glm_jax.training.workdir import load_model
 
     cfg, params, tokenizer = load_model(Path(values.workdir))
     sampled = Sampling(values.temperature, values.top_k, values.top_p)
@@ -123,9 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         if arguments[0] not in COMMANDS:
-            raise UserError(
-                f"unknown command {arguments[0]}: {configs.closest(arguments[0], list(COMMANDS))}"
-            )
+            raise UserError(f"unknown command {arguments[0]}: {configs.closest(arguments[0], list(COMMANDS))}")
         return COMMANDS[arguments[0]](arguments[1:])
     except UserError as error:
         say(f"error: {error}")
@@ -189,9 +183,7 @@ def _load(values: flags.FlagValues) -> ConfigDict:
     try:
         return configs.resolve(values.config)
     except OSError as error:  # config_flags raises it only now
-        raise UserError(
-            f"--config {values['config'].config_filename} cannot be read: is the path right?"
-        ) from error
+        raise UserError(f"--config {values['config'].config_filename} cannot be read: is the path right?") from error
 
 
 def _one_line(error: Exception) -> str:
@@ -227,6 +219,8 @@ def _show_config(arguments: Sequence[str]) -> int:
         return 0
     resolved = _load(values)
     defaults = dict(configs.flatten(configs.default_config()))
+    for name in resolved.data.sources:
+        defaults.update(configs.flatten(configs.source(), f"data.sources.{name}."))
     overrides = values["config"].override_values
     for key, value in configs.flatten(resolved):
         if key in overrides:

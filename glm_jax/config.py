@@ -61,9 +61,7 @@ def default_config() -> ConfigDict:
     config.data.sources = ConfigDict()
     config.data.seq_length = 256  # tokens a row, context and targets together
     config.data.heldout = 0.05  # share of the documents kept for evaluation, chosen by hash
-    config.data.near_duplicates = (
-        0.8  # documents at least this similar (Jaccard) count as one; 0: exact copies only
-    )
+    config.data.near_duplicates = 0.8  # documents at least this similar (Jaccard) count as one; 0: exact copies only
     config.data.tokenizer = ConfigDict()
     config.data.tokenizer.vocab_size = 8000  # pieces to train, special tokens included
     config.data.blanks = ConfigDict()
@@ -79,9 +77,7 @@ def default_config() -> ConfigDict:
     config.train.steps = 1000
     config.train.global_batch = 16  # rows an optimizer step
     config.train.microbatches = 1  # the batch is processed in this many parts, gradients summed
-    config.train.precision = (
-        "float32"  # of weights and activations; master params, moments and sums are float32
-    )
+    config.train.precision = "float32"  # of weights and activations; master params, moments and sums are float32
     config.train.loss_scale = ConfigDict()  # float16 only
     config.train.loss_scale.initial = 65536.0
     config.train.loss_scale.window = 2000  # finite steps in a row that double it
@@ -165,9 +161,7 @@ def _convert(key: str, value: Any, default: Any) -> Any:
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
-        raise UserError(
-            f"{key} is {value!r}, it must be of type {type(default).__name__} (such as {default!r})"
-        )
+        raise UserError(f"{key} is {value!r}, it must be of type {type(default).__name__} (such as {default!r})")
     return value
 
 
@@ -202,9 +196,7 @@ def _check(config: ConfigDict) -> None:
         if values[key] not in choices:
             raise UserError(f"{key} is {values[key]!r}, it must be one of {', '.join(choices)}")
     if model.hidden_size % model.num_heads:
-        raise UserError(
-            f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}"
-        )
+        raise UserError(f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}")
     if train.global_batch % train.microbatches:
         raise UserError(
             f"train.global_batch {train.global_batch} is not divisible by train.microbatches {train.microbatches}"
@@ -219,9 +211,7 @@ def _check(config: ConfigDict) -> None:
         if not keys.path and not keys.sample:
             raise UserError(f"data.sources.{name} has neither path nor sample: give it one")
         if keys.format not in FORMATS:
-            raise UserError(
-                f"data.sources.{name}.format is {keys.format!r}, it must be one of {', '.join(FORMATS)}"
-            )
+            raise UserError(f"data.sources.{name}.format is {keys.format!r}, it must be one of {', '.join(FORMATS)}")
         if keys.weight < 0:
             raise UserError(f"data.sources.{name}.weight is {keys.weight}, it must not be negative")
 

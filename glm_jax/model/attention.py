@@ -76,10 +76,17 @@ def output_stddev(cfg: GLMConfig) -> float:
 
 
 def attention_probabilities(
-    cfg: GLMConfig, queries: Array, keys: Array, allowed: Array, distance: Array | None, layer: Array
+    cfg: GLMConfig,
+    queries: Array,
+    keys: Array,
+    allowed: Array,
+    distance: Array | None,
+    layer: Array,
+    heads: Array,
 ) -> Array:
     """Give float32 softmax weights [B, N, S, T] for queries [B, S, N, K], keys [B, T, N, K], allowed [B, S, T].
 
+    `heads`, int32 [N], says which heads they are.
     With `score_scaling` the queries are divided by (layer + 1) sqrt(K) before the product in compute dtype, and the
     float32 scores multiplied by layer + 1 after it (paper section 3.2: float32 softmax). With `pb_relax` alpha the
     product is divided by alpha, less its largest magnitude, and multiplied by alpha (CogView, arXiv 2105.13290).
@@ -95,7 +102,7 @@ def attention_probabilities(
         scores = scores - jax.lax.stop_gradient(jnp.max(jnp.abs(scores), axis=(-2, -1), keepdims=True))
     scores = at_least_float32(scores) * factor  # [B, N, S, T]
     if distance is not None:
-        slopes = jnp.asarray(alibi_slopes(cfg.num_heads), scores.dtype)  # [N]
+        slopes = jnp.asarray(alibi_slopes(cfg.num_heads), scores.dtype)[heads]  # [N]
         scores = scores - slopes[:, None, None] * distance[:, None]  # [B, N, S, T]
     scores = jnp.where(allowed[:, None], scores, jnp.finfo(scores.dtype).min)  # [B, N, S, T]
     return jax.nn.softmax(scores, axis=-1)  # [B, N, S, T]
@@ -114,29 +121,29 @@ class Attention(nn.Module):
         allowed: Array,
         terms: PositionTerms,
         layer: Array,
-        key: Array | None,
+        dropout_keys: Array | None,
         cache: LayerCache | None,
     ) -> tuple[Array, LayerCache | None]:
-        """x [B, S, D], allowed [B, S, T] -> [B, S, D] and the cache with the new keys and values (T = S without)."""
-        cfg, heads, dim = self.cfg, self.cfg.num_heads // self.axis.size, self.cfg.head_dim
-        width = cfg.hidden_size
+        """x [B, S, D], allowed [B, S, T] -> [B, S, D] and the cache with the new keys and values (T = S without).
+
+        `dropout_keys` [B], one a row.
+        """
+        cfg, dim, width = self.cfg, self.cfg.head_dim, self.cfg.hidden_size
+        members = self.axis.part(cfg.num_heads)  # [N]: the heads that are here
+        heads = members.shape[0]
         kernel, bias = Affine(
             (width, heads, 3, dim), ("hidden", "heads", None, None), qkv_stddev(cfg), inputs=1, name="qkv"
         )()  # [D, N, 3, K], [N, 3, K]
-        qkv = (
-            jnp.einsum("bsd,dnck->cbsnk", self.axis.enter(x), kernel) + bias.transpose(1, 0, 2)[:, None, None]
-        )
+        qkv = jnp.einsum("bsd,dnck->cbsnk", self.axis.enter(x), kernel) + bias.transpose(1, 0, 2)[:, None, None]
         queries, keys, values = qkv  # [B, S, N, K] each
         if terms.rotation is not None:
             queries, keys = rotate(queries, terms.rotation), rotate(keys, terms.rotation)  # [B, S, N, K]
         if cache is not None:
             keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, keys, cache.start, axis=1)  # [B, T, N, K]
-            values = jax.lax.dynamic_update_slice_in_dim(
-                cache.values, values, cache.start, axis=1
-            )  # [B, T, N, K]
+            values = jax.lax.dynamic_update_slice_in_dim(cache.values, values, cache.start, axis=1)  # [B, T, N, K]
             cache = LayerCache(keys, values, cache.start)
-        weights = attention_probabilities(cfg, queries, keys, allowed, terms.distance, layer)  # [B, N, S, T]
-        weights = dropout(weights.astype(values.dtype), cfg.attention_dropout, key)  # [B, N, S, T]
+        weights = attention_probabilities(cfg, queries, keys, allowed, terms.distance, layer, members)  # [B, N, S, T]
+        weights = dropout(weights.astype(values.dtype), cfg.attention_dropout, dropout_keys, members)  # [B, N, S, T]
         mixed = jnp.einsum("bnst,btnk->bsnk", weights, values)  # [B, S, N, K]
         kernel, bias = Affine(
             (heads, dim, width), ("heads", None, "hidden"), output_stddev(cfg), inputs=2, name="output"

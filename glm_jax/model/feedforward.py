@@ -41,7 +41,5 @@ class FeedForward(nn.Module):
             inner_x = halves[0] * jax.nn.gelu(halves[1], approximate=False)  # [B, S, F]
         else:
             inner_x = jax.nn.gelu(halves[0], approximate=cfg.activation == "gelu_tanh")  # [B, S, F]
-        kernel, bias = Affine(
-            (inner, width), ("ffn", "hidden"), down_stddev, inputs=1, name="down"
-        )()  # [F, D], [D]
+        kernel, bias = Affine((inner, width), ("ffn", "hidden"), down_stddev, inputs=1, name="down")()  # [F, D], [D]
         return self.axis.leave(jnp.einsum("bsf,fd->bsd", inner_x, kernel)) + bias  # [B, S, D]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,27 @@ Array = jax.Array
 NORMAL_STDDEV = 0.02  # the original GLM's initialisation
 
 
-class TensorAxis:
-    """How a pair of sharded matmuls meets the rest of the model; this default is one device and does nothing.
+class TensorAxis(Protocol):
+    """How sharded matmuls and the sharded vocabulary meet the rest of the model; these defaults are one device's.
 
-    A block brackets each pair: `enter` before the first matmul (whose output features are sharded), `leave` after the
-    second (whose result is a partial sum). parallel/ provides one whose methods are collectives.
+    A block brackets each pair of matmuls: `enter` before the first (whose output features are sharded), `leave` after
+    the second (whose result is a partial sum). parallel/tensor.py has one whose methods are collectives; with it, x
+    between the pairs is a slice of the sequence.
     """
 
-    size: int = 1
+    @property
+    def size(self) -> int:
+        """Over how many members the heads, the feed-forward features and the sequence are split."""
+        return 1
+
+    @property
+    def vocab_shards(self) -> int:
+        """Over how many members the rows of the word embedding are split."""
+        return 1
+
+    def part(self, count: int) -> Array:
+        """Say which of `count` heads or tokens this member holds: int32 [count / size]."""
+        return jnp.arange(count)
 
     def enter(self, x: Array) -> Array:
         """Make x [B, S, D] whole on every member before a matmul with sharded output features."""
@@ -29,8 +44,16 @@ class TensorAxis:
         """Sum the members' partial results x [B, S, D]."""
         return x
 
+    def lookup(self, table: Array, tokens: Array) -> Array:
+        """Take rows of the word embedding [V, D] for tokens [B, S] -> [B, S, D]."""
+        return jnp.take(table, tokens, axis=0)
 
-ONE_DEVICE = TensorAxis()
+
+class OneDevice(TensorAxis):
+    """No axis at all."""
+
+
+ONE_DEVICE = OneDevice()
 
 
 def at_least_float32(x: Array) -> Array:
@@ -38,12 +61,30 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zero each entry with probability `rate` and scale the rest by 1 / (1 - rate); without a key, do nothing."""
-    if key is None or rate == 0.0:
+def row_keys(key: Array | None, rows: Array) -> Array | None:
+    """Give each of `rows`, int32 [B], the dropout key of its own, [B], however the batch is cut."""
+    return None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+
+def fold_in(keys: Array | None, index: Array | int) -> Array | None:
+    """Derive new keys [B] from the rows' keys [B]."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+
+
+def dropout(x: Array, rate: float, keys: Array | None, places: Array) -> Array:
+    """Zero each entry of x [B, n, ...] with probability `rate` and scale the rest by 1 / (1 - rate).
+
+    The bits of x[b, i] follow from keys[b] and places[i] alone, so that a device that holds some rows, and some heads
+    or tokens (`places`, int32 [n]), draws what one device draws for the whole. Without keys, do nothing.
+    """
+    if keys is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+    def keep(key: Array, place: Array) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, place), 1.0 - rate, x.shape[2:])
+
+    kept = jax.vmap(jax.vmap(keep, (None, 0)), (0, None))(keys, places)  # [B, n, ...]
+    return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):

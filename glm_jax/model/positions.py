@@ -16,9 +16,7 @@ Array = jax.Array
 class PositionTerms(NamedTuple):
     """What attention needs of the positions; the members that the config does not use are None."""
 
-    rotation: tuple[Array, Array] | None = (
-        None  # cosines and sines for the queries and new keys, [B, S, 1, K/2]
-    )
+    rotation: tuple[Array, Array] | None = None  # cosines and sines for the queries and new keys, [B, S, 1, K/2]
     distance: Array | None = None  # ALiBi: [B, S, T], from each query to each of T keys
 
 
@@ -29,11 +27,9 @@ def rotary_tables(cfg: GLMConfig, positions: Array, dtype: jnp.dtype) -> tuple[A
     which frequencies, positions, angles and tables are all rounded to float16.
     """
     half = cfg.head_dim // 2
-    if cfg.rope_angles == "float16":
-        table_dtype = jnp.float16
-    else:
-        table_dtype = jnp.promote_types(dtype, jnp.float32)
-    exponents = jnp.arange(half, dtype=jnp.promote_types(dtype, jnp.float32)) / half  # [K/2]
+    wide = jnp.promote_types(dtype, jnp.float32)
+    table_dtype = jnp.float16 if cfg.rope_angles == "float16" else wide
+    exponents = jnp.arange(half, dtype=wide) / half  # [K/2]
     frequencies = (cfg.rope_base**-exponents).astype(table_dtype)  # [K/2]
     angles = positions[:, :, None, None].astype(table_dtype) * frequencies  # [B, S, 1, K/2]
     return jnp.cos(angles), jnp.sin(angles)
@@ -42,9 +38,7 @@ def rotary_tables(cfg: GLMConfig, positions: Array, dtype: jnp.dtype) -> tuple[A
 def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
     """Rotate x [B, S, N, K]: the pairs are (j, j + K/2), not neighbours, as in GLM-130B's code."""
     cosine, sine = rotation  # [B, S, 1, K/2]
-    first, second = jnp.split(
-        x.astype(jnp.promote_types(x.dtype, cosine.dtype)), 2, axis=-1
-    )  # [B, S, N, K/2]
+    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, cosine.dtype)), 2, axis=-1)  # [B, S, N, K/2]
     rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return rotated.astype(x.dtype)  # [B, S, N, K]
 
@@ -63,9 +57,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 def repeat_ranks(positions: Array) -> tuple[Array, Array]:
     """Say where positions [B, S] repeat: the run that each token belongs to and its place inside, both [B, S]."""
-    starts = jnp.concatenate(
-        [jnp.ones_like(positions[:, :1], bool), positions[:, 1:] != positions[:, :-1]], axis=1
-    )
+    starts = jnp.concatenate([jnp.ones_like(positions[:, :1], bool), positions[:, 1:] != positions[:, :-1]], axis=1)
     runs = jnp.cumsum(starts, axis=1)  # [B, S]
     index = jnp.arange(positions.shape[1])
     ranks = index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)  # [B, S]

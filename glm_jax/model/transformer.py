@@ -17,6 +17,8 @@ from glm_jax.model.layers import (
     LayerNorm,
     TensorAxis,
     dropout,
+    fold_in,
+    row_keys,
     xavier_stddev,
 )
 from glm_jax.model.positions import PositionTerms, alibi_distance, position_terms
@@ -37,21 +39,21 @@ class Embedding(nn.Module):
     """The word embedding, tied with the head; the original GLM adds two learned position tables."""
 
     cfg: GLMConfig
+    axis: TensorAxis = ONE_DEVICE
 
     @nn.compact
     def __call__(self, tokens: Array, positions: Array, shrink: Array | float | None) -> Array:
         """tokens [B, S], positions [B, S] or [B, 2, S] -> [B, S, D]; `shrink`, see `embed`."""
         cfg = self.cfg
-        word = self._table("word", cfg.vocab_size, "vocab")  # [V, D]
-        x = jnp.take(word, tokens, axis=0)  # [B, S, D]
+        word = self._table("word", cfg.vocab_size // self.axis.vocab_shards, "vocab")  # [V, D]
+        x = self.axis.lookup(word, tokens)  # [B, S, D]
         if shrink is not None:
             alpha = jnp.asarray(shrink, x.dtype)
             x = alpha * x + (1 - alpha) * jax.lax.stop_gradient(x)  # [B, S, D]
         if cfg.position == "learned_2d":
-            x = x + jnp.take(
-                self._table("position", cfg.max_length, None), positions[:, 0], axis=0
-            )  # [B, S, D]
-            x = x + jnp.take(self._table("block_position", cfg.max_length, None), positions[:, 1], axis=0)
+            here = positions[:, :, self.axis.part(tokens.shape[1])]  # [B, 2, S]
+            x = x + jnp.take(self._table("position", cfg.max_length, None), here[:, 0], axis=0)  # [B, S, D]
+            x = x + jnp.take(self._table("block_position", cfg.max_length, None), here[:, 1], axis=0)  # [B, S, D]
         if cfg.embedding_norm:
             x = LayerNorm(cfg.norm_epsilon, name="norm")(x)  # [B, S, D]
         return x
@@ -76,30 +78,28 @@ class Block(nn.Module):
         allowed: Array,
         terms: PositionTerms,
         layer: Array,
-        key: Array | None,
+        keys: Array | None,
         cache: LayerCache | None,
     ) -> tuple[Array, LayerCache | None]:
-        """x [B, S, D], allowed [B, S, T] -> [B, S, D] and the layer's cache, extended."""
+        """x [B, S, D], allowed [B, S, T], dropout keys [B] -> [B, S, D] and the layer's cache, extended."""
         cfg = self.cfg
         alpha = depth_coefficients(cfg.norm, cfg.num_layers).alpha
-        keys = jax.random.split(key, 3) if key is not None else (None, None, None)
+        places = self.axis.part(allowed.shape[1])  # [S]: the tokens of x
         attention = Attention(cfg, self.axis, name="attention")
         feedforward = FeedForward(cfg, self.axis, name="feedforward")
         grown = cache
 
         def attend(normed: Array) -> Array:
             nonlocal grown
-            mixed, grown = attention(normed, allowed, terms, layer, keys[0], cache)  # [B, S, D]
-            return dropout(mixed, cfg.hidden_dropout, keys[1])
+            mixed, grown = attention(normed, allowed, terms, layer, fold_in(keys, 0), cache)  # [B, S, D]
+            return dropout(mixed, cfg.hidden_dropout, fold_in(keys, 1), places)
 
         def feed(normed: Array) -> Array:
-            return dropout(feedforward(normed), cfg.hidden_dropout, keys[2])  # [B, S, D]
+            return dropout(feedforward(normed), cfg.hidden_dropout, fold_in(keys, 2), places)  # [B, S, D]
 
         for name, sublayer in (("attention", attend), ("feedforward", feed)):
             norm_in = LayerNorm(cfg.norm_epsilon, name=f"{name}_norm")
-            norm_out = LayerNorm(
-                cfg.norm_epsilon, name=f"{name}_output_norm"
-            )  # has params under sandwich alone
+            norm_out = LayerNorm(cfg.norm_epsilon, name=f"{name}_output_norm")  # has params under sandwich alone
             x = residual_update(cfg.norm, alpha, x, norm_in, sublayer, norm_out)  # [B, S, D]
         return x, grown
 
@@ -151,15 +151,16 @@ def embed(
     tokens: Array,
     positions: Array,
     shrink: Array | float | None = None,
-    key: Array | None = None,
+    keys: Array | None = None,
+    axis: TensorAxis = ONE_DEVICE,
 ) -> Array:
     """Embed tokens [B, S] at positions [B, S] (or [B, 2, S]) -> [B, S, D].
 
     `shrink` is alpha of the embedding gradient shrink (paper section 3.2): the value stays, the gradient that reaches
-    the word embedding on this path is multiplied by it.
+    the word embedding on this path is multiplied by it. `keys` [B], the rows' dropout keys.
     """
-    x = Embedding(cfg).apply({"params": weights["embedding"]}, tokens, positions, shrink)
-    return dropout(x, cfg.hidden_dropout, key)  # [B, S, D]
+    x = Embedding(cfg, axis).apply({"params": weights["embedding"]}, tokens, positions, shrink)
+    return dropout(x, cfg.hidden_dropout, fold_in(keys, 0), axis.part(tokens.shape[1]))  # [B, S, D]
 
 
 def block(
@@ -169,12 +170,16 @@ def block(
     allowed: Array,
     terms: PositionTerms,
     layer: Array,
-    key: Array | None = None,
+    keys: Array | None = None,
     cache: LayerCache | None = None,
     axis: TensorAxis = ONE_DEVICE,
 ) -> tuple[Array, LayerCache | None]:
-    """Run one block: x [B, S, D] -> [B, S, D], and the layer's cache. `layer` is its index in the whole model."""
-    return Block(cfg, axis).apply({"params": layer_weights}, x, allowed, terms, layer, key, cache)
+    """Run one block: x [B, S, D] -> [B, S, D], and the layer's cache.
+
+    `layer` is its index in the whole model; `keys` [B], the rows' dropout keys.
+    """
+    keys = fold_in(keys, layer + 1)  # 0 is the embedding's
+    return Block(cfg, axis).apply({"params": layer_weights}, x, allowed, terms, layer, keys, cache)
 
 
 def stage(
@@ -183,7 +188,7 @@ def stage(
     x: Array,
     allowed: Array,
     terms: PositionTerms,
-    key: Array | None = None,
+    keys: Array | None = None,
     remat: bool = False,
 ) -> Array:
     """Run the blocks of `stacked_weights` (arrays [L, ...]) in one scan: x [B, S, D] -> [B, S, D].
@@ -193,21 +198,18 @@ def stage(
 
     def one(x: Array, scanned: tuple[Params, Array]) -> tuple[Array, None]:
         layer_weights, layer = scanned
-        layer_key = None if key is None else jax.random.fold_in(key, layer)
-        return block(cfg, layer_weights, x, allowed, terms, layer, layer_key)[0], None
+        return block(cfg, layer_weights, x, allowed, terms, layer, keys)[0], None
 
     layers = jax.tree.leaves(stacked_weights)[0].shape[0]
     one = jax.checkpoint(one) if remat else one
     return jax.lax.scan(one, x, (stacked_weights, jnp.arange(layers)))[0]
 
 
-def head(cfg: GLMConfig, weights: Params, x: Array) -> Array:
+def head(cfg: GLMConfig, weights: Params, x: Array, axis: TensorAxis = ONE_DEVICE) -> Array:
     """Norm and project with the tied embedding: x [B, S, D] -> float32 logits [B, S, V]."""
-    x = LayerNorm(cfg.norm_epsilon).apply({"params": weights["final_norm"]}, x)  # [B, S, D]
+    x = axis.enter(LayerNorm(cfg.norm_epsilon).apply({"params": weights["final_norm"]}, x))  # [B, S, D]
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum(
-        "bsd,vd->bsv", x, weights["embedding"]["word"], preferred_element_type=wide
-    )  # [B, S, V]
+    return jnp.einsum("bsd,vd->bsv", x, weights["embedding"]["word"], preferred_element_type=wide)  # [B, S, V]
 
 
 def apply(
@@ -230,16 +232,16 @@ def apply(
         positions: int32 [B, S], or [B, 2, S] for learned_2d.
         allowed: bool [B, S, S], True where a query may see a key; `visibility` makes it for packed rows.
         shrink: alpha of the embedding gradient shrink, see `embed`.
-        key: dropout key; without one, no dropout.
+        key: dropout key, from which row b draws as the b-th of the batch; without one, no dropout.
         remat: recompute inside blocks in the backward pass.
 
     Returns:
         float32 logits [B, S, V] (float64 for float64 params).
     """
-    embedding_key, stage_key = (None, None) if key is None else jax.random.split(key)
-    x = embed(cfg, params, tokens, positions, shrink, embedding_key)  # [B, S, D]
+    keys = row_keys(key, jnp.arange(tokens.shape[0]))  # [B]
+    x = embed(cfg, params, tokens, positions, shrink, keys)  # [B, S, D]
     terms = position_terms(cfg, positions, x.dtype)
-    x = stage(cfg, params["blocks"], x, allowed, terms, stage_key, remat)  # [B, S, D]
+    x = stage(cfg, params["blocks"], x, allowed, terms, keys, remat)  # [B, S, D]
     return head(cfg, params, x)  # [B, S, V]
 
 

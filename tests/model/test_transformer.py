@@ -26,9 +26,7 @@ def sample(cfg: GLMConfig, length: int = 12, context: int = 7) -> tuple[jax.Arra
 
 
 @pytest.mark.parametrize("norm", ["deepnorm", "post", "pre", "sandwich"])
-@pytest.mark.parametrize(
-    "position, activation", [("rope", "geglu"), ("learned_2d", "gelu"), ("alibi", "gelu_tanh")]
-)
+@pytest.mark.parametrize("position, activation", [("rope", "geglu"), ("learned_2d", "gelu"), ("alibi", "gelu_tanh")])
 def test_parameter_count_and_axes_follow_the_params(norm: str, position: str, activation: str) -> None:
     cfg = dataclasses.replace(SMALL, norm=norm, position=position, activation=activation, embedding_norm=True)
     params = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
@@ -117,9 +115,7 @@ def test_float16_scores_stay_in_range(changes: dict, finite: bool) -> None:
     cfg = dataclasses.replace(SMALL, num_layers=1, norm="pre", **changes)
     params = init(cfg, jax.random.key(0))
     qkv = params["blocks"]["attention"]["qkv"]
-    qkv["bias"] = (
-        qkv["bias"].at[:, :, :2].set(250.0 if changes else 150.0)
-    )  # q.k / sqrt(K) is 176,000, or 63,600
+    qkv["bias"] = qkv["bias"].at[:, :, :2].set(250.0 if changes else 150.0)  # q.k / sqrt(K) is 176,000, or 63,600
     weights = jax.tree.map(lambda param: param.astype(jnp.float16), params)
     assert bool(jnp.isfinite(apply(cfg, weights, *sample(cfg))).all()) == finite
 

@@ -1,0 +1,1 @@
+"""Text to batches: corpora, tokenizer, blanks, mixture, packing. numpy and grain only, no jax arrays."""

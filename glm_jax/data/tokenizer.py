@@ -1,0 +1,174 @@
+"""SentencePiece with GLM's special tokens: training on any text, and an encoding that loses nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from glm_jax.errors import UserError
+
+# Ids 0 to 7, in this order. None of them ever matches text, so a literal "[MASK]" stays text.
+PAD, UNK, EOS = "pad", "unk", "eos"
+MASKS = ("[MASK]", "[gMASK]", "[sMASK]")
+SOP, EOP = "sop", "eop"  # start and end of a piece (a target)
+SPECIALS = (PAD, UNK, EOS, *MASKS, SOP, EOP)
+SMALLEST_VOCABULARY = len(SPECIALS) + 256 + 2  # the specials, the byte pieces, and something to learn
+
+TRAINING_BYTES = 10_000_000  # text the trainer looks at; more changes few pieces and costs time and memory
+SENTENCE_CHARACTERS = 2000  # documents are cut to about this before training; pieces do not cross the cuts
+CHARACTER_COVERAGE = 0.9995  # share of the characters of the text that get pieces; the rest is spelt in bytes
+WORD_START = "\u2581"  # what SentencePiece writes for a space, hence not encodable as itself
+
+
+def train(documents: Iterable[str], vocab_size: int) -> bytes:
+    """Train a unigram model with byte fallback; the same documents give the same bytes.
+
+    Whitespace is kept as it is, and runs of it get pieces of their own. At most half of the vocabulary goes
+    to single characters, so that a text with thousands of them (Chinese) still gets words.
+
+    Args:
+        documents: text in the proportions that the pieces should serve. Only the first TRAINING_BYTES are
+            used: shuffle first.
+        vocab_size: number of pieces with specials and byte pieces. A small text may give fewer.
+
+    Returns:
+        The serialised SentencePiece model.
+
+    Raises:
+        UserError: the vocabulary is too small for the special and byte pieces, or there is no text.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"data.tokenizer.vocab_size is {vocab_size}, it must be at least {SMALLEST_VOCABULARY}: "
+            "special and byte pieces come first"
+        )
+    sentences = list(_sentences(documents))
+    if not any(not sentence.isspace() for sentence in sentences):
+        raise UserError("there is no text to train a tokenizer on")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, model_type="unigram", vocab_size=vocab_size,
+        hard_vocab_limit=False, byte_fallback=True, character_coverage=_coverage(sentences, vocab_size // 2),
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True, max_sentence_length=1 << 30,
+        pad_id=0, unk_id=1, eos_id=2, bos_id=-1, pad_piece=PAD, unk_piece=UNK, eos_piece=EOS,
+        control_symbols=[*MASKS, SOP, EOP],
+        num_threads=2,  # fixed: the order of float sums depends on it
+        minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def _sentences(documents: Iterable[str]) -> Iterator[str]:
+    """Cut the first TRAINING_BYTES of text into runs of lines of about SENTENCE_CHARACTERS each."""
+    left = TRAINING_BYTES
+    for document in documents:
+        # The trainer drops a sentence with a NUL or U+2585 in it; both are spelt in bytes when encoding.
+        document = document.replace("\0", " ").replace("\u2585", " ")
+        start = 0
+        while start < len(document):
+            end = start + SENTENCE_CHARACTERS
+            newline = document.rfind("\n", start, end)
+            if end < len(document) and newline > start:
+                end = newline  # the newline begins the next sentence, where the trainer does not trim it
+            yield document[start:end]
+            left -= len(document[start:end].encode())
+            if left <= 0:
+                return
+            start = end
+
+
+def _coverage(sentences: Sequence[str], limit: int) -> float:
+    """Give the character coverage that keeps at most `limit` distinct characters."""
+    counts: Counter[str] = Counter()
+    for sentence in sentences:
+        counts.update(sentence)
+    covered = sum(count for _, count in counts.most_common(limit))
+    return min(CHARACTER_COVERAGE, covered / counts.total())
+
+
+class Tokenizer:
+    """A trained model. `decode(encode(text)) == text` for any valid Unicode text.
+
+    Attributes:
+        model: the serialised SentencePiece model.
+        digest: sha256 of `model`, hexadecimal.
+        size: number of pieces.
+        pad, unk, eos, mask, gmask, smask, sop, eop: ids of the special tokens.
+        token_bytes: int32 [size], the UTF-8 bytes of text that each id stands for; 0 for special tokens.
+    """
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self.digest = hashlib.sha256(model).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.size: int = self._processor.get_piece_size()
+        self.pad, self.unk, self.eos, self.mask, self.gmask, self.smask, self.sop, self.eop = (
+            self._processor.piece_to_id(piece) for piece in SPECIALS
+        )
+        self._text = [self._bytes_of(token) for token in range(self.size)]
+        self.token_bytes = np.array([len(text) for text in self._text], np.int32)
+        self._word_start = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in WORD_START.encode()]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a model file. Raises UserError when it is not there or is no such model."""
+        try:
+            model = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+        try:
+            tokenizer = cls(model)
+        except RuntimeError:
+            raise UserError(f"{path} is not a SentencePiece model") from None
+        if tokenizer.unk in (tokenizer.mask, tokenizer.sop):
+            raise UserError(f"{path} has no [MASK] and sop pieces: it was not trained by glm-jax")
+        return tokenizer
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
+        return Tokenizer, (self.model,)
+
+    def _bytes_of(self, token: int) -> bytes:
+        piece = self._processor.id_to_piece(token)
+        if self._processor.is_byte(token):
+            return bytes([int(piece[1:-1], 16)])  # "<0x0A>"
+        if self._processor.is_control(token) or self._processor.is_unknown(token):
+            return b""
+        return piece.replace(WORD_START, " ").encode()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Give the ids of `text` as int32 [S]; special tokens written in the text stay text."""
+        ids: list[int] = []
+        for index, part in enumerate(text.split(WORD_START)):
+            ids += self._word_start * (index > 0) + self._processor.encode(part)
+        return np.array(ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Give the ids of each text as int32 [S]."""
+        return [self.encode(text) for text in texts]
+
+    def encode_with_blanks(self, text: str) -> np.ndarray:
+        """Encode a prompt: [MASK], [gMASK] and [sMASK] written in it become the special tokens, int32 [S].
+
+        Each fragment between blanks is encoded by itself (GLM-130B's generate.py).
+        """
+        blanks = dict(zip(MASKS, (self.mask, self.gmask, self.smask), strict=True))
+        parts = re.split(r"(\[[gs]?MASK\])", text)
+        return np.concatenate(
+            [np.array([blanks[part]], np.int32) if part in blanks else self.encode(part) for part in parts]
+        )
+
+    def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
+        """Give the text of `ids`; special tokens print nothing unless `specials`, then their names.
+
+        Bytes that are not UTF-8, as when a character is cut off, become U+FFFD.
+        """
+        names = {self._processor.piece_to_id(piece): piece.encode() for piece in SPECIALS} if specials else {}
+        return b"".join(names.get(int(token), self._text[token]) for token in ids).decode("utf-8", "replace")

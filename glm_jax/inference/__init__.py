@@ -1,0 +1,1 @@
+"""Filling blanks with a trained GLM."""

@@ -1,0 +1,133 @@
+"""Token by token: prefill of the context, then a loop over the cache, all in one jitted function."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax.inference.strategies import Sampling
+from glm_jax.model import Cache, GLMConfig, apply_cached, init_cache
+
+Array = jax.Array
+
+BUCKET = 64  # rows are padded to a multiple, so that few lengths are compiled
+
+
+class _Progress(NamedTuple):
+    tokens: Array  # int32 [T], the row: context, sop, what has been generated
+    place: Array  # int32 [], of the newest token
+    logits: Array  # float32 [V], made at it
+    cache: Cache
+    key: Array
+    done: Array  # bool []
+
+
+def row_positions(cfg: GLMConfig, length: int, context: int, blank: int, repeats: bool) -> np.ndarray:
+    """Give the positions of a row: int32 [1, T], or [1, 2, T] for learned_2d.
+
+    Args:
+        cfg: the model.
+        length: T.
+        context: its tokens; sop stands right after them.
+        blank: the place of the mask that is filled.
+        repeats: True for [MASK] and [sMASK], whose fill keeps the mask's position; False for [gMASK], whose fill goes
+            on counting. The original GLM (learned_2d) always repeats, and counts in the second stream.
+    """
+    places = np.arange(length, dtype=np.int32)  # [T]
+    generated = places >= context
+    first = np.where(generated, blank, places) if repeats or cfg.position == "learned_2d" else places
+    if cfg.position != "learned_2d":
+        return first[None].astype(np.int32)
+    second = np.where(generated, places - context + 1, 0)
+    return np.stack([first, second])[None].astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(
+    cfg: GLMConfig,
+    sampling: Sampling,
+    params: Any,
+    tokens: Array,
+    positions: Array,
+    sop: Array,
+    stop: Array,
+    banned: Array,
+    ends: Array,
+    key: Array,
+) -> tuple[Array, Array]:
+    """Generate after the sop at place `sop` until an end token or place `stop`; gives the row and the newest place.
+
+    tokens int32 [T], positions int32 [1, T] or [1, 2, T], banned and ends bool [V].
+    """
+    length = tokens.shape[0]
+    keys, queries = jnp.arange(length), jnp.arange(length)[:, None]
+    allowed = ((keys <= queries) | (keys < sop)) & (keys <= sop)  # [T, T]; the context does not see sop
+    cache = init_cache(cfg, 1, length, params["embedding"]["word"].dtype)
+    logits, cache = apply_cached(cfg, params, tokens[None], positions, allowed[None], cache, jnp.int32(0))
+
+    def unfinished(progress: _Progress) -> Array:
+        return ~progress.done & (progress.place < stop)
+
+    def extend(progress: _Progress) -> _Progress:
+        key, choice_key = jax.random.split(progress.key)
+        first = progress.place == sop
+        forbidden = banned | (ends & first)  # no span is empty in training
+        token = sampling.choose(jnp.where(forbidden, -jnp.inf, progress.logits), choice_key)
+        place = progress.place + 1
+        row = progress.tokens.at[place].set(token)
+        logits, cache = apply_cached(
+            cfg, params, token[None, None], positions, (keys <= place)[None, None], progress.cache, place
+        )
+        return _Progress(row, place, logits[0, 0], cache, key, ends[token])
+
+    start = _Progress(tokens, sop, logits[0, sop], cache, key, jnp.bool_(False))
+    end = jax.lax.while_loop(unfinished, extend, start)
+    return end.tokens, end.place
+
+
+def generate(
+    cfg: GLMConfig,
+    params: Any,
+    context: list[int],
+    blank: int,
+    *,
+    sop: int,
+    repeats: bool,
+    ends: list[int],
+    banned: np.ndarray,
+    budget: int,
+    sampling: Sampling,
+    key: Array,
+) -> list[int]:
+    """Generate the fill of one blank (facts of the released generate.py: context, sop, autoregressive rows).
+
+    Args:
+        cfg, params: the model.
+        context: tokens with the mask at index `blank`; sop is added here.
+        blank, repeats: see `row_positions`.
+        sop, ends: special ids; an end token stops and is not part of the result.
+        banned: bool [V], never generated.
+        budget: at most this many tokens.
+        sampling: how each is chosen.
+        key: its randomness.
+
+    Returns:
+        The generated tokens.
+    """
+    size = len(context)
+    length = -(-(size + 1 + budget) // BUCKET) * BUCKET
+    tokens = np.zeros(length, np.int32)  # [T]
+    tokens[:size], tokens[size] = context, sop
+    positions = row_positions(cfg, length, size, blank, repeats)
+    end_tokens = np.zeros(cfg.vocab_size, bool)  # [V]
+    end_tokens[ends] = True
+    arrays = (tokens, positions, np.int32(size), np.int32(size + budget), banned, end_tokens, key)
+    row, place = _generate(cfg, sampling, params, *arrays)
+    generated = np.asarray(row)[size + 1 : int(place) + 1].tolist()
+    if generated and generated[-1] in ends:
+        generated.pop()
+    return generated

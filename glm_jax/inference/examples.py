@@ -1,0 +1,50 @@
+"""A few held-out blanks filled, so that a finished run shows what it has learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from glm_jax.data.tokenizer import Tokenizer
+from glm_jax.inference.fill import fill
+from glm_jax.model import GLMConfig
+
+CONTEXT = 24  # tokens on each side of the blank
+SPAN = 3  # tokens in the blank, about the mean of the training's spans
+
+
+class Documents(Protocol):
+    """Tokenised documents."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
+def heldout(
+    cfg: GLMConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    documents: Mapping[str, Documents],
+    languages: Mapping[str, str],
+    count: int = 3,
+) -> Iterator[str]:
+    """Yield lines: for each source, `count` held-out passages with one blank, the greedy fill and the truth."""
+    for source, held_out in documents.items():
+        shown = 0
+        for index in range(len(held_out)):
+            tokens = np.asarray(held_out[index])[:-1]  # without eos
+            if shown == count:
+                break
+            if len(tokens) < 2 * CONTEXT + SPAN:
+                continue
+            shown += 1
+            start = min(len(tokens) // 2, len(tokens) - CONTEXT - SPAN)
+            before = tokenizer.decode(tokens[start - CONTEXT : start])
+            truth = tokenizer.decode(tokens[start : start + SPAN])
+            after = tokenizer.decode(tokens[start + SPAN : start + SPAN + CONTEXT])
+            pieces = fill(cfg, params, tokenizer, f"{before}[MASK]{after}", max_tokens=12)
+            filled = " / ".join(piece.text for piece in pieces if piece.filled)
+            yield f"{source} ({languages[source]}) ...{before}[MASK]{after}..."
+            yield f"    filled {filled!r}, was {truth!r}"

@@ -1,0 +1,98 @@
+"""Blanks in text: a prompt with [MASK], [sMASK] or [gMASK] in, the filled text out."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from glm_jax.data.tokenizer import Tokenizer
+from glm_jax.errors import UserError
+from glm_jax.inference.decode import generate
+from glm_jax.inference.strategies import GREEDY, Sampling
+from glm_jax.model import GLMConfig
+
+BLANK = re.compile(r"\[[sg]?MASK\]")
+
+
+class Piece(NamedTuple):
+    """A part of the filled text: the prompt's own, or the fill of a blank."""
+
+    text: str
+    filled: bool
+
+
+def fill(
+    cfg: GLMConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int = 64,
+    sampling: Sampling = GREEDY,
+    seed: int = 1234,
+) -> list[Piece]:
+    """Fill every blank of a prompt, the first one first, each fill being context for the next.
+
+    A prompt without a blank is continued, as if it ended in [gMASK].
+
+    Args:
+        cfg, params, tokenizer: the trained model.
+        prompt: text with blanks.
+        max_tokens: at most this many tokens a blank.
+        sampling: how tokens are chosen.
+        seed: its randomness.
+
+    Raises:
+        UserError: the prompt is empty, or it and the fill do not fit the model's longest row.
+    """
+    if not prompt.strip():
+        raise UserError("the prompt is empty: write some text with a [MASK] in it")
+    if not BLANK.search(prompt):
+        prompt += "[gMASK]"
+    kinds = {"[MASK]": tokenizer.mask, "[sMASK]": tokenizer.smask, "[gMASK]": tokenizer.gmask}
+    pieces = [Piece(text, False) for text in re.split(f"({BLANK.pattern})", prompt) if text]
+    banned = np.arange(cfg.vocab_size) >= tokenizer.size  # [V]
+    banned[[*kinds.values(), tokenizer.sop, tokenizer.pad]] = True
+    key = jax.random.key(seed)
+    while (place := _first_blank(pieces)) is not None:
+        encoded = [[kinds[piece.text]] if _is_blank(piece) else list(tokenizer.encode(piece.text)) for piece in pieces]
+        context = [token for part in encoded for token in part]
+        if not _is_blank(pieces[-1]):
+            context.append(tokenizer.eos)
+        if len(context) + 1 + max_tokens > cfg.max_length:
+            raise UserError(
+                f"the prompt has {len(context)} tokens and {max_tokens} more may come, but the model's rows hold "
+                f"{cfg.max_length}: shorten the prompt or lower --max_tokens"
+            )
+        key, fill_key = jax.random.split(key)
+        generated = generate(
+            cfg,
+            params,
+            context,
+            sum(len(part) for part in encoded[:place]),
+            sop=tokenizer.sop,
+            repeats=pieces[place].text != "[gMASK]",
+            ends=[tokenizer.eop, tokenizer.eos],
+            banned=banned,
+            budget=max_tokens,
+            sampling=sampling,
+            key=fill_key,
+        )
+        pieces[place] = Piece(tokenizer.decode(generated), True)
+    return pieces
+
+
+def _is_blank(piece: Piece) -> bool:
+    return not piece.filled and BLANK.fullmatch(piece.text) is not None
+
+
+def _first_blank(pieces: list[Piece]) -> int | None:
+    """Give the blank to fill next: the first [MASK], else the first [sMASK], else the first [gMASK]."""
+    for kind in ("[MASK]", "[sMASK]", "[gMASK]"):
+        for place, piece in enumerate(pieces):
+            if not piece.filled and piece.text == kind:
+                return place
+    return None

@@ -1,0 +1,1 @@
+"""Official checkpoints in and out, without torch: the .pt container, SAT's shards, orbax."""

@@ -1,0 +1,154 @@
+"""The one table between SAT's official tensors and our params: names, shapes, the order of axes, the split over ranks.
+
+Axes are letters: V vocabulary, T rows of a position table, D hidden, N heads, C the three of q, k and v, K head dim,
+G the projections that enter the feed-forward (2 for a GLU, else 1), F feed-forward. An official tensor is [out, in]
+with several of our axes flattened into one of its own: "NCK D" is [3D, D] whose rows are head-major. A rank of k holds
+the same shape with the split axis divided by k, and every rule of the official re-sharding tool follows from that: the
+GLU's "GF D" split on F gives each rank its part of both halves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from glm_jax.errors import UserError
+from glm_jax.model import GLMConfig
+
+CHUNK_BYTES = 32 * 2**20  # of float32, the most that is read, turned and written at a time
+AXIS_NAMES = {"N": "num_heads", "F": "ffn_size", "V": "vocab_size"}  # the axes that ranks split
+
+ParamPath = tuple[str, ...]
+Index = tuple[slice, ...]
+
+
+class Rule(NamedTuple):
+    """One line of the table: an official tensor, for blocks one in each layer."""
+
+    name: str  # official, with {layer} for blocks
+    path: ParamPath  # into params
+    official: str  # its axes; a space parts the axes of the torch tensor
+    ours: str  # our axes, without the leading L of blocks
+    split: str = ""  # the axis divided over tensor-parallel ranks; "" is a copy on each
+
+    @property
+    def stacked(self) -> bool:
+        """Whether our array has a leading L axis."""
+        return self.path[0] == "blocks"
+
+    @property
+    def view(self) -> str:
+        """The official axes, one by one."""
+        return self.official.replace(" ", "")
+
+    def view_shape(self, sizes: dict[str, int], ranks: int = 1) -> tuple[int, ...]:
+        """Give the size of each axis of `view` on one rank."""
+        return tuple(sizes[axis] // (ranks if axis == self.split else 1) for axis in self.view)
+
+    def torch_shape(self, sizes: dict[str, int], ranks: int = 1) -> tuple[int, ...]:
+        """Give the shape of the official tensor on one rank."""
+        shape = dict(zip(self.view, self.view_shape(sizes, ranks), strict=True))
+        return tuple(math.prod(shape[axis] for axis in group) for group in self.official.split())
+
+    def our_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """Give the shape of our array, with L."""
+        return tuple(sizes[axis] for axis in ("L" if self.stacked else "") + self.ours)
+
+
+def axis_sizes(cfg: GLMConfig) -> dict[str, int]:
+    """Give the size of each axis of the table."""
+    return {"L": cfg.num_layers, "V": cfg.vocab_size, "T": cfg.max_length, "D": cfg.hidden_size, "N": cfg.num_heads,
+            "C": 3, "K": cfg.head_dim, "G": cfg.up_projections, "F": cfg.ffn_size}  # fmt: skip
+
+
+def rules(cfg: GLMConfig) -> list[Rule]:
+    """Give the table for one model.
+
+    The original GLM (learned_2d positions) packs q, k and v as three blocks on each rank; GLM-130B's code packs them
+    head by head.
+
+    Raises:
+        UserError: the model has an embedding norm, for which SAT has no name.
+    """
+    if cfg.embedding_norm:
+        raise UserError("official checkpoints have no embedding norm: model.embedding_norm must be off")
+    qkv = "CNK" if cfg.position == "learned_2d" else "NCK"
+    table = [Rule("transformer.word_embeddings.weight", ("embedding", "word"), "V D", "VD", "V")]
+    if cfg.position == "learned_2d":
+        positions = "transformer.position_embeddings.weight"
+        block_positions = "mixins.block_position_embedding.block_position_embeddings.weight"
+        table += [Rule(positions, ("embedding", "position"), "T D", "TD"),
+                  Rule(block_positions, ("embedding", "block_position"), "T D", "TD")]  # fmt: skip
+    table += _norm("layers.{layer}.input_layernorm", ("blocks", "attention_norm"))
+    table += _affine("attention.query_key_value", ("attention", "qkv"), (f"{qkv} D", "DNCK"), (qkv, "NCK", "N"), "N")
+    table += _affine("attention.dense", ("attention", "output"), ("D NK", "NKD"), ("D", "D", ""), "N")
+    table += _norm("layers.{layer}.post_attention_layernorm", ("blocks", "feedforward_norm"))
+    table += _affine("mlp.dense_h_to_4h", ("feedforward", "up"), ("GF D", "DGF"), ("GF", "GF", "F"), "F")
+    table += _affine("mlp.dense_4h_to_h", ("feedforward", "down"), ("D F", "FD"), ("D", "D", ""), "F")
+    if cfg.norm == "sandwich":
+        table += _norm("layers.{layer}.third_layernorm", ("blocks", "attention_output_norm"))
+        table += _norm("layers.{layer}.fourth_layernorm", ("blocks", "feedforward_output_norm"))
+    return table + _norm("final_layernorm", ("final_norm",))
+
+
+def _norm(name: str, path: ParamPath) -> list[Rule]:
+    return [Rule(f"transformer.{name}.weight", (*path, "scale"), "D", "D"),
+            Rule(f"transformer.{name}.bias", (*path, "bias"), "D", "D")]  # fmt: skip
+
+
+def _affine(name: str, path: ParamPath, kernel: tuple[str, str], bias: tuple[str, str, str], split: str) -> list[Rule]:
+    prefix = "transformer.layers.{layer}." + name
+    return [Rule(f"{prefix}.weight", ("blocks", *path, "kernel"), *kernel, split),
+            Rule(f"{prefix}.bias", ("blocks", *path, "bias"), *bias)]  # fmt: skip
+
+
+def official_tensors(cfg: GLMConfig) -> Iterator[tuple[str, Rule, int | None]]:
+    """Yield (official name, rule, layer) for every tensor of a checkpoint, layer None outside the blocks."""
+    table = rules(cfg)
+    blocks = [rule for rule in table if rule.stacked]
+    first = table.index(blocks[0])
+    for rule in table[:first]:
+        yield rule.name, rule, None
+    for layer in range(cfg.num_layers):
+        for rule in blocks:
+            yield rule.name.format(layer=layer), rule, layer
+    for rule in table[first + len(blocks) :]:
+        yield rule.name, rule, None
+
+
+def check_ranks(cfg: GLMConfig, ranks: int, where: Path) -> None:
+    """Check that a tensor-parallel count divides what it splits.
+
+    Raises:
+        UserError: it does not; the message starts with `where`.
+    """
+    if ranks < 1:
+        raise UserError(f"{where}: tensor_parallel is {ranks}, it must be at least 1")
+    for rule in rules(cfg):
+        size = axis_sizes(cfg)[rule.split] if rule.split else 0
+        if size % ranks:
+            raise UserError(
+                f"{where}: {ranks} tensor-parallel ranks do not divide {AXIS_NAMES[rule.split]} {size}, along which "
+                f"{rule.name.format(layer=0)} is split"
+            )
+
+
+def tile_shape(shape: tuple[int, ...], itemsize: int = 4) -> tuple[int, ...]:
+    """Halve `shape` from the first axis on until it has at most CHUNK_BYTES."""
+    tile = list(shape)
+    for axis in range(len(tile)):
+        while math.prod(tile) * itemsize > CHUNK_BYTES and tile[axis] > 1:
+            tile[axis] = -(-tile[axis] // 2)
+    return tuple(tile)
+
+
+def tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> Iterator[Index]:
+    """Yield the regions of `shape` that tiles of shape `tile` cover, in row-major order."""
+    ranges = [
+        [slice(start, min(start + step, size)) for start in range(0, size, step)]
+        for size, step in zip(shape, tile, strict=True)
+    ]
+    return itertools.product(*ranges)

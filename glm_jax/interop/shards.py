@@ -1,0 +1,197 @@
+"""An official checkpoint on disk, opened: its rank files checked against the table and seen as our params.
+
+ROOT/latest                                         the iteration, as text
+ROOT/<iteration>/mp_rank_00_model_states.pt ...     {"module": {official name: tensor}}, one file a rank
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from glm_jax.errors import UserError
+from glm_jax.interop.layout import Index, ParamPath, Rule, axis_sizes, check_ranks, official_tensors, rules
+from glm_jax.interop.torch_archive import StoredTensor, read_archive
+from glm_jax.model import GLMConfig
+
+RANK_FILE = "mp_rank_{:02d}_model_states.pt"
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+# rotary tables, in some files a layer's and in some the model's; they follow from the config
+IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+
+
+class Rank(NamedTuple):
+    """One file of a checkpoint."""
+
+    file: Path
+    tensors: dict[str, StoredTensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One array of params, still on disk: for each layer (one outside blocks) the views of it in each rank's file."""
+
+    shape: tuple[int, ...]
+    stacked: bool
+    split: int | None  # the axis, without L, along which the ranks' parts follow one another
+    parts: tuple[tuple[StoredTensor, ...], ...]  # [layers][ranks], axes in our order
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype in the files."""
+        return self.parts[0][0].dtype
+
+    def read(self, index: Index, dtype: np.dtype | None = None) -> np.ndarray:
+        """Read a region, one slice an axis, in the dtype of the files or another."""
+        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
+        region = np.empty([stop - start for start, stop in bounds], dtype or self.dtype)
+        if not self.stacked:
+            self._read_layer(0, bounds, region)
+            return region
+        for place, layer in enumerate(range(*bounds[0])):
+            self._read_layer(layer, bounds[1:], region[place])
+        return region
+
+    def _read_layer(self, layer: int, bounds: list[tuple[int, int]], region: np.ndarray) -> None:
+        """Fill `region` with what `bounds` name of one layer, rank by rank."""
+        if self.split is None:
+            region[...] = self.parts[layer][0].read(tuple(slice(*bound) for bound in bounds))
+            return
+        low, high = bounds[self.split]
+        first = 0  # where the rank's part begins along the split axis
+        for part in self.parts[layer]:
+            size = part.shape[self.split]
+            start, stop = max(low, first), min(high, first + size)
+            if start < stop:
+                index = [slice(*bound) for bound in bounds]
+                index[self.split] = slice(start - first, stop - first)
+                target = [slice(None)] * len(bounds)
+                target[self.split] = slice(start - low, stop - low)
+                region[tuple(target)] = part.read(tuple(index))
+            first += size
+
+
+def latest_iteration(path: str | Path) -> str:
+    """Read the file `latest` of a checkpoint.
+
+    Raises:
+        UserError: there is none, or it names no directory.
+    """
+    root = Path(path)
+    try:
+        name = (root / "latest").read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{root / 'latest'} cannot be read: it should hold the iteration, such as 49300") from error
+    if not re.fullmatch(r"\w+", name) or not (root / name).is_dir():
+        raise UserError(f"{root / 'latest'} names {name!r}, which is not a directory beside it")
+    return name
+
+
+def open_ranks(path: str | Path) -> list[Rank]:
+    """Open the rank files of a checkpoint; tensors stay on disk.
+
+    Raises:
+        UserError: a missing or damaged file, or one without a "module" of tensors.
+    """
+    directory = Path(path) / latest_iteration(path)
+    found = [int(match[1]) for file in directory.iterdir()
+             if (match := re.fullmatch(r"mp_rank_(\d+)_model_states\.pt", file.name))]  # fmt: skip
+    ranks = []
+    for rank in range(max(found, default=0) + 1):
+        file = directory / RANK_FILE.format(rank)
+        if not file.is_file():
+            raise UserError(f"{file} is missing: every rank from 00 on needs its file")
+        content = read_archive(file)
+        module = content.get("module") if isinstance(content, dict) else None
+        if not isinstance(module, dict) or not all(isinstance(value, StoredTensor) for value in module.values()):
+            raise UserError(f'{file}: "module" is missing or holds more than tensors: is this a SAT checkpoint?')
+        ranks.append(Rank(file, module))
+    return ranks
+
+
+def open_parameters(path: str | Path, cfg: GLMConfig) -> dict[ParamPath, Parameter]:
+    """Open a checkpoint as params that are still on disk, by path; everything that can be checked is.
+
+    Raises:
+        UserError: as in `load`.
+    """
+    return gather(open_ranks(path), cfg)
+
+
+def gather(ranks: list[Rank], cfg: GLMConfig) -> dict[ParamPath, Parameter]:
+    """Check each rank's tensors against the table and view them as our params, by path.
+
+    Raises:
+        UserError: a tensor that is missing, unknown, of another shape than cfg's or not of floats.
+    """
+    check_ranks(cfg, len(ranks), ranks[0].file.parent)
+    sizes = axis_sizes(cfg)
+    names = {name for name, _, _ in official_tensors(cfg)}
+    for rank in ranks:
+        for name in rank.tensors:
+            if name not in names and not IGNORED.fullmatch(name):
+                raise UserError(f"{rank.file}: {name} is not a tensor of this model: does the config fit it?")
+    layers: dict[ParamPath, list[tuple[StoredTensor, ...]]] = {}
+    for name, rule, _ in official_tensors(cfg):
+        dtype = next((rank.tensors[name].dtype for rank in ranks if name in rank.tensors), None)
+        views = tuple(_view(rank, name, rule, sizes, len(ranks), dtype) for rank in ranks)
+        layers.setdefault(rule.path, []).append(views)
+    return {
+        rule.path: Parameter(
+            rule.our_shape(sizes), rule.stacked, rule.ours.index(rule.split) if rule.split else None,
+            tuple(layers[rule.path])
+        )
+        for rule in rules(cfg)
+    }  # fmt: skip
+
+
+def _view(rank: Rank, name: str, rule: Rule, sizes: dict[str, int], ranks: int, dtype: np.dtype | None) -> StoredTensor:
+    """Check one rank's tensor and view it with our axes."""
+    tensor = rank.tensors.get(name)
+    if tensor is None:
+        raise UserError(f"{rank.file}: {name} is missing")
+    wanted = rule.torch_shape(sizes, ranks)
+    if tensor.shape != wanted:
+        raise UserError(
+            f"{rank.file}: {name} has shape {list(tensor.shape)}, the config wants {list(wanted)} on each of "
+            f"{ranks} rank{'s' * (ranks > 1)}: is it of another model, or is a rank's file missing?"
+        )
+    if tensor.dtype.name not in FLOATS or tensor.dtype != dtype:
+        raise UserError(f"{rank.file}: {name} is {tensor.dtype.name}, it must be of floats and alike on all ranks")
+    shape = dict(zip(rule.view, rule.view_shape(sizes, ranks), strict=True))
+    for axis, group in reversed(list(enumerate(rule.official.split()))):
+        tensor = tensor.split(axis, tuple(shape[letter] for letter in group))
+    return tensor.transpose(tuple(rule.view.index(axis) for axis in rule.ours))
+
+
+def infer_config(ranks: list[Rank]) -> GLMConfig:
+    """Guess from names and shapes a config under which the ranks merge as they must.
+
+    The number of heads cannot be seen; any count that the ranks divide gives the same merged tensors.
+    """
+    count, tensors = len(ranks), ranks[0].tensors
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors or len(tensors[name].shape) != 2:
+            raise UserError(f"{ranks[0].file}: {name} is missing or not a matrix: is this a GLM?")
+        return tensors[name].shape
+
+    layers = [int(match[1]) for name in tensors if (match := re.match(r"transformer\.layers\.(\d+)\.", name))]
+    vocab, hidden = shape("transformer.word_embeddings.weight")
+    rows, inner = (shape("transformer.layers.0.mlp." + name)[axis] for name, axis in
+                   (("dense_h_to_4h.weight", 0), ("dense_4h_to_h.weight", 1)))  # fmt: skip
+    learned = "transformer.position_embeddings.weight"
+    try:
+        return GLMConfig(
+            num_layers=1 + max(layers), hidden_size=hidden, num_heads=count, ffn_size=inner * count,
+            vocab_size=vocab * count, max_length=shape(learned)[0] if learned in tensors else 1,
+            position="learned_2d" if learned in tensors else "alibi",  # alibi for every model without a table
+            norm="sandwich" if "transformer.layers.0.third_layernorm.weight" in tensors else "deepnorm",
+            activation="geglu" if rows == 2 * inner else "gelu",
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"{ranks[0].file}: the shapes do not fit one another: {error}") from error

@@ -1,0 +1,1 @@
+"""Meshes and partition specs. Knows arrays and functions, not GLM."""

@@ -1,0 +1,1 @@
+"""Optimizer, precision, the training step, checkpoints, metrics and the loop around them."""

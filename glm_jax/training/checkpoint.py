@@ -1,0 +1,110 @@
+"""Checkpoints by orbax: one layout on disk whatever the mesh that wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from glm_jax.errors import UserError
+from glm_jax.parallel import partition
+from glm_jax.training.step import StepConfig, TrainState, init_state, state_specs
+
+Array = jax.Array
+
+
+class Restored(NamedTuple):
+    """A state on the mesh and the numbers that were saved beside it."""
+
+    state: TrainState
+    run: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, in `checkpoints/<step>/`: the newest `keep` of them.
+
+    Each holds `params`, `training` (the rest of the TrainState) and `run` (JSON: step, samples, that is the data
+    position, and versions). Saving goes on in the background while the next steps run; a save that was cut off
+    leaves nothing that could be mistaken for a checkpoint.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 3) -> None:
+        self.directory = (workdir / "checkpoints").resolve()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest_step(self) -> int | None:
+        """Give the newest step that was saved whole, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, run: dict[str, Any]) -> None:
+        """Save the state under its step; returns when the arrays are copied, the writing goes on behind."""
+        rest = state._replace(params=None)._asdict()
+        rest = {name: value for name, value in rest.items() if value is not None}
+        self._manager.save(
+            int(run["step"]),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                training=ocp.args.StandardSave(rest),
+                run=ocp.args.JsonSave(run),
+            ),
+            force=True,
+        )
+
+    def restore(self, cfg: StepConfig, mesh: jax.sharding.Mesh) -> Restored:
+        """Restore the newest step onto the mesh, each device reading its own part.
+
+        Raises:
+            UserError: the arrays on disk do not have the shapes of this config.
+        """
+        shapes = jax.eval_shape(lambda: init_state(cfg))
+        shardings = partition.shardings(mesh, state_specs(cfg))
+        target = jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
+        rest = {name: value for name, value in target._asdict().items() if name != "params"}
+        step = self._manager.latest_step()
+        try:
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(target.params),
+                    training=ocp.args.StandardRestore(rest),
+                    run=ocp.args.JsonRestore(),
+                ),
+            )
+        except ValueError as error:
+            raise UserError(
+                f"{self.directory}/{step} does not fit this config: {str(error).splitlines()[0]}"
+            ) from error
+        return Restored(TrainState(params=items["params"], **items["training"]), items["run"])
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def load_params(workdir: Path) -> Any:
+    """Load the newest params of a workdir onto one device, as generation needs them.
+
+    Raises:
+        UserError: the workdir holds no checkpoint.
+    """
+    directory = (workdir / "checkpoints").resolve()
+    if not directory.is_dir():
+        raise UserError(f"{workdir} holds no checkpoints: train there first, or name another --workdir")
+    with ocp.CheckpointManager(directory, item_names=("params",)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"{workdir} holds no finished checkpoint yet")
+        metadata = manager.item_metadata(step)["params"]
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), metadata)
+        return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))["params"]

@@ -1,0 +1,99 @@
+"""The folder that holds everything a run makes, and the check that a config may go on in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from glm_jax import config as configs
+from glm_jax.data.tokenizer import Tokenizer
+from glm_jax.errors import UserError
+from glm_jax.files import write_atomic
+from glm_jax.model import GLMConfig
+from glm_jax.training.checkpoint import load_params
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.model"
+
+
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Check that `config` may start or go on in `workdir`; writes nothing.
+
+    Raises:
+        UserError: the workdir was made with other values of the frozen keys, or is not one of ours.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file: name a directory")
+    if not (workdir / CONFIG).exists():
+        return
+    before = dict(configs.flatten(read_config(workdir)))
+    after = dict(configs.flatten(config))
+    for key in sorted(before.keys() | after.keys()):
+        frozen = any(key == name or key.startswith(f"{name}.") for name in configs.FROZEN_KEYS)
+        if frozen and before.get(key) != after.get(key):
+            raise UserError(
+                f"{workdir} was made with {key}={before.get(key)!r}, this config says {after.get(key)!r}: "
+                "set it back, or name another --workdir"
+            )
+
+
+def check_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
+    """Check that the tokenizer is the one that the workdir's model knows.
+
+    Raises:
+        UserError: it is another.
+    """
+    path = workdir / TOKENIZER
+    if path.exists() and Tokenizer.load(path).digest != tokenizer.digest:
+        raise UserError(
+            f"{path} is not the tokenizer that these sources give: bring back the sources that the run began with, "
+            "or name another --workdir"
+        )
+
+
+def write(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Write what generation needs besides a checkpoint."""
+    write_atomic(workdir / CONFIG, configs.to_json(config))
+    if not (workdir / TOKENIZER).exists():
+        write_atomic(workdir / TOKENIZER, tokenizer.model)
+
+
+def model_config(config: ConfigDict, tokenizer: Tokenizer) -> GLMConfig:
+    """Give the model of a resolved config with the vocabulary of its tokenizer."""
+    return GLMConfig.from_section(config.model.to_dict(), tokenizer.size, config.data.seq_length)
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """Read the resolved config of a workdir.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise UserError(f"{workdir} is not the workdir of a run ({CONFIG} is missing): check --workdir")
+    return configs.from_json(path.read_text(encoding="utf-8"))
+
+
+def read_tokenizer(workdir: Path) -> Tokenizer:
+    """Load the tokenizer of a workdir.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (workdir / TOKENIZER).is_file():
+        raise UserError(f"{workdir / TOKENIZER} is missing: train in this --workdir first")
+    return Tokenizer.load(workdir / TOKENIZER)
+
+
+def load_model(workdir: Path) -> tuple[GLMConfig, Any, Tokenizer]:
+    """Load the model of a workdir as generation needs it: its config, its newest params on one device, its tokenizer.
+
+    Raises:
+        UserError: something is missing.
+    """
+    config = read_config(workdir)
+    tokenizer = read_tokenizer(workdir)
+    return model_config(config, tokenizer), load_params(workdir), tokenizer

@@ -1,0 +1,344 @@
+"""Rows and batches: exact epochs, any access order, and the batch contract."""
+
+import collections
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glm_jax.data import batches
+from glm_jax.data.batches import Batches, shuffled
+from glm_jax.data.blanks import OBJECTIVES, BlankOptions
+from glm_jax.errors import UserError
+
+SPECIAL = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
+FIRST = 10
+SHARES = {"mask": 0.3, "gmask": 0.7}
+
+
+class Documents:
+    """Documents in which every token of a source but eos is another one."""
+
+    def __init__(self, lengths, first=FIRST):
+        self.lengths = np.array(lengths, np.int64)
+        starts = first + np.cumsum(self.lengths) - self.lengths
+        self._documents = [
+            np.append(np.arange(start, start + length - 1), SPECIAL.eos).astype(np.int32)
+            for start, length in zip(starts, lengths, strict=True)
+        ]
+
+    def __len__(self):
+        return len(self._documents)
+
+    def __getitem__(self, index):
+        return self._documents[index]
+
+    def stream(self):
+        return np.concatenate(self._documents)
+
+
+def build(sources=None, weights=None, seq_length=32, objectives=SHARES, seed=7, **more):
+    if sources is None:
+        sources = {"en": Documents([50, 3, 400, 1000, 7]), "zh": Documents([600, 150], 5000)}
+    return Batches(sources, weights or dict.fromkeys(sources, 1.0), SPECIAL, seq_length, objectives, seed, **more)
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(
+        left[key].dtype == right[key].dtype and (left[key] == right[key]).all() for key in left
+    )
+
+
+def check_row(batch, b, options):
+    """Rebuild the text of each sample of a row from the batch alone, and check the contract; return the texts."""
+    tokens, targets, segments = batch["tokens"][b], batch["targets"][b], batch["segments"][b]
+    context, loss_mask = batch["context"][b], batch["loss_mask"][b]
+    positions = batch["positions"][b]
+    objective = OBJECTIVES[batch["objective"][b]]
+    blank = {"mask": SPECIAL.mask, "gmask": SPECIAL.gmask, "smask": SPECIAL.smask}[objective]
+    filled = segments > 0
+    assert (np.diff(segments[filled]) >= 0).all() and filled[: filled.sum()].all()
+    assert (tokens[~filled] == SPECIAL.pad).all() and not context[~filled].any()
+    assert (loss_mask == (filled & ~context)).all()
+    texts = []
+    for segment in range(1, segments.max() + 1):
+        places = np.flatnonzero(segments == segment)
+        head = int(context[places].sum())
+        assert context[places[:head]].all() and not context[places[head:]].any()
+        assert positions[..., places[0]].max() == 0
+        starts = [i for i in places[head:] if tokens[i] == SPECIAL.sop]
+        blocks = {}
+        for start, stop in zip(starts, [*starts[1:], places[-1] + 1], strict=True):
+            body = targets[start:stop]
+            assert (tokens[start + 1 : stop] == body[:-1]).all()
+            if objective == "gmask":
+                assert (positions[start:stop] == np.arange(head, head + stop - start)).all()
+                blocks[head - 1] = body
+            else:
+                assert len(set(positions[start:stop])) == 1
+                blocks[positions[start]] = body
+        text = []
+        for i, place in enumerate(places[:head]):
+            if tokens[place] != blank:
+                text.append(tokens[place])
+                continue
+            body = blocks.pop(i)
+            if objective != "gmask" or options.gmask_eop:
+                assert body[-1] == SPECIAL.eop
+                body = body[:-1]
+            text.extend(body)
+        assert not blocks
+        texts.append(np.array(text))
+    return texts
+
+
+option_sets = st.sampled_from(
+    [
+        BlankOptions(),
+        BlankOptions(mask_segments=2, gmask_eop=False),
+        BlankOptions(short_seq_prob=0.3, single_span_prob=0.2, mask_segments=3, gmask_segments=2),
+    ]
+)
+
+
+@given(
+    st.lists(st.integers(1, 150), min_size=1, max_size=8).filter(lambda lengths: sum(lengths) >= 16),
+    st.integers(0, 2**32), st.sampled_from([16, 33, 64, 130]), st.floats(0.2, 0.8), option_sets,
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_every_token_is_read_exactly_once_an_epoch(lengths, seed, seq_length, share, options):
+    """Rebuild the text of every row from its batch and sort it into epochs, while objectives change their shares."""
+    seq_length = max(seq_length, 16 * max(options.mask_segments, options.gmask_segments))
+    documents = Documents(lengths)
+    history = [(0, {"mask": share, "gmask": 1 - share}), (40, {"mask": 1 - share, "gmask": share})]
+    made = build({"en": documents}, seq_length=seq_length, objectives=history, seed=seed, options=options)
+    read = collections.defaultdict(list)
+    rows = 3 * made.rows_per_epoch + 100
+    batch = made.at(0, rows)
+    for row in range(rows):
+        read[made.locate(row).epoch].extend(np.concatenate(check_row(batch, row, options)))
+    stream = np.sort(documents.stream())
+    for epoch in (0, 1):
+        assert (np.sort(read[epoch]) == stream).all()
+    for text in read.values():  # the last epochs are half read, and nothing of them twice
+        numbers, counts = np.unique(text, return_counts=True)
+        assert (counts[numbers >= FIRST] == 1).all() and np.isin(numbers, stream).all()
+
+
+def test_epochs_are_complete_across_changed_weights_and_objectives():
+    """Two sources and ramps of both kinds; batch sizes play no part, as rows are numbered alone."""
+    sources = {"en": Documents([50, 3, 400, 1000, 7] * 9), "zh": Documents([600, 150], 50_000)}
+    weights = [(0, {"en": 1.0, "zh": 1.0}), (300, {"en": 1.0, "zh": 3.0}), (700, {"en": 4.0, "zh": 1.0})]
+    objectives = [(0, {"mask": 1.0}), (200, {"mask": 1.0, "gmask": 1.0}), (500, {"mask": 1.0, "gmask": 9.0})]
+    made = build(sources, weights, objectives=objectives)
+    spans = collections.defaultdict(list)
+    for number in range(4000):
+        row = made.locate(number)
+        spans[row.source, row.epoch].append((row.start, row.stop))
+    complete = 0
+    for (source, epoch), pieces in spans.items():
+        pieces.sort()
+        length = sum(sources[made.sources[source]].lengths)
+        if epoch <= {0: 2, 1: 30}[source]:
+            assert pieces[0][0] == 0 and pieces[-1][1] == length
+            assert [stop for _, stop in pieces[:-1]] == [start for start, _ in pieces[1:]]
+            complete += 1
+    assert complete == 3 + 31
+
+
+def test_the_same_text_meets_other_objectives_and_cuts_in_other_epochs():
+    made = build({"en": Documents([3000])})
+    met = {epoch: np.full(3100, -1) for epoch in (0, 1)}
+    cuts = {epoch: set() for epoch in (0, 1)}
+    for number in range(400):
+        row = made.locate(number)
+        if row.epoch in met:
+            text = made.text(row)
+            met[row.epoch][text] = OBJECTIVES.index(row.objective)
+            cuts[row.epoch].add(int(text[0]))
+    assert len(cuts[0] & cuts[1]) < 0.5 * len(cuts[0])
+    both = (met[0] >= 0) & (met[1] >= 0)
+    assert both.mean() > 0.9 and 0.2 < (met[0] != met[1])[both].mean() < 0.7
+
+
+@given(st.integers(0, 10**7), st.integers(1, 24), st.lists(st.integers(1, 24), max_size=3), st.randoms())
+@settings(max_examples=25, deadline=None)
+def test_a_batch_is_the_same_in_any_order_and_for_any_split(first, rows, cuts, random):
+    made, again = build(), build()
+    whole = made.at(first, rows)
+    edges = sorted({0, rows, *(cut % rows for cut in cuts)})
+    parts = list(zip(edges, edges[1:], strict=False))
+    random.shuffle(parts)
+    pieces = {start: again.at(first + start, stop - start) for start, stop in parts}
+    joined = {key: np.concatenate([pieces[start][key] for start in sorted(pieces)]) for key in whole}
+    assert equal(whole, joined)
+
+
+def test_steps_number_their_rows_by_batch():
+    made = build()
+    assert equal(made.batch_at(3, 8), made.at(24, 8))
+
+
+def test_row_ten_million_costs_what_row_ten_costs():
+    def fastest(first):
+        times = []
+        for turn in range(15):
+            start = time.perf_counter()
+            made.at(first + 8 * turn, 8)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    made = build()
+    fastest(0)
+    assert fastest(10_000_000) < 2 * fastest(10)
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_prefetched_batches_are_the_same_in_order(threads):
+    made = build()
+    ahead = made.prefetched(40, 8, threads=threads)
+    for step in range(10):
+        assert equal(next(ahead), made.at(40 + 8 * step, 8))
+
+
+def test_counts_of_sources_and_objectives_are_exact():
+    made = build(weights={"en": 1.0, "zh": 3.0})
+    batch = made.at(0, 400)
+    for source, share in enumerate((0.25, 0.75)):
+        for objective, part in SHARES.items():
+            drawn = (batch["source"] == source) & (batch["objective"] == OBJECTIVES.index(objective))
+            assert abs(drawn.sum() - 400 * share * part) < 4
+    assert ((batch["tokens"] > 5000).any(1) == (batch["source"] == 1)).mean() > 0.97
+
+
+def test_a_later_change_of_weights_leaves_earlier_rows_alone():
+    sources = {"en": Documents([900]), "zh": Documents([700], 5000), "ja": Documents([500], 9000)}
+    old = build(sources, {"en": 1.0, "zh": 1.0})
+    new = build(
+        sources, [(0, {"en": 1.0, "zh": 1.0}), (100, {"en": 1.0, "zh": 1.0}), (100, {"ja": 1.0})],
+        objectives=[(0, SHARES), (100, SHARES), (100, {"mask": 1.0, "gmask": 1.0})],
+    )  # fmt: skip
+    assert equal(old.at(0, 100), new.at(0, 100))
+    assert (new.at(100, 20)["source"] == 2).all()
+
+
+def test_seeds_differ():
+    assert not equal(build(seed=1).at(0, 8), build(seed=2).at(0, 8))
+
+
+def test_two_streams():
+    options = BlankOptions(two_streams=True)
+    batch = build(options=options).at(0, 16)
+    assert batch["positions"].shape == (16, 2, 32)
+    plain = build().at(0, 16)
+    assert (batch["tokens"] == plain["tokens"]).all()
+    for b in range(16):
+        target = batch["loss_mask"][b] > 0
+        heads = batch["tokens"][b] == SPECIAL.sop
+        assert (batch["positions"][b, 1][~target] == 0).all()
+        assert (batch["positions"][b, 1][heads] == 1).all()
+        blanks = np.unique(batch["positions"][b, 0][target])
+        assert np.isin(batch["tokens"][b][blanks], (SPECIAL.mask, SPECIAL.gmask)).all()
+
+
+def test_paper_segments():
+    """4 x 512 for [MASK], 1 x 2,048 for [gMASK]; positions restart and no segment is longer than its share."""
+    options = BlankOptions(mask_segments=4)
+    made = build({"en": Documents([5000] * 120)}, seq_length=2048, options=options)
+    batch = made.at(0, 40)
+    for b in range(40):
+        check_row(batch, b, options)
+        sizes = np.bincount(batch["segments"][b])[1:]
+        if OBJECTIVES[batch["objective"][b]] == "mask":
+            assert len(sizes) == 4 and sizes.max() <= 512 and sizes.min() > 440
+        else:
+            assert len(sizes) == 1 and sizes[0] > 2000
+
+
+def test_smask_rows():
+    documents = Documents([300] * 10)
+    ends = np.zeros(FIRST + 4000, bool)
+    ends[::13] = True
+    made = build({"en": documents}, objectives={"smask": 1.0}, seq_length=128, sentence_ends=ends)
+    batch = made.at(0, 16)
+    for b in range(16):
+        (text,) = check_row(batch, b, BlankOptions())
+        assert (text == made.text(made.locate(b))).all()
+    with pytest.raises(UserError, match="sentence_ends"):
+        build({"en": documents}, objectives={"smask": 1.0})
+
+
+def test_reference_quirks():
+    """500 tokens in 512 places, targets cut; rows drawn with replacement miss some text and repeat some."""
+    options = BlankOptions(mask_segments=4, gmask_eop=False, cut_targets=True)
+    made = build({"en": Documents([20_000] * 10)}, seq_length=2048, options=options, replacement=True)
+    batch = made.at(0, 60)
+    for b in range(60):
+        assert np.bincount(batch["segments"][b])[1:].max() <= (2048 if batch["objective"][b] else 512)
+    texts = [made.locate(row) for row in range(200)]
+    starts = collections.Counter((row.objective, row.start) for row in texts)
+    assert max(starts.values()) > 1
+    assert equal(batch, made.at(0, 60))
+
+
+def test_one_pass_over_held_out_rows_repeats_nothing():
+    for lengths in ([40], [300], [3000], [800] * 50):
+        documents = Documents(lengths)
+        made = build({"en": documents})
+        rows = [made.locate(row) for row in range(made.rows_per_epoch)]
+        assert rows and {row.epoch for row in rows} == {0}
+        assert sum(row.stop - row.start for row in rows) > 0.6 * sum(lengths)
+
+
+def test_tiny_streams_fill_rows_over_and_over():
+    made = build({"en": Documents([17])}, seq_length=64)
+    assert made.rows_per_epoch == 1
+    for row in range(10):
+        assert made.locate(row).stop - made.locate(row).start == 17
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+@settings(max_examples=40)
+def test_shuffled_is_a_permutation(size, key):
+    assert sorted(shuffled(i, size, key) for i in range(size)) == list(range(size))
+
+
+def test_shuffled_is_even():
+    """Every element comes to every place equally often: chi-square with 36 degrees of freedom, 99.9% point."""
+    counts = np.zeros((7, 7))
+    for key in range(4900):
+        for index in range(7):
+            counts[index, shuffled(index, 7, key * 0x9E3779B97F4A7C15 % 2**64)] += 1
+    assert ((counts - 700) ** 2 / 700).sum() < 68
+
+
+def test_huge_sources_are_planned_without_work():
+    """A trillion tokens: only lengths are looked at until a row is asked for."""
+    documents = SimpleNamespace(lengths=np.full(1000, 10**9, np.int64))
+    made = build({"en": documents}, seq_length=2048)
+    assert made.rows_per_epoch > 4 * 10**8
+    assert made.locate(10**8).epoch == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": {"fr": 1.0}}, "source fr has a weight but is not there; known: en, zh"),
+        ({"objectives": {"gmsk": 1.0}}, "objective gmsk has a weight but is not there; known: mask, gmask, smask"),
+        ({"sources": {"en": Documents([5, 6])}}, "source en holds 11 tokens"),
+        ({"seq_length": 4}, "do not fit 4 tokens"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_mistakes_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        build(**change)
+
+
+def test_rows_before_the_first_and_beyond_the_last_are_refused():
+    for row in (-1, batches.LAST_ROW):
+        with pytest.raises(ValueError, match="is not in"):
+            build().at(row, 1)

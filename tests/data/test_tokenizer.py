@@ -1,0 +1,142 @@
+"""The tokenizer: nothing is lost, specials never come from text, training is deterministic and quiet."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from glm_jax.data import tokenizer as tokenizer_module
+from glm_jax.data.tokenizer import SPECIALS, Tokenizer, train
+from glm_jax.errors import UserError
+
+ENGLISH = """Return a new array of given shape and type, filled with zeros.
+
+    Parameters
+    ----------
+    shape : int or tuple of ints
+        Shape of the new array, e.g., ``(2, 3)`` or ``2``.
+
+    >>> zeros((2, 1))
+    array([[ 0.],
+           [ 0.]])
+"""
+CHINESE = "话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。\n"
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    return train([ENGLISH, CHINESE] * 20, 500)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: bytes) -> Tokenizer:
+    return Tokenizer(model)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text() | st.text(alphabet=" \t\n\r\0\u2581\u2585\ufffd\ufeff[MASK]<0x4>aZ分合😀"))
+@example("\u2581a \u2581\u2581b\u2581")
+@example("\0\t\x1b\x7f")
+@example("[MASK] [gMASK] [sMASK] sop eop eos pad unk <0x41> <unk> <s>")
+@example("a\rb\r\nc\n\n\n    d\t\te")
+@example("  leading and trailing   ")
+@example("👩\u200d🔬 \u0301e e\u0301 ﬁ Ａ \u2028\u00a0\u3000\U0010ffff\ufffe")
+def test_decode_inverts_encode(tokenizer: Tokenizer, text: str):
+    ids = tokenizer.encode(text)  # [S]
+    assert ids.dtype == np.int32 and ids.ndim == 1
+    assert tokenizer.decode(ids) == text
+    assert int(tokenizer.token_bytes[ids].sum()) == len(text.encode())
+    assert not np.isin(ids, range(len(SPECIALS))).any()
+
+
+def test_special_ids(tokenizer: Tokenizer):
+    ids = [tokenizer.pad, tokenizer.unk, tokenizer.eos, tokenizer.mask, tokenizer.gmask, tokenizer.smask,
+           tokenizer.sop, tokenizer.eop]  # fmt: skip
+    assert ids == list(range(8))
+    assert tokenizer.decode(ids) == ""
+    assert tokenizer.decode(ids, specials=True) == "padunkeos[MASK][gMASK][sMASK]sopeop"
+    assert (tokenizer.token_bytes == 0).nonzero()[0].tolist() == ids
+    assert tokenizer.token_bytes.shape == (tokenizer.size,)
+
+
+def test_blanks_are_inserted_only_when_asked_for(tokenizer: Tokenizer):
+    text = "天下[MASK]，[gMASK] a[sMASK][MASK]"
+    expected = [*tokenizer.encode("天下"), tokenizer.mask, *tokenizer.encode("，"), tokenizer.gmask,
+                *tokenizer.encode(" a"), tokenizer.smask, tokenizer.mask]  # fmt: skip
+    assert tokenizer.encode_with_blanks(text).tolist() == expected
+    assert tokenizer.decode(expected, specials=True) == text
+    assert tokenizer.encode_with_blanks("[mask] [xMASK]").tolist() == tokenizer.encode("[mask] [xMASK]").tolist()
+    assert tokenizer.encode_with_blanks("").shape == (0,)
+
+
+def test_text_compresses_in_both_languages(tokenizer: Tokenizer):
+    assert len(tokenizer.encode(ENGLISH)) < len(ENGLISH) / 2.5
+    assert len(tokenizer.encode(CHINESE)) < len(CHINESE)
+    assert len(tokenizer.encode("        ")) == 1  # an indentation is one piece
+    assert len(tokenizer.encode(".\n\n    Parameters\n    ----------\n")) <= 8
+
+
+def test_batch_equals_one_by_one(tokenizer: Tokenizer):
+    texts = [ENGLISH, "", CHINESE]
+    for ids, text in zip(tokenizer.encode_batch(texts), texts, strict=True):
+        assert ids.tolist() == tokenizer.encode(text).tolist()
+
+
+def test_a_cut_character_is_replaced(tokenizer: Tokenizer):
+    ids = tokenizer.encode("😀")  # not in the training text: four byte pieces
+    assert len(ids) == 4
+    assert tokenizer.decode(ids[:3]) == "\ufffd"
+
+
+def test_training_is_deterministic_and_quiet(model: bytes, capfd: pytest.CaptureFixture[str]):
+    assert train([ENGLISH, CHINESE] * 20, 500) == model
+    assert capfd.readouterr() == ("", "")
+    assert Tokenizer(model).digest == hashlib.sha256(model).hexdigest()
+
+
+def test_long_lines_and_awkward_characters_take_part():
+    line = "wonderful " * 3000 + "\0 \u2585 \u2581 " + "marvellous " * 3000
+    tokenizer = Tokenizer(train([line], 300))
+    assert len(tokenizer.encode(" wonderful")) == 1
+    assert len(tokenizer.encode(" marvellous")) == 1
+
+
+def test_many_characters_leave_room_for_words():
+    characters = "".join(chr(0x4E00 + index) for index in range(3000))
+    tokenizer = Tokenizer(train([characters, *["天下大势"] * 500], 600))
+    assert tokenizer.size <= 600
+    assert len(tokenizer.encode("天下大势")) == 1
+    assert tokenizer.decode(tokenizer.encode(characters)) == characters
+
+
+def test_training_reads_no_more_than_it_uses(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tokenizer_module, "TRAINING_BYTES", 3000)
+    documents = iter([ENGLISH] * 100)
+    train(documents, 300)
+    assert len(list(documents)) > 80
+
+
+def test_bad_input_is_one_line(tmp_path, tokenizer: Tokenizer):
+    with pytest.raises(UserError, match="vocab_size is 264, it must be at least 266"):
+        train([ENGLISH], 264)
+    for documents in ([], [" \n"]):
+        with pytest.raises(UserError, match="no text"):
+            train(documents, 500)
+    with pytest.raises(UserError, match="cannot read the tokenizer .*missing.model"):
+        Tokenizer.load(tmp_path / "missing.model")
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="bad.model is not a SentencePiece model"):
+        Tokenizer.load(tmp_path / "bad.model")
+
+
+def test_load_and_pickle(tmp_path, tokenizer: Tokenizer):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(tokenizer.model)
+    for copy in (Tokenizer.load(path), pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.digest == tokenizer.digest
+        assert copy.encode(ENGLISH).tolist() == tokenizer.encode(ENGLISH).tolist()

@@ -1,0 +1,77 @@
+"""Decoding with the cache gives what recomputing the whole row at every token gives; strategies choose as they say."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.inference.decode import generate, row_positions
+from glm_jax.inference.strategies import GREEDY, Sampling
+from glm_jax.model import GLMConfig, apply, init
+
+CONFIG = GLMConfig(num_layers=2, hidden_size=32, num_heads=4, ffn_size=48, vocab_size=64, max_length=128)
+SOP, EOP, MASK = 61, 62, 63
+
+
+def recomputed(cfg: GLMConfig, params: dict, context: list[int], blank: int, repeats: bool, count: int) -> list[int]:
+    """Generate greedily, the whole row from scratch for every token, with its mask and positions written out."""
+    size = len(context)
+    length = size + 1 + count
+    tokens = np.array([*context, SOP] + [0] * count)
+    positions = jnp.asarray(row_positions(cfg, length, size, blank, repeats))
+    allowed = np.tril(np.ones((1, length, length), bool))
+    allowed[:, :, :size] = True
+    whole = jax.jit(apply, static_argnums=0)
+    for place in range(size, length - 1):
+        logits = np.array(whole(cfg, params, jnp.array([tokens]), positions, jnp.asarray(allowed))[0, place])
+        logits[[MASK, SOP] + ([EOP] if place == size else [])] = -np.inf
+        tokens[place + 1] = logits.argmax()
+        if tokens[place + 1] == EOP:
+            return tokens[size + 1 : place + 1].tolist()
+    return tokens[size + 1 :].tolist()
+
+
+@pytest.mark.parametrize("position", ["rope", "learned_2d", "alibi"])
+@pytest.mark.parametrize("repeats", [True, False])
+def test_cached_greedy_decoding_equals_recomputation(position: str, repeats: bool) -> None:
+    cfg = dataclasses.replace(CONFIG, position=position)
+    params = jax.tree.map(lambda array: array * 3, init(cfg, jax.random.key(3)))
+    context = [5, 9, MASK, 11, 3]
+    banned = np.isin(np.arange(64), [MASK, SOP])
+    settings = {"sop": SOP, "repeats": repeats, "ends": [EOP], "banned": banned, "budget": 12}
+    generated = generate(cfg, params, context, 2, **settings, sampling=GREEDY, key=jax.random.key(0))
+    assert generated == recomputed(cfg, params, context, 2, repeats, 12)
+    assert len(set(generated)) > 1
+
+
+def test_positions_of_a_blank() -> None:
+    np.testing.assert_array_equal(row_positions(CONFIG, 7, 4, 1, True), [[0, 1, 2, 3, 1, 1, 1]])
+    np.testing.assert_array_equal(row_positions(CONFIG, 7, 4, 1, False), [[0, 1, 2, 3, 4, 5, 6]])
+    two_streams = dataclasses.replace(CONFIG, position="learned_2d")
+    expected = [[[0, 1, 2, 3, 1, 1, 1], [0, 0, 0, 0, 1, 2, 3]]]
+    np.testing.assert_array_equal(row_positions(two_streams, 7, 4, 1, True), expected)
+
+
+def chosen(sampling: Sampling, logits: jax.Array) -> set[int]:
+    keys = jax.random.split(jax.random.key(0), 300)
+    return set(np.asarray(jax.vmap(lambda key: sampling.choose(logits, key))(keys)).tolist())
+
+
+def test_sampling_keeps_what_top_k_and_top_p_allow() -> None:
+    logits = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.1, 0.0]))
+    assert chosen(GREEDY, logits) == {0}
+    assert chosen(Sampling(temperature=1.0), logits) == {0, 1, 2, 3}
+    assert chosen(Sampling(temperature=1.0, top_k=2), logits) == {0, 1}
+    assert chosen(Sampling(temperature=1.0, top_p=0.65), logits) == {0, 1}  # 0.4 does not reach it, 0.3 crosses it
+    assert chosen(Sampling(temperature=1.0, top_k=3, top_p=0.4), logits) == {0}  # 0.4 of 0.9 crosses it alone
+
+
+def test_temperature_flattens() -> None:
+    logits = jnp.array([2.0, 0.0])
+    keys = jax.random.split(jax.random.key(0), 2000)
+    shares = [
+        float((jax.vmap(lambda key, t=t: Sampling(t).choose(logits, key))(keys) == 0).mean()) for t in (1.0, 4.0)
+    ]
+    assert shares == pytest.approx([1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(-0.5))], abs=0.04)

@@ -1,0 +1,106 @@
+"""GLM in float64 numpy on one page, written from the papers and without regard for speed: what model/ is held against.
+
+Post-LN and DeepNorm stand here as in the paper, LN(alpha x + f(x)), not in the shifted form of the released code; their
+first norm is the one on the embedding. Matrices come in the layout of glm_jax.model.init; `layer` below is one block's.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def layer_norm(params: Any, x: np.ndarray, epsilon: float) -> np.ndarray:
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon) * params["scale"] + params[
+        "bias"
+    ]
+
+
+def slopes(heads: int) -> np.ndarray:
+    """ALiBi (Press et al. 2022, section 3): a geometric sequence from 2^(-8/n); in between for other head counts."""
+    n = 1 << (heads.bit_length() - 1)
+    extra = [2 ** (-8 * (2 * i + 1) / (2 * n)) for i in range(heads - n)]
+    return np.array([2 ** (-8 * (i + 1) / n) for i in range(n)] + extra)
+
+
+def alibi_distance(p: np.ndarray) -> np.ndarray:
+    """|p_i - p_j|, and |i - j| more where i and j lie in one run of equal positions (a target block)."""
+    distance = np.abs(p[:, None] - p[None, :])
+    for i in range(len(p)):
+        for j in range(len(p)):
+            if len(set(p[min(i, j) : max(i, j) + 1])) == 1:
+                distance[i, j] += abs(i - j)
+    return distance
+
+
+def rotate(x: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """RoPE (Su et al. 2021) on [S, K]: the pair (j, j + K/2) is a complex number, turned by p 10000^(-2j/K)."""
+    half = x.shape[-1] // 2
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * p[:, None] * 10000 ** (-np.arange(half) / half))
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def attention(cfg: Any, layer: Any, x: np.ndarray, p: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Attention of one row: x [S, D], p [S] or [2, S], allowed [S, S] -> [S, D]."""
+    kernel, bias = layer["qkv"]["kernel"], layer["qkv"]["bias"]
+    output = np.zeros_like(x)
+    for head in range(cfg.num_heads):
+        q, k, v = (x @ kernel[:, head, part] + bias[head, part] for part in range(3))
+        if cfg.position == "rope":
+            q, k = rotate(q, p), rotate(k, p)
+        scores = q @ k.T / np.sqrt(q.shape[-1])
+        if cfg.position == "alibi":
+            scores = scores - slopes(cfg.num_heads)[head] * alibi_distance(p)
+        weights = np.exp(scores - scores.max(-1, keepdims=True)) * allowed
+        output += weights / weights.sum(-1, keepdims=True) @ v @ layer["output"]["kernel"][head]
+    return output + layer["output"]["bias"]
+
+
+def feedforward(cfg: Any, layer: Any, x: np.ndarray) -> np.ndarray:
+    """Feed-forward: x [S, D] -> [S, D]; the second half of a GeGLU is the gate."""
+    up, down = layer["up"], layer["down"]
+    u = [x @ up["kernel"][:, part] + up["bias"][part] for part in range(up["bias"].shape[0])]
+    if cfg.activation == "geglu":
+        y = u[0] * u[1] * (1 + erf(u[1] / np.sqrt(2))) / 2
+    elif cfg.activation == "gelu":
+        y = u[0] * (1 + erf(u[0] / np.sqrt(2))) / 2
+    else:
+        y = u[0] * (1 + np.tanh(np.sqrt(2 / np.pi) * (u[0] + 0.044715 * u[0] ** 3))) / 2
+    return y @ down["kernel"] + down["bias"]
+
+
+def pick(tree: Any, index: int) -> Any:
+    return {name: pick(leaf, index) for name, leaf in tree.items()} if isinstance(tree, dict) else tree[index]
+
+
+def forward(cfg: Any, params: Any, tokens: np.ndarray, positions: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """tokens [B, S], positions [B, S] or [B, 2, S], allowed [B, S, S] -> logits [B, S, V]."""
+    return np.stack([row(cfg, params, *inputs) for inputs in zip(tokens, positions, allowed, strict=True)])
+
+
+def row(cfg: Any, params: Any, tokens: np.ndarray, p: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    word = params["embedding"]["word"]
+    x = word[tokens]
+    if cfg.position == "learned_2d":
+        x = x + params["embedding"]["position"][p[0]] + params["embedding"]["block_position"][p[1]]
+    if cfg.embedding_norm:
+        x = layer_norm(params["embedding"]["norm"], x, cfg.norm_epsilon)
+    sublayers, before, after = [], [], []
+    for layer in (pick(params["blocks"], index) for index in range(cfg.num_layers)):
+        sublayers += [lambda x, layer=layer: attention(cfg, layer["attention"], x, p, allowed),
+                      lambda x, layer=layer: feedforward(cfg, layer["feedforward"], x)]  # fmt: skip
+        before += [layer["attention_norm"], layer["feedforward_norm"]]
+        after += [layer.get("attention_output_norm"), layer.get("feedforward_output_norm")]
+    norms = [*before, params["final_norm"]]
+    alpha = np.sqrt(2 * cfg.num_layers) if cfg.norm == "deepnorm" else 1
+    if cfg.norm in ("post", "deepnorm"):
+        x = layer_norm(norms[0], x, cfg.norm_epsilon)
+        for f, norm in zip(sublayers, norms[1:], strict=True):
+            x = layer_norm(norm, alpha * x + f(x), cfg.norm_epsilon)
+        return x @ word.T
+    for f, norm, norm_after in zip(sublayers, before, after, strict=True):
+        y = f(layer_norm(norm, x, cfg.norm_epsilon))
+        x = x + (layer_norm(norm_after, y, cfg.norm_epsilon) if cfg.norm == "sandwich" else y)
+    return layer_norm(norms[-1], x, cfg.norm_epsilon) @ word.T

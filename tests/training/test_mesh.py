@@ -1,0 +1,21 @@
+"""The tests of the step again, on meshes of emulated devices; in processes of their own, as an XLA abort kills one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("mesh", ["2,1,2"])
+def test_the_step_passes_the_same_tests_on_a_mesh(mesh: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).parent / "test_step.py")],
+        env={**os.environ, "GLM_JAX_TEST_MESH": mesh, "JAX_NUM_CPU_DEVICES": "4"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout and "failed" not in done.stdout

@@ -1,0 +1,137 @@
+"""train_step against plain value_and_grad, on the mesh of this test run; test_mesh.py runs it on more devices."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax import model
+from glm_jax.data.blanks import OBJECTIVES
+from glm_jax.model import GLMConfig
+from glm_jax.parallel import mesh as meshes
+from glm_jax.training import optimizer
+from glm_jax.training.optimizer import OptimizerConfig
+from glm_jax.training.precision import Precision
+from glm_jax.training.step import StepConfig, TrainState, compile_steps, create_state, token_losses
+
+MODEL = GLMConfig(2, 32, 4, 48, 64, max_length=16, attention_dropout=0.0, hidden_dropout=0.0)
+CONFIG = StepConfig(
+    model=MODEL,
+    optimizer=OptimizerConfig(peak_lr=1e-2, warmup_samples=8, decay_samples=800),
+    precision=Precision(),
+    num_tokens=60,
+    seed=3,
+)
+
+
+def make_batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
+    """Make rows of two packed segments and some padding, with few and uneven targets."""
+    draw = np.random.default_rng(0)
+    places = np.arange(length)
+    segments = np.where(places < 9, 1, np.where(places < 14, 2, 0))
+    context = np.isin(places, [0, 1, 2, 3, 9, 10])
+    target = (segments > 0) & ~context
+    loss_mask = (target & (draw.random((rows, length)) < 0.7)).astype(np.float32)
+    loss_mask[1] = 0  # a row without a target
+    return {
+        "tokens": draw.integers(0, 60, (rows, length), np.int32),
+        "targets": draw.integers(0, 60, (rows, length), np.int32),
+        "positions": np.broadcast_to(np.where(places < 9, places, places - 9), (rows, length)).astype(np.int32),
+        "segments": np.broadcast_to(segments, (rows, length)).astype(np.int32),
+        "context": np.broadcast_to(context, (rows, length)),
+        "loss_mask": loss_mask,
+        "objective": (np.arange(rows) % 2).astype(np.int32),
+        "source": np.zeros(rows, np.int32),
+    }
+
+
+def run(cfg: StepConfig, sizes: dict[str, int], microbatches: int, steps: int) -> tuple[Any, list[dict[str, Any]]]:
+    mesh = meshes.build(sizes)
+    train, _ = compile_steps(cfg, mesh)
+    state, metrics = create_state(cfg, mesh), []
+    for _ in range(steps):
+        state, measured = train(state, meshes.place(mesh, make_batch(), microbatches))
+        metrics.append(jax.device_get(measured))
+    return jax.device_get(state), metrics
+
+
+def plain_step(cfg: StepConfig, state: TrainState) -> tuple[jax.Array, Any, Any]:
+    """Take the same step with jax.value_and_grad over the whole batch at once."""
+    batch = make_batch()
+
+    def mean_loss(params: Any) -> jax.Array:
+        allowed = model.visibility(jnp.asarray(batch["segments"]), jnp.asarray(batch["context"]))
+        logits = model.apply(cfg.model, params, batch["tokens"], batch["positions"], allowed)[..., : cfg.num_tokens]
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
+        return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+
+    loss, gradients = jax.value_and_grad(mean_loss)(state.params)
+    lr = optimizer.learning_rate(cfg.optimizer, jnp.int32(8))
+    params, _, _ = optimizer.update(cfg.optimizer, gradients, state.moments, state.params, lr)
+    return loss, gradients, params
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_step_is_adamw_on_the_mean_over_all_target_tokens(mesh_sizes: dict[str, int], microbatches: int) -> None:
+    start = create_state(CONFIG, meshes.build(mesh_sizes))
+    loss, gradients, params = plain_step(CONFIG, jax.device_get(start))
+    state, (metrics,) = run(CONFIG, mesh_sizes, microbatches, 1)
+    sums, batch = metrics["sums"], make_batch()
+    assert sums.loss.sum() / sums.targets.sum() == pytest.approx(float(loss), rel=1e-6)
+    assert sums.targets[:2].tolist() == [batch["loss_mask"][kind::2].sum() for kind in (0, 1)]
+    assert len(sums.loss) == len(OBJECTIVES) and metrics["tokens"] == 8 * 14
+    norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradients)))
+    assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, params)
+    assert (state.step, state.samples) == (1, 8)
+
+
+def test_microbatches_and_meshes_do_not_change_five_steps(mesh_sizes: dict[str, int]) -> None:
+    cfg = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, attention_dropout=0.1, hidden_dropout=0.1))
+    one = {"data": 1, "pipeline": 1, "tensor": 1}
+    for config, microbatches in ((CONFIG, 4), (cfg, 1)):  # dropout draws by microbatch, so their number stays
+        losses = [
+            [float(step["sums"].loss.sum()) for step in run(config, sizes, count, 5)[1]]
+            for sizes, count in ((one, 1), (mesh_sizes, microbatches))
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert losses[0][4] < losses[0][0]
+
+
+def test_a_step_that_overflows_changes_only_scale_and_counters(mesh_sizes: dict[str, int]) -> None:
+    cfg = dataclasses.replace(CONFIG, precision=Precision("float16", initial_scale=2.0**40, hysteresis=1))
+    mesh = meshes.build(mesh_sizes)
+    train, _ = compile_steps(cfg, mesh)
+    before = jax.device_get(create_state(cfg, mesh))
+    after, _ = train(create_state(cfg, mesh), meshes.place(mesh, make_batch(), 1))
+    after = jax.device_get(after)
+    jax.tree.map(np.testing.assert_array_equal, (before.params, before.moments), (after.params, after.moments))
+    assert after.loss_scale.scale == 2.0**39 and after.loss_scale.skipped == 1 and after.step == 1
+
+
+@pytest.mark.parametrize("compute, tolerance", [("bfloat16", 0.03), ("float16", 0.005)])
+def test_half_precision_stays_near_float32(mesh_sizes: dict[str, int], compute: str, tolerance: float) -> None:
+    precision = Precision(compute, initial_scale=2.0**10)
+    half = run(dataclasses.replace(CONFIG, precision=precision), mesh_sizes, 2, 5)[1]
+    single = run(CONFIG, mesh_sizes, 2, 5)[1]
+    for a, b in zip(half, single, strict=True):
+        assert a["sums"].loss.sum() == pytest.approx(b["sums"].loss.sum(), rel=tolerance)
+    assert half[-1]["skipped"] == 0
+
+
+def test_padding_of_the_vocabulary_gets_no_probability() -> None:
+    logits = jnp.zeros((1, 1, 64)).at[..., 60:].set(1e4)
+    assert token_losses(logits, jnp.array([[5]]), 60)[0, 0] == pytest.approx(np.log(60), rel=1e-6)
+
+
+def test_eval_step_gives_the_loss_of_every_target(mesh_sizes: dict[str, int]) -> None:
+    mesh = meshes.build(mesh_sizes)
+    _, evaluate = compile_steps(CONFIG, mesh)
+    state, batch = create_state(CONFIG, mesh), make_batch()
+    losses = np.asarray(evaluate(state.params, meshes.place(mesh, batch, 1)))
+    assert losses.shape == (8, 16) and (losses[batch["loss_mask"] == 0] == 0).all()
+    loss, _, _ = plain_step(CONFIG, jax.device_get(state))
+    assert losses.sum() / batch["loss_mask"].sum() == pytest.approx(float(loss), rel=1e-6)
