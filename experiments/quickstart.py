@@ -3,12 +3,10 @@
 glm-jax train --config experiments/quickstart.py --workdir runs/quickstart
 """
 
-from ml_collections import ConfigDict
-
-from glm_jax.config import default_config, source
+from glm_jax.config import Config, default_config, source
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     """Give the quickstart: 4 layers of 128, 8,000 pieces, [MASK] and [gMASK] on English and Chinese in equal parts."""
     config = default_config()
     config.data.sources.en = source(sample="python-docs", language="en")

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from glm_jax import config as configs
+from glm_jax.config import Config
 from glm_jax.errors import UserError
 
 Command = Callable[[Sequence[str]], int]
@@ -178,7 +179,7 @@ def _parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequenc
     return True
 
 
-def _load(values: flags.FlagValues) -> ConfigDict:
+def _load(values: flags.FlagValues) -> Config:
     """Give the resolved config that the flags describe."""
     try:
         return configs.resolve(values.config)
@@ -195,10 +196,13 @@ def _one_line(error: Exception) -> str:
 def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
     """Say which `--config.KEY` does not exist, and the nearest that does."""
     known = [key for key, _ in configs.flatten(configs.default_config())]
-    known += [f"data.sources.NAME.{key}" for key in configs.source()]
     for argument in arguments:
         key = argument.split("=")[0].removeprefix("--config.")
-        if key != argument.split("=")[0] and key not in known and not key.startswith("data.sources."):
+        if not argument.startswith("--config."):
+            continue
+        if key.startswith("data.sources.") and key.count(".") == 3:
+            known += [f"{key.rsplit('.', 1)[0]}.{name}" for name in configs.source()]
+        if key not in known:
             return f"unknown config key {key}: {configs.closest(key, known)}"
     return f"unknown config key: {_one_line(error)}"
 

@@ -10,11 +10,16 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from glm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    Config = Any  # its keys are checked by `resolve`, not by a type checker
+else:
+    Config = ConfigDict
 
 # What a finished run's numbers depend on. Everything else may change when a run goes on.
 FROZEN_KEYS = ("seed", "model", "data.seq_length", "data.tokenizer")
@@ -22,11 +27,13 @@ FROZEN_KEYS = ("seed", "model", "data.seq_length", "data.tokenizer")
 NORMS = ("deepnorm", "post", "pre", "sandwich")
 POSITIONS = ("rope", "alibi", "learned_2d")
 ACTIVATIONS = ("geglu", "gelu", "gelu_tanh")
+ROPE_ANGLES = ("float32", "float16")
+INITIALISATIONS = ("xavier", "normal", "largescale")
 FORMATS = ("text", "jsonl", "jsonl.zst", "parquet")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
-def source(**changes: Any) -> ConfigDict:
+def source(**changes: Any) -> Config:
     """Give one entry of `data.sources`: the defaults, and `changes`, among which `path` or `sample` must be."""
     defaults = {
         "path": "",  # a file, a directory or a glob; takes the place of the sample
@@ -39,9 +46,9 @@ def source(**changes: Any) -> ConfigDict:
     return ConfigDict(defaults | changes)
 
 
-def default_config() -> ConfigDict:
+def default_config() -> Config:
     """Give every key with its default: a model for a laptop; experiments say what differs."""
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.seed = 1234
 
     config.model = ConfigDict()
@@ -54,7 +61,14 @@ def default_config() -> ConfigDict:
     config.model.activation = "geglu"
     config.model.attention_dropout = 0.0
     config.model.hidden_dropout = 0.0
-    config.model.vocab_multiple = 128  # the vocabulary is padded to a multiple of this, on disk as in memory
+    config.model.embedding_norm = False
+    config.model.rope_angles = "float32"  # float16: the released inference code's tables
+    config.model.score_scaling = True
+    config.model.pb_relax = 0.0  # alpha; 0: off
+    config.model.initialisation = "xavier"
+    config.model.max_length = 0  # rows of a position table; 0: data.seq_length
+    config.model.vocab_size = 0  # rows of the embedding; 0: the tokenizer's, padded to a multiple of vocab_multiple
+    config.model.vocab_multiple = 128
 
     config.data = ConfigDict()
     config.data.cache = ""  # where fetched text, tokenizers and shards live; empty: the user's cache folder
@@ -119,7 +133,7 @@ def closest(key: str, known: list[str]) -> str:
     return "`glm-jax config show --config FILE` lists the keys"
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
+def resolve(config: Config) -> Config:
     """Fill in what an experiment left out and check every key, type and value.
 
     Args:
@@ -145,7 +159,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     return full.lock()
 
 
-def _resolve_source(name: str, keys: Any) -> ConfigDict:
+def _resolve_source(name: str, keys: Any) -> Config:
     if not isinstance(keys, Mapping | ConfigDict):
         raise UserError(f"data.sources.{name} is {keys!r}: give it keys, such as path, format and language")
     filled = source()
@@ -165,14 +179,14 @@ def _convert(key: str, value: Any, default: Any) -> Any:
     return value
 
 
-def _assign(config: ConfigDict, key: str, value: Any) -> None:
+def _assign(config: Config, key: str, value: Any) -> None:
     *path, last = key.split(".")
     for part in path:
         config = config[part]
     config[last] = _convert(key, value, config[last])
 
 
-def _check(config: ConfigDict) -> None:
+def _check(config: Config) -> None:
     """Check what can be checked without data and devices."""
     model, data, train, optimizer = config.model, config.data, config.train, config.optimizer
     positive = ("model.num_layers", "model.hidden_size", "model.num_heads", "model.ffn_size", "model.vocab_multiple",
@@ -191,8 +205,15 @@ def _check(config: ConfigDict) -> None:
                 "optimizer.beta1", "optimizer.beta2"):  # fmt: skip
         if not 0 <= values[key] < 1:
             raise UserError(f"{key} is {values[key]}, it must be at least 0 and below 1")
-    for key, choices in (("model.norm", NORMS), ("model.position", POSITIONS), ("model.activation", ACTIVATIONS),
-                         ("train.precision", PRECISIONS)):  # fmt: skip
+    choices_of = {
+        "model.norm": NORMS,
+        "model.position": POSITIONS,
+        "model.activation": ACTIVATIONS,
+        "model.rope_angles": ROPE_ANGLES,
+        "model.initialisation": INITIALISATIONS,
+        "train.precision": PRECISIONS,
+    }
+    for key, choices in choices_of.items():
         if values[key] not in choices:
             raise UserError(f"{key} is {values[key]!r}, it must be one of {', '.join(choices)}")
     if model.hidden_size % model.num_heads:
@@ -216,11 +237,11 @@ def _check(config: ConfigDict) -> None:
             raise UserError(f"data.sources.{name}.weight is {keys.weight}, it must not be negative")
 
 
-def to_json(config: ConfigDict) -> str:
+def to_json(config: Config) -> str:
     """Write a resolved config as the JSON of `config.json` in a workdir."""
     return json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str) -> Config:
     """Read what `to_json` wrote, resolved again so that keys added since have their defaults."""
     return resolve(ConfigDict(json.loads(text)))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,7 @@ from glm_jax.errors import UserError
 
 BLOCK_ROWS = range(6, 17)  # rows of the longest text in a block; the count that wastes least is taken
 OPEN = 16  # blocks that an objective reads side by side
+CACHED = 4 * OPEN  # documents kept at hand: a long one is read by many rows, one from each open block's text
 SMALLEST_STREAM = 16  # tokens; less is no source
 LAST_ROW = 1 << 48  # far beyond any run
 
@@ -59,8 +60,7 @@ class Row:
         source: index of the source.
         objective: name of the objective.
         epoch: epoch of the source that the text belongs to.
-        start, stop: the text's place in the epoch's stream, tokens; the stream begins at the epoch's
-        rotation.
+        start, stop: the text's place in the epoch's stream, in tokens from where the epoch begins.
     """
 
     number: int
@@ -93,8 +93,9 @@ class Stream:
         Raises:
             UserError: there is next to no text.
         """
-        self._documents = documents
+        self._document = functools.lru_cache(CACHED)(documents.__getitem__)
         self._offsets = np.concatenate([[0], np.cumsum(documents.lengths, dtype=np.int64)])
+        self._epoch = functools.lru_cache(1024)(self._find_epoch)
         self._key = (seed, zlib.crc32(name.encode("utf-8")))
         self.tokens = int(self._offsets[-1])
         if self.tokens < SMALLEST_STREAM:
@@ -107,13 +108,10 @@ class Stream:
         longest_block = -(-self.tokens // self.blocks)
         self.rows = {objective: -(-longest_block // take) for objective, take in takes.items()}
 
-    @functools.cached_property
-    def _epoch_keys(self) -> functools._lru_cache_wrapper[tuple[int, int]]:
-        def keys(epoch: int) -> tuple[int, int]:
-            shuffle, rotation = np.random.SeedSequence((*self._key, epoch)).generate_state(2, np.uint64)
-            return int(shuffle), int(rotation) % self.tokens
-
-        return functools.lru_cache(1024)(keys)
+    def _find_epoch(self, epoch: int) -> tuple[int, int]:
+        """Give (key of the block order, rotation: the token at which the epoch's stream begins)."""
+        order, rotation = np.random.SeedSequence((*self._key, epoch)).generate_state(2, np.uint64)
+        return int(order), int(rotation) % self.tokens
 
     def locate(self, turn: int, objective: str, row: int, window: int | None = None) -> tuple[int, int, int]:
         """Give (epoch, start, stop) of a row's text.
@@ -126,10 +124,10 @@ class Stream:
         """
         part, lane = divmod(row, self.together)
         epoch, place = divmod(turn * self.together + lane, self.blocks)
-        shuffle_key, _ = self._epoch_keys(epoch)
+        order, _ = self._epoch(epoch)
         parts = self.rows[objective]
         if window is None:
-            block = shuffled(place, self.blocks, shuffle_key)
+            block = shuffled(place, self.blocks, order)
         else:
             block, part = divmod(window % (self.blocks * parts), parts)
         first, last = (b * self.tokens // self.blocks for b in (block, block + 1))
@@ -137,7 +135,7 @@ class Stream:
 
     def read(self, epoch: int, start: int, stop: int) -> np.ndarray:
         """Read tokens [start, stop) of an epoch's stream, from its rotation on: int32 [stop - start]."""
-        _, rotation = self._epoch_keys(epoch)
+        _, rotation = self._epoch(epoch)
         start, stop = start + rotation, stop + rotation
         if start >= self.tokens:
             start, stop = start - self.tokens, stop - self.tokens
@@ -152,7 +150,7 @@ class Stream:
         pieces = []
         for index in range(first, last):
             begin = int(self._offsets[index])
-            pieces.append(np.asarray(self._documents[index][max(start - begin, 0) : stop - begin], np.int32))
+            pieces.append(np.asarray(self._document(index)[max(start - begin, 0) : stop - begin], np.int32))
         return pieces
 
 
@@ -184,7 +182,7 @@ class Batches:
     Attributes:
         sources: names, in the order that a batch's `source` counts.
         rows_per_epoch: rows from row 0 on that surely hold no text twice: what one pass over a held-out set
-        can use.
+            can use.
     """
 
     def __init__(
@@ -199,7 +197,8 @@ class Batches:
             weights: shares of rows by source, relative to the others'; may be a history over rows.
             special: ids of the special tokens, such as a Tokenizer.
             seq_length: tokens of a row, S.
-            objectives: shares of rows by objective (see OBJECTIVES); may be a history over rows.
+            objectives: shares of rows by objective (see OBJECTIVES); may be a history over rows. The cuts
+                depend on which are named: name one that may come later from the start, with weight 0.
             seed: of the run; another seed gives other orders and other blanks.
             options: how blanks are drawn.
             sentence_ends: bool [V], which tokens end a sentence; the smask objective needs it.
@@ -217,8 +216,9 @@ class Batches:
         self._options = options or BlankOptions()
         self._special, self._seq_length, self._seed = special, seq_length, seed
         self._sentence_ends, self._replacement = sentence_ends, replacement
-        used = [kind for kind in OBJECTIVES if kind in _names(objectives)]
-        if "smask" in used and sentence_ends is None:
+        named = _names(objectives)
+        used = [kind for kind in OBJECTIVES if kind in named]
+        if named.get("smask", 0) > 0 and sentence_ends is None:
             raise UserError("smask needs to know which tokens end a sentence: give sentence_ends")
         self._room = {kind: seq_length // self._options.segments(kind) for kind in used}
         takes = {
@@ -272,7 +272,8 @@ class Batches:
         return self._streams[row.source].read(row.epoch, row.start, row.stop)
 
     def _generator(self, row: int, purpose: int = 0) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=[self._seed, row + purpose * LAST_ROW]))
+        key = np.array([self._seed, row + purpose * LAST_ROW], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key))
 
     def at(self, first_row: int, rows: int) -> dict[str, np.ndarray]:
         """Give rows first_row, ..., first_row + rows - 1 as one batch.
@@ -337,8 +338,10 @@ class Batches:
 
     def prefetched(
         self, first_row: int, rows: int, *, threads: int = 2, ahead: int = 8
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
         """Give `at(first_row, rows)`, `at(first_row + rows, rows)`, ... without end, made ahead by threads.
+
+        The iterator's `close` ends the threads.
 
         Args:
             first_row, rows: as in `at`.
@@ -351,10 +354,13 @@ class Batches:
         return iter(batches.to_iter_dataset(options))
 
 
-def _names(history: History) -> set[str]:
-    """Give every name that a history mentions with a weight."""
-    knots = [history] if isinstance(history, Mapping) else [weights for _, weights in history]
-    return {name for weights in knots for name, weight in weights.items() if weight > 0}
+def _names(history: History) -> dict[str, float]:
+    """Give every name that a history mentions, with its largest weight."""
+    largest: dict[str, float] = {}
+    for weights in [history] if isinstance(history, Mapping) else [weights for _, weights in history]:
+        for name, weight in weights.items():
+            largest[name] = max(weight, largest.get(name, weight))
+    return largest
 
 
 def _check_names(history: History, known: Mapping[str, Documents] | tuple[str, ...], kind: str) -> None:

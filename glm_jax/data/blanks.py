@@ -187,7 +187,7 @@ def text_length(objective: str, room: int, options: BlankOptions) -> int:
         length = low
     if length < 4:
         raise UserError(
-            f"{objective} samples do not fit {room} tokens: raise data.seq_length or lower the segments of a row"
+            f"{objective} samples do not fit {room} tokens: raise data.seq_length or lower its segments"
         )
     return length
 

@@ -282,7 +282,7 @@ class Shards:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, document: int) -> np.ndarray:
-        if self._records is None or not 0 <= document < len(self):
-            raise IndexError(f"document {document} of {len(self)}")
-        return np.frombuffer(self._records[document], self._dtype).astype(np.int32)  # [S]
+    def __getitem__(self, index: int) -> np.ndarray:
+        if self._records is None or not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        return np.frombuffer(self._records[index], self._dtype).astype(np.int32)  # [S]

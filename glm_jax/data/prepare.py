@@ -36,7 +36,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that batches are made of. The dicts are keyed by source, in the config's order.
+    """Everything that batches are made of. The dicts are keyed by source, sorted.
 
     Attributes:
         tokenizer_path: the model's file in the cache.
@@ -71,7 +71,7 @@ def prepare(config: ConfigDict, report: Report) -> Prepared:
         raise UserError("data.sources is empty: give a source a path or a sample")
     cache = cache_directory(data.cache)
     documents: dict[str, Path] = {}
-    for name, source in data.sources.items():
+    for name, source in sorted(data.sources.items()):
         try:
             documents[name] = _documents(name, source, data, cache, report)
         except samples.Unreachable as error:
@@ -94,10 +94,19 @@ def prepare(config: ConfigDict, report: Report) -> Prepared:
 
 
 def cache_directory(configured: str) -> Path:
-    """Give config.data.cache, or glm_jax in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-    if configured:
-        return Path(configured).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm_jax"
+    """Make config.data.cache, or glm_jax in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
+
+    Raises UserError when it cannot be made or written to.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm_jax"
+    cache = Path(configured).expanduser() if configured else default
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the cache {cache} ({error.strerror}): set data.cache") from None
+    if not os.access(cache, os.W_OK):
+        raise UserError(f"cannot write to the cache {cache}: set data.cache")
+    return cache
 
 
 def _key(*parts: Any) -> str:
@@ -166,11 +175,11 @@ def _shares(documents: dict[str, Path], weights: dict[str, float]) -> Iterator[s
     for name, directory in documents.items():
         left = int(tokenizer.TRAINING_BYTES * weights[name] / total)
         for text in corpus.read([directory / "train.jsonl"], "jsonl"):
-            if left <= 0:
+            part = text.encode()[:left].decode("utf-8", "ignore")
+            if not part:
                 break
-            text = text.encode()[:left].decode("utf-8", "ignore")
-            left -= len(text.encode()) or left
-            yield text
+            left -= len(part.encode())
+            yield part
 
 
 def _shards(name: str, documents: Path, trained: Tokenizer, cache: Path, report: Report) -> Path:

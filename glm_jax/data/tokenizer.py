@@ -24,14 +24,15 @@ SMALLEST_VOCABULARY = len(SPECIALS) + 256 + 2  # the specials, the byte pieces, 
 TRAINING_BYTES = 10_000_000  # text the trainer looks at; more changes few pieces and costs time and memory
 SENTENCE_CHARACTERS = 2000  # documents are cut to about this before training; pieces do not cross the cuts
 CHARACTER_COVERAGE = 0.9995  # share of the characters of the text that get pieces; the rest is spelt in bytes
+UNTRAINABLE = "\0\t\u2581\u2585"  # the trainer drops or reinterprets them; encoding spells them in bytes
 WORD_START = "\u2581"  # what SentencePiece writes for a space, hence not encodable as itself
 
 
 def train(documents: Iterable[str], vocab_size: int) -> bytes:
     """Train a unigram model with byte fallback; the same documents give the same bytes.
 
-    Whitespace is kept as it is, and runs of it get pieces of their own. At most half of the vocabulary goes
-    to single characters, so that a text with thousands of them (Chinese) still gets words.
+    Whitespace is kept as it is, and runs of it get pieces of their own. At most half of the learned
+    pieces are single characters, so that a text with thousands of them (Chinese) still gets words.
 
     Args:
         documents: text in the proportions that the pieces should serve. Only the first TRAINING_BYTES are
@@ -49,13 +50,13 @@ def train(documents: Iterable[str], vocab_size: int) -> bytes:
             f"data.tokenizer.vocab_size is {vocab_size}, it must be at least {SMALLEST_VOCABULARY}: "
             "special and byte pieces come first"
         )
-    sentences = list(_sentences(documents))
-    if not any(not sentence.isspace() for sentence in sentences):
+    sentences = _keep_frequent(list(_sentences(documents)), (vocab_size - len(SPECIALS) - 256) // 2)
+    if not any(sentence.strip() for sentence in sentences):
         raise UserError("there is no text to train a tokenizer on")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=model, model_type="unigram", vocab_size=vocab_size,
-        hard_vocab_limit=False, byte_fallback=True, character_coverage=_coverage(sentences, vocab_size // 2),
+        hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0,
         normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
         allow_whitespace_only_pieces=True, max_sentence_length=1 << 30,
         pad_id=0, unk_id=1, eos_id=2, bos_id=-1, pad_piece=PAD, unk_piece=UNK, eos_piece=EOS,
@@ -70,8 +71,6 @@ def _sentences(documents: Iterable[str]) -> Iterator[str]:
     """Cut the first TRAINING_BYTES of text into runs of lines of about SENTENCE_CHARACTERS each."""
     left = TRAINING_BYTES
     for document in documents:
-        # The trainer drops a sentence with a NUL or U+2585 in it; both are spelt in bytes when encoding.
-        document = document.replace("\0", " ").replace("\u2585", " ")
         start = 0
         while start < len(document):
             end = start + SENTENCE_CHARACTERS
@@ -85,13 +84,21 @@ def _sentences(documents: Iterable[str]) -> Iterator[str]:
             start = end
 
 
-def _coverage(sentences: Sequence[str], limit: int) -> float:
-    """Give the character coverage that keeps at most `limit` distinct characters."""
+def _keep_frequent(sentences: Sequence[str], limit: int) -> list[str]:
+    """Cut sentences at the characters that get no piece, so that at most `limit` distinct ones are left.
+
+    The trainer's own coverage option stops at 98%, which a small vocabulary of Chinese passes.
+    """
     counts: Counter[str] = Counter()
     for sentence in sentences:
         counts.update(sentence)
-    covered = sum(count for _, count in counts.most_common(limit))
-    return min(CHARACTER_COVERAGE, covered / counts.total())
+    for character in UNTRAINABLE:
+        counts.pop(character, None)
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    covered = np.cumsum([counts[character] for character in ranked])
+    enough = int(np.searchsorted(covered, CHARACTER_COVERAGE * counts.total())) + 1
+    cuts = dict.fromkeys(map(ord, [*UNTRAINABLE, *ranked[min(limit, enough) :]]), "\0")
+    return [part for sentence in sentences for part in sentence.translate(cuts).split("\0") if part]
 
 
 class Tokenizer:

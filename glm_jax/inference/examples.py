@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,14 +19,14 @@ class Documents(Protocol):
     """Tokenised documents."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> np.ndarray: ...
+    def __getitem__(self, index: int, /) -> np.ndarray: ...
 
 
 def heldout(
     cfg: GLMConfig,
     params: Any,
     tokenizer: Tokenizer,
-    documents: Mapping[str, Documents],
+    documents: Mapping[str, Sequence[np.ndarray] | Documents],
     languages: Mapping[str, str],
     count: int = 3,
 ) -> Iterator[str]:

@@ -107,8 +107,11 @@ def open_ranks(path: str | Path) -> list[Rank]:
             raise UserError(f"{file} is missing: every rank from 00 on needs its file")
         content = read_archive(file)
         module = content.get("module") if isinstance(content, dict) else None
-        if not isinstance(module, dict) or not all(isinstance(value, StoredTensor) for value in module.values()):
-            raise UserError(f'{file}: "module" is missing or holds more than tensors: is this a SAT checkpoint?')
+        if not isinstance(module, dict):
+            raise UserError(f'{file}: there is no "module" in it: is this a SAT checkpoint?')
+        for name, value in module.items():
+            if not isinstance(value, StoredTensor):
+                raise UserError(f"{file}: {name} is not a tensor but {type(value).__name__}")
         ranks.append(Rank(file, module))
     return ranks
 
@@ -128,7 +131,7 @@ def gather(ranks: list[Rank], cfg: GLMConfig) -> dict[ParamPath, Parameter]:
     Raises:
         UserError: a tensor that is missing, unknown, of another shape than cfg's or not of floats.
     """
-    check_ranks(cfg, len(ranks), ranks[0].file.parent)
+    check_ranks(cfg, len(ranks), ranks[-1].file)
     sizes = axis_sizes(cfg)
     names = {name for name, _, _ in official_tensors(cfg)}
     for rank in ranks:

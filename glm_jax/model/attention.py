@@ -132,7 +132,7 @@ class Attention(nn.Module):
         members = self.axis.part(cfg.num_heads)  # [N]: the heads that are here
         heads = members.shape[0]
         kernel, bias = Affine(
-            (width, heads, 3, dim), ("hidden", "heads", None, None), qkv_stddev(cfg), inputs=1, name="qkv"
+            (width, heads, 3, dim), ("hidden", "heads", None, None), qkv_stddev(cfg)[:heads], inputs=1, name="qkv"
         )()  # [D, N, 3, K], [N, 3, K]
         qkv = jnp.einsum("bsd,dnck->cbsnk", self.axis.enter(x), kernel) + bias.transpose(1, 0, 2)[:, None, None]
         queries, keys, values = qkv  # [B, S, N, K] each

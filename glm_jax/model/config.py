@@ -49,17 +49,20 @@ class GLMConfig:
             raise ValueError(f"rotary positions need an even head dimension, not {self.head_dim}")
 
     @classmethod
-    def from_section(cls, section: Mapping[str, Any], vocab_size: int, max_length: int) -> GLMConfig:
+    def from_section(cls, section: Mapping[str, Any], pieces: int, seq_length: int) -> GLMConfig:
         """Read the section `model` of an experiment's config.
 
         Args:
-            section: its keys are fields of this class, and `vocab_multiple`.
-            vocab_size: the tokenizer's; it is padded to `vocab_multiple`, whatever the mesh.
-            max_length: the longest row.
+            section: its keys are fields of this class, and `vocab_multiple`. A vocab_size or max_length of 0 follows
+                from the other arguments.
+            pieces: of the tokenizer; padded to `vocab_multiple`, whatever the mesh.
+            seq_length: of the training rows.
         """
         values = dict(section)
         multiple = values.pop("vocab_multiple")
-        return cls(vocab_size=-(-vocab_size // multiple) * multiple, max_length=max_length, **values)
+        values["vocab_size"] = values["vocab_size"] or -(-pieces // multiple) * multiple
+        values["max_length"] = values["max_length"] or seq_length
+        return cls(**values)
 
     @property
     def head_dim(self) -> int:

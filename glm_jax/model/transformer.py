@@ -51,7 +51,7 @@ class Embedding(nn.Module):
             alpha = jnp.asarray(shrink, x.dtype)
             x = alpha * x + (1 - alpha) * jax.lax.stop_gradient(x)  # [B, S, D]
         if cfg.position == "learned_2d":
-            here = positions[:, :, self.axis.part(tokens.shape[1])]  # [B, 2, S]
+            here = jnp.take(positions, self.axis.part(tokens.shape[1]), axis=2)  # [B, 2, S]
             x = x + jnp.take(self._table("position", cfg.max_length, None), here[:, 0], axis=0)  # [B, S, D]
             x = x + jnp.take(self._table("block_position", cfg.max_length, None), here[:, 1], axis=0)  # [B, S, D]
         if cfg.embedding_norm:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,18 +35,18 @@ def build(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None)
     return jax.make_mesh(shape, AXES, devices=devices[:needed], axis_types=types)
 
 
-def check_divides(mesh_sizes: Mapping[str, int], quantities: Mapping[str, tuple[str, int]]) -> None:
+def check_divides(sizes: Mapping[str, int], quantities: Iterable[tuple[str, str, int]]) -> None:
     """Check that what is sharded divides evenly.
 
     Args:
-        mesh_sizes: the size of each mesh axis.
-        quantities: name of the quantity, as the user knows it -> (mesh axis, count).
+        sizes: of the mesh's axes.
+        quantities: (mesh axis, name of the quantity as the user knows it, count) of each.
 
     Raises:
         UserError: naming the axis, the number and the nearest sizes that work.
     """
-    for name, (axis, count) in quantities.items():
-        size = mesh_sizes[axis]
+    for axis, name, count in quantities:
+        size = sizes[axis]
         if count % size:
             working = [divisor for divisor in range(1, count + 1) if count % divisor == 0]
             below = max(divisor for divisor in working if divisor < size)

@@ -1,19 +1,25 @@
 """The one table from logical axes to mesh axes, and the PartitionSpecs that follow from it.
 
-model/ names the logical axes of every parameter; jit, checkpoints and tests read the specs from here alone.
+model/ names the logical axes of every parameter. jit, shard_map, checkpoints and the planner read the specs from here
+alone. Two sets of them: `weights` as the computation holds them, and `state` (master params and moments), which is
+also split over `data` (ZeRO-1, arXiv 1910.02054).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-RULES: Mapping[str, str | None] = {
+Tree = Any
+
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
     # parameters
     "layers": "pipeline",
-    "vocab": "tensor",
+    "vocab": ("pipeline", "tensor"),
     "heads": "tensor",
     "ffn": "tensor",
     "hidden": None,
@@ -22,31 +28,109 @@ RULES: Mapping[str, str | None] = {
     "rows": "data",
     "sequence": None,
 }
+STATE_RULES = {**RULES, "hidden": "data"}  # every parameter has a hidden axis, save the biases of sharded features
 
-BATCH_AXES = ("microbatches", "rows", "sequence")  # M, B/M, S; arrays of fewer axes take the first ones
+BATCH_AXES = ("microbatches", "rows")  # M, B/M; what follows stays whole
 
 
-def spec(axes: tuple[str | None, ...]) -> jax.P:
+def _is_axes(leaf: Any) -> bool:
+    return isinstance(leaf, tuple)
+
+
+def spec(axes: tuple[str | None, ...], rules: Mapping[str, str | tuple[str, ...] | None] = RULES) -> jax.P:
     """Turn the logical axes of one array into its PartitionSpec.
 
     Raises:
         KeyError: a logical axis that the table does not know.
     """
-    return jax.P(*(None if axis is None else RULES[axis] for axis in axes))
+    return jax.P(*(None if axis is None else rules[axis] for axis in axes))
 
 
-def specs(axes: Any) -> Any:
-    """Turn a tree of logical axes (`model.logical_axes`) into a tree of PartitionSpecs."""
-    return jax.tree.map(spec, axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+def specs(axes: Tree) -> Tree:
+    """Turn a tree of logical axes (`model.logical_axes`) into the specs of the computation's weights."""
+    return jax.tree.map(spec, axes, is_leaf=_is_axes)
+
+
+def state_specs(axes: Tree, hidden: int, data: int) -> Tree:
+    """Give the specs of master params, and of moments of the same shapes.
+
+    Args:
+        axes: of `model.logical_axes`.
+        hidden: the size of the logical axis `hidden`; where `data` does not divide it, state is not split over `data`.
+        data: the size of the mesh's axis `data`.
+    """
+    rules = RULES if hidden % data else STATE_RULES
+    return jax.tree.map(lambda leaf: spec(leaf, rules), axes, is_leaf=_is_axes)
 
 
 def batch_spec(ndim: int) -> jax.P:
     """Give the PartitionSpec of a batch array [M, B/M, ...] of `ndim` axes; all but the first two stay whole."""
-    return spec(BATCH_AXES[:2] + (None,) * (ndim - 2))
+    return spec(BATCH_AXES + (None,) * (ndim - 2))
 
 
-def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+def shardings(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
     """Bind a tree of PartitionSpecs to a mesh."""
     return jax.tree.map(
         lambda leaf: jax.NamedSharding(mesh, leaf), tree, is_leaf=lambda leaf: isinstance(leaf, jax.P)
     )
+
+
+def mesh_axes(spec: jax.P) -> set[str]:
+    """Name the mesh axes that a spec uses."""
+    return {axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)}
+
+
+def dimension(spec: jax.P, axis: str) -> int | None:
+    """Say which dimension of an array is split over the mesh axis alone, or None."""
+    return list(spec).index(axis) if axis in spec else None
+
+
+def layers_held(layers: int, stages: int) -> int:
+    """Give Q, the layers that every stage has room for: L / P, rounded up."""
+    return -(-layers // stages)
+
+
+def pad_layers(params: Tree, axes: Tree, stages: int) -> Tree:
+    """Pad arrays [L, ...] of blocks with zeros to [P Q, ...], as memory holds them; disks keep the true shape."""
+    return _map_layers(params, axes, lambda array: _pad(array, stages * layers_held(array.shape[0], stages)))
+
+
+def true_layers(params: Tree, axes: Tree, layers: int) -> Tree:
+    """Undo `pad_layers`: arrays [P Q, ...] of blocks to [L, ...]."""
+    return _map_layers(params, axes, lambda array: array[:layers])
+
+
+def _map_layers(params: Tree, axes: Tree, change: Any) -> Tree:
+    return jax.tree.map(
+        lambda leaf, array: change(array) if "layers" in leaf else array, axes, params, is_leaf=_is_axes
+    )
+
+
+def _pad(array: Any, length: int) -> Any:
+    widths = [(0, length - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
+    return jnp.pad(array, widths)
+
+
+class Part(NamedTuple):
+    """What one device holds of an array."""
+
+    path: str
+    shape: tuple[int, ...]
+    spec: jax.P
+    bytes: int
+
+
+def parts(shapes: Tree, specs: Tree, sizes: Mapping[str, int]) -> Iterator[Part]:
+    """List path, whole shape, spec and bytes a device of every array, for `config show --specs` and the planner.
+
+    Args:
+        shapes: of arrays or abstract arrays.
+        specs: a PartitionSpec for each.
+        sizes: of the mesh's axes.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    flat_specs = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, jax.P))
+    for (path, array), array_spec in zip(leaves, flat_specs, strict=True):
+        devices = int(np.prod([sizes[axis] for axis in mesh_axes(array_spec)]))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        yield Part(name, array.shape, array_spec, array.size * array.dtype.itemsize // devices)

@@ -14,6 +14,8 @@ from glm_jax.training.step import StepConfig, TrainState, init_state, state_spec
 
 Array = jax.Array
 
+CHUNK_BYTES = 32 * 2**20
+
 
 class Restored(NamedTuple):
     """A state on the mesh and the numbers that were saved beside it."""
@@ -48,8 +50,8 @@ class Checkpoints:
         self._manager.save(
             int(run["step"]),
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                training=ocp.args.StandardSave(rest),
+                params=ocp.args.StandardSave(state.params, save_args=_in_chunks(state.params)),
+                training=ocp.args.StandardSave(rest, save_args=_in_chunks(rest)),
                 run=ocp.args.JsonSave(run),
             ),
             force=True,
@@ -91,6 +93,11 @@ class Checkpoints:
         self._manager.close()
 
 
+def _in_chunks(tree: Any) -> Any:
+    """Ask for small chunks on disk, so that a reader need not hold a whole array of a large model."""
+    return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+
+
 def load_params(workdir: Path) -> Any:
     """Load the newest params of a workdir onto one device, as generation needs them.
 
@@ -104,7 +111,9 @@ def load_params(workdir: Path) -> Any:
         step = manager.latest_step()
         if step is None:
             raise UserError(f"{workdir} holds no finished checkpoint yet")
-        metadata = manager.item_metadata(step)["params"]
+        metadata = ocp.StandardCheckpointer().metadata(directory / str(step) / "params").item_metadata
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), metadata)
+        target = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), metadata.tree
+        )
         return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(target)))["params"]

@@ -8,35 +8,37 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from glm_jax.config import Config
 from glm_jax.data.batches import Batches
 from glm_jax.data.blanks import BlankOptions
 from glm_jax.data.prepare import Prepared
 from glm_jax.parallel import mesh as meshes
 
+SHORTEST_TEXT = 16  # tokens; with fewer held out, a source is not evaluated
 
-def training_batches(config: ConfigDict, prepared: Prepared) -> Batches:
+
+def training_batches(config: Config, prepared: Prepared) -> Batches:
     """Give the batches of a run, a pure function of the row."""
-    return _batches(config, prepared, list(prepared.shards), "train", config.seed)
+    return _batches(config, prepared, "train", prepared.weights, config.seed)
 
 
-def heldout_batches(config: ConfigDict, prepared: Prepared) -> dict[str, Batches]:
+def heldout_batches(config: Config, prepared: Prepared) -> dict[str, Batches]:
     """Give the held-out rows of each source that has any; the same blanks every time."""
     return {
-        source: _batches(config, prepared, [source], "heldout", 0)
+        source: _batches(config, prepared, "heldout", {source: 1.0}, 0)
         for source, splits in prepared.shards.items()
-        if len(splits["heldout"])
+        if splits["heldout"].lengths.sum() >= SHORTEST_TEXT
     }
 
 
-def _batches(config: ConfigDict, prepared: Prepared, sources: list[str], split: str, seed: int) -> Batches:
+def _batches(config: Config, prepared: Prepared, split: str, weights: Mapping[str, float], seed: int) -> Batches:
     return Batches(
-        {source: prepared.shards[source][split] for source in sources},
-        {source: prepared.weights[source] for source in sources},
+        {source: prepared.shards[source][split] for source in weights},
+        weights,
         prepared.tokenizer,
         config.data.seq_length,
-        {objective: share for objective, share in config.data.blanks.to_dict().items() if share},
+        config.data.blanks.to_dict(),
         seed,
         options=BlankOptions(two_streams=config.model.position == "learned_2d"),
     )
@@ -45,7 +47,7 @@ def _batches(config: ConfigDict, prepared: Prepared, sources: list[str], split: 
 class Evaluation:
     """The held-out loss of every source, always over the same rows with the same blanks."""
 
-    def __init__(self, config: ConfigDict, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
+    def __init__(self, config: Config, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
         self._mesh = mesh
         self._rows = config.train.global_batch // config.train.microbatches
         self._limit = config.train.eval_rows

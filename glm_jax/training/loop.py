@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from glm_jax.config import Config
 from glm_jax.data.blanks import OBJECTIVES
 from glm_jax.data.corpus import Shards
 from glm_jax.data.prepare import Prepared, prepare
@@ -52,7 +52,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def step_config(config: ConfigDict, tokenizer: Tokenizer) -> StepConfig:
+def step_config(config: Config, tokenizer: Tokenizer) -> StepConfig:
     """Give all that a step depends on."""
     return StepConfig(
         model=workdirs.model_config(config, tokenizer),
@@ -63,7 +63,7 @@ def step_config(config: ConfigDict, tokenizer: Tokenizer) -> StepConfig:
     )
 
 
-def build_mesh(config: ConfigDict, vocab_size: int | None = None) -> jax.sharding.Mesh:
+def build_mesh(config: Config, vocab_size: int | None = None) -> jax.sharding.Mesh:
     """Build the mesh and check that everything that is sharded divides.
 
     Raises:
@@ -71,14 +71,14 @@ def build_mesh(config: ConfigDict, vocab_size: int | None = None) -> jax.shardin
     """
     sizes = config.mesh.to_dict()
     rows = config.train.global_batch // config.train.microbatches
-    quantities = {
-        "model.num_heads": ("tensor", config.model.num_heads),
-        "model.ffn_size": ("tensor", config.model.ffn_size),
-        "model.num_layers": ("pipeline", config.model.num_layers),
-        "the rows of a microbatch, train.global_batch / train.microbatches": ("data", rows),
-    }
+    quantities = [
+        ("tensor", "model.num_heads", config.model.num_heads),
+        ("tensor", "model.ffn_size", config.model.ffn_size),
+        ("pipeline", "model.num_layers", config.model.num_layers),
+        ("data", "the rows of a microbatch, train.global_batch / train.microbatches", rows),
+    ]
     if vocab_size is not None:
-        quantities["the padded vocabulary, a multiple of model.vocab_multiple"] = ("tensor", vocab_size)
+        quantities.append(("tensor", "the padded vocabulary, a multiple of model.vocab_multiple", vocab_size))
     meshes.check_divides(sizes, quantities)
     return meshes.build(sizes)
 
@@ -96,7 +96,7 @@ def loss_metrics(sums: Sums) -> dict[str, float]:
 class Loop:
     """One process's part of a run, from the newest checkpoint (or the start) to the last step."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, prepared: Prepared) -> None:
+    def __init__(self, config: Config, workdir: Path, prepared: Prepared) -> None:
         self.config, self.workdir, self.prepared = config, workdir, prepared
         self.cfg = step_config(config, prepared.tokenizer)
         self.mesh = build_mesh(config, self.cfg.model.vocab_size)
@@ -201,7 +201,7 @@ class Loop:
         return {"step": step, "samples": samples, "sources": self.prepared.digests, "versions": versions}
 
 
-def ready(config: ConfigDict, workdir: Path, say: Callable[[str], None]) -> Loop:
+def ready(config: Config, workdir: Path, say: Callable[[str], None]) -> Loop:
     """Check everything, prepare the data, and give the run, ready to start or to go on.
 
     Args:

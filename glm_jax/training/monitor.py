@@ -71,7 +71,8 @@ class Monitor:
         self._path = workdir / "metrics.jsonl"
         _drop_after(self._path, first_step)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        suffix = f".{first_step}"  # files are named by the second, and two starts may share one
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, filename_suffix=suffix)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,

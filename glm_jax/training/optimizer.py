@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
+
+from glm_jax.config import Config
 
 Array = jax.Array
 
@@ -28,7 +29,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> OptimizerConfig:
+    def from_config(cls, config: Config) -> OptimizerConfig:
         """Read the section `optimizer`; `decay_samples` 0 becomes the run's last sample."""
         values = config.optimizer.to_dict()
         values["decay_samples"] = values["decay_samples"] or config.train.steps * config.train.global_batch

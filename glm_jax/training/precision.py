@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
+
+from glm_jax.config import Config
 
 Array = jax.Array
 
@@ -23,7 +24,7 @@ class Precision:
     minimum_scale: float = 1.0
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> Precision:
+    def from_config(cls, config: Config) -> Precision:
         """Read `train.precision` and the section `train.loss_scale`."""
         scale = config.train.loss_scale
         return cls(config.train.precision, scale.initial, scale.window, scale.hysteresis, scale.minimum)

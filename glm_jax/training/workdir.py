@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from glm_jax import config as configs
+from glm_jax.config import Config
 from glm_jax.data.tokenizer import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.files import write_atomic
@@ -18,7 +17,7 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 
 
-def check(workdir: Path, config: ConfigDict) -> None:
+def check(workdir: Path, config: Config) -> None:
     """Check that `config` may start or go on in `workdir`; writes nothing.
 
     Raises:
@@ -53,19 +52,19 @@ def check_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def write(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+def write(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
     """Write what generation needs besides a checkpoint."""
     write_atomic(workdir / CONFIG, configs.to_json(config))
     if not (workdir / TOKENIZER).exists():
         write_atomic(workdir / TOKENIZER, tokenizer.model)
 
 
-def model_config(config: ConfigDict, tokenizer: Tokenizer) -> GLMConfig:
+def model_config(config: Config, tokenizer: Tokenizer) -> GLMConfig:
     """Give the model of a resolved config with the vocabulary of its tokenizer."""
     return GLMConfig.from_section(config.model.to_dict(), tokenizer.size, config.data.seq_length)
 
 
-def read_config(workdir: Path) -> ConfigDict:
+def read_config(workdir: Path) -> Config:
     """Read the resolved config of a workdir.
 
     Raises:

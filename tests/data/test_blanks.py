@@ -92,7 +92,7 @@ def test_spans_never_touch(length, seed, ratio):
 
 
 def test_every_place_is_masked_alike():
-    """The first and last tokens come off lightly, as a span must lie in the text whole; all others are alike."""
+    """The first and last tokens come off lightly, as spans lie in the text whole; all others are alike."""
     source, hits = generator(0), np.zeros(60)
     for _ in range(4000):
         starts, placed = blanks.place_spans(blanks.draw_lengths(60, source, PLAIN), 60, source)
@@ -163,7 +163,8 @@ def test_gmask_sample(length, seed, eop):
     assert sample.tokens.tolist() == [
         *text[:prefix], SPECIAL.gmask, SPECIAL.sop, *(target if eop else target[:-1])
     ]  # fmt: skip
-    assert sample.targets.tolist() == [*text[:prefix], SPECIAL.gmask, *target, *([SPECIAL.eop] if eop else [])]
+    predicted = [*target, SPECIAL.eop] if eop else target
+    assert sample.targets.tolist() == [*text[:prefix], SPECIAL.gmask, *predicted]
     assert sample.positions.tolist() == list(range(len(sample)))
 
 

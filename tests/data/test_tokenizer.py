@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from pydoc_data import topics
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from glm_jax.data import tokenizer as tokenizer_module
 from glm_jax.data.tokenizer import SPECIALS, Tokenizer, train
 from glm_jax.errors import UserError
 
+TOPICS = [
+    topics.topics[name] for name in sorted(topics.topics)[:12]
+]  # English and code, of the running Python
 ENGLISH = """Return a new array of given shape and type, filled with zeros.
 
     Parameters
@@ -26,11 +30,12 @@ ENGLISH = """Return a new array of given shape and type, filled with zeros.
            [ 0.]])
 """
 CHINESE = "话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。\n"
+DOCUMENTS = [*TOPICS, CHINESE, CHINESE.replace("天下", "江山"), CHINESE[5:], CHINESE[16:].replace("，", "。")]
 
 
 @pytest.fixture(scope="module")
 def model() -> bytes:
-    return train([ENGLISH, CHINESE] * 20, 500)
+    return train(DOCUMENTS, 800)
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +75,17 @@ def test_blanks_are_inserted_only_when_asked_for(tokenizer: Tokenizer):
                 *tokenizer.encode(" a"), tokenizer.smask, tokenizer.mask]  # fmt: skip
     assert tokenizer.encode_with_blanks(text).tolist() == expected
     assert tokenizer.decode(expected, specials=True) == text
-    assert tokenizer.encode_with_blanks("[mask] [xMASK]").tolist() == tokenizer.encode("[mask] [xMASK]").tolist()
+    assert (
+        tokenizer.encode_with_blanks("[mask] [xMASK]").tolist() == tokenizer.encode("[mask] [xMASK]").tolist()
+    )
     assert tokenizer.encode_with_blanks("").shape == (0,)
 
 
 def test_text_compresses_in_both_languages(tokenizer: Tokenizer):
-    assert len(tokenizer.encode(ENGLISH)) < len(ENGLISH) / 2.5
+    assert len(tokenizer.encode(TOPICS[5])) < len(TOPICS[5]) / 2.5
     assert len(tokenizer.encode(CHINESE)) < len(CHINESE)
-    assert len(tokenizer.encode("        ")) == 1  # an indentation is one piece
-    assert len(tokenizer.encode(".\n\n    Parameters\n    ----------\n")) <= 8
+    assert len(tokenizer.encode("      ")) == 1  # an indentation is one piece
+    assert len(tokenizer.encode(".\n\n")) == 1
 
 
 def test_batch_equals_one_by_one(tokenizer: Tokenizer):
@@ -94,21 +101,23 @@ def test_a_cut_character_is_replaced(tokenizer: Tokenizer):
 
 
 def test_training_is_deterministic_and_quiet(model: bytes, capfd: pytest.CaptureFixture[str]):
-    assert train([ENGLISH, CHINESE] * 20, 500) == model
+    assert train(DOCUMENTS, 800) == model
     assert capfd.readouterr() == ("", "")
     assert Tokenizer(model).digest == hashlib.sha256(model).hexdigest()
 
 
 def test_long_lines_and_awkward_characters_take_part():
-    line = "wonderful " * 3000 + "\0 \u2585 \u2581 " + "marvellous " * 3000
-    tokenizer = Tokenizer(train([line], 300))
+    endings = ["", "ly", "ness", "est"]
+    line = "".join(f" wonderful{ending}" for ending in endings) * 1000
+    line += "\0\t\u2585\u2581" + "".join(f" marvellous{ending}" for ending in endings) * 1000
+    tokenizer = Tokenizer(train([line], 310))
     assert len(tokenizer.encode(" wonderful")) == 1
     assert len(tokenizer.encode(" marvellous")) == 1
 
 
 def test_many_characters_leave_room_for_words():
     characters = "".join(chr(0x4E00 + index) for index in range(3000))
-    tokenizer = Tokenizer(train([characters, *["天下大势"] * 500], 600))
+    tokenizer = Tokenizer(train([characters, *["天下大势，", "天下大势。"] * 500], 600))
     assert tokenizer.size <= 600
     assert len(tokenizer.encode("天下大势")) == 1
     assert tokenizer.decode(tokenizer.encode(characters)) == characters
@@ -117,7 +126,7 @@ def test_many_characters_leave_room_for_words():
 def test_training_reads_no_more_than_it_uses(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokenizer_module, "TRAINING_BYTES", 3000)
     documents = iter([ENGLISH] * 100)
-    train(documents, 300)
+    train(documents, 400)
     assert len(list(documents)) > 80
 
 

@@ -39,7 +39,8 @@ def get_config():
     return config
 '''
 
-ENGLISH = "the a small large array model returns takes gives shape type of with for new old value axis and".split()
+WORDS = "the a small large array model returns takes gives shape type of with for new old value axis and"
+ENGLISH = tuple(WORDS.split(" "))
 CHINESE = "话说天下大势分久必合合久必分周末七国分争并入于秦及秦灭之后楚汉分争又并入于汉"
 
 

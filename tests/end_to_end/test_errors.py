@@ -22,7 +22,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     "flag, said",
     [
         ("--config.model.num_layer=4", "did you mean model.num_layers?"),
-        ("--config.data.sources.en.langage=de", "did you mean language?"),
+        ("--config.data.sources.en.langage=de", "did you mean data.sources.en.language?"),
         ("--config.model.num_layers=four", "four"),
         ("--config.model.num_layers=0", "model.num_layers is 0"),
         ("--config.model.norm=batch", "deepnorm, post, pre, sandwich"),

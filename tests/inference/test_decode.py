@@ -71,7 +71,5 @@ def test_sampling_keeps_what_top_k_and_top_p_allow() -> None:
 def test_temperature_flattens() -> None:
     logits = jnp.array([2.0, 0.0])
     keys = jax.random.split(jax.random.key(0), 2000)
-    shares = [
-        float((jax.vmap(lambda key, t=t: Sampling(t).choose(logits, key))(keys) == 0).mean()) for t in (1.0, 4.0)
-    ]
+    shares = [float((jax.vmap(lambda key, t=t: Sampling(t).choose(logits, key))(keys) == 0).mean()) for t in (1.0, 4.0)]
     assert shares == pytest.approx([1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(-0.5))], abs=0.04)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import archives
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,13 +180,23 @@ DAMAGES = {
         lambda root: os.truncate(root / "7/mp_rank_01_model_states.pt", 5000),
         ["mp_rank_01_model_states.pt", "zip"],
     ),
+    "no tensor": (
+        lambda root: archives.write(
+            root / "7/mp_rank_01_model_states.pt", archives.dump({"module": {"global_step": 7}}), {}
+        ),
+        ["mp_rank_01_model_states.pt", "global_step", "int"],
+    ),
     "no module": (
         lambda root: write_archive(root / "7/mp_rank_01_model_states.pt", "model", {}),
         ["mp_rank_01_model_states.pt", "module"],
     ),
     "ranks that do not divide": (
         lambda root: shutil.copy(root / "7/mp_rank_00_model_states.pt", root / "7/mp_rank_02_model_states.pt"),
-        ["3 tensor-parallel ranks do not divide vocab_size 40", "transformer.word_embeddings.weight"],
+        [
+            "mp_rank_02_model_states.pt",
+            "3 tensor-parallel ranks do not divide vocab_size 40",
+            "transformer.word_embeddings.weight",
+        ],
     ),
 }
 

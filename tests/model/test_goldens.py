@@ -3,6 +3,7 @@
 tests/goldens/README.md says what the arrays are and where the tolerances come from.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping
@@ -80,7 +81,7 @@ def test_float16_rotary_tables_are_those_of_the_released_code() -> None:
     cfg, params = loaded("glm130b/ckpt_tp1")
     arrays = golden("glm130b", "cases")
     inputs = arrays["long/tokens"], arrays["long/position_ids"], ~arrays["long/blocked"]
-    half = GLMConfig(**{**cfg.__dict__, "rope_angles": "float16"})
+    half = dataclasses.replace(cfg, rope_angles="float16")
     expected = arrays["long/logits_fp16_inv_freq"]
     np.testing.assert_allclose(jitted(half, params, *inputs), expected, rtol=0, atol=LOGITS)
     assert np.abs(jitted(cfg, params, *inputs) - expected).max() > 10 * LOGITS
@@ -90,7 +91,7 @@ def test_float16_rotary_tables_are_those_of_the_released_code() -> None:
 def test_loss_and_gradients(checkpoint: str, tmp_path: Path) -> None:
     cfg, params = loaded(checkpoint)
     arrays = golden(checkpoint.split("/")[0], "train")
-    batch = {name.removeprefix("batch/"): array for name, array in arrays.items() if name.startswith("batch/")}
+    batch = {name[6:]: jnp.asarray(array) for name, array in arrays.items() if name.startswith("batch/")}
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
         logits = apply(cfg, params, batch["tokens"], batch["position_ids"], ~batch["blocked"])  # [B, S, V]
@@ -99,10 +100,10 @@ def test_loss_and_gradients(checkpoint: str, tmp_path: Path) -> None:
         return losses.sum() / batch["loss_mask"].sum(), (logits, losses)
 
     (value, (logits, losses)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    assert abs(value - arrays["loss"]) < LOSS * max(1, arrays["loss"])
+    assert abs(value - arrays["loss"]) < LOSS
     np.testing.assert_allclose(losses, arrays["token_ce"], rtol=0, atol=LOGITS)
-    valid = batch["valid"]
-    np.testing.assert_allclose(logits[valid], arrays["logits"][valid], rtol=0, atol=LOGITS)
+    valid = arrays["batch/valid"]
+    np.testing.assert_allclose(np.asarray(logits)[valid], arrays["logits"][valid], rtol=0, atol=LOGITS)
     sat.save(tmp_path / "gradients", cfg, gradients, tensor_parallel=1, iteration=0)  # for the official names
     ours = sat.read_tensors(tmp_path / "gradients")
     expected = {name.removeprefix("grad/"): array for name, array in arrays.items() if name.startswith("grad/")}

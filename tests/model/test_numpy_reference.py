@@ -65,8 +65,7 @@ def test_logits_and_gradients(norm: Any, position: Any, activation: Any) -> None
 
     direction = noise(shapes, 3)
     near, far = (
-        (reference_loss(direction, step) - reference_loss(direction, -step)) / (2 * step)
-        for step in (STEP, 2 * STEP)
+        (reference_loss(direction, step) - reference_loss(direction, -step)) / (2 * step) for step in (STEP, 2 * STEP)
     )
     expected = (4 * near - far) / 3  # error of the fourth order
     products = jax.tree.map(lambda leaf, change: float(np.sum(leaf * change)), gradients, direction)

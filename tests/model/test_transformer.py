@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from glm_jax.model import GLMConfig, apply, apply_cached, init, init_cache, logical_axes, visibility
+from glm_jax.model.config import Norm
 from glm_jax.model.positions import alibi_distance, alibi_slopes
 
 SMALL = GLMConfig(num_layers=3, hidden_size=32, num_heads=4, ffn_size=48, vocab_size=64, max_length=32)
@@ -47,6 +48,7 @@ def test_forward_flops_count_every_matmul() -> None:
         init(dataclasses.replace(SMALL, num_layers=1), jax.random.key(0)), *sample(SMALL)
     )
     cost = compiled.compile().cost_analysis()
+    assert cost is not None
     one_layer = dataclasses.replace(SMALL, num_layers=1)  # cost_analysis counts the body of the scan once
     assert one_layer.forward_flops(12) * 2 == pytest.approx(cost["flops"], rel=0.35)
     assert one_layer.forward_flops(12) * 2 < cost["flops"]  # the rest is element-wise work
@@ -55,7 +57,7 @@ def test_forward_flops_count_every_matmul() -> None:
 @pytest.mark.parametrize(
     "norm, value, output", [("deepnorm", 200**-0.5, 200**-0.5), ("post", 1, 1), ("pre", 1, 200**-0.5)]
 )
-def test_initial_scales_follow_the_depth_coefficients(norm: str, value: float, output: float) -> None:
+def test_initial_scales_follow_the_depth_coefficients(norm: Norm, value: float, output: float) -> None:
     cfg = GLMConfig(100, 64, 4, 96, 128, norm=norm)
     blocks = init(cfg, jax.random.key(0))["blocks"]
     qkv = blocks["attention"]["qkv"]["kernel"]  # [L, D, N, 3, K]

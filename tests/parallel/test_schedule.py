@@ -79,7 +79,12 @@ def test_checker_finds_broken_dependencies():
 
 
 def test_checker_finds_a_stash_written_over():
-    order = (2, 0, 1, 3)  # forward out of order: the microbatches in flight are not neighbours, so slots m % ring collide
+    order = (
+        2,
+        0,
+        1,
+        3,
+    )  # forward out of order: the microbatches in flight are not neighbours, so slots m % ring collide
     forward = tuple((microbatch,) for microbatch in order) + ((-1,),)
     backward = ((-1,), (2,), (0,), (1,), (3,))
     table = schedule.Schedule("out of order", 1, 4, forward, backward)

@@ -5,7 +5,7 @@
 makes up an official checkpoint with an embedding of 4.3 GB in float16 and, once converted, a stacked feed-forward
 array of 8.6 GB, converts it to orbax and back with another number of ranks, each in a process of its own whose peak
 of resident memory (VmHWM) it reads, and compares the result with the original, chunk by chunk. A smaller model is then
-loaded onto four emulated devices. Needs 48 GB of disk and, for the loading, 7 GB of memory; takes about ten minutes.
+loaded onto four emulated devices. Needs 48 GB of disk and, for the loading, 9 GB of memory; takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def compare(left: Path, right: Path, cfg: GLMConfig) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--directory", type=Path, required=True, help="a folder on a disk with 48 GB free")
     parser.add_argument("--task", help="used by the script itself")
     arguments = parser.parse_args()

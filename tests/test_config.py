@@ -1,0 +1,63 @@
+"""The config's checks, and the way through JSON."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from glm_jax import config as configs
+from glm_jax.config import Config
+from glm_jax.errors import UserError
+
+
+def with_source() -> Config:
+    config = configs.default_config()
+    config.data.sources.en = ConfigDict({"sample": "python-docs"})
+    return config
+
+
+def test_resolve_fills_in_what_a_source_leaves_out() -> None:
+    resolved = configs.resolve(with_source())
+    assert resolved.data.sources.en.to_dict() == configs.source(sample="python-docs").to_dict()
+
+
+def test_json_gives_the_config_back() -> None:
+    resolved = configs.resolve(with_source())
+    assert configs.from_json(configs.to_json(resolved)).to_dict() == resolved.to_dict()
+
+
+def test_an_int_may_stand_for_a_float_and_nothing_else_is_converted() -> None:
+    config = with_source()
+    config.optimizer = ConfigDict({"peak_lr": 1})
+    resolved = configs.resolve(config)
+    assert resolved.optimizer.peak_lr == 1.0 and isinstance(resolved.optimizer.peak_lr, float)
+    config.model = ConfigDict({"num_layers": 2.0})
+    with pytest.raises(UserError, match="model.num_layers is 2.0, it must be of type int"):
+        configs.resolve(config)
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("data.heldout", 1.0, "below 1"),
+        ("data.seq_length", 8, "at least 16"),
+        ("train.precision", "float8", "float32, bfloat16, float16"),
+        ("optimizer.clip_norm", 0.0, "above 0"),
+        ("optimizer.warmup_samples", -1, "negative"),
+        ("data.sources.en.format", "docx", "text, jsonl"),
+        ("data.sources.en.weight", -1.0, "negative"),
+        ("data.sources.en.sample", "", "neither path nor sample"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(key: str, value: object, said: str) -> None:
+    config = configs.resolve(with_source()).copy_and_resolve_references()
+    config.unlock()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=said) as caught:
+        configs.resolve(config)
+    assert key.rsplit(".", 1)[0] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_blanks_need_a_share() -> None:
+    config = with_source()
+    config.data.blanks = ConfigDict({"mask": 0.0, "gmask": 0.0})
+    with pytest.raises(UserError, match="both 0"):
+        configs.resolve(config)
