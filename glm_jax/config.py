@@ -245,3 +245,31 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """Read what `to_json` wrote, resolved again so that keys added since have their defaults."""
     return resolve(ConfigDict(json.loads(text)))
+
+
+def original_glm(num_layers: int, hidden_size: int, num_heads: int, vocab_size: int, longest: int) -> Config:
+    """Give what the sizes of the original GLM share: Pre-LN, tanh GELU, two learned position streams.
+
+    Args:
+        num_layers, hidden_size, num_heads: of the size.
+        vocab_size: rows of the embedding, padding included.
+        longest: tokens of a row; the position tables have one row more (arXiv 2103.10360 and its published code).
+    """
+    config = default_config()
+    config.model.num_layers = num_layers
+    config.model.hidden_size = hidden_size
+    config.model.num_heads = num_heads
+    config.model.ffn_size = 4 * hidden_size
+    config.model.norm = "pre"
+    config.model.position = "learned_2d"
+    config.model.activation = "gelu_tanh"
+    config.model.initialisation = "normal"
+    config.model.attention_dropout = 0.1
+    config.model.hidden_dropout = 0.1
+    config.model.score_scaling = False
+    config.model.vocab_size = vocab_size
+    config.model.max_length = longest + 1
+    config.data.seq_length = longest
+    config.optimizer.beta2 = 0.98
+    config.optimizer.epsilon = 1e-6
+    return config

@@ -1,0 +1,16 @@
+"""GLM-Base, 110M: the model and optimizer of the original GLM; name corpora in data.sources.
+
+glm-jax train --config experiments/glm_110m.py --workdir runs/glm_110m --config.data.sources...
+"""
+
+from glm_jax.config import Config, original_glm
+
+VOCABULARY = 30_592  # bert-base-uncased's 30,522 pieces and GLM's specials, padded
+
+
+def get_config() -> Config:
+    """Give 12 layers of 768, 12 heads, rows of 512 tokens."""
+    config = original_glm(12, 768, 12, VOCABULARY, 512)
+    config.optimizer.peak_lr = 0.0004
+    config.optimizer.min_lr = 2e-05
+    return config

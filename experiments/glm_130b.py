@@ -1,0 +1,55 @@
+"""GLM-130B as it was trained, 6 May to 3 July 2022, on 96 DGX-A100; name your corpora in data.sources.
+
+    glm-jax config show --config experiments/glm_130b.py
+    glm-jax convert sat-to-orbax --config experiments/glm_130b.py --path glm-130b-sat --out glm-130b/checkpoints
+
+Sources: P, the paper (arXiv 2210.02414, tables 11 and 12, sections 2 and 3); L, its published training log; R, the
+released inference code.
+"""
+
+from glm_jax.config import Config, default_config
+
+
+def get_config() -> Config:
+    """Give 70 layers of 12,288 with 96 heads: 128,697,794,560 parameters."""
+    config = default_config()
+    config.seed = 1234
+
+    config.model.num_layers = 70  # P 2.3: 9 x 8 - 2, as embedding and head count as layers of the pipeline
+    config.model.hidden_size = 12288
+    config.model.num_heads = 96
+    config.model.ffn_size = 32768
+    config.model.norm = "deepnorm"
+    config.model.position = "rope"
+    config.model.activation = "geglu"
+    config.model.attention_dropout = 0.1
+    config.model.hidden_dropout = 0.1
+    config.model.vocab_size = 150528  # 150,000 of icetk and the specials, padded to a multiple of 768 x 4
+    config.model.max_length = 2048
+
+    config.data.seq_length = 2048
+    config.data.blanks.mask = 0.3  # P 2.2
+    config.data.blanks.gmask = 0.7
+
+    config.mesh.data = 24
+    config.mesh.pipeline = 8
+    config.mesh.tensor = 4
+
+    config.train.global_batch = 4224
+    config.train.microbatches = 176  # of 24 rows, one a data rank
+    config.train.steps = 52_018  # 450e9 tokens at the full batch; the released step is 49,300
+    config.train.precision = "float16"
+    config.train.loss_scale.window = 2000  # P table 11; the training code's own file said 200
+    config.train.save_every = 250  # P table 11; L: 500, later 100
+    config.train.eval_every = 1000
+
+    config.optimizer.peak_lr = 8e-5  # P table 11; L: halved to 4e-5 at step 26,000
+    config.optimizer.min_lr = 8e-6  # L: 4e-6 from step 42,700
+    config.optimizer.warmup_samples = 1_098_632  # 0.5% of 219,726,562; P has it start at 1e-7, the code at 0
+    config.optimizer.decay_samples = 197_753_905  # 90%
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.95
+    config.optimizer.epsilon = 1e-8
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.clip_norm = 1.0
+    return config

@@ -1,0 +1,18 @@
+"""GLM-2B: the model and optimizer of the original GLM; name corpora in data.sources.
+
+glm-jax train --config experiments/glm_2b.py --workdir runs/glm_2b --config.data.sources...
+"""
+
+from glm_jax.config import Config, original_glm
+
+VOCABULARY = 50_304  # GPT-2's 50,257 pieces and GLM's specials, padded
+
+
+def get_config() -> Config:
+    """Give 36 layers of 2048, 32 heads, rows of 1,024 tokens."""
+    config = original_glm(36, 2048, 32, VOCABULARY, 1024)
+    config.optimizer.peak_lr = 0.0001
+    config.optimizer.min_lr = 1e-05
+    config.optimizer.beta2 = 0.95
+    config.optimizer.epsilon = 1e-8
+    return config

@@ -1,0 +1,16 @@
+"""GLM-515M (also called 1.5): the model and optimizer of the original GLM; name corpora in data.sources.
+
+glm-jax train --config experiments/glm_515m.py --workdir runs/glm_515m --config.data.sources...
+"""
+
+from glm_jax.config import Config, original_glm
+
+VOCABULARY = 30_592  # bert-base-uncased's 30,522 pieces and GLM's specials, padded
+
+
+def get_config() -> Config:
+    """Give 30 layers of 1152, 18 heads, rows of 512 tokens."""
+    config = original_glm(30, 1152, 18, VOCABULARY, 512)
+    config.optimizer.peak_lr = 0.0002
+    config.optimizer.min_lr = 1e-05
+    return config

@@ -1,0 +1,73 @@
+"""`glm-jax convert`, there and back, and the presets that it reads."""
+
+import json
+import runpy
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glm_jax import config as configs
+from glm_jax.interop import sat
+from glm_jax.model import GLMConfig
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+GOLDENS = Path(__file__).parent.parent / "goldens" / "glm130b"
+PUBLISHED = {
+    "glm_110m": 110e6,
+    "glm_335m": 335e6,
+    "glm_410m": 410e6,
+    "glm_515m": 515e6,
+    "glm_10b": 10e9,
+    "glm_10b_chinese": 10e9,
+    "glm_130b": 128_697_794_560,
+}
+
+
+def preset(name: str) -> GLMConfig:
+    resolved = configs.resolve(runpy.run_path(f"experiments/{name}.py")["get_config"]())
+    return GLMConfig.from_section(resolved.model.to_dict(), 0, resolved.data.seq_length)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_their_published_size(name: str) -> None:
+    assert preset(name).num_parameters == pytest.approx(PUBLISHED[name], rel=0 if name == "glm_130b" else 0.02)
+
+
+def test_glm_2b_is_named_by_rounding() -> None:
+    assert preset("glm_2b").num_parameters == pytest.approx(1.92e9, rel=0.005)
+
+
+def test_convert_there_and_back(glm_jax: Cli, tmp_path: Path) -> None:
+    shape = json.loads((GOLDENS / "config.json").read_text())
+    flags = [
+        f"--config.model.{key}={shape[name]}"
+        for key, name in (
+            ("num_layers", "num_layers"),
+            ("hidden_size", "hidden_size"),
+            ("num_heads", "num_attention_heads"),
+            ("ffn_size", "inner_hidden_size"),
+            ("vocab_size", "vocab_size"),
+        )
+    ]
+    config = ["--config", "experiments/glm_130b.py", *flags]
+    there = glm_jax("convert", "sat-to-orbax", *config, "--path", GOLDENS / "ckpt_tp1", "--out", tmp_path / "orbax")
+    assert there.returncode == 0, there.stderr
+    ways = ["--path", tmp_path / "orbax", "--out", tmp_path / "sat"]
+    back = glm_jax("convert", "orbax-to-sat", *config, *ways, "--tensor_parallel=4")
+    assert back.returncode == 0, back.stderr
+    before, after = sat.read_tensors(GOLDENS / "ckpt_tp1"), sat.read_tensors(tmp_path / "sat")
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(array, after[name])
+
+
+def test_a_checkpoint_of_another_shape_is_refused(glm_jax: Cli, tmp_path: Path) -> None:
+    arguments = ["--config", "experiments/glm_130b.py", "--path", GOLDENS / "ckpt_tp1", "--out", tmp_path / "out"]
+    done = glm_jax("convert", "sat-to-orbax", *arguments)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "mp_rank_00" in done.stderr or "transformer." in done.stderr
+    assert not (tmp_path / "out").exists()
