@@ -220,7 +220,9 @@ def _load(values: flags.FlagValues) -> Config:
     try:
         return configs.resolve(values.config)
     except OSError as error:  # config_flags raises it only now
-        raise UserError(f"--config {values['config'].config_filename} cannot be read: is the path right?") from error
+        raise UserError(
+            f"--config {config_flags.get_config_filename(values['config'])} cannot be read: is the path right?"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:
@@ -261,13 +263,13 @@ def _show_config(arguments: Sequence[str]) -> int:
     defaults = dict(configs.flatten(configs.default_config()))
     for name in resolved.data.sources:
         defaults.update(configs.flatten(configs.source(), f"data.sources.{name}."))
-    overrides = values["config"].override_values
+    overrides = config_flags.get_override_values(values["config"])
     for key, value in configs.flatten(resolved):
         if key in overrides:
             origin = f"--config.{key}"
         elif key in defaults and defaults[key] == value:
             origin = "default"
         else:
-            origin = values["config"].config_filename
+            origin = config_flags.get_config_filename(values["config"])
         print(f"{key:36} {value!r:24} {origin}")
     return 0

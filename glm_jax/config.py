@@ -116,7 +116,7 @@ def default_config() -> Config:
     return config
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) for every leaf, in order."""
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict):

@@ -186,9 +186,7 @@ def text_length(objective: str, room: int, options: BlankOptions) -> int:
                 high = middle
         length = low
     if length < 4:
-        raise UserError(
-            f"{objective} samples do not fit {room} tokens: raise data.seq_length or lower its segments"
-        )
+        raise UserError(f"{objective} samples do not fit {room} tokens: raise data.seq_length or lower its segments")
     return length
 
 
@@ -205,9 +203,7 @@ def draw_lengths(length: int, generator: np.random.Generator, options: BlankOpti
     return lengths[: np.searchsorted(np.cumsum(lengths), target) + 1]
 
 
-def place_spans(
-    lengths: np.ndarray, length: int, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def place_spans(lengths: np.ndarray, length: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Place spans of `lengths` in a text, at least one token between them.
 
     The unmasked tokens that need not stand between spans are shared out by sorted uniform draws.

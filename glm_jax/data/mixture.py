@@ -144,9 +144,7 @@ class Mixture:
         self._stretches = stretches
         self._starts = [stretch.start for stretch in stretches]
 
-    def _quotas(
-        self, row: int, source: Mapping[str, float], objective: Mapping[str, float]
-    ) -> tuple[int, ...]:
+    def _quotas(self, row: int, source: Mapping[str, float], objective: Mapping[str, float]) -> tuple[int, ...]:
         weights = [source.get(name, 0.0) * objective.get(kind, 0.0) for name, kind in self.labels]
         sums = [0.0, *itertools.accumulate(weights)]
         if sums[-1] <= 0:
@@ -161,8 +159,7 @@ class Mixture:
         stretch = self._stretch(row)
         prefixes = stretch.prefixes(row - stretch.start)
         return [
-            before + right - left
-            for before, left, right in zip(stretch.counts, prefixes, prefixes[1:], strict=False)
+            before + right - left for before, left, right in zip(stretch.counts, prefixes, prefixes[1:], strict=False)
         ]
 
     def draw(self, row: int) -> tuple[int, int]:

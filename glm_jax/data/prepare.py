@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from glm_jax.config import Config
 from glm_jax.data import corpus, samples, tokenizer
 from glm_jax.data.corpus import Shards
 from glm_jax.data.tokenizer import Tokenizer
@@ -53,7 +52,7 @@ class Prepared:
     weights: dict[str, float]
 
 
-def prepare(config: ConfigDict, report: Report) -> Prepared:
+def prepare(config: Config, report: Report) -> Prepared:
     """Fetch or read the sources, remove duplicates, train the tokenizer, write shards; skip what is there.
 
     Args:
@@ -66,7 +65,7 @@ def prepare(config: ConfigDict, report: Report) -> Prepared:
     Raises:
         UserError: a source that cannot be read, or no source left.
     """
-    data: Any = config.data  # ConfigDict attributes have no useful static types
+    data = config.data
     if not data.sources:
         raise UserError("data.sources is empty: give a source a path or a sample")
     cache = cache_directory(data.cache)
@@ -116,7 +115,7 @@ def _key(*parts: Any) -> str:
 
 def _documents(name: str, source: Any, data: Any, cache: Path, report: Report) -> Path:
     """Bring one source to its documents stage and return its directory."""
-    if source.sample:
+    if source.sample and not source.path:
         fetched, cached = samples.fetch(source.sample, cache)
         size = fetched.stat().st_size
         report(f"text {source.sample}: {size / 1e6:.1f} MB ({'cached' if cached else 'fetched'})")

@@ -9,7 +9,6 @@ region of one is read, through a mapping that is dropped again: resident memory 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -19,10 +18,9 @@ import os
 import pickle
 import pickletools
 import struct
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -30,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from glm_jax.errors import UserError
-from glm_jax.files import sync_directory
+from glm_jax.files import open_atomic
 
 MAP_BYTES = 32 * 2**20  # the longest stretch of a file that is mapped at a time
 ALIGNMENT = 64  # of each record's first byte, as torch aligns them
@@ -267,7 +265,7 @@ def write_archive(path: Path, group: str, tensors: Mapping[str, TensorStream]) -
     """
     index = _pickle(group, tensors)
     digest = hashlib.sha256(index)
-    with _whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with open_atomic(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _write_record(archive, file, f"{path.stem}/data.pkl", [index])
         _write_record(archive, file, f"{path.stem}/byteorder", [b"little"])
         for key, (name, tensor) in enumerate(tensors.items()):
@@ -296,23 +294,6 @@ def _write_record(archive: zipfile.ZipFile, file: IO[bytes], name: str, chunks: 
         for chunk in chunks:
             written += member.write(chunk)
     return written
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Give a file that appears under `path` when the block ends without an error."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    sync_directory(path.parent)
 
 
 def _pickle(group: str, tensors: Mapping[str, TensorStream]) -> bytes:

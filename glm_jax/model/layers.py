@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -87,6 +87,19 @@ def dropout(x: Array, rate: float, keys: Array | None, places: Array) -> Array:
     return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+def param(
+    module: nn.Module, name: str, initialiser: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> Array:
+    """Declare one parameter of a module, with the logical axis of each dimension (None is never sharded)."""
+    value: Any = module.param(name, nn.with_partitioning(initialiser, axes), shape)
+    return value
+
+
+def run(module: nn.Module, weights: Any, *arguments: Any) -> Any:
+    """Call a module as the pure function that it is."""
+    return module.apply({"params": weights}, *arguments)
+
+
 class LayerNorm(nn.Module):
     """Layer norm with weight and bias over the last axis, statistics in float32 (biased variance)."""
 
@@ -96,8 +109,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x [..., D] -> [..., D] in the dtype of x."""
         width = x.shape[-1]
-        scale = self.param("scale", nn.with_partitioning(nn.initializers.ones, ("hidden",)), (width,))  # [D]
-        bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, ("hidden",)), (width,))  # [D]
+        scale = param(self, "scale", nn.initializers.ones, ("hidden",), (width,))  # [D]
+        bias = param(self, "bias", nn.initializers.zeros, ("hidden",), (width,))  # [D]
         wide = at_least_float32(x)  # [..., D]
         mean = jnp.mean(wide, axis=-1, keepdims=True)  # [..., 1]
         centred = wide - mean  # [..., D]
@@ -128,9 +141,9 @@ class Affine(nn.Module):
         def normal(key: Array, shape: tuple[int, ...]) -> Array:
             return jax.random.normal(key, shape) * jnp.asarray(self.stddev, jnp.float32)
 
-        kernel = self.param("kernel", nn.with_partitioning(normal, self.axes), self.shape)
+        kernel = param(self, "kernel", normal, self.axes, self.shape)
         bias_axes, bias_shape = self.axes[self.inputs :], self.shape[self.inputs :]
-        bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, bias_axes), bias_shape)
+        bias = param(self, "bias", nn.initializers.zeros, bias_axes, bias_shape)
         return kernel, bias
 
 

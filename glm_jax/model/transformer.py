@@ -18,7 +18,9 @@ from glm_jax.model.layers import (
     TensorAxis,
     dropout,
     fold_in,
+    param,
     row_keys,
+    run,
     xavier_stddev,
 )
 from glm_jax.model.positions import PositionTerms, alibi_distance, position_terms
@@ -61,8 +63,7 @@ class Embedding(nn.Module):
     def _table(self, name: str, rows: int, axis: str | None) -> Array:
         width = self.cfg.hidden_size
         stddev = NORMAL_STDDEV if self.cfg.initialisation == "normal" else xavier_stddev(rows, width)
-        initialiser = nn.with_partitioning(nn.initializers.normal(stddev), (axis, "hidden"))
-        return self.param(name, initialiser, (rows, width))  # [rows, D]
+        return param(self, name, nn.initializers.normal(stddev), (axis, "hidden"), (rows, width))  # [rows, D]
 
 
 class Block(nn.Module):
@@ -114,7 +115,8 @@ def _init_boxed(cfg: GLMConfig, key: Array) -> Params:
 
     def block(layer_key: Array) -> Params:
         arguments = (x, jnp.ones((1, 1, 1), bool), terms, jnp.int32(0), None, None)
-        return Block(cfg).init(layer_key, *arguments)["params"]
+        variables: Any = Block(cfg).init(layer_key, *arguments)
+        return variables["params"]
 
     return {
         "embedding": Embedding(cfg).init(embedding_key, tokens, positions, None)["params"],
@@ -159,7 +161,7 @@ def embed(
     `shrink` is alpha of the embedding gradient shrink (paper section 3.2): the value stays, the gradient that reaches
     the word embedding on this path is multiplied by it. `keys` [B], the rows' dropout keys.
     """
-    x = Embedding(cfg, axis).apply({"params": weights["embedding"]}, tokens, positions, shrink)
+    x = run(Embedding(cfg, axis), weights["embedding"], tokens, positions, shrink)
     return dropout(x, cfg.hidden_dropout, fold_in(keys, 0), axis.part(tokens.shape[1]))  # [B, S, D]
 
 
@@ -179,7 +181,7 @@ def block(
     `layer` is its index in the whole model; `keys` [B], the rows' dropout keys.
     """
     keys = fold_in(keys, layer + 1)  # 0 is the embedding's
-    return Block(cfg, axis).apply({"params": layer_weights}, x, allowed, terms, layer, keys, cache)
+    return run(Block(cfg, axis), layer_weights, x, allowed, terms, layer, keys, cache)
 
 
 def stage(
@@ -207,7 +209,7 @@ def stage(
 
 def head(cfg: GLMConfig, weights: Params, x: Array, axis: TensorAxis = ONE_DEVICE) -> Array:
     """Norm and project with the tied embedding: x [B, S, D] -> float32 logits [B, S, V]."""
-    x = axis.enter(LayerNorm(cfg.norm_epsilon).apply({"params": weights["final_norm"]}, x))  # [B, S, D]
+    x = axis.enter(run(LayerNorm(cfg.norm_epsilon), weights["final_norm"], x))  # [B, S, D]
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.einsum("bsd,vd->bsv", x, weights["embedding"]["word"], preferred_element_type=wide)  # [B, S, V]
 

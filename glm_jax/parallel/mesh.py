@@ -1,38 +1,90 @@
-"""The mesh: axes `data`, `pipeline` and `tensor` over the devices, and batches placed on it."""
+"""The mesh: axes `data`, `pipeline` and `tensor` over the devices of one process or many, and batches placed on it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 from glm_jax.errors import UserError
 from glm_jax.parallel import partition
 
 AXES = ("data", "pipeline", "tensor")
+REST = -1  # the size of at most one axis: as many devices as the others leave
 
 
-def build(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """Build the mesh; a laptop is 1 x 1 x 1.
+def start_processes(address: str, count: int, index: int) -> None:
+    """Join a run of several processes; to be called before anything touches a device.
 
     Args:
-        sizes: the size of each of `AXES`.
-        devices: to lay the mesh over, the first ones are taken; by default every device there is.
+        address: host:port of process 0, which all can reach.
+        count: of processes.
+        index: of this one.
+    """
+    if jax.config.values["jax_platforms"] == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, count, index)
+
+
+def resolve(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """Fill in the axis of size `REST`.
 
     Raises:
-        UserError: fewer devices than the sizes ask for.
+        UserError: two such axes, a size below 1, or devices that the other axes do not divide.
+    """
+    named = {axis: sizes[axis] for axis in AXES}
+    wild = [axis for axis, size in named.items() if size == REST]
+    for axis, size in named.items():
+        if size < 1 and size != REST:
+            raise UserError(f"mesh.{axis} is {size}, it must be at least 1, or {REST} for the rest of the devices")
+    if len(wild) > 1:
+        raise UserError(f"mesh.{wild[0]} and mesh.{wild[1]} are both {REST}: only one axis can take the rest")
+    if wild:
+        others = math.prod(size for size in named.values() if size != REST)
+        if devices % others:
+            nearest = max(divisor for divisor in range(1, others) if devices % divisor == 0)
+            raise UserError(
+                f"mesh.{wild[0]}={REST} needs the other axes ({_shown(named, wild)}, {others} devices) to divide "
+                f"{devices} devices: {nearest} would"
+            )
+        named[wild[0]] = devices // others
+    return named
+
+
+def _shown(sizes: Mapping[str, int], without: Iterable[str] = ()) -> str:
+    return " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if axis not in without)
+
+
+def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Build the mesh; a laptop is 1 x 1 x 1. Members of `tensor`, which talk most, are neighbours.
+
+    Args:
+        sizes: the size of each of `AXES`, one of them may be `REST`.
+        devices: to lay the mesh over, the first ones are taken; by default every device of every process.
+
+    Raises:
+        UserError: fewer devices than the sizes ask for, or more in a run of several processes.
     """
     devices = list(jax.devices() if devices is None else devices)
+    sizes = resolve(sizes, len(devices))
     shape = tuple(sizes[axis] for axis in AXES)
-    needed = int(np.prod(shape))
+    needed = math.prod(shape)
     if needed > len(devices):
-        shown = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in AXES)
         hint = f"; on CPU, JAX_NUM_CPU_DEVICES={needed} emulates them" if devices[0].platform == "cpu" else ""
-        raise UserError(f"{shown} needs {needed} devices and there are {len(devices)}: make the mesh smaller{hint}")
-    types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, devices=devices[:needed], axis_types=types)
+        raise UserError(
+            f"{_shown(sizes)} needs {needed} devices and there are {len(devices)}: make the mesh smaller{hint}"
+        )
+    if needed < len(devices) and len({device.process_index for device in devices}) > 1:
+        raise UserError(
+            f"{_shown(sizes)} uses {needed} of the {len(devices)} devices of several processes: it must use all of "
+            f"them, as mesh.data={REST} does"
+        )
+    grid = mesh_utils.create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def check_divides(sizes: Mapping[str, int], quantities: Iterable[tuple[str, str, int]]) -> None:
@@ -55,10 +107,41 @@ def check_divides(sizes: Mapping[str, int], quantities: Iterable[tuple[str, str,
             raise UserError(f"mesh.{axis}={size} does not divide {name} ({count}): {nearest} would")
 
 
+def local_members(mesh: jax.sharding.Mesh) -> list[int]:
+    """Say which members of the axis `data` have a device in this process."""
+    here = {place[0] for place, device in np.ndenumerate(mesh.devices) if device.process_index == jax.process_index()}
+    return sorted(here)
+
+
+def local_rows(mesh: jax.sharding.Mesh, global_batch: int, microbatches: int) -> np.ndarray:
+    """Say which rows of the global batch this process must read: int [M, B/M of this process].
+
+    Each microbatch is cut evenly over `data`; stages and tensor members of one data member read the same rows.
+    """
+    rows = np.arange(global_batch).reshape(microbatches, mesh.shape["data"], -1)  # [M, data, B/M/data]
+    return rows[:, local_members(mesh)].reshape(microbatches, -1)
+
+
 def place(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray], microbatches: int) -> dict[str, Any]:
-    """Cut a host batch of [B, ...] arrays into [M, B/M, ...] and put it on the mesh, rows over `data`."""
+    """Put a host batch on the mesh as arrays [M, B/M, ...], rows over `data`.
+
+    Args:
+        mesh: of any number of processes.
+        batch: arrays [B of this process, ...], the rows of `local_rows` in order; one process has all rows.
+        microbatches: M.
+    """
+    members = local_members(mesh)
     placed = {}
     for name, array in batch.items():
-        parts = array.reshape(microbatches, -1, *array.shape[1:])  # [M, B/M, ...]
-        placed[name] = jax.device_put(parts, jax.NamedSharding(mesh, partition.batch_spec(parts.ndim)))
+        parts = array.reshape(microbatches, len(members), -1, *array.shape[1:])  # [M, members, B/M/data, ...]
+        share = parts.shape[2]
+
+        def read(index: Any, parts: np.ndarray = parts, share: int = share) -> np.ndarray:
+            start, stop, _ = index[1].indices(share * mesh.shape["data"])
+            chosen = [members.index(member) for member in range(start // share, stop // share)]
+            return parts[:, chosen].reshape(microbatches, -1, *parts.shape[3:])  # [M, rows of these members, ...]
+
+        shape = (microbatches, share * mesh.shape["data"], *array.shape[1:])
+        sharding = jax.NamedSharding(mesh, partition.batch_spec(len(shape)))
+        placed[name] = jax.make_array_from_callback(shape, sharding, read)
     return placed

@@ -70,9 +70,7 @@ def batch_spec(ndim: int) -> jax.P:
 
 def shardings(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
     """Bind a tree of PartitionSpecs to a mesh."""
-    return jax.tree.map(
-        lambda leaf: jax.NamedSharding(mesh, leaf), tree, is_leaf=lambda leaf: isinstance(leaf, jax.P)
-    )
+    return jax.tree.map(lambda leaf: jax.NamedSharding(mesh, leaf), tree, is_leaf=lambda leaf: isinstance(leaf, jax.P))
 
 
 def mesh_axes(spec: jax.P) -> set[str]:

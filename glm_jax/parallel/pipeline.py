@@ -1,61 +1,26 @@
 """Runs a pipeline schedule inside one jitted program: losses and gradients of a model given as functions.
 
 Everything here runs in the body of a shard_map that is manual over all axes of the mesh. A `lax.scan` walks the rows of
-the schedule's table. In each tick a stage may take one microbatch forward through its blocks and one backward; then
-two ppermutes hand activations to the next stage and gradients to the one before. What keeps it small and exact:
+the schedule's table. In each tick a stage may take one microbatch forward through its blocks and one backward (stage.py
+has both); then two ppermutes hand activations to the next stage and gradients to the one before. Sums stay on each
+device over the whole loop, and the caller reduces them over `data` once, after it.
 
-- A slot is a loop over the stage's blocks with as many turns as there is work: none in an idle slot, and a stage that
-  holds fewer blocks than others (70 over 8) turns less often. A conditional would copy the gradient sums.
-- The backward slot is written by hand: from the last block to the first, the block's vjp, and the gradient of its
-  weights added in place to a float32 sum. Nothing the size of a stage's weights is made besides the sums.
-- Embedding and head are run by all stages together in every tick that needs them, each for its rows of the vocabulary.
-- Sums stay on each device over the whole loop; the caller reduces them over `data` once, after it.
+With one stage this is plain gradient accumulation: a tick a microbatch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from glm_jax.parallel.schedule import Schedule
+from glm_jax.parallel.stage import Functions, Keep, Result, Stage, Weights, at, put, when, zeros
 
 Array = jax.Array
 Tree = Any
-Keep = Literal["layer", "stage", "all"]  # what a forward slot keeps for the backward: inputs of blocks, of the stage, all
-
-AXES = ("data", "pipeline", "tensor")
-
-
-class Functions(NamedTuple):
-    """The model, as the engine sees it. x is the residual stream of one microbatch on one device.
-
-    `embed` and `head` are called on all devices at once and may use collectives over `pipeline` and `tensor`; `prepare`
-    and `block` may use those over `tensor`, whose members always do the same.
-    """
-
-    prepare: Callable[[Tree], Tree]  # microbatch -> terms, what its blocks share
-    embed: Callable[[Tree, Tree], Array]  # outer weights, microbatch -> x, the same on every stage
-    block: Callable[[Tree, Array, Tree, Array], Array]  # a block's weights, x, terms, its index in the model -> x
-    head: Callable[[Tree, Array, Tree], tuple[Array, Tree]]  # outer weights, x, microbatch -> loss, metrics
-
-
-class Weights(NamedTuple):
-    """Weights or gradients: of embedding and head, and of this stage's blocks (arrays [L / P, ...])."""
-
-    outer: Tree
-    blocks: Tree
-
-
-class Result(NamedTuple):
-    """What a pass over all microbatches gives on one device, not yet reduced over `data`."""
-
-    gradients: Weights  # sums, float32 or wider
-    metrics: Tree  # sums of the head's
-    executed: Array  # int32 [2]: block runs in forward and in backward slots, counted as they run
 
 
 class Carry(NamedTuple):
@@ -66,185 +31,6 @@ class Carry(NamedTuple):
     outputs: Array  # [output_ring, ...]: outputs of the last stage that wait for their backward
     stash: list[Array]  # [ring * Q, ...] (or [ring, ...]): what forward slots keep for backward slots
     result: Result
-
-
-def varying_axes(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
-    """Say along which mesh axes the devices' copies of x may differ."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def vary(tree: Tree, axes: tuple[str, ...] | frozenset[str] = AXES) -> Tree:
-    """Mark arrays as differing along `axes`, so that JAX inserts no reduction before the caller's own."""
-
-    def mark(x: Array) -> Array:
-        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(mark, tree)
-
-
-def zeros(shapes: Tree, leading: tuple[int, ...] = ()) -> Tree:
-    """Make zeros like abstract arrays, with `leading` axes before theirs."""
-    return jax.tree.map(lambda leaf: vary(jnp.zeros(leading + leaf.shape, leaf.dtype), varying_axes(leaf)), shapes)
-
-
-def at(tree: Tree, index: Array | int) -> Tree:
-    """Take entry `index` of every array."""
-    return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, index, keepdims=False), tree)
-
-
-def put(tree: Tree, entry: Tree, index: Array) -> Tree:
-    """Replace entry `index` of every array; in a loop's carry this is in place."""
-    return jax.tree.map(lambda array, new: lax.dynamic_update_index_in_dim(array, new, index, 0), tree, entry)
-
-
-def add(sums: Tree, terms: Tree) -> Tree:
-    """Add in the dtype of the sums."""
-    return jax.tree.map(lambda total, term: total + term.astype(total.dtype), sums, terms)
-
-
-def when(microbatch: Array, job: Callable[[Tree], Tree], carry: Tree) -> Tree:
-    """Run `job` unless `microbatch` is IDLE: a loop of one turn or of none."""
-    return lax.fori_loop(0, (microbatch >= 0).astype(jnp.int32), lambda _, carry: job(carry), carry)
-
-
-class Stage:
-    """One device's jobs. Each takes the microbatch it is for, which may be IDLE: then it does nothing."""
-
-    def __init__(self, functions: Functions, weights: Weights, batch: Tree, layers: int, keep: Keep) -> None:
-        self.functions, self.batch, self.keep = functions, batch, keep
-        self.weights = vary(weights)
-        self.capacity = jax.tree.leaves(weights.blocks)[0].shape[0]  # Q, inert layers included
-        index = lax.axis_index("pipeline")
-        self.is_first, self.is_last = index == 0, index == lax.axis_size("pipeline") - 1
-        self.first_layer = index * self.capacity
-        self.layers = jnp.clip(layers - self.first_layer, 0, self.capacity)  # those that do something
-        self.x = jax.eval_shape(lambda: vary(functions.embed(self.weights.outer, at(batch, 0))))
-        blank = zeros(self.x)
-        self.record = jax.eval_shape(lambda: self._run(0, blank, functions.prepare(at(batch, 0)))[1])
-
-    def empty_stash(self, ring: int) -> list[Array]:
-        """Make room for `ring` microbatches."""
-        return zeros(jax.tree.leaves(self.record), (ring if self.keep == "stage" else ring * self.capacity,))
-
-    def turns(self, microbatch: Array) -> Array:
-        """Say how many blocks a slot runs."""
-        return jnp.where(microbatch >= 0, self.layers, 0)
-
-    def _block(self, i: Array | int, terms: Tree) -> tuple[Callable[[Tree, Array], Array], Tree]:
-        layer = self.first_layer + i
-        return lambda weights, x: self.functions.block(weights, x, terms, layer), at(self.weights.blocks, i)
-
-    def _run(self, i: Array | int, x: Array, terms: Tree) -> tuple[Array, Tree]:
-        """Run block i; also give what its backward needs, without the weights, which are at hand."""
-        block, weights = self._block(i, terms)
-        if self.keep != "all":
-            return block(weights, x), x
-        y, pull = jax.vjp(block, weights, x)
-        pull.args_res[0] = None
-        return y, pull
-
-    def _pull(self, i: Array, record: list[Array], terms: Tree, gradient: Array) -> tuple[Tree, Array]:
-        """Give the gradients of block i's weights and of its input."""
-        block, weights = self._block(i, terms)
-        if self.keep != "all":
-            return jax.vjp(block, weights, *record)[1](gradient)
-        pull = jax.tree.unflatten(jax.tree.structure(self.record), record)
-        pull.args_res[0] = weights
-        return pull(gradient)
-
-    def enter(self, microbatch: Array, x: Array) -> Array:
-        """Embed for the first stage, all stages together; the others go on with the x that has arrived."""
-
-        def job(x: Array) -> Array:
-            embedded = self.functions.embed(self.weights.outer, at(self.batch, microbatch))
-            return jnp.where(self.is_first, embedded, x)
-
-        return when(microbatch, job, x)
-
-    def forward(self, microbatch: Array, x: Array, stash: list[Array], ring: int) -> tuple[Array, list[Array], Array]:
-        """Take x through the stage's blocks: the output, the stash with what is kept, and the number of block runs."""
-        terms = self.functions.prepare(at(self.batch, microbatch))
-        slot = microbatch % ring
-        if self.keep == "stage":
-            stash = when(microbatch, lambda stash: put(stash, [x], slot), stash)
-
-        def block(i: Array, carry: tuple[Array, list[Array], Array]) -> tuple[Array, list[Array], Array]:
-            x, stash, executed = carry
-            y, record = self._run(i, x, terms)
-            if self.keep != "stage":
-                stash = put(stash, jax.tree.leaves(record), slot * self.capacity + i)
-            return y, stash, executed + 1
-
-        return lax.fori_loop(0, self.turns(microbatch), block, (x, stash, vary(jnp.int32(0))))
-
-    def head(self, microbatch: Array, outputs: Array, gradient: Array, result: Result, seed: Array) -> tuple:
-        """Run the head for the last stage, all stages together.
-
-        Returns:
-            The gradient that enters this stage's backward slot (of the head for the last stage, else the one that has
-            arrived), and the result with the gradients of the outer weights and the metrics added.
-        """
-
-        def job(carry: tuple[Array, Result]) -> tuple[Array, Result]:
-            gradient, result = carry
-            y, data = at(outputs, microbatch % outputs.shape[0]), at(self.batch, microbatch)
-            loss, pull, metrics = jax.vjp(lambda *args: self._loss(*args, data), self.weights.outer, y, has_aux=True)
-            outer, of_y = pull(vary(seed.astype(loss.dtype), varying_axes(loss)))
-            gradients = result.gradients._replace(outer=add(result.gradients.outer, outer))
-            result = result._replace(gradients=gradients, metrics=add(result.metrics, metrics))
-            return jnp.where(self.is_last, of_y, gradient), result
-
-        return when(microbatch, job, (gradient, result))
-
-    def _loss(self, outer: Tree, y: Array, data: Tree) -> tuple[Array, Tree]:
-        """Show the last stage's output y to all stages and give loss and metrics."""
-        return self.functions.head(outer, vary(lax.psum(jnp.where(self.is_last, y, 0), "pipeline")), data)
-
-    def backward(
-        self, microbatch: Array, gradient: Array, stash: list[Array], sums: Tree, ring: int
-    ) -> tuple[Array, Tree, Array]:
-        """Take the gradient back through the blocks: that of the stage's input, the sums, the number of block runs."""
-        terms = self.functions.prepare(at(self.batch, microbatch))
-        slot = microbatch % ring
-        records, first = (self._inputs(microbatch, at(stash, slot), terms), 0) if self.keep == "stage" else (
-            stash, slot * self.capacity)  # fmt: skip
-
-        def block(turn: Array, carry: tuple[Array, Tree, Array]) -> tuple[Array, Tree, Array]:
-            gradient, sums, executed = carry
-            i = self.layers - 1 - turn
-            of_weights, of_x = self._pull(i, at(records, first + i), terms, gradient)
-            return of_x, put(sums, add(at(sums, i), of_weights), i), executed + 1
-
-        return lax.fori_loop(0, self.turns(microbatch), block, (gradient, sums, vary(jnp.int32(0))))
-
-    def _inputs(self, microbatch: Array, record: list[Array], terms: Tree) -> list[Array]:
-        """Run the stage again from its input, for the input of every block [Q, ...]."""
-
-        def block(i: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
-            x, inputs = carry
-            return self._run(i, x, terms)[0], put(inputs, [x], i)
-
-        inputs = zeros([self.x], (self.capacity,))
-        return lax.fori_loop(0, self.turns(microbatch), block, (*record, inputs))[1]
-
-    def embed_gradient(self, microbatch: Array, gradient: Array, sums: Tree) -> Tree:
-        """Add the gradient of the embedding's weights, given that of the first stage's input."""
-
-        def job(sums: Tree) -> Tree:
-            data = at(self.batch, microbatch)
-            _, pull = jax.vjp(lambda outer: vary(self.functions.embed(outer, data)), self.weights.outer)
-            return add(sums, pull(jnp.where(self.is_first, gradient, 0))[0])
-
-        return when(microbatch, job, sums)
-
-    def empty_result(self) -> Result:
-        """Make the sums before the first tick."""
-        wide = jax.tree.map(
-            lambda weight: vary(jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32))), self.weights
-        )
-        metrics = jax.eval_shape(lambda: self._loss(self.weights.outer, zeros(self.x), at(self.batch, 0))[1])
-        return Result(wide, zeros(metrics), vary(jnp.zeros(2, jnp.int32)))
 
 
 def shift(x: Array, stages: int) -> Array:
@@ -289,3 +75,28 @@ def value_and_grad(
     start = Carry(blank, blank, outputs, stage.empty_stash(ring), stage.empty_result())
     tables = jnp.array(schedule.forward, jnp.int32), jnp.array(schedule.backward, jnp.int32)  # [ticks, P] each
     return lax.scan(tick, start, tables)[0].result
+
+
+def evaluate(functions: Functions, schedule: Schedule, weights: Weights, batch: Tree, layers: int) -> Tree:
+    """Run all microbatches forward alone; to be called inside a shard_map. Arguments as in `value_and_grad`.
+
+    Returns:
+        The head's metrics of each microbatch, stacked: arrays [M, ...].
+    """
+    stage, index = Stage(functions, weights, batch, layers, "stage"), lax.axis_index("pipeline")
+
+    def tick(carry: tuple[Array, Tree], forward: Array) -> tuple[tuple[Array, Tree], None]:
+        x, metrics = carry
+        x = stage.enter(forward[0], x)
+        x, _, _ = stage.forward(forward[index], x, stage.empty_stash(1), 1)
+
+        def show(metrics: Tree) -> Tree:
+            entry = stage.loss(stage.weights.outer, x, at(batch, forward[-1]))[1]
+            return put(metrics, entry, forward[-1])
+
+        metrics = when(forward[-1], show, metrics)
+        return (shift(x, 1), metrics), None
+
+    metrics = jax.eval_shape(lambda: stage.loss(stage.weights.outer, zeros(stage.x), at(batch, 0))[1])
+    rows = jnp.array(schedule.forward, jnp.int32)[: schedule.microbatches + schedule.stages - 1]  # [M + P - 1, P]
+    return lax.scan(tick, (zeros(stage.x), zeros(metrics, (schedule.microbatches,))), rows)[0][1]

@@ -1,8 +1,8 @@
 """Pipeline schedules as plain data: which stage runs which slot at which tick. Pure Python.
 
-All stages move in lockstep. In a tick each stage has one forward slot, then one backward slot; either may be idle. What a
-stage makes travels to its neighbour between two ticks, so a microbatch enters the next stage exactly one tick later.
-`check` proves that a table keeps these rules; pipeline.py runs any table that does.
+All stages move in lockstep. In a tick each stage has one forward slot, then one backward slot; either may be idle.
+What a stage makes travels to its neighbour between two ticks, so a microbatch enters the next stage exactly one tick
+later. `check` proves that a table keeps these rules; pipeline.py runs any table that does.
 
 | schedule | forward of microbatch m on stage s | backward of m on s     | stash slots of stage s  |
 |----------|------------------------------------|------------------------|-------------------------|

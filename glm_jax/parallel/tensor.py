@@ -1,12 +1,12 @@
 """Tensor and sequence parallelism: collectives in and out of sharded matmuls, and the sharded vocabulary.
 
-Heads and feed-forward features are split over `tensor` (Megatron-LM, arXiv 1909.08053). Between two pairs of matmuls each
-member holds a slice of the sequence (arXiv 2205.05198), which makes norms, dropout and the pipeline's messages and stash
-smaller. The word embedding's rows are split over `pipeline` and `tensor` together, so that every stage does its part of the
-head (arXiv 2411.05288) and no device ever holds a whole row of logits.
+Heads and feed-forward features are split over `tensor` (Megatron-LM, arXiv 1909.08053). Between two pairs of matmuls
+each member holds a slice of the sequence (arXiv 2205.05198), which makes norms, dropout and the pipeline's messages and
+stash smaller. The word embedding's rows are split over `pipeline` and `tensor` together, so that every stage does its
+part of the head (arXiv 2411.05288) and no device ever holds a whole row of logits.
 
-All of it runs inside a shard_map that is manual over every axis, with tracked axes (check_vma): then JAX transposes each
-collective into the right one.
+All of it runs inside a shard_map that is manual over every axis and tracks along which ones values vary (check_vma):
+then JAX transposes each collective into the right one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""ZeRO-1 (arXiv 1910.02054): state lies split over `data`; weights are gathered for a step, gradients scattered after it.
+"""ZeRO-1 (arXiv 1910.02054): state lies split over `data`; a step gathers weights first and scatters gradients last.
 
-Both run inside a shard_map. Between the two, every device holds whole weights of its stage and tensor part; outside, the
-optimizer works on the shards, as jit partitions it by the same specs.
+Both run inside a shard_map. Between the two, every device holds whole weights of its stage and tensor part; outside,
+the optimizer works on the shards, as jit partitions it by the same specs.
 """
 
 from __future__ import annotations

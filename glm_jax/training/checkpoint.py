@@ -112,6 +112,7 @@ def load_params(workdir: Path) -> Any:
         if step is None:
             raise UserError(f"{workdir} holds no finished checkpoint yet")
         metadata = ocp.StandardCheckpointer().metadata(directory / str(step) / "params").item_metadata
+        assert metadata is not None
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), metadata.tree

@@ -86,37 +86,41 @@ def state_specs(cfg: GLMConfig, mesh: jax.sharding.Mesh) -> Any:
     return partition.state_specs(model.logical_axes(cfg), cfg.hidden_size, mesh.shape["data"])
 
 
-def functions(cfg: EngineConfig, axis: ShardedAxis, keys: Array | None, shrink: Array | None) -> pipeline.Functions:
+def functions(cfg: EngineConfig, axis: ShardedAxis, key: Array | None, shrink: Array | None) -> pipeline.Functions:
     """Bind GLM to the engine.
 
     Args:
         cfg: static.
         axis: the mesh's tensor axis.
-        keys: the step's dropout key; None for no dropout.
+        key: the step's dropout key; None for no dropout.
         shrink: alpha of the embedding gradient shrink, see `transformer.embed`.
     """
     glm = cfg.model
 
     def embed(outer: Any, batch: Batch) -> Array:
-        rows = row_keys(keys, batch["row"])  # [B]
+        rows = row_keys(key, batch["row"])  # [B]
         return transformer.embed(glm, outer, batch["tokens"], batch["positions"], shrink, rows, axis)  # [B, S, D]
 
     def prepare(batch: Batch) -> Any:
         allowed = model.visibility(batch["segments"], batch["context"])  # [B, S, S]
-        return allowed, position_terms(glm, batch["positions"], jnp.dtype(cfg.compute)), row_keys(keys, batch["row"])
+        return allowed, position_terms(glm, batch["positions"], jnp.dtype(cfg.compute)), row_keys(key, batch["row"])
 
     def block(weights: Any, x: Array, terms: Any, layer: Array) -> Array:
         allowed, positions, rows = terms
         return transformer.block(glm, weights, x, allowed, positions, layer, rows, axis=axis)[0]  # [B, S, D]
 
     def head(outer: Any, x: Array, batch: Batch) -> tuple[Array, Sums]:
-        logits = transformer.head(glm, outer, x, axis)  # [B, S, V]
-        losses = tensor.token_losses(logits, batch["targets"], cfg.num_tokens) * batch["loss_mask"]  # [B, S]
+        losses = _token_losses(cfg, axis, outer, x, batch)  # [B, S]
         of_objective = jax.nn.one_hot(batch["objective"], cfg.objectives, dtype=losses.dtype)  # [B, O]
         rows, counts = losses.sum(-1), batch["loss_mask"].sum(-1)  # [B] both
         return (rows * row_weights(cfg, counts)).sum(), Sums(rows @ of_objective, counts @ of_objective)
 
     return pipeline.Functions(prepare, embed, block, head)
+
+
+def _token_losses(cfg: EngineConfig, axis: ShardedAxis, outer: Any, x: Array, batch: Batch) -> Array:
+    logits = transformer.head(cfg.model, outer, x, axis)  # [B, S, V / shards]
+    return tensor.token_losses(logits, batch["targets"], cfg.num_tokens) * batch["loss_mask"]  # [B, S]
 
 
 def row_weights(cfg: EngineConfig, counts: Array) -> Array:
@@ -128,13 +132,41 @@ def row_weights(cfg: EngineConfig, counts: Array) -> Array:
     return jnp.ones_like(counts) if cfg.normalization == "tokens" else 1.0 / jnp.maximum(counts, 1.0)
 
 
+class _Layout(NamedTuple):
+    """What a pass over a batch follows from besides arrays."""
+
+    specs: Any
+    table: schedule.Schedule
+    axis: ShardedAxis
+    batch: dict[str, Array]
+    batch_specs: dict[str, jax.P]
+
+
+def _layout(cfg: EngineConfig, mesh: jax.sharding.Mesh, batch: Batch) -> _Layout:
+    sizes = dict(mesh.shape)
+    microbatches, rows = batch["tokens"].shape[:2]
+    return _Layout(
+        specs=state_specs(cfg.model, mesh),
+        table=schedule.build(cfg.schedule, sizes["pipeline"], microbatches),
+        axis=ShardedAxis(sizes["tensor"], sizes["pipeline"] * sizes["tensor"]),
+        batch={**batch, "row": jnp.arange(microbatches * rows, dtype=jnp.int32).reshape(microbatches, rows)},
+        batch_specs={name: partition.batch_spec(array.ndim) for name, array in batch.items()}
+        | {"row": partition.batch_spec(2)},
+    )
+
+
+def _weights(params: Any, specs: Any, dtype: str) -> pipeline.Weights:
+    weights = zero.gather(params, specs, dtype)
+    return pipeline.Weights({name: weights[name] for name in weights if name != "blocks"}, weights["blocks"])
+
+
 def value_and_grad(
     cfg: EngineConfig,
     mesh: jax.sharding.Mesh,
     params: Any,
     batch: Batch,
     key: Array | None = None,
-    shrink: Array | None = None,
+    shrink: Array | float | None = None,
     loss_scale: Array | float = 1.0,
 ) -> Gradients:
     """Give loss sums and the gradients of the mean loss over a global batch, under the mesh's parallelism.
@@ -148,36 +180,49 @@ def value_and_grad(
         shrink: alpha of the embedding gradient shrink.
         loss_scale: the loss is multiplied by it inside; the gradients are divided by it.
     """
-    specs = state_specs(cfg.model, mesh)
-    sizes = dict(mesh.shape)
-    microbatches, rows = batch["tokens"].shape[:2]
-    table = schedule.build(cfg.schedule, sizes["pipeline"], microbatches)
-    axis = ShardedAxis(sizes["tensor"], sizes["pipeline"] * sizes["tensor"])
-    batch = {**batch, "row": jnp.arange(microbatches * rows, dtype=jnp.int32).reshape(microbatches, rows)}
+    layout = _layout(cfg, mesh, batch)
 
     def local(params: Any, batch: Batch, extras: Any) -> Gradients:
         key, shrink, loss_scale = extras
-        weights = zero.gather(params, specs, cfg.compute)
-        blocks = weights.pop("blocks")
         counts = batch["loss_mask"].sum(-1)  # [M, B]
         total = lax.psum((counts * row_weights(cfg, counts)).sum(), "data")  # target tokens, or rows with any
-        seed = loss_scale / jnp.maximum(total, 1.0)
         result = pipeline.value_and_grad(
-            functions(cfg, axis, key, shrink),
-            table,
-            pipeline.Weights(weights, blocks),
+            functions(cfg, layout.axis, key, shrink),
+            layout.table,
+            _weights(params, layout.specs, cfg.compute),
             batch,
-            cfg.model.num_layers,
-            cfg.keep,
-            seed,
+            layers=cfg.model.num_layers,
+            keep=cfg.keep,
+            seed=loss_scale / jnp.maximum(total, 1.0),
         )
-        gradients = zero.reduce({**result.gradients.outer, "blocks": result.gradients.blocks}, specs)
-        gradients = jax.tree.map(lambda gradient: gradient / loss_scale, gradients)
+        sums = {**result.gradients.outer, "blocks": result.gradients.blocks}
+        gradients = jax.tree.map(lambda total: total / loss_scale, zero.reduce(sums, layout.specs))
         return Gradients(gradients, lax.psum(result.metrics, "data"), result.executed[None, None, None])
 
     wide = jnp.promote_types(cfg.compute, jnp.float32)
-    extras = (key, shrink, jnp.asarray(loss_scale, wide))
-    batch_specs = {name: partition.batch_spec(array.ndim) for name, array in batch.items()}
-    out_specs = Gradients(specs, Sums(jax.P(), jax.P()), jax.P("data", "pipeline", "tensor"))
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=(specs, batch_specs, jax.P()), out_specs=out_specs)
-    return mapped(params, batch, extras)
+    in_specs = (layout.specs, layout.batch_specs, jax.P())
+    out_specs: Any = (layout.specs, jax.P(), jax.P("data", "pipeline", "tensor"))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=Gradients(*out_specs))
+    return mapped(params, layout.batch, (key, shrink, jnp.asarray(loss_scale, wide)))
+
+
+def losses(cfg: EngineConfig, mesh: jax.sharding.Mesh, params: Any, batch: Batch) -> Array:
+    """Give the loss in nats of every target token: float32 [M, B/M, S], 0 elsewhere.
+
+    Arguments as in `value_and_grad`; no dropout.
+    """
+    layout = _layout(cfg, mesh, batch)
+
+    def local(params: Any, batch: Batch) -> Array:
+        glm = functions(cfg, layout.axis, None, None)
+
+        def head(outer: Any, x: Array, batch: Batch) -> tuple[Array, Array]:
+            token_losses = _token_losses(cfg, layout.axis, outer, x, batch)  # [B, S]
+            return token_losses.sum(), token_losses
+
+        weights = _weights(params, layout.specs, cfg.compute)
+        return pipeline.evaluate(glm._replace(head=head), layout.table, weights, batch, cfg.model.num_layers)
+
+    in_specs = (layout.specs, layout.batch_specs)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=partition.batch_spec(3))
+    return mapped(params, layout.batch)

@@ -3,6 +3,7 @@
 import collections
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from glm_jax.data.batches import Batches, shuffled
 from glm_jax.data.blanks import OBJECTIVES, BlankOptions
 from glm_jax.errors import UserError
 
-SPECIAL = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
+SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
 FIRST = 10
 SHARES = {"mask": 0.3, "gmask": 0.7}
 

@@ -1,6 +1,7 @@
 """Samples with blanks: what the facts about GLM say, checked on random texts."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from glm_jax.data import blanks
 from glm_jax.data.blanks import BlankOptions
 from glm_jax.errors import UserError
 
-SPECIAL = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
+SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
 FIRST = 10  # the smallest id of an ordinary token
 PLAIN = BlankOptions()
 

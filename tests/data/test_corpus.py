@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from array_record.python.array_record_module import ArrayRecordReader
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,9 +58,7 @@ def chinese(seed: int, characters: int = 120) -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(
-        train([english(seed) for seed in range(50)] + [chinese(seed) for seed in range(50)], 400)
-    )
+    return Tokenizer(train([english(seed) for seed in range(50)] + [chinese(seed) for seed in range(50)], 400))
 
 
 # Reading
@@ -237,6 +236,9 @@ def test_shards_hold_every_document_in_hash_order(stages: tuple[Path, Path], tok
             assert ids[-1] == tokenizer.eos and tokenizer.decode(ids[:-1]) == text
     assert sum(index["documents"].values()) == 100
     names = sorted(path.name for path in directory.glob("train-*.array_record"))
+    # one document a group, so that a read fetches no neighbours
+    reader = ArrayRecordReader(str(directory / names[0]))
+    assert reader.writer_options_string().startswith("group_size:1,")
     assert names[0] == f"train-00000-of-{len(names):05d}.array_record" and len(names) > 2
 
 

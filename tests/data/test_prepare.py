@@ -74,9 +74,7 @@ def test_two_sources(folder: Path):
     for name, splits in prepared.shards.items():
         assert set(splits) == {"train", "heldout"} and all(len(shards) for shards in splits.values())
         decoded[name] = [
-            prepared.tokenizer.decode(shards[position])
-            for shards in splits.values()
-            for position in range(len(shards))
+            prepared.tokenizer.decode(shards[position]) for shards in splits.values() for position in range(len(shards))
         ]
     assert sorted(decoded["zh"]) == sorted(chinese(seed) for seed in range(20))
     assert len(decoded["en"]) == 30 and set(decoded["en"]) <= {*ENGLISH, ENGLISH[1] + "\nOne more line."}
@@ -163,9 +161,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, source: dict[str
     with pytest.raises(UserError, match=message) as caught:
         run(make_config(folder, bad=source | {"path": str(folder / source["path"])}))
     assert "\n" not in str(caught.value)
-    left = [
-        path for path in (folder / "cache").rglob("*") if path.is_file() and "documents" not in path.parts
-    ]
+    left = [path for path in (folder / "cache").rglob("*") if path.is_file() and "documents" not in path.parts]
     assert left == [] and not list((folder / "cache").rglob(".*"))
 
 

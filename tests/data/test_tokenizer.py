@@ -15,9 +15,7 @@ from glm_jax.data import tokenizer as tokenizer_module
 from glm_jax.data.tokenizer import SPECIALS, Tokenizer, train
 from glm_jax.errors import UserError
 
-TOPICS = [
-    topics.topics[name] for name in sorted(topics.topics)[:12]
-]  # English and code, of the running Python
+TOPICS = [topics.topics[name] for name in sorted(topics.topics)[:12]]  # English and code, of the running Python
 ENGLISH = """Return a new array of given shape and type, filled with zeros.
 
     Parameters
@@ -75,9 +73,7 @@ def test_blanks_are_inserted_only_when_asked_for(tokenizer: Tokenizer):
                 *tokenizer.encode(" a"), tokenizer.smask, tokenizer.mask]  # fmt: skip
     assert tokenizer.encode_with_blanks(text).tolist() == expected
     assert tokenizer.decode(expected, specials=True) == text
-    assert (
-        tokenizer.encode_with_blanks("[mask] [xMASK]").tolist() == tokenizer.encode("[mask] [xMASK]").tolist()
-    )
+    assert tokenizer.encode_with_blanks("[mask] [xMASK]").tolist() == tokenizer.encode("[mask] [xMASK]").tolist()
     assert tokenizer.encode_with_blanks("").shape == (0,)
 
 

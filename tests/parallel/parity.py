@@ -54,15 +54,15 @@ def make_batch(cfg: GLMConfig, rows: int) -> dict[str, np.ndarray]:
     }
 
 
-def reference(cfg: engine.EngineConfig, params: Any, batch: dict[str, np.ndarray], key: Any) -> Any:
+def reference(cfg: engine.EngineConfig, params: Any, batch: dict[str, Any], key: Any) -> Any:
     """Give the mean loss, its sums by objective and its gradients, on one device, by autodiff alone."""
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
         weights = jax.tree.map(lambda param: param.astype(cfg.compute), params)
         allowed = model.visibility(jnp.asarray(batch["segments"]), jnp.asarray(batch["context"]))
-        logits = model.apply(
-            cfg.model, weights, batch["tokens"], batch["positions"], allowed, shrink=SHRINK, key=key
-        )[..., : cfg.num_tokens]
+        logits = model.apply(cfg.model, weights, batch["tokens"], batch["positions"], allowed, shrink=SHRINK, key=key)[
+            ..., : cfg.num_tokens
+        ]
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
         mask = batch["loss_mask"]
         rows, counts = (-chosen * mask).sum(-1), mask.sum(-1)
@@ -97,7 +97,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     no_dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
     glm = GLMConfig(**(SMALL | no_dropout | case.get("model", {})))
     cfg = dataclasses.replace(engine.EngineConfig(glm, NUM_TOKENS, 3, dtype), **case.get("engine", {}))
-    sizes = dict(zip(("data", "pipeline", "tensor"), case["mesh"], strict=True))
+    sizes: dict[str, int] = dict(zip(mesh.AXES, case["mesh"], strict=True))
     rows, microbatches = case.get("rows", 16), case.get("microbatches", 2)
     grid = mesh.build(sizes)
     engine.check(cfg, grid, rows, microbatches, LENGTH)
