@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from glm_jax import config as configs
@@ -148,6 +148,7 @@ COMMANDS: dict[str, Command] = {"train": train, "generate": generate, "convert":
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.set_verbosity(logging.ERROR)  # orbax explains itself at length
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: glm-jax <command> [flags]\n")
         for name, command in COMMANDS.items():

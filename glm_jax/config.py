@@ -29,7 +29,11 @@ POSITIONS = ("rope", "alibi", "learned_2d")
 ACTIVATIONS = ("geglu", "gelu", "gelu_tanh")
 ROPE_ANGLES = ("float32", "float16")
 INITIALISATIONS = ("xavier", "normal", "largescale")
-FORMATS = ("text", "jsonl", "jsonl.zst", "parquet")
+SCHEDULES = ("1f1b", "gpipe")
+STASHES = ("layer", "stage", "all")
+LOSS_NORMALIZATIONS = ("tokens", "microbatch")
+FORMATS = ("text", "jsonl", "jsonl.zst", "json", "parquet")
+NORMALISATIONS = ("nfc", "nfkc", "newlines")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -38,12 +42,57 @@ def source(**changes: Any) -> Config:
     defaults = {
         "path": "",  # a file, a directory or a glob; takes the place of the sample
         "sample": "",  # the name of a sample corpus, see glm_jax/data/samples.py
-        "format": "text",  # text (a blank line ends a document), jsonl, jsonl.zst, parquet
-        "field": "text",  # the field or column that holds the text
+        "format": "text",  # text (a blank line ends a document), jsonl, jsonl.zst, json (an array), parquet
+        "field": "text",  # the field or column that holds the text; "title, meta.body" joins two, one of them nested
+        "normalise": "",  # any of nfc, nfkc (Unicode's forms) and newlines (\r\n to \n), with commas between
         "language": "en",
         "weight": 1.0,  # share of rows, relative to the other sources'
     }
     return ConfigDict(defaults | changes)
+
+
+def instructions(**changes: Any) -> Config:
+    """Give one entry of `data.instructions`: the defaults, and `changes`, among which `path` or `sample` must be."""
+    defaults = {
+        "path": "",  # a file, a directory or a glob of .jsonl, .jsonl.zst or .parquet records
+        "sample": "",  # the name of an example set, see glm_jax/data/instruction_samples.py
+        "dataset": "",  # which of GLM-130B's data sets it is, see glm_jax/data/registry.py; empty: another
+        "templates": "",  # PromptSource's templates.yaml, or .jinja files; with `dataset`, also the folder of all its
+        # templates; empty: records have `text` and `target`
+        "cap": 0,  # samples at most; 0: what GLM-130B took of `dataset`, all of another
+        "weight": 0.0,  # share of instruction rows, relative to the others'; 0: the number of samples
+    }
+    return ConfigDict(defaults | changes)
+
+
+def _blanks() -> Config:
+    """Give `data.blanks`: shares of rows, and how blanks are drawn (glm_jax/data/blank_options.py says more)."""
+    blanks: Config = ConfigDict()
+    blanks.mask = 0.3  # share of rows with [MASK] spans (paper, section 2.2)
+    blanks.gmask = 0.7  # share of rows with a [gMASK] suffix
+    blanks.smask = 0.0  # share of rows with [sMASK] sentences
+    blanks.instruction = 0.0  # share of rows with prompts and answers, from data.instructions
+    blanks.history = ()  # instead of these shares, their history over samples: ((0, {"mask": 1.0}), (9000, {...}))
+    blanks.mask_ratio = 0.15  # of the tokens, in [MASK] spans
+    blanks.mean_span = 3.0  # Poisson, restricted to 1..longest_span
+    blanks.longest_span = 39
+    blanks.single_span_prob = 0.0  # [MASK] samples with one span
+    blanks.short_seq_prob = 0.0  # [MASK] segments that hold two shorter samples
+    blanks.shortest_seq = 1  # tokens that such a sample keeps at least, with cut_targets
+    blanks.gmask_min_ratio = 0.2  # a [gMASK] target is uniform from this share to all of the text
+    blanks.gmask_eop = True  # a [gMASK] target ends in eop
+    blanks.gmask_infill_prob = 0.0  # [gMASK] blanks anywhere, not at the end
+    blanks.smask_ratio = 0.15
+    blanks.block_mask_prob = 0.0  # target inputs replaced by block_mask_token
+    blanks.block_mask_token = -1
+    blanks.mask_segments = 1  # samples that share a row
+    blanks.gmask_segments = 1
+    blanks.smask_segments = 1
+    blanks.instruction_segments = 4
+    blanks.whole_documents = False  # pack rows with whole documents, as many as they hold
+    blanks.cut_targets = False  # the released model's quirk: 500 tokens into 512 places, [MASK] targets cut
+    blanks.replacement = False  # the released model's quirk: rows drawn with replacement
+    return blanks
 
 
 def default_config() -> Config:
@@ -78,14 +127,20 @@ def default_config() -> Config:
     config.data.near_duplicates = 0.8  # documents at least this similar (Jaccard) count as one; 0: exact copies only
     config.data.tokenizer = ConfigDict()
     config.data.tokenizer.vocab_size = 8000  # pieces to train, special tokens included
-    config.data.blanks = ConfigDict()
-    config.data.blanks.mask = 0.3  # share of rows with [MASK] spans (paper, section 2.2)
-    config.data.blanks.gmask = 0.7  # share of rows with a [gMASK] suffix
+    config.data.tokenizer.path = ""  # read this instead: a tokenizer.model of ours, or the official ice_text.model
+    config.data.tokenizer.pinned = False  # ice_text.model as in 2022: newlines, tabs and runs of spaces are lost
+    config.data.weights = ()  # history of the sources' weights: ((0, {"en": 1.0}), (500_000, {"en": 1.0, "zh": 1.0}))
+    config.data.instructions = ConfigDict()  # prompts with answers, by name; see `instructions`
+    config.data.blanks = _blanks()
 
     config.mesh = ConfigDict()
-    config.mesh.data = 1
+    config.mesh.data = 1  # one of the three may be -1: the rest of the devices
     config.mesh.pipeline = 1
     config.mesh.tensor = 1
+
+    config.pipeline = ConfigDict()
+    config.pipeline.schedule = "1f1b"
+    config.pipeline.stash = "layer"  # what the backward pass finds: inputs of layers or stages, or all (no recomputing)
 
     config.train = ConfigDict()
     config.train.steps = 1000
@@ -97,6 +152,7 @@ def default_config() -> Config:
     config.train.loss_scale.window = 2000  # finite steps in a row that double it
     config.train.loss_scale.hysteresis = 2  # non-finite steps that halve it
     config.train.loss_scale.minimum = 1.0
+    config.train.loss_normalization = "tokens"  # a mean over the global batch's targets; microbatch: over row means
     config.train.log_every = 10
     config.train.eval_every = 500  # 0: never; else also before the first step and at the end
     config.train.eval_rows = 128  # held-out rows a source
@@ -148,35 +204,50 @@ def resolve(config: Config) -> Config:
     full = default_config()
     known = [key for key, _ in flatten(full)]
     for key, value in flatten(config):
-        if key.startswith("data.sources."):
+        if key.startswith(("data.sources.", "data.instructions.")):
             continue
         if key not in known:
             raise UserError(f"unknown config key {key}: {closest(key, known)}")
         _assign(full, key, value)
     for name, keys in config.get("data", {}).get("sources", {}).items():
-        full.data.sources[name] = _resolve_source(name, keys)
+        full.data.sources[name] = _resolve_entry(f"data.sources.{name}", keys, source())
+    for name, keys in config.get("data", {}).get("instructions", {}).items():
+        full.data.instructions[name] = _resolve_entry(f"data.instructions.{name}", keys, instructions())
     _check(full)
     return full.lock()
 
 
-def _resolve_source(name: str, keys: Any) -> Config:
+def _resolve_entry(where: str, keys: Any, filled: Config) -> Config:
+    """Put the keys of an entry that the user named into its defaults."""
     if not isinstance(keys, Mapping | ConfigDict):
-        raise UserError(f"data.sources.{name} is {keys!r}: give it keys, such as path, format and language")
-    filled = source()
+        raise UserError(f"{where} is {keys!r}: give it keys, such as path and weight")
     for key, value in keys.items():
         if key not in filled:
-            raise UserError(f"unknown config key data.sources.{name}.{key}: {closest(key, list(filled))}")
-        filled[key] = _convert(f"data.sources.{name}.{key}", value, filled[key])
+            raise UserError(f"unknown config key {where}.{key}: {closest(key, list(filled))}")
+        filled[key] = _convert(f"{where}.{key}", value, filled[key])
     return filled
 
 
 def _convert(key: str, value: Any, default: Any) -> Any:
-    """Return `value` in the type of `default`; an int may stand for a float, nothing else is converted."""
+    """Return `value` in the type of `default`; an int may stand for a float, and a list is a history."""
+    if isinstance(default, tuple) and isinstance(value, list | tuple):
+        return _convert_history(key, value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
         raise UserError(f"{key} is {value!r}, it must be of type {type(default).__name__} (such as {default!r})")
     return value
+
+
+def _convert_history(key: str, value: Any) -> tuple[tuple[int, dict[str, float]], ...]:
+    """Check that knots are (samples, {name: weight}) pairs, as they come from a file or from JSON."""
+    knots = []
+    for knot in value:
+        pair = isinstance(knot, list | tuple) and len(knot) == 2 and type(knot[0]) is int
+        if not pair or not isinstance(knot[1], Mapping | ConfigDict):
+            raise UserError(f"{key} holds {knot!r}: its knots are pairs such as (0, {{'name': 1.0}})")
+        knots.append((knot[0], {name: _convert(f"{key} of {name}", weight, 0.0) for name, weight in knot[1].items()}))
+    return tuple(knots)
 
 
 def _assign(config: Config, key: str, value: Any) -> None:
@@ -190,15 +261,16 @@ def _check(config: Config) -> None:
     """Check what can be checked without data and devices."""
     model, data, train, optimizer = config.model, config.data, config.train, config.optimizer
     positive = ("model.num_layers", "model.hidden_size", "model.num_heads", "model.ffn_size", "model.vocab_multiple",
-                "data.seq_length", "data.tokenizer.vocab_size", "mesh.data", "mesh.pipeline", "mesh.tensor",
-                "train.steps", "train.global_batch", "train.microbatches", "train.log_every", "train.eval_rows",
-                "train.save_every", "train.keep")  # fmt: skip
+                "data.seq_length", "data.tokenizer.vocab_size", "train.steps", "train.global_batch",
+                "train.microbatches", "train.log_every", "train.eval_rows", "train.save_every",
+                "train.keep")  # fmt: skip
     values = dict(flatten(config))
     for key in positive:
         if values[key] < 1:
             raise UserError(f"{key} is {values[key]}, it must be at least 1")
     for key in ("train.eval_every", "optimizer.warmup_samples", "optimizer.decay_samples", "optimizer.weight_decay",
-                "data.blanks.mask", "data.blanks.gmask"):  # fmt: skip
+                "data.blanks.mask", "data.blanks.gmask", "data.blanks.smask",
+                "data.blanks.instruction"):  # fmt: skip
         if values[key] < 0:
             raise UserError(f"{key} is {values[key]}, it must not be negative")
     for key in ("model.attention_dropout", "model.hidden_dropout", "data.heldout", "data.near_duplicates",
@@ -212,6 +284,9 @@ def _check(config: Config) -> None:
         "model.rope_angles": ROPE_ANGLES,
         "model.initialisation": INITIALISATIONS,
         "train.precision": PRECISIONS,
+        "train.loss_normalization": LOSS_NORMALIZATIONS,
+        "pipeline.schedule": SCHEDULES,
+        "pipeline.stash": STASHES,
     }
     for key, choices in choices_of.items():
         if values[key] not in choices:
@@ -222,8 +297,8 @@ def _check(config: Config) -> None:
         raise UserError(
             f"train.global_batch {train.global_batch} is not divisible by train.microbatches {train.microbatches}"
         )
-    if data.blanks.mask + data.blanks.gmask == 0:
-        raise UserError("data.blanks.mask and data.blanks.gmask are both 0: give at least one a share")
+    if data.blanks.mask + data.blanks.gmask + data.blanks.smask + data.blanks.instruction == 0:
+        raise UserError("data.blanks.mask, gmask, smask and instruction are all 0: give at least one a share")
     if data.seq_length < 16:
         raise UserError(f"data.seq_length is {data.seq_length}, it must be at least 16")
     if optimizer.clip_norm <= 0:
@@ -233,8 +308,17 @@ def _check(config: Config) -> None:
             raise UserError(f"data.sources.{name} has neither path nor sample: give it one")
         if keys.format not in FORMATS:
             raise UserError(f"data.sources.{name}.format is {keys.format!r}, it must be one of {', '.join(FORMATS)}")
+        for option in filter(None, map(str.strip, keys.normalise.split(","))):
+            if option not in NORMALISATIONS:
+                known = ", ".join(NORMALISATIONS)
+                raise UserError(f"data.sources.{name}.normalise has {option!r}, it takes any of {known}")
         if keys.weight < 0:
             raise UserError(f"data.sources.{name}.weight is {keys.weight}, it must not be negative")
+    for name, keys in data.instructions.items():
+        if not keys.path and not keys.sample:
+            raise UserError(f"data.instructions.{name} has neither path nor sample: give it one")
+        if keys.weight < 0 or keys.cap < 0:
+            raise UserError(f"data.instructions.{name} has a negative weight or cap: 0 stands for the default")
 
 
 def to_json(config: Config) -> str:

@@ -73,6 +73,18 @@ def shardings(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: jax.NamedSharding(mesh, leaf), tree, is_leaf=lambda leaf: isinstance(leaf, jax.P))
 
 
+def without(axis: str, tree: Tree) -> Tree:
+    """Give the specs with one mesh axis left out: arrays are whole along it."""
+
+    def one(spec: jax.P) -> jax.P:
+        entries = [
+            tuple(name for name in (e if isinstance(e, tuple) else (e,)) if name not in (axis, None)) for e in spec
+        ]
+        return jax.P(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, jax.P))
+
+
 def mesh_axes(spec: jax.P) -> set[str]:
     """Name the mesh axes that a spec uses."""
     return {axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)}

@@ -27,13 +27,18 @@ Rows = tuple[tuple[int, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A table: `forward[t][s]` is the microbatch that stage s takes forward at tick t, or IDLE; `backward` likewise."""
+    """A table: `forward[t][s]` is the microbatch that stage s takes forward at tick t, or IDLE; `backward` likewise.
+
+    Every stage is given `ring` stash slots; microbatch m lives in slot m % ring. The ring of 1f1b follows from the
+    stages alone, so that memory does not depend on M.
+    """
 
     name: str
     stages: int
     microbatches: int
     forward: Rows
     backward: Rows
+    ring: int
 
     @property
     def ticks(self) -> int:
@@ -62,11 +67,6 @@ class Schedule:
         return tuple(self._most_kept(stage) for stage in range(self.stages))
 
     @property
-    def ring(self) -> int:
-        """Stash slots that every stage is given; microbatch m lives in slot m % ring."""
-        return max(self.in_flight)
-
-    @property
     def output_ring(self) -> int:
         """How many outputs of the last stage wait for their backward at once."""
         return self.in_flight[-1]
@@ -90,23 +90,28 @@ def _rows(ticks: int, stages: int, microbatches: int, first: Callable[[int], int
     return tuple(tuple(job(tick, stage) for stage in range(stages)) for tick in range(ticks))
 
 
-def _one_forward_one_backward(stages: int, microbatches: int) -> tuple[Rows, Rows]:
+def _one_forward_one_backward(stages: int, microbatches: int) -> tuple[Rows, Rows, int]:
     ticks, last = microbatches + 2 * (stages - 1), stages - 1
     return (
         _rows(ticks, stages, microbatches, lambda stage: stage),
         _rows(ticks, stages, microbatches, lambda stage: 2 * last - stage),
+        2 * last + 1,
     )
 
 
-def _gpipe(stages: int, microbatches: int) -> tuple[Rows, Rows]:
+def _gpipe(stages: int, microbatches: int) -> tuple[Rows, Rows, int]:
     ticks, last = 2 * (microbatches + stages - 1), stages - 1
     return (
         _rows(ticks, stages, microbatches, lambda stage: stage),
         _rows(ticks, stages, microbatches, lambda stage: microbatches + 2 * last - stage),
+        microbatches,
     )
 
 
-SCHEDULES: dict[str, Callable[[int, int], tuple[Rows, Rows]]] = {"1f1b": _one_forward_one_backward, "gpipe": _gpipe}
+SCHEDULES: dict[str, Callable[[int, int], tuple[Rows, Rows, int]]] = {
+    "1f1b": _one_forward_one_backward,
+    "gpipe": _gpipe,
+}
 
 
 def build(name: str, stages: int, microbatches: int) -> Schedule:

@@ -1,11 +1,13 @@
 """ZeRO-1 (arXiv 1910.02054): state lies split over `data`; a step gathers weights first and scatters gradients last.
 
 Both run inside a shard_map. Between the two, every device holds whole weights of its stage and tensor part; outside,
-the optimizer works on the shards, as jit partitions it by the same specs.
+the optimizer works on the shards, as jit partitions it by the same specs. With zero=3 the blocks' weights are gathered
+a layer at a time instead, for meshes without a pipeline.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,10 +35,43 @@ def gather(params: Tree, specs: Tree, dtype: Any) -> Tree:
     return jax.tree.map(one, params, specs)
 
 
-def reduce(gradients: Tree, specs: Tree) -> Tree:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_layer(shard: Array, dimension: int, dtype: Any) -> Array:
+    return lax.all_gather(shard.astype(dtype), "data", axis=dimension, tiled=True)
+
+
+def _scatter_layer(dimension: int, dtype: Any, shard: Array, gradient: Array) -> tuple[Array]:
+    # Autodiff alone would add up in the compute dtype.
+    wide = gradient.astype(shard.dtype)
+    return (lax.psum_scatter(wide, "data", scatter_dimension=dimension, tiled=True),)
+
+
+_gather_layer.defvjp(lambda shard, dimension, dtype: (_gather_layer(shard, dimension, dtype), shard), _scatter_layer)
+
+
+def gather_layer(shards: Tree, specs: Tree, dtype: Any) -> Tree:
+    """Gather one block's weights where they are used, as ZeRO-3 and FSDP do; its vjp sums and scatters gradients.
+
+    Args:
+        shards: float32 shards of one layer's params.
+        specs: a PartitionSpec for each array of all layers, [L, ...].
+        dtype: of the weights.
+    """
+
+    def one(shard: Array, spec: jax.P) -> Array:
+        dimension = partition.dimension(spec, "data")
+        return shard.astype(dtype) if dimension is None else _gather_layer(shard, dimension - 1, dtype)
+
+    return jax.tree.map(one, shards, specs)
+
+
+def reduce(gradients: Tree, specs: Tree, scattered: bool = False) -> Tree:
     """Sum gradients over all devices that share a parameter, and leave each with its shard: `gather` backwards.
 
-    This is the only reduction over `data` in a step.
+    Args:
+        gradients: sums of this device.
+        specs: a PartitionSpec for each, of the state.
+        scattered: those that are split over `data` come from `gather_layer` and are shards already.
     """
 
     def one(gradient: Array, spec: jax.P) -> Array:
@@ -44,7 +79,8 @@ def reduce(gradients: Tree, specs: Tree) -> Tree:
         dimension = partition.dimension(spec, "data")
         if dimension is None:
             return lax.psum(gradient, ("data", *replicated))
-        gradient = lax.psum_scatter(gradient, "data", scatter_dimension=dimension, tiled=True)
+        if not scattered:
+            gradient = lax.psum_scatter(gradient, "data", scatter_dimension=dimension, tiled=True)
         return lax.psum(gradient, replicated) if replicated else gradient
 
     return jax.tree.map(one, gradients, specs)

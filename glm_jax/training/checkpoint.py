@@ -10,9 +10,7 @@ import orbax.checkpoint as ocp
 
 from glm_jax.errors import UserError
 from glm_jax.parallel import partition
-from glm_jax.training.step import StepConfig, TrainState, init_state, state_specs
-
-Array = jax.Array
+from glm_jax.training.step import StepConfig, TrainState, init_state, pad_layers, state_specs, true_layers
 
 CHUNK_BYTES = 32 * 2**20
 
@@ -43,10 +41,11 @@ class Checkpoints:
         """Give the newest step that was saved whole, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, run: dict[str, Any]) -> None:
+    def save(self, cfg: StepConfig, mesh: jax.sharding.Mesh, state: TrainState, run: dict[str, Any]) -> None:
         """Save the state under its step; returns when the arrays are copied, the writing goes on behind."""
-        rest = state._replace(params=None)._asdict()
-        rest = {name: value for name, value in rest.items() if value is not None}
+        if _is_padded(cfg, mesh):
+            state = jax.jit(lambda state: true_layers(cfg, state), out_shardings=_disk_shardings(cfg, mesh))(state)
+        rest = {name: value for name, value in state._asdict().items() if name != "params"}
         self._manager.save(
             int(run["step"]),
             args=ocp.args.Composite(
@@ -63,11 +62,10 @@ class Checkpoints:
         Raises:
             UserError: the arrays on disk do not have the shapes of this config.
         """
-        shapes = jax.eval_shape(lambda: init_state(cfg))
-        shardings = partition.shardings(mesh, state_specs(cfg))
+        shardings = _disk_shardings(cfg, mesh)
         target = jax.tree.map(
             lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-            shapes,
+            jax.eval_shape(lambda: init_state(cfg)),
             shardings,
         )
         rest = {name: value for name, value in target._asdict().items() if name != "params"}
@@ -85,12 +83,29 @@ class Checkpoints:
             raise UserError(
                 f"{self.directory}/{step} does not fit this config: {str(error).splitlines()[0]}"
             ) from error
-        return Restored(TrainState(params=items["params"], **items["training"]), items["run"])
+        state = TrainState(params=items["params"], **items["training"])
+        if _is_padded(cfg, mesh):
+            placed = partition.shardings(mesh, state_specs(cfg, mesh))
+            stages = mesh.shape["pipeline"]
+            state = jax.jit(lambda state: pad_layers(cfg, state, stages), out_shardings=placed)(state)
+        return Restored(state, items["run"])
 
     def close(self) -> None:
         """Wait until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _is_padded(cfg: StepConfig, mesh: jax.sharding.Mesh) -> bool:
+    return cfg.engine.model.num_layers % mesh.shape["pipeline"] != 0
+
+
+def _disk_shardings(cfg: StepConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """Give the shardings of a state with its true layers, which padded stages do not divide."""
+    specs = state_specs(cfg, mesh)
+    if _is_padded(cfg, mesh):
+        specs = partition.without("pipeline", specs)
+    return partition.shardings(mesh, specs)
 
 
 def _in_chunks(tree: Any) -> Any:

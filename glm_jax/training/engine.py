@@ -17,6 +17,7 @@ from glm_jax.model.layers import row_keys
 from glm_jax.model.positions import position_terms
 from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import partition, pipeline, schedule, tensor, zero
+from glm_jax.parallel.stage import Keep
 from glm_jax.parallel.tensor import ShardedAxis
 
 Array = jax.Array
@@ -33,8 +34,9 @@ class EngineConfig:
     objectives: int  # how many a row's `objective` may name
     compute: str = "float32"  # dtype of weights and activations
     schedule: str = "1f1b"
-    keep: pipeline.Keep = "layer"
+    keep: Keep = "layer"
     normalization: Normalization = "tokens"
+    zero: Literal[1, 3] = 1  # 3: the blocks' weights, too, stay split over `data`, gathered a layer at a time
 
 
 class Sums(NamedTuple):
@@ -64,6 +66,12 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
             f"mesh.pipeline={sizes['pipeline']} is more stages than model.num_layers ({glm.num_layers}) can fill: "
             f"at most {glm.num_layers}"
         )
+    if cfg.zero == 3 and (sizes["pipeline"] > 1 or cfg.keep == "all"):
+        what = f"mesh.pipeline={sizes['pipeline']}" if sizes["pipeline"] > 1 else "pipeline.stash=all"
+        raise UserError(
+            f"mesh.zero=3 gathers each layer's weights in every slot and does not go with {what}: use mesh.zero=1, or "
+            "mesh.pipeline=1 and pipeline.stash=layer"
+        )
     meshes.check_divides(
         sizes,
         [
@@ -86,12 +94,15 @@ def state_specs(cfg: GLMConfig, mesh: jax.sharding.Mesh) -> Any:
     return partition.state_specs(model.logical_axes(cfg), cfg.hidden_size, mesh.shape["data"])
 
 
-def functions(cfg: EngineConfig, axis: ShardedAxis, key: Array | None, shrink: Array | None) -> pipeline.Functions:
+def functions(
+    cfg: EngineConfig, axis: ShardedAxis, specs: Any, key: Array | None, shrink: Array | None
+) -> pipeline.Functions:
     """Bind GLM to the engine.
 
     Args:
         cfg: static.
         axis: the mesh's tensor axis.
+        specs: of the params.
         key: the step's dropout key; None for no dropout.
         shrink: alpha of the embedding gradient shrink, see `transformer.embed`.
     """
@@ -107,6 +118,8 @@ def functions(cfg: EngineConfig, axis: ShardedAxis, key: Array | None, shrink: A
 
     def block(weights: Any, x: Array, terms: Any, layer: Array) -> Array:
         allowed, positions, rows = terms
+        if cfg.zero == 3:
+            weights = zero.gather_layer(weights, specs["blocks"], cfg.compute)
         return transformer.block(glm, weights, x, allowed, positions, layer, rows, axis=axis)[0]  # [B, S, D]
 
     def head(outer: Any, x: Array, batch: Batch) -> tuple[Array, Sums]:
@@ -155,9 +168,23 @@ def _layout(cfg: EngineConfig, mesh: jax.sharding.Mesh, batch: Batch) -> _Layout
     )
 
 
-def _weights(params: Any, specs: Any, dtype: str) -> pipeline.Weights:
-    weights = zero.gather(params, specs, dtype)
-    return pipeline.Weights({name: weights[name] for name in weights if name != "blocks"}, weights["blocks"])
+def _split(tree: Any) -> tuple[Any, Any]:
+    """Part what embedding and head use from the blocks."""
+    return {name: tree[name] for name in tree if name != "blocks"}, tree["blocks"]
+
+
+def _weights(cfg: EngineConfig, params: Any, specs: Any) -> pipeline.Weights:
+    outer, blocks = (
+        zero.gather(part, part_specs, cfg.compute)
+        for part, part_specs in zip(_split(params), _split(specs), strict=True)
+    )
+    return pipeline.Weights(outer, params["blocks"] if cfg.zero == 3 else blocks)
+
+
+def _reduce(cfg: EngineConfig, sums: pipeline.Weights, specs: Any) -> Any:
+    outer_specs, block_specs = _split(specs)
+    blocks = zero.reduce(sums.blocks, block_specs, scattered=cfg.zero == 3)
+    return {**zero.reduce(sums.outer, outer_specs), "blocks": blocks}
 
 
 def value_and_grad(
@@ -187,16 +214,16 @@ def value_and_grad(
         counts = batch["loss_mask"].sum(-1)  # [M, B]
         total = lax.psum((counts * row_weights(cfg, counts)).sum(), "data")  # target tokens, or rows with any
         result = pipeline.value_and_grad(
-            functions(cfg, layout.axis, key, shrink),
+            functions(cfg, layout.axis, layout.specs, key, shrink),
             layout.table,
-            _weights(params, layout.specs, cfg.compute),
+            _weights(cfg, params, layout.specs),
             batch,
             layers=cfg.model.num_layers,
             keep=cfg.keep,
             seed=loss_scale / jnp.maximum(total, 1.0),
         )
-        sums = {**result.gradients.outer, "blocks": result.gradients.blocks}
-        gradients = jax.tree.map(lambda total: total / loss_scale, zero.reduce(sums, layout.specs))
+        sums = _reduce(cfg, result.gradients, layout.specs)
+        gradients = jax.tree.map(lambda total: total / loss_scale, sums)
         return Gradients(gradients, lax.psum(result.metrics, "data"), result.executed[None, None, None])
 
     wide = jnp.promote_types(cfg.compute, jnp.float32)
@@ -214,13 +241,13 @@ def losses(cfg: EngineConfig, mesh: jax.sharding.Mesh, params: Any, batch: Batch
     layout = _layout(cfg, mesh, batch)
 
     def local(params: Any, batch: Batch) -> Array:
-        glm = functions(cfg, layout.axis, None, None)
+        glm = functions(cfg, layout.axis, layout.specs, None, None)
 
         def head(outer: Any, x: Array, batch: Batch) -> tuple[Array, Array]:
             token_losses = _token_losses(cfg, layout.axis, outer, x, batch)  # [B, S]
             return token_losses.sum(), token_losses
 
-        weights = _weights(params, layout.specs, cfg.compute)
+        weights = _weights(cfg, params, layout.specs)
         return pipeline.evaluate(glm._replace(head=head), layout.table, weights, batch, cfg.model.num_layers)
 
     in_specs = (layout.specs, layout.batch_specs)

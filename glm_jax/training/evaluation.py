@@ -63,7 +63,7 @@ class Evaluation:
             rows = min(self._limit, max(batches.rows_per_epoch, 1))  # a short text makes one row, partly empty
             for first in range(0, rows, self._rows):
                 batch = _pad_rows(batches.at(first, min(self._rows, rows - first)), self._rows)
-                losses = np.asarray(evaluate(params, meshes.place(self._mesh, batch, 1)), np.float64)  # [B, S]
+                losses = np.asarray(evaluate(params, meshes.place(self._mesh, batch, 1))[0], np.float64)  # [B, S]
                 nats += losses.sum()
                 targets += batch["loss_mask"].sum()
                 size += (self._token_bytes[batch["targets"]] * batch["loss_mask"]).sum()

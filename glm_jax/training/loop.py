@@ -19,14 +19,17 @@ from glm_jax.data.corpus import Shards
 from glm_jax.data.prepare import Prepared, prepare
 from glm_jax.data.tokenizer import Tokenizer
 from glm_jax.errors import UserError
+from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
+from glm_jax.training import engine
 from glm_jax.training import workdir as workdirs
 from glm_jax.training.checkpoint import Checkpoints
+from glm_jax.training.engine import EngineConfig, Sums
 from glm_jax.training.evaluation import Evaluation, training_batches
 from glm_jax.training.monitor import Meter, Monitor, peak_flops
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.precision import Precision
-from glm_jax.training.step import StepConfig, Sums, TrainState, compile_steps, create_state
+from glm_jax.training.step import StepConfig, TrainState, compile_steps, create_state
 
 DONE, STOPPED = 0, 3  # exit codes
 
@@ -52,35 +55,43 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
+def engine_config(config: Config, glm: GLMConfig, num_tokens: int) -> EngineConfig:
+    """Give all that gradients depend on."""
+    return EngineConfig(
+        model=glm,
+        num_tokens=num_tokens,
+        objectives=len(OBJECTIVES),
+        compute=config.train.precision,
+        schedule=config.pipeline.schedule,
+        keep=config.pipeline.stash,
+        normalization=config.train.loss_normalization,
+    )
+
+
 def step_config(config: Config, tokenizer: Tokenizer) -> StepConfig:
     """Give all that a step depends on."""
     return StepConfig(
-        model=workdirs.model_config(config, tokenizer),
+        engine=engine_config(config, workdirs.model_config(config, tokenizer), tokenizer.size),
         optimizer=OptimizerConfig.from_config(config),
         precision=Precision.from_config(config),
-        num_tokens=tokenizer.size,
         seed=config.seed,
     )
 
 
-def build_mesh(config: Config, vocab_size: int | None = None) -> jax.sharding.Mesh:
-    """Build the mesh and check that everything that is sharded divides.
+def build_mesh(config: Config) -> jax.sharding.Mesh:
+    """Build the mesh and check that the model and the batch can be laid over it, before any data is read.
 
     Raises:
         UserError: too few devices, or a size that does not divide.
     """
-    sizes = config.mesh.to_dict()
-    rows = config.train.global_batch // config.train.microbatches
-    quantities = [
-        ("tensor", "model.num_heads", config.model.num_heads),
-        ("tensor", "model.ffn_size", config.model.ffn_size),
-        ("pipeline", "model.num_layers", config.model.num_layers),
-        ("data", "the rows of a microbatch, train.global_batch / train.microbatches", rows),
-    ]
-    if vocab_size is not None:
-        quantities.append(("tensor", "the padded vocabulary, a multiple of model.vocab_multiple", vocab_size))
-    meshes.check_divides(sizes, quantities)
-    return meshes.build(sizes)
+    mesh = meshes.build(config.mesh.to_dict())
+    pieces = config.model.vocab_multiple  # what divides this divides the vocabulary, which is a multiple of it
+    glm = GLMConfig.from_section(config.model.to_dict(), pieces, config.data.seq_length)
+    train = config.train
+    engine.check(
+        engine_config(config, glm, pieces), mesh, train.global_batch, train.microbatches, config.data.seq_length
+    )
+    return mesh
 
 
 def loss_metrics(sums: Sums) -> dict[str, float]:
@@ -99,7 +110,7 @@ class Loop:
     def __init__(self, config: Config, workdir: Path, prepared: Prepared) -> None:
         self.config, self.workdir, self.prepared = config, workdir, prepared
         self.cfg = step_config(config, prepared.tokenizer)
-        self.mesh = build_mesh(config, self.cfg.model.vocab_size)
+        self.mesh = build_mesh(config)
         self.batches = training_batches(config, prepared)
         self.evaluation = Evaluation(config, prepared, self.mesh)
         self.train, self.evaluate = compile_steps(self.cfg, self.mesh)
@@ -132,7 +143,7 @@ class Loop:
     def _start(self, checkpoints: Checkpoints, say: Callable[[str], None]) -> tuple[TrainState, int]:
         if checkpoints.latest_step() is None:
             state = create_state(self.cfg, self.mesh)
-            say(f"model: {self.cfg.model.num_parameters:,} parameters, mesh {dict(self.mesh.shape)}")
+            say(f"model: {self.cfg.engine.model.num_parameters:,} parameters, mesh {dict(self.mesh.shape)}")
             return state, 0
         restored = checkpoints.restore(self.cfg, self.mesh)
         step = restored.run["step"]
@@ -147,7 +158,7 @@ class Loop:
         samples = int(state.samples)
         if step == 0 and train.eval_every:
             self._evaluate(state, 0, monitor)
-        meter = Meter(self.cfg.model, self.config.data.seq_length, peak_flops(self.mesh))
+        meter = Meter(self.cfg.engine, self.config.data.seq_length, peak_flops(self.mesh))
         stream = self.batches.prefetched(samples, rows)
         saved, previous = step, None
         while step < train.steps and not stop.requested:
@@ -167,11 +178,11 @@ class Loop:
                 self._evaluate(state, step, monitor)
                 meter.restart()
             if step % train.save_every == 0:
-                checkpoints.save(state, self._record(step, samples))
+                checkpoints.save(self.cfg, self.mesh, state, self._record(step, samples))
                 saved = step
                 meter.restart()
         if saved != step:
-            checkpoints.save(state, self._record(step, samples))
+            checkpoints.save(self.cfg, self.mesh, state, self._record(step, samples))
         return step
 
     def _log(self, metrics: Mapping[str, Any], step: int, samples: int, meter: Meter, monitor: Monitor) -> dict:

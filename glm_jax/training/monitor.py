@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from glm_jax.files import write_atomic
-from glm_jax.model import GLMConfig
+from glm_jax.training.engine import EngineConfig
 
 Event = Mapping[str, Any]
 
@@ -30,6 +30,9 @@ PEAK_FLOPS = {
     "TPU v5p": 459e12,
     "TPU v5 lite": 197e12,
 }
+
+
+RECOMPUTED = {"all": 0, "layer": 1, "stage": 2}  # forward passes that the backward repeats, by what it finds stashed
 
 
 def matmul_rate(size: int = 1024, repeats: int = 8) -> float:
@@ -125,8 +128,9 @@ def _drop_after(path: Path, step: int) -> None:
 class Meter:
     """Measures speed between two reads."""
 
-    def __init__(self, cfg: GLMConfig, sequence: int, peak: float) -> None:
-        self._row_flops = 3 * cfg.forward_flops(sequence)  # forward, and a backward of twice its work
+    def __init__(self, cfg: EngineConfig, sequence: int, peak: float) -> None:
+        self._row_flops = 3 * cfg.model.forward_flops(sequence)  # forward, and a backward of twice its work
+        self._hardware = (3 + RECOMPUTED[cfg.keep]) / 3
         self._peak = peak
         self.restart()
 
@@ -151,14 +155,14 @@ class Meter:
 
         Returns:
             `tokens_per_second`; `mfu`, the share of the peak that the model's own arithmetic makes; `hfu`, that with
-            recomputed arithmetic (there is none here); `data_wait`, the share of time that the step waited for data.
+            what the backward pass computes again; `data_wait`, the share of time that the step waited for data.
         """
         elapsed = time.perf_counter() - self._start
         mfu = self._rows * self._row_flops / elapsed / self._peak
         values = {
             "tokens_per_second": self._tokens / elapsed,
             "mfu": mfu,
-            "hfu": mfu,
+            "hfu": mfu * self._hardware,
             "data_wait": self._wait / elapsed,
         }
         self.restart()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,6 @@ class LossScale(NamedTuple):
     good_steps: Array  # int32, finite steps since the last change
     hysteresis: Array  # int32, how many more non-finite steps until the scale is halved
     skipped: Array  # int32, non-finite steps of the whole run
-
-
-def cast(params: Any, compute: str) -> Any:
-    """Cast float32 master params to the weights of the computation."""
-    return jax.tree.map(lambda param: param.astype(compute), params)
 
 
 def initial_loss_scale(cfg: Precision) -> LossScale:

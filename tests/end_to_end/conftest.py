@@ -16,7 +16,7 @@ from glm_jax.config import default_config, source
 
 def get_config():
     config = default_config()
-    config.model.num_layers = 2
+    config.model.num_layers = 3
     config.model.hidden_size = 32
     config.model.num_heads = 2
     config.model.ffn_size = 48

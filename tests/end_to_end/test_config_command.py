@@ -13,7 +13,7 @@ def test_show_names_the_origin_of_every_value(glm_jax: Cli, experiment: Path) ->
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
     assert rows["seed"] == ["5", "--config.seed"]
-    assert rows["model.num_layers"] == ["2", str(experiment)]
+    assert rows["model.num_layers"] == ["3", str(experiment)]
     assert rows["model.norm"] == ["'deepnorm'", "default"]
     assert rows["data.sources.zh.weight"] == ["2.0", "--config.data.sources.zh.weight"]
     assert rows["data.sources.zh.field"] == ["'text'", "default"]

@@ -27,9 +27,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         ("--config.model.num_layers=0", "model.num_layers is 0"),
         ("--config.model.norm=batch", "deepnorm, post, pre, sandwich"),
         ("--config.model.num_heads=5", "not divisible by model.num_heads 5"),
-        ("--config.mesh.tensor=4", "mesh.tensor=4 does not divide model.num_heads (2): 2 would"),
         ("--config.mesh.tensor=2", "JAX_NUM_CPU_DEVICES=2"),
-        ("--config.mesh.data=3", "mesh.data=3 does not divide"),
         ("--config.train.microbatches=3", "train.microbatches 3"),
         ("--config.data.sources.en.path=/nowhere/en.txt", "/nowhere/en.txt"),
         ("--confg=x", "config"),
@@ -38,6 +36,20 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 )
 def test_a_wrong_flag(experiment: Path, glm_jax: Cli, tmp_path: Path, flag: str, said: str) -> None:
     line = refused(glm_jax("train", "--config", experiment, "--workdir", tmp_path / "run", flag))
+    assert said in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        ("--config.mesh.tensor=4", "mesh.tensor=4 does not divide model.num_heads (2): 2 would"),
+        ("--config.mesh.data=3", "mesh.data=3 does not divide"),
+        ("--config.mesh.pipeline=4", "at most 3"),
+    ],
+)
+def test_a_mesh_that_does_not_divide(experiment: Path, glm_jax: Cli, tmp_path: Path, flag: str, said: str) -> None:
+    line = refused(glm_jax("train", "--config", experiment, "--workdir", tmp_path / "run", flag, devices=4))
     assert said in line
     assert not (tmp_path / "run").exists()
 

@@ -89,12 +89,13 @@ def test_stopping_saves_and_going_on_repeats_the_uninterrupted_run(
     assert events(workdir, "evaluation") == events(finished, "evaluation")
 
 
-def test_a_run_may_begin_on_a_mesh_of_four_devices_and_end_on_one(
+def test_a_run_may_begin_on_a_mesh_of_eight_devices_and_end_on_one(
     finished: Path, experiment: Path, glm_jax: Cli, tmp_path: Path
 ) -> None:
     arguments = ["train", "--config", experiment, "--workdir", tmp_path / "run"]
-    mesh = ["--config.mesh.data=2", "--config.mesh.tensor=2", "--config.train.steps=6"]
-    done = glm_jax(*arguments, *mesh, "--config.optimizer.decay_samples=96", devices=4)
+    mesh = ["--config.mesh.data=2", "--config.mesh.pipeline=2", "--config.mesh.tensor=2"]  # 3 layers over 2 stages
+    until = ["--config.train.steps=6", "--config.optimizer.decay_samples=96"]
+    done = glm_jax(*arguments, *mesh, *until, devices=8)
     assert done.returncode == 0, done.stderr
     assert glm_jax(*arguments).returncode == 0
     for kind in ("train", "evaluation"):

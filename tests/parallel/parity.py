@@ -24,11 +24,12 @@ import numpy as np  # noqa: E402
 from glm_jax import model  # noqa: E402
 from glm_jax.model import GLMConfig  # noqa: E402
 from glm_jax.parallel import mesh, partition  # noqa: E402
-from glm_jax.training import engine  # noqa: E402
+from glm_jax.training import engine, optimizer  # noqa: E402
 
 SMALL = {"num_layers": 3, "hidden_size": 16, "num_heads": 8, "ffn_size": 16, "vocab_size": 48, "max_length": 16}
 LENGTH, NUM_TOKENS = 16, 41
 SHRINK, LOSS_SCALE = 0.3, 64.0
+OPTIMIZER = optimizer.OptimizerConfig()
 
 
 def make_batch(cfg: GLMConfig, rows: int) -> dict[str, np.ndarray]:
@@ -54,25 +55,27 @@ def make_batch(cfg: GLMConfig, rows: int) -> dict[str, np.ndarray]:
     }
 
 
-def reference(cfg: engine.EngineConfig, params: Any, batch: dict[str, Any], key: Any) -> Any:
+def losses_by_token(cfg: engine.EngineConfig, params: Any, batch: dict[str, Any], key: jax.Array | None) -> jax.Array:
+    """Give the masked cross-entropy [B, S] on one device."""
+    weights = jax.tree.map(lambda param: param.astype(cfg.compute), params)
+    allowed = model.visibility(jnp.asarray(batch["segments"]), jnp.asarray(batch["context"]))
+    logits = model.apply(cfg.model, weights, batch["tokens"], batch["positions"], allowed, shrink=SHRINK, key=key)
+    real = jax.nn.log_softmax(logits[..., : cfg.num_tokens])
+    return -jnp.take_along_axis(real, batch["targets"][..., None], -1)[..., 0] * batch["loss_mask"]
+
+
+def reference(cfg: engine.EngineConfig, params: Any, batch: dict[str, Any], key: jax.Array) -> Any:
     """Give the mean loss, its sums by objective and its gradients, on one device, by autodiff alone."""
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
-        weights = jax.tree.map(lambda param: param.astype(cfg.compute), params)
-        allowed = model.visibility(jnp.asarray(batch["segments"]), jnp.asarray(batch["context"]))
-        logits = model.apply(cfg.model, weights, batch["tokens"], batch["positions"], allowed, shrink=SHRINK, key=key)[
-            ..., : cfg.num_tokens
-        ]
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
-        mask = batch["loss_mask"]
-        rows, counts = (-chosen * mask).sum(-1), mask.sum(-1)
-        by_objective = [((rows * (batch["objective"] == i)).sum(), (counts * (batch["objective"] == i)).sum())
-                        for i in range(cfg.objectives)]  # fmt: skip
+        rows, counts = losses_by_token(cfg, params, batch, key).sum(-1), batch["loss_mask"].sum(-1)
+        by_objective = [(rows[mine].sum(), counts[mine].sum())
+                        for mine in (batch["objective"] == index for index in range(cfg.objectives))]  # fmt: skip
         if cfg.normalization == "tokens":
             return rows.sum() / counts.sum(), by_objective
         return (rows / counts).mean(), by_objective
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return jax.value_and_grad(loss, has_aux=True)(params)
 
 
 def error(expected: Any, got: Any) -> float:
@@ -81,49 +84,78 @@ def error(expected: Any, got: Any) -> float:
     return float(np.abs(expected - got).max() / max(np.abs(expected).max(), 1e-30))
 
 
+def build(case: dict[str, Any]) -> tuple[engine.EngineConfig, jax.sharding.Mesh, int, int]:
+    """Give the config, the mesh, the rows and the microbatches of a case."""
+    no_dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+    glm = GLMConfig(**(SMALL | no_dropout | case.get("model", {})))
+    compute = "float64" if case.get("x64") else "float32"
+    cfg = dataclasses.replace(engine.EngineConfig(glm, NUM_TOKENS, 3, compute), **case.get("engine", {}))
+    sizes: dict[str, int] = dict(zip(mesh.AXES, case["mesh"], strict=True))
+    grid = mesh.build(sizes)
+    rows, microbatches = case.get("rows", 16), case.get("microbatches", 2)
+    engine.check(cfg, grid, rows, microbatches, LENGTH)
+    return cfg, grid, rows, microbatches
+
+
+def start_params(glm: GLMConfig, dtype: str) -> Any:
+    """Initialise; biases and scales lie away from 0 and 1, so that they matter."""
+    params = jax.jit(model.init, static_argnums=0)(glm, jax.random.key(0))
+    generator = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: np.asarray(leaf + 0.1 * generator.normal(size=leaf.shape), dtype), params)
+
+
+def adam(params: Any, moments: Any, gradients: Any) -> tuple[Any, Any]:
+    """Take a step of the real optimizer, at a learning rate that moves the loss."""
+    return optimizer.update(OPTIMIZER, gradients, moments, params, jnp.asarray(0.01))[:2]
+
+
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Run one case.
 
     Args:
         case: `mesh`, sizes of data, pipeline and tensor; and, optional, `model`, `engine` (changes to the configs),
-            `rows`, `microbatches`, `x64`.
+            `rows`, `microbatches`, `x64`, `steps` (of the optimizer; 1 compares one gradient).
 
     Returns:
-        The case, the relative error of the loss sums and of the worst gradient with its name, and whether every device
-        ran exactly the blocks of its stage, microbatches times.
+        The case; the largest relative errors over all steps of the loss sums and of any gradient, with its name; that
+        of the losses by token without dropout; and whether every device ran exactly the blocks of its stage,
+        microbatches times.
     """
     jax.config.update("jax_enable_x64", bool(case.get("x64")))
-    dtype = "float64" if case.get("x64") else "float32"
-    no_dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
-    glm = GLMConfig(**(SMALL | no_dropout | case.get("model", {})))
-    cfg = dataclasses.replace(engine.EngineConfig(glm, NUM_TOKENS, 3, dtype), **case.get("engine", {}))
-    sizes: dict[str, int] = dict(zip(mesh.AXES, case["mesh"], strict=True))
-    rows, microbatches = case.get("rows", 16), case.get("microbatches", 2)
-    grid = mesh.build(sizes)
-    engine.check(cfg, grid, rows, microbatches, LENGTH)
-    params = jax.jit(model.init, static_argnums=0)(glm, jax.random.key(0))
-    generator = np.random.default_rng(1)  # biases and scales away from 0 and 1, so that they are tested as well
-    params = jax.tree.map(lambda leaf: np.asarray(leaf + 0.1 * generator.normal(size=leaf.shape), dtype), params)
+    cfg, grid, rows, microbatches = build(case)
+    glm, axes, stages = cfg.model, model.logical_axes(cfg.model), grid.shape["pipeline"]
+    params = start_params(glm, "float64" if case.get("x64") else "float32")
     batch, key = make_batch(glm, rows), jax.random.key(7)
-    (_, by_objective), expected = reference(cfg, params, batch, key)
-    axes = model.logical_axes(glm)
-    padded = partition.pad_layers(params, axes, sizes["pipeline"])
-    placed = jax.device_put(padded, partition.shardings(grid, engine.state_specs(glm, grid)))
+    shardings = partition.shardings(grid, engine.state_specs(glm, grid))
+    placed = jax.device_put(partition.pad_layers(params, axes, stages), shardings)
     parts = mesh.place(grid, batch, microbatches)
-    step = jax.jit(lambda params, batch: engine.value_and_grad(cfg, grid, params, batch, key, SHRINK, LOSS_SCALE))
-    got = step(placed, parts)
-    gradients = partition.true_layers(jax.device_get(got.gradients), axes, glm.num_layers)
-    errors = jax.tree.map(error, expected, gradients)
-    worst = max(jax.tree_util.tree_leaves_with_path(errors), key=lambda item: item[1])
-    held = partition.layers_held(glm.num_layers, sizes["pipeline"])
-    layers = np.clip(glm.num_layers - held * np.arange(sizes["pipeline"]), 0, held)
-    return {
-        "case": case,
-        "loss": error(np.asarray(by_objective).T, np.stack(got.sums)),
-        "gradient": worst[1],
-        "worst": jax.tree_util.keystr(worst[0]),
-        "exact_slots": bool((np.asarray(got.executed) == (microbatches * layers)[None, :, None, None]).all()),
-    }
+    gradients_of = jax.jit(lambda params: engine.value_and_grad(cfg, grid, params, parts, key, SHRINK, LOSS_SCALE))
+    autodiff = jax.jit(lambda params: reference(cfg, params, batch, key))
+    update, init = jax.jit(adam), jax.jit(optimizer.transformation(OPTIMIZER).init)
+    moments, placed_moments = init(params), init(placed)
+    token_losses = error(
+        jax.jit(lambda params: losses_by_token(cfg, params, batch, None))(params),
+        np.reshape(jax.jit(lambda params: engine.losses(cfg, grid, params, parts))(placed), (rows, LENGTH)),
+    )
+    loss, gradient, worst, exact = 0.0, 0.0, "", True
+    for _ in range(case.get("steps", 1)):
+        (_, by_objective), expected = autodiff(params)
+        got = gradients_of(placed)
+        errors = jax.tree.map(
+            error, expected, partition.true_layers(jax.device_get(got.gradients), axes, glm.num_layers)
+        )
+        path, largest = max(jax.tree_util.tree_leaves_with_path(errors), key=lambda item: item[1])
+        if largest >= gradient:
+            gradient, worst = largest, jax.tree_util.keystr(path)
+        loss = max(loss, error(np.asarray(by_objective).T, np.stack(got.sums)))
+        held = partition.layers_held(glm.num_layers, stages)
+        layers = np.clip(glm.num_layers - held * np.arange(stages), 0, held)
+        exact &= bool((np.asarray(got.executed) == (microbatches * layers)[None, :, None, None]).all())
+        if case.get("steps", 1) > 1:
+            params, moments = update(params, moments, expected)
+            placed, placed_moments = update(placed, placed_moments, got.gradients)
+    return {"case": case, "loss": loss, "gradient": gradient, "worst": worst, "exact_slots": exact,
+            "token_losses": token_losses}  # fmt: skip
 
 
 if __name__ == "__main__":

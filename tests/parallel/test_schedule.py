@@ -87,8 +87,8 @@ def test_checker_finds_a_stash_written_over():
     )  # forward out of order: the microbatches in flight are not neighbours, so slots m % ring collide
     forward = tuple((microbatch,) for microbatch in order) + ((-1,),)
     backward = ((-1,), (2,), (0,), (1,), (3,))
-    table = schedule.Schedule("out of order", 1, 4, forward, backward)
-    assert table.ring == 2
+    table = schedule.Schedule("out of order", 1, 4, forward, backward, ring=2)
+    assert table.in_flight == (2,)
     with pytest.raises(ValueError, match="written over by microbatch 2"):
         schedule.check(table)
 

@@ -35,9 +35,7 @@ def step(cfg: engine.EngineConfig, grid: jax.sharding.Mesh, state: Any, batch: A
         constants, gradients, moments, params, optimizer.learning_rate(constants, samples)
     )
     finite = jnp.isfinite(norms["grad_norm"])
-    params, moments = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (new, new_moments), (params, moments)
-    )
+    params, moments = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (new, new_moments), (params, moments))
     scale = precision.next_loss_scale(Precision("float16"), scale, finite)
     return (params, moments, scale, samples + 1), (sums, norms)
 

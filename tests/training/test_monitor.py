@@ -9,6 +9,7 @@ import pytest
 
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
+from glm_jax.training.engine import EngineConfig
 from glm_jax.training.monitor import Meter, Monitor, matmul_rate, peak_flops
 
 
@@ -41,13 +42,14 @@ def test_the_bar_shows_steps_and_values(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_the_meter_counts_from_the_last_read() -> None:
     cfg = GLMConfig(1, 16, 2, 24, 32)
-    meter = Meter(cfg, 8, peak=1e9)
+    meter = Meter(EngineConfig(cfg, 32, 3, keep="stage"), 8, peak=1e9)
     meter.count(4, 30)
     with meter.waiting():
         time.sleep(0.05)
     first = meter.read()
     assert 0 < first["data_wait"] <= 1 and first["tokens_per_second"] <= 30 / 0.05
     assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 4 / 30 * 3 * cfg.forward_flops(8) / 1e9)
+    assert first["hfu"] == pytest.approx(first["mfu"] * 5 / 3)
     assert meter.read()["tokens_per_second"] == 0
 
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from glm_jax.training.precision import LossScale, Precision, cast, initial_loss_scale, next_loss_scale
+from glm_jax.training.precision import LossScale, Precision, initial_loss_scale, next_loss_scale
 
 
 def trace(cfg: Precision, outcomes: str) -> list[float]:
@@ -26,7 +26,3 @@ def test_other_precisions_keep_scale_one_and_count_skips() -> None:
     cfg = Precision("bfloat16")
     state = next_loss_scale(cfg, initial_loss_scale(cfg), jnp.bool_(False))
     assert state == LossScale(jnp.float32(1), jnp.int32(0), jnp.int32(2), jnp.int32(1))
-
-
-def test_cast_keeps_the_tree() -> None:
-    assert cast({"a": jnp.ones(2)}, "bfloat16")["a"].dtype == jnp.bfloat16

@@ -1,0 +1,96 @@
+"""The engine on meshes of emulated devices, against plain autodiff on one device. Each group runs in one subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.2}
+
+# Every factorisation of 8 devices; schedules, stashes and what a model may choose are spread over them. All 40
+# combinations of mesh, schedule and stash: tests/proofs/parity_matrix.py.
+FLOAT32: list[dict[str, Any]] = [
+    {"mesh": [1, 1, 8], "engine": {"schedule": "gpipe"}},
+    {"mesh": [1, 2, 4], "engine": {"normalization": "microbatch"}, "model": {"position": "learned_2d"}},
+    {"mesh": [1, 4, 2], "engine": {"keep": "stage"}, "model": {"num_layers": 7, **DROPOUT}, "microbatches": 4},
+    {"mesh": [1, 8, 1], "engine": {"keep": "all"}, "model": {"num_layers": 9, **DROPOUT}, "microbatches": 8},
+    {"mesh": [2, 1, 4], "engine": {"keep": "stage"}, "model": {"norm": "sandwich", "activation": "gelu"}},
+    {"mesh": [2, 2, 2], "model": {"norm": "pre", "position": "alibi", "activation": "gelu_tanh"}},
+    {"mesh": [2, 4, 1], "engine": {"schedule": "gpipe", "keep": "stage"}, "model": {"num_layers": 5, "norm": "post"}},
+    {"mesh": [4, 1, 2], "engine": {"keep": "all"}, "model": {"embedding_norm": True, **DROPOUT}},
+    {"mesh": [4, 2, 1], "engine": {"schedule": "gpipe"}, "model": DROPOUT},
+    {"mesh": [8, 1, 1], "model": DROPOUT},
+    {"mesh": [4, 1, 2], "engine": {"zero": 3}, "model": DROPOUT},
+    {"mesh": [1, 1, 1], "model": DROPOUT},
+]
+FLOAT64: list[dict[str, Any]] = [
+    {"mesh": [2, 2, 2], "model": DROPOUT, "steps": 5, "x64": True},
+    {"mesh": [1, 4, 2], "model": {"num_layers": 7, "pb_relax": 128.0}, "steps": 5, "x64": True},
+]
+HALF: list[dict[str, Any]] = [{"mesh": [2, 2, 2], "engine": {"compute": name}} for name in ("float16", "bfloat16")]
+HALF += [{"mesh": [4, 1, 2], "engine": {"compute": "float16", "zero": 3}}]
+
+
+def run_module(module: str, *arguments: str) -> list[Any]:
+    """Run a module of the tests in a process of its own, which may have as many devices as it likes."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-W", "error", "-m", f"tests.parallel.{module}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@cache
+def results(group: str) -> list[Any]:
+    """Run a group of cases once."""
+    return run_module("parity", json.dumps({"float32": FLOAT32, "float64": FLOAT64, "half": HALF}[group]))
+
+
+def name(case: dict[str, Any]) -> str:
+    return "x".join(map(str, case["mesh"]))
+
+
+@pytest.mark.parametrize("index", range(len(FLOAT32)), ids=[name(case) for case in FLOAT32])
+def test_losses_and_gradients_are_those_of_one_device(index: int) -> None:
+    result = results("float32")[index]
+    assert result["loss"] < 1e-5 and result["gradient"] < 1e-5, result
+    assert result["token_losses"] < 1e-5, result
+    assert result["exact_slots"], result
+
+
+@pytest.mark.parametrize("index", range(len(FLOAT64)), ids=[name(case) for case in FLOAT64])
+def test_five_steps_in_float64_are_those_of_one_device(index: int) -> None:
+    result = results("float64")[index]
+    assert result["loss"] < 1e-9 and result["gradient"] < 1e-9, result
+
+
+@pytest.mark.parametrize("index, bound", [(0, 0.01), (1, 0.1), (2, 0.01)], ids=["float16", "bfloat16", "zero3"])
+def test_half_precision_differs_by_rounding_alone(index: int, bound: float) -> None:
+    result = results("half")[index]
+    assert result["loss"] < bound / 50 and result["gradient"] < bound, result
+
+
+@cache
+def compiled() -> dict[str, Any]:
+    """Read what the compiled programs are like, once."""
+    return run_module("compiled")[0]
+
+
+def test_memory_of_1f1b_does_not_grow_with_microbatches() -> None:
+    few, many = compiled()["1f1b"]["4"], compiled()["1f1b"]["64"]
+    assert abs(many - few) < 0.01 * few
+    few, many = compiled()["gpipe"]["4"], compiled()["gpipe"]["64"]
+    assert many > 2 * few
+
+
+def test_nothing_is_reduced_over_data_inside_the_loop() -> None:
+    inside, outside = compiled()["collectives"]["inside"], compiled()["collectives"]["outside"]
+    assert not [axes for axes in inside if "data" in axes], inside
+    assert inside["tensor"] and inside["pipeline"] and inside["pipeline+tensor"]  # the reader of HLO sees them
+    assert outside["data"]
