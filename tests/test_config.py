@@ -59,5 +59,5 @@ def test_values_out_of_range_are_refused_by_name(key: str, value: object, said: 
 def test_blanks_need_a_share() -> None:
     config = with_source()
     config.data.blanks = ConfigDict({"mask": 0.0, "gmask": 0.0})
-    with pytest.raises(UserError, match="both 0"):
+    with pytest.raises(UserError, match="all 0"):
         configs.resolve(config)

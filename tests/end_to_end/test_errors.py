@@ -71,7 +71,7 @@ def test_a_workdir_of_another_model(experiment: Path, glm_jax: Cli, tmp_path: Pa
                  "--config.train.eval_every=0"]  # fmt: skip
     assert glm_jax(*arguments).returncode == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    for key, value in (("model.num_layers", 3), ("seed", 7), ("data.seq_length", 32), ("data.tokenizer.vocab_size", 9)):
+    for key, value in (("model.num_layers", 4), ("seed", 7), ("data.seq_length", 32), ("data.tokenizer.vocab_size", 9)):
         line = refused(glm_jax(*arguments, f"--config.{key}={value}"))
         assert key in line and "--workdir" in line
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before

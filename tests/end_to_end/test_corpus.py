@@ -1,0 +1,68 @@
+"""`glm-jax corpus`: build once, train from the cache; damage counted or refused; what is inside, shown."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def damaged(experiment: Path, tmp_path: Path) -> list[str | Path]:
+    """Give flags for the tiny experiment with a source of two files, two records of which are damaged."""
+    lines = (experiment.parent / "zh.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_text("\n".join([*lines[:60], "{broken", *lines[60:]]), encoding="utf-8")
+    (tmp_path / "texts" / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    flags = [f"--config.data.sources.zh.path={tmp_path / 'texts'}", f"--config.data.cache={tmp_path / 'cache'}"]
+    return ["--config", experiment, *flags]
+
+
+def test_build_then_train_and_inspect_from_the_cache(glm_jax: Cli, damaged: list[str | Path], tmp_path: Path) -> None:
+    refused = glm_jax("corpus", "build", *damaged, "--strict", "--workers=2")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'texts' / 'a.jsonl'}, line 61: broken JSON")
+    built = glm_jax("corpus", "build", *damaged, "--workers=2")
+    assert built.returncode == 0, built.stderr
+    assert "documents zh: 1 damaged records left out, broken JSON" in built.stderr
+    assert "documents zh: 1 damaged records left out, invalid UTF-8" in built.stderr
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    again = glm_jax("corpus", "build", *damaged)
+    assert again.returncode == 0 and {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == files
+    refused = glm_jax("corpus", "build", *damaged, "--strict")
+    assert refused.returncode == 2 and "a.jsonl, line 61: broken JSON, left out of zh" in refused.stderr
+    steps = ["--config.train.steps=1", "--config.train.eval_every=0"]
+    trained = glm_jax("train", *damaged, "--workdir", tmp_path / "run", *steps)
+    assert trained.returncode == 0, trained.stderr
+    said = [line for line in trained.stderr.splitlines() if line.startswith(("documents", "tokenizer", "shards"))]
+    assert len([line for line in said if line.endswith("(cached)")]) == 5 == len(said) - 2
+    shown = glm_jax("corpus", "inspect", *damaged, "--rows=4")
+    assert shown.returncode == 0, shown.stderr
+    assert "  skipped  1 broken JSON, the first in " in shown.stdout and "tokens a document" in shown.stdout
+    assert "row 3: " in shown.stdout and "MASK: " in shown.stdout and "\x1b" not in shown.stdout
+    index = json.loads(next((tmp_path / "cache" / "shards").glob("*/index.json")).read_text(encoding="utf-8"))
+    for split, documents in index["documents"].items():
+        assert f"  {split:8} {documents:,} documents, {index['tokens'][split]:,} tokens" in shown.stdout
+
+
+def test_train_alone_refuses_damage(glm_jax: Cli, damaged: list[str | Path], tmp_path: Path) -> None:
+    done = glm_jax("train", *damaged, "--workdir", tmp_path / "run")
+    assert done.returncode == 2 and "line 61: broken JSON" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_fetch(glm_jax: Cli, experiment: Path, tmp_path: Path) -> None:
+    flags = ["--config", "experiments/quickstart.py", f"--config.data.cache={tmp_path}"]
+    done = glm_jax("corpus", "fetch", *flags, "--config.data.sources.zh.path=somewhere")
+    assert done.returncode == 0, done.stderr
+    assert "text python-docs: " in done.stderr and list(tmp_path.glob("text/python-docs-*/documents.jsonl"))
+    done = glm_jax("corpus", "fetch", "--config", experiment)
+    assert done.returncode == 2 and "nothing to fetch" in done.stderr
+
+
+def test_usage(glm_jax: Cli) -> None:
+    done = glm_jax("corpus", "bild")
+    assert done.returncode == 2 and "fetch|build|inspect" in done.stderr
