@@ -1,7 +1,9 @@
 """train_step against plain value_and_grad, on the mesh of this test run; test_mesh.py runs it on more devices."""
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +50,39 @@ def make_batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
     }
 
 
+class Compiled(NamedTuple):
+    """Both steps and the first state, made once for each config and mesh."""
+
+    mesh: jax.sharding.Mesh
+    train: Callable[..., Any]
+    evaluate: Callable[..., Any]
+    start: TrainState  # numpy arrays
+    shardings: TrainState
+
+    def state(self) -> TrainState:
+        return jax.device_put(self.start, self.shardings)
+
+    def place(self, microbatches: int) -> dict[str, Any]:
+        return meshes.place(self.mesh, make_batch(), microbatches)
+
+
+@functools.cache
+def compiled_on(cfg: StepConfig, sizes: tuple[int, ...]) -> Compiled:
+    mesh = meshes.build(dict(zip(meshes.AXES, sizes, strict=True)))
+    state = create_state(cfg, mesh)
+    shardings = jax.tree.map(lambda array: array.sharding, state)
+    return Compiled(mesh, *compile_steps(cfg, mesh), jax.device_get(state), shardings)
+
+
+def compiled(cfg: StepConfig, sizes: dict[str, int]) -> Compiled:
+    return compiled_on(cfg, tuple(sizes.values()))
+
+
 def run(cfg: StepConfig, sizes: dict[str, int], microbatches: int, steps: int) -> tuple[Any, list[dict[str, Any]]]:
-    mesh = meshes.build(sizes)
-    train, _ = compile_steps(cfg, mesh)
-    state, metrics = create_state(cfg, mesh), []
+    made, metrics = compiled(cfg, sizes), []
+    state = made.state()
     for _ in range(steps):
-        state, measured = train(state, meshes.place(mesh, make_batch(), microbatches))
+        state, measured = made.train(state, made.place(microbatches))
         metrics.append(jax.device_get(measured))
     return jax.device_get(state), metrics
 
@@ -78,8 +107,7 @@ def plain_step(cfg: StepConfig, state: TrainState) -> tuple[jax.Array, Any, Any]
 
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_a_step_is_adamw_on_the_mean_over_all_target_tokens(mesh_sizes: dict[str, int], microbatches: int) -> None:
-    start = create_state(CONFIG, meshes.build(mesh_sizes))
-    loss, gradients, params = plain_step(CONFIG, jax.device_get(start))
+    loss, gradients, params = plain_step(CONFIG, compiled(CONFIG, mesh_sizes).start)
     state, (metrics,) = run(CONFIG, mesh_sizes, microbatches, 1)
     sums, batch = metrics["sums"], make_batch()
     assert sums.loss.sum() / sums.targets.sum() == pytest.approx(float(loss), rel=1e-6)
@@ -104,37 +132,33 @@ def test_microbatches_and_meshes_do_not_change_five_steps(mesh_sizes: dict[str, 
         assert losses[0][4] < losses[0][0]
 
 
+def in_half(compute: str) -> StepConfig:
+    engine = dataclasses.replace(CONFIG.engine, compute=compute)
+    return dataclasses.replace(CONFIG, engine=engine, precision=Precision(compute, initial_scale=2.0**10, hysteresis=1))
+
+
 def test_a_step_that_overflows_changes_only_scale_and_counters(mesh_sizes: dict[str, int]) -> None:
-    cfg = dataclasses.replace(
-        CONFIG,
-        engine=dataclasses.replace(CONFIG.engine, compute="float16"),
-        precision=Precision("float16", initial_scale=2.0**40, hysteresis=1),
-    )
-    mesh = meshes.build(mesh_sizes)
-    train, _ = compile_steps(cfg, mesh)
-    before = jax.device_get(create_state(cfg, mesh))
-    after, _ = train(create_state(cfg, mesh), meshes.place(mesh, make_batch(), 1))
+    made = compiled(in_half("float16"), mesh_sizes)
+    state = made.state()
+    too_high = state.loss_scale._replace(scale=jax.device_put(jnp.float32(2.0**40), state.loss_scale.scale.sharding))
+    after, _ = made.train(state._replace(loss_scale=too_high), made.place(4))
     after = jax.device_get(after)
-    jax.tree.map(np.testing.assert_array_equal, (before.params, before.moments), (after.params, after.moments))
+    jax.tree.map(np.testing.assert_array_equal, (made.start.params, made.start.moments), (after.params, after.moments))
     assert after.loss_scale.scale == 2.0**39 and after.loss_scale.skipped == 1 and after.step == 1
 
 
 @pytest.mark.parametrize("compute, tolerance", [("bfloat16", 0.03), ("float16", 0.005)])
 def test_half_precision_stays_near_float32(mesh_sizes: dict[str, int], compute: str, tolerance: float) -> None:
-    precision = Precision(compute, initial_scale=2.0**10)
-    engine = dataclasses.replace(CONFIG.engine, compute=compute)
-    half = run(dataclasses.replace(CONFIG, engine=engine, precision=precision), mesh_sizes, 2, 5)[1]
-    single = run(CONFIG, mesh_sizes, 2, 5)[1]
+    half = run(in_half(compute), mesh_sizes, 4, 5)[1]
+    single = run(CONFIG, mesh_sizes, 4, 5)[1]
     for a, b in zip(half, single, strict=True):
         assert a["sums"].loss.sum() == pytest.approx(b["sums"].loss.sum(), rel=tolerance)
     assert half[-1]["skipped"] == 0
 
 
 def test_evaluation_gives_the_loss_of_every_target(mesh_sizes: dict[str, int]) -> None:
-    mesh = meshes.build(mesh_sizes)
-    _, evaluate = compile_steps(CONFIG, mesh)
-    state, batch = create_state(CONFIG, mesh), make_batch()
-    losses = np.asarray(evaluate(state.params, meshes.place(mesh, batch, 1)))[0]
+    made, batch = compiled(CONFIG, mesh_sizes), make_batch()
+    losses = np.asarray(made.evaluate(made.state().params, made.place(1)))[0]
     assert losses.shape == (8, 16) and (losses[batch["loss_mask"] == 0] == 0).all()
-    loss, _, _ = plain_step(CONFIG, jax.device_get(state))
+    loss, _, _ = plain_step(CONFIG, made.start)
     assert losses.sum() / batch["loss_mask"].sum() == pytest.approx(float(loss), rel=1e-6)
