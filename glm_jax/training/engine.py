@@ -84,8 +84,8 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
     shards = sizes["pipeline"] * sizes["tensor"]
     if glm.vocab_size % shards:
         raise UserError(
-            f"mesh.pipeline x mesh.tensor={shards} does not divide the vocabulary of {glm.vocab_size} rows: "
-            f"make model.vocab_multiple a multiple of {shards}"
+            f"mesh.pipeline x mesh.tensor={shards} does not divide the padded vocabulary ({glm.vocab_size}): "
+            f"{meshes.nearest(shards, glm.vocab_size)} would, or a model.vocab_multiple that {shards} divides"
         )
 
 

@@ -29,3 +29,22 @@ def test_config_and_help_do_not_import_jax(experiment: Path) -> None:
     for arguments in (["--help"], ["config", "show", "--config", str(experiment)], ["train", "--help"]):
         code = f"import sys; from glm_jax.cli import main; assert main({arguments!r}) == 0 and 'jax' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_specs_show_the_state_of_glm_130b_on_its_mesh(glm_jax: Cli) -> None:
+    done = glm_jax("config", "show", "--config", "experiments/glm_130b.py", "--specs")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("params/blocks/attention/output/kernel")]
+    path, shape, rest = rows[0].split(maxsplit=2)
+    assert shape == "72x96x128x12288"  # 70 layers in 8 stages of 9
+    assert rest.split(")")[0] == "P('pipeline', 'tensor', None, 'data'"
+    assert rest.split()[-1] == f"{72 * 12288**2 * 4 // 768:,}"
+    assert done.stdout.splitlines()[-1].startswith("2,070,442,012 bytes of state on each of 768 devices")
+
+
+def test_schedule_draws_its_timeline(glm_jax: Cli, tmp_path: Path) -> None:
+    done = glm_jax("schedule", "--stages", "2", "--microbatches", "3", "--svg", tmp_path / "drawn.svg")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].split() == "stage 0 F0 F1 . F2 B0 . B1 B2".split(" ")
+    assert "bubble 1/4 (25.0%)" in done.stdout
+    assert (tmp_path / "drawn.svg").read_text().startswith("<svg ")
