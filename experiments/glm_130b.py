@@ -28,8 +28,17 @@ def get_config() -> Config:
     config.model.max_length = 2048
 
     config.data.seq_length = 2048
-    config.data.blanks.mask = 0.3  # P 2.2
-    config.data.blanks.gmask = 0.7
+    config.data.blanks.mask = 0.285  # P 2.2: of 95% of the rows 30% [MASK] and 70% [gMASK]
+    config.data.blanks.gmask = 0.665
+    config.data.blanks.instruction = 0.05  # name your data sets in data.instructions
+    config.data.blanks.mask_segments = 4  # 4 x 512, as with instructions; [gMASK] takes the row
+    config.data.blanks.instruction_segments = 4
+    config.data.blanks.single_span_prob = 0.02  # training code, as are all that follow
+    config.data.blanks.short_seq_prob = 0.02
+    config.data.blanks.shortest_seq = 32
+    config.data.blanks.gmask_eop = False
+    config.data.blanks.cut_targets = True  # 500 tokens of text into 512 places
+    config.data.blanks.replacement = True
 
     config.mesh.data = 24
     config.mesh.pipeline = 8

@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 a usage or configuration error (one line), 3 stopped early
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,7 +143,78 @@ def convert(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Command] = {"train": train, "generate": generate, "convert": convert, "config": config}
+def corpus(arguments: Sequence[str]) -> int:
+    """Bring sample texts (`corpus fetch`), make tokenised shards (`corpus build`), show them (`corpus inspect`)."""
+    if not arguments or arguments[0] not in ("fetch", "build", "inspect"):
+        usage = "glm-jax corpus fetch|build|inspect --config FILE [flags]"
+        if {"-h", "--help"} & set(arguments):
+            print(f"usage: {usage}")
+            return 0
+        raise UserError(f"say what to do with the corpus: {usage}")
+    action, *rest = arguments
+    values = _flag_values(f"corpus {action}")
+    _define_config(values, rest)
+    if action == "build":
+        workers = os.cpu_count() or 1
+        flags.DEFINE_integer("workers", workers, "processes that share the work", lower_bound=1, flag_values=values)
+        flags.DEFINE_bool("strict", False, "stop at the first damaged record", flag_values=values)
+    if action == "inspect":
+        flags.DEFINE_integer("rows", 3, "training rows to show", lower_bound=0, flag_values=values)
+    if not _parse(values, rest, ["config"]):
+        return 0
+    resolved = _load(values)
+
+    from glm_jax.data import inspect, prepare
+
+    if action == "fetch":
+        prepare.fetch(resolved, say)
+    elif action == "build":
+        prepared = prepare.prepare(resolved, say, workers=values.workers, strict=values.strict)
+        if values.strict:
+            prepare.check_undamaged(prepared)
+    else:
+        from glm_jax.training.evaluation import training_batches
+
+        prepared = prepare.prepare(resolved, say)
+        for line in inspect.counts(prepared):
+            print(line)
+        batches = training_batches(resolved, prepared)
+        batch = batches.at(0, values.rows)
+        for line in inspect.rows(batch, batches.sources, prepared.tokenizer, coloured=sys.stdout.isatty()):
+            print(line)
+    return 0
+
+
+def schedule(arguments: Sequence[str]) -> int:
+    """Draw a pipeline schedule: which stage works on which microbatch when, its bubble and its stash."""
+    values = _flag_values("schedule")
+    flags.DEFINE_enum("name", "1f1b", configs.SCHEDULES, "the schedule", flag_values=values)
+    flags.DEFINE_integer("stages", 4, "stages of the pipeline", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("microbatches", 8, "microbatches of a step", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("svg", None, "also write the drawing to this file", flag_values=values)
+    if not _parse(values, arguments, []):
+        return 0
+
+    from glm_jax.files import write_atomic
+    from glm_jax.parallel import schedule as schedules
+    from glm_jax.parallel.schedule_drawing import ascii_timeline, svg_timeline
+
+    built = schedules.build(values.name, values.stages, values.microbatches)
+    print(ascii_timeline(built), end="")
+    if values.svg:
+        write_atomic(Path(values.svg), svg_timeline(built))
+        say(f"written: {values.svg}")
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "train": train,
+    "generate": generate,
+    "convert": convert,
+    "corpus": corpus,
+    "config": config,
+    "schedule": schedule,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -258,9 +330,16 @@ def _list_experiments() -> int:
 def _show_config(arguments: Sequence[str]) -> int:
     values = _flag_values("config show")
     _define_config(values, arguments)
+    flags.DEFINE_bool("specs", False, "show how the mesh splits every array of the state instead", flag_values=values)
     if not _parse(values, arguments, ["config"]):
         return 0
     resolved = _load(values)
+    if values.specs:
+        from glm_jax.training import specs
+
+        for line in specs.table(resolved):
+            print(line)
+        return 0
     defaults = dict(configs.flatten(configs.default_config()))
     for name in resolved.data.sources:
         defaults.update(configs.flatten(configs.source(), f"data.sources.{name}."))

@@ -65,6 +65,25 @@ def instructions(**changes: Any) -> Config:
     return ConfigDict(defaults | changes)
 
 
+def _data() -> Config:
+    """Give `data`: what is read, and how."""
+    data: Config = ConfigDict()
+    data.cache = ""  # where fetched text, tokenizers and shards live; empty: the user's cache folder
+    data.sources = ConfigDict()
+    data.seq_length = 256  # tokens a row, context and targets together
+    data.heldout = 0.05  # share of the documents kept for evaluation, chosen by hash
+    data.near_duplicates = 0.8  # documents at least this similar (Jaccard) count as one; 0: exact copies only
+    data.tokenizer = ConfigDict()
+    data.tokenizer.vocab_size = 8000  # pieces to train, special tokens included
+    data.tokenizer.path = ""  # read this instead: a tokenizer.model of ours, or the official ice_text.model
+    data.tokenizer.pinned = False  # ice_text.model as in 2022: newlines, tabs and runs of spaces are lost
+    data.temperature = 0.0  # above 0: weights are times tokens ** (1 / temperature); 1 draws sources by size
+    data.weights = ()  # history of the sources' weights: ((0, {"en": 1.0}), (500_000, {"en": 1.0, "zh": 1.0}))
+    data.instructions = ConfigDict()  # prompts with answers, by name; see `instructions`
+    data.blanks = _blanks()
+    return data
+
+
 def _blanks() -> Config:
     """Give `data.blanks`: shares of rows, and how blanks are drawn (glm_jax/data/blank_options.py says more)."""
     blanks: Config = ConfigDict()
@@ -119,19 +138,7 @@ def default_config() -> Config:
     config.model.vocab_size = 0  # rows of the embedding; 0: the tokenizer's, padded to a multiple of vocab_multiple
     config.model.vocab_multiple = 128
 
-    config.data = ConfigDict()
-    config.data.cache = ""  # where fetched text, tokenizers and shards live; empty: the user's cache folder
-    config.data.sources = ConfigDict()
-    config.data.seq_length = 256  # tokens a row, context and targets together
-    config.data.heldout = 0.05  # share of the documents kept for evaluation, chosen by hash
-    config.data.near_duplicates = 0.8  # documents at least this similar (Jaccard) count as one; 0: exact copies only
-    config.data.tokenizer = ConfigDict()
-    config.data.tokenizer.vocab_size = 8000  # pieces to train, special tokens included
-    config.data.tokenizer.path = ""  # read this instead: a tokenizer.model of ours, or the official ice_text.model
-    config.data.tokenizer.pinned = False  # ice_text.model as in 2022: newlines, tabs and runs of spaces are lost
-    config.data.weights = ()  # history of the sources' weights: ((0, {"en": 1.0}), (500_000, {"en": 1.0, "zh": 1.0}))
-    config.data.instructions = ConfigDict()  # prompts with answers, by name; see `instructions`
-    config.data.blanks = _blanks()
+    config.data = _data()
 
     config.mesh = ConfigDict()
     config.mesh.data = 1  # one of the three may be -1: the rest of the devices
@@ -269,7 +276,7 @@ def _check(config: Config) -> None:
         if values[key] < 1:
             raise UserError(f"{key} is {values[key]}, it must be at least 1")
     for key in ("train.eval_every", "optimizer.warmup_samples", "optimizer.decay_samples", "optimizer.weight_decay",
-                "data.blanks.mask", "data.blanks.gmask", "data.blanks.smask",
+                "data.temperature", "data.blanks.mask", "data.blanks.gmask", "data.blanks.smask",
                 "data.blanks.instruction"):  # fmt: skip
         if values[key] < 0:
             raise UserError(f"{key} is {values[key]}, it must not be negative")
@@ -303,6 +310,11 @@ def _check(config: Config) -> None:
         raise UserError(f"data.seq_length is {data.seq_length}, it must be at least 16")
     if optimizer.clip_norm <= 0:
         raise UserError(f"optimizer.clip_norm is {optimizer.clip_norm}, it must be above 0")
+    _check_entries(data)
+
+
+def _check_entries(data: Config) -> None:
+    """Check the sources and the instructions."""
     for name, keys in data.sources.items():
         if not keys.path and not keys.sample:
             raise UserError(f"data.sources.{name} has neither path nor sample: give it one")

@@ -1,11 +1,12 @@
 """Blank infilling: from a run of text tokens to a sample, a pure function of (tokens, generator, options).
 
 A sample is a context (part A: the text with blanks, seen from both sides) and a target (part B: what stood in
-the blanks, predicted left to right). Three objectives, told apart by the token that marks a blank:
+the blanks, predicted left to right). Three objectives, told apart by the token that marks a blank, and prompts:
 
 - `mask`, [MASK]: many short spans, 15% of the text, for understanding;
 - `gmask`, [gMASK]: one long blank at the end, for generation;
-- `smask`, [sMASK]: whole sentences, 15% of the text.
+- `smask`, [sMASK]: whole sentences, 15% of the text;
+- `instruction`: a prompt, then [MASK], whose target is the answer (instructions.py).
 
 Sources: GLM (arXiv 2103.10360, section 2) for the objective, GLM-130B (arXiv 2210.02414, section 2.2) for the
 shares and lengths. An end-of-document token inside the text is ordinary text: it may be blanked and
@@ -16,95 +17,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from glm_jax.data.blank_options import OBJECTIVES as OBJECTIVES  # what a batch's `objective` counts
+from glm_jax.data.blank_options import BlankOptions, SpecialTokens, masked_tokens, places, span_distribution
 from glm_jax.errors import UserError
 
-OBJECTIVES = ("mask", "gmask", "smask")
-
-# A row reserves room for the spans it may draw; fewer than this share of draws need more and are drawn again.
-OVERFLOW = 1e-3
-
 SENTENCE_ENDS = frozenset(".?!;:。？！；：…\n")
-
-
-class SpecialTokens(Protocol):
-    """The ids that blanks need; a `Tokenizer` has them."""
-
-    mask: int
-    gmask: int
-    smask: int
-    sop: int
-    eop: int
-    eos: int
-    pad: int
-
-
-@dataclass(frozen=True)
-class BlankOptions:
-    """How blanks are drawn. The defaults follow the paper's text; what its code did beyond that is off.
-
-    Attributes:
-        mask_ratio: [MASK] spans are drawn until they hold at least int(mask_ratio * n) of n tokens.
-        mean_span, longest_span: span lengths follow Poisson(mean_span) restricted to 1..longest_span.
-        single_span_prob: probability that a [MASK] sample has just one span (0.02 in GLM-130B).
-        short_seq_prob: probability that a [MASK] segment holds two shorter samples instead of one, cut at a
-            uniform place (0.02 in GLM-130B, which dropped the second, as `cut_targets` does; else no text is
-            lost).
-        gmask_min_ratio: a [gMASK] target is uniform on int(gmask_min_ratio * n)..n tokens.
-        gmask_eop: a [gMASK] target ends in eop. GLM-130B's never did: it is off in experiments/glm_130b.py.
-        gmask_infill_prob: probability that a [gMASK] blank lies anywhere and not at the end (original GLM:
-            0.5); text with a document's end inside keeps it at the end.
-        smask_ratio: whole sentences are blanked until they hold at least this share.
-        block_mask_prob: probability that an input token of a [MASK] target is replaced by `block_mask_token`
-            (original GLM: 0.1, dBLOCK).
-        two_streams: positions for learned_2d: all target tokens of any objective carry the position of their
-            blank in stream 0 and 1, 2, ... in stream 1. Else one stream, in which [gMASK] positions go on
-            counting.
-        mask_segments, gmask_segments, smask_segments: samples packed into a row (GLM-130B: 4, 1).
-        cut_targets: what GLM-130B's code did about room: 500 text tokens per 512 whatever the objective, and
-            what of the [MASK] targets does not fit is cut (a third of them).
-    """
-
-    mask_ratio: float = 0.15
-    mean_span: float = 3.0
-    longest_span: int = 39
-    single_span_prob: float = 0.0
-    short_seq_prob: float = 0.0
-    gmask_min_ratio: float = 0.2
-    gmask_eop: bool = True
-    gmask_infill_prob: float = 0.0
-    smask_ratio: float = 0.15
-    block_mask_prob: float = 0.0
-    block_mask_token: int = -1
-    two_streams: bool = False
-    mask_segments: int = 1
-    gmask_segments: int = 1
-    smask_segments: int = 1
-    cut_targets: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("single_span_prob", "short_seq_prob", "gmask_min_ratio", "gmask_infill_prob",
-                     "block_mask_prob"):  # fmt: skip
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}, it must be from 0 to 1")
-        for name in ("mask_ratio", "smask_ratio"):
-            if not 0 < getattr(self, name) <= 0.5:
-                raise UserError(f"{name} is {getattr(self, name)}, it must be above 0 and at most 0.5")
-        for name in ("longest_span", "mask_segments", "gmask_segments", "smask_segments"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, it must be at least 1")
-        if self.mean_span <= 0:
-            raise UserError(f"mean_span is {self.mean_span}, it must be above 0")
-        if self.block_mask_prob > 0 and self.block_mask_token < 0:
-            raise UserError("block_mask_prob is set: give the id of dBLOCK as block_mask_token")
-
-    def segments(self, objective: str) -> int:
-        """Give the number of samples that share a row of `objective`."""
-        return getattr(self, f"{objective}_segments")
 
 
 class Sample(NamedTuple):
@@ -131,76 +52,24 @@ class Sample(NamedTuple):
 
 
 @functools.lru_cache
-def span_distribution(mean: float, longest: int) -> np.ndarray:
-    """Give P(length = 1), ..., P(length = longest) of Poisson(mean) kept to 1..longest: float64 [longest]."""
-    lengths = np.arange(1, longest + 1)
-    log_weights = lengths * np.log(mean) - np.cumsum(np.log(lengths))
-    weights = np.exp(log_weights - log_weights.max())
-    return weights / weights.sum()
-
-
-@functools.lru_cache
 def _cumulative(mean: float, longest: int) -> np.ndarray:
     return np.cumsum(span_distribution(mean, longest))
-
-
-def overflow_probability(length: int, room: int, options: BlankOptions) -> float:
-    """Give the exact probability that a [MASK] draw over `length` tokens makes a sample longer than `room`.
-
-    A sample takes length + 2 * spans places: each span costs its [MASK] and its sop. m + 1 spans are needed
-    when the first m hold fewer tokens than the ratio asks for, and the distribution of their sum is an m-fold
-    convolution.
-    """
-    target = max(1, int(options.mask_ratio * length))
-    most = (room - length) // 2
-    if most < 0:
-        return 1.0
-    pmf = np.concatenate([[0.0], span_distribution(options.mean_span, options.longest_span)])
-    sums = np.zeros(target)  # P(sum of the spans so far = s), for s below the target
-    sums[0] = 1.0
-    for _ in range(most):
-        sums = np.convolve(sums, pmf)[:target]
-    return float(sums.sum())
-
-
-@functools.lru_cache
-def text_length(objective: str, room: int, options: BlankOptions) -> int:
-    """Give the number of text tokens that one sample of `objective` takes when it may fill `room` places.
-
-    Fixed by (objective, room, options), so that a stream can be cut into windows before anything is drawn.
-
-    Raises:
-        UserError: `room` is too small for a sample.
-    """
-    if options.cut_targets:
-        length = room * 500 // 512
-    elif objective == "gmask":
-        length = room - 2 if options.gmask_eop else room - 1
-    else:  # a [MASK] sample; [sMASK] has fewer blanks and takes the same
-        low, high = 0, room
-        while high - low > 1:
-            middle = (low + high) // 2
-            if overflow_probability(middle, room, options) <= OVERFLOW:
-                low = middle
-            else:
-                high = middle
-        length = low
-    if length < 4:
-        raise UserError(f"{objective} samples do not fit {room} tokens: raise data.seq_length or lower its segments")
-    return length
 
 
 def draw_lengths(length: int, generator: np.random.Generator, options: BlankOptions) -> np.ndarray:
     """Draw span lengths, in drawn order, until they hold int(mask_ratio * length) tokens: int64 [spans].
 
-    No span is longer than half the text, which only texts of a few dozen tokens can notice.
+    No span is longer than half the text, and the last one leaves a token between any two, which only texts of a few
+    dozen tokens can notice.
     """
-    target = max(1, int(options.mask_ratio * length))
+    target = masked_tokens(length, options)
     single = options.single_span_prob > 0 and generator.random() < options.single_span_prob
     draws = generator.random(1 if single else target)
     lengths = np.searchsorted(_cumulative(options.mean_span, options.longest_span), draws, side="right") + 1
     lengths = np.minimum(lengths, min(max(1, length // 2), options.longest_span))
-    return lengths[: np.searchsorted(np.cumsum(lengths), target) + 1]
+    lengths = lengths[: np.searchsorted(np.cumsum(lengths), target) + 1]
+    lengths[-1] -= max(0, int(lengths.sum()) + len(lengths) - 1 - length)
+    return lengths
 
 
 def place_spans(lengths: np.ndarray, length: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -219,10 +88,11 @@ def place_spans(lengths: np.ndarray, length: int, generator: np.random.Generator
 
 
 def blank_spans(
-    tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, order: np.ndarray, blank: int,
-    special: SpecialTokens, two_streams: bool = False, *, end: bool = True, count_on: bool = False,
-) -> Sample:  # fmt: skip
+    tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, order: np.ndarray, blank: int, special: SpecialTokens
+) -> Sample:
     """Assemble the sample in which the given spans of `tokens` are blanks.
+
+    Each target block reads sop and its span, predicts the span and eop, and repeats its blank's position.
 
     Args:
         tokens: int32 [n], the text.
@@ -230,47 +100,70 @@ def blank_spans(
         order: int [spans], the order of the target blocks.
         blank: the id that stands for a span in the context.
         special: ids of sop and eop.
-        two_streams: targets repeat their blank's position even where `count_on` says otherwise.
-        end: each block predicts eop after its span.
-        count_on: target positions go on counting after the context ([gMASK]); else they repeat their blank's.
 
     Returns:
-        A Sample of n + 2 * spans tokens (one fewer a span without `end`).
+        A Sample of n + 2 * spans tokens.
     """
-    n, spans = len(tokens), len(starts)
-    shortened = np.cumsum(lengths - 1)  # by how much the context is shorter than the text, after each span
-    context = n - int(shortened[-1])
-    kept = np.ones(n, bool)
-    blocks = lengths[order]
-    ends = np.cumsum(blocks)
-    inner = np.arange(ends[-1]) - np.repeat(ends - blocks, blocks)  # place inside the span
-    covered = np.repeat(starts[order], blocks) + inner  # text index of each target token, block after block
-    kept[covered] = False
-    kept[starts] = True
-    blank_positions = starts - shortened + (lengths - 1)
-
-    sample = np.empty((4, context + len(covered) + (spans if end else 0)), np.int32)
-    read, predicted, positions, block_positions = sample
+    n, stops = len(tokens), starts + lengths
+    width = lengths[order] + 1  # of each block
+    ends = width.cumsum()
+    heads = ends - width  # where each block begins in the target
+    place = np.arange(ends[-1])
+    inside = (starts[order] - heads).repeat(width) + place  # text index of each target token; eop's is the next one's
+    kept = np.ones(n + 1, bool)
+    kept[inside] = False
+    kept[starts] = kept[stops] = True
     marked = tokens.copy()
     marked[starts] = blank
-    read[:context] = predicted[:context] = marked[kept]
+    text = marked[kept[:n]]
+    context = len(text)
+
+    read, predicted, positions, block_positions = np.empty((4, context + len(place)), np.int32)
+    read[:context] = predicted[:context] = text
     positions[:context] = np.arange(context)
     block_positions[:context] = 0
-
-    extra = 1 if end else 0
-    place = context + np.arange(len(covered)) + extra * np.repeat(np.arange(spans), blocks)  # [covered]
-    predicted[place] = tokens[covered]
-    heads = context + ends - blocks + extra * np.arange(spans)  # where each block begins
+    predicted[context:] = tokens.take(inside, mode="clip")
+    predicted[context + ends - 1] = special.eop
     read[context + 1 :] = predicted[context:-1]
-    read[heads] = special.sop
+    read[context + heads] = special.sop
+    positions[context:] = (stops - lengths.cumsum() + np.arange(len(starts)))[order].repeat(width)
+    block_positions[context:] = place - (heads - 1).repeat(width)
+    return Sample(read, predicted, positions, block_positions, context)
+
+
+def blank_one(
+    tokens: np.ndarray, start: int, stop: int, blank: int, special: SpecialTokens, two_streams: bool = False,
+    end: bool = True,
+) -> Sample:  # fmt: skip
+    """Assemble the sample in which tokens[start:stop] is the one blank, and target positions go on counting.
+
+    Args:
+        tokens: int32 [n], the text.
+        start, stop: of the blank, one token at least.
+        blank: the id that stands for it in the context.
+        special: ids of sop and eop.
+        two_streams: the target repeats the blank's position instead.
+        end: the target ends in eop.
+
+    Returns:
+        A Sample of n + 2 tokens, n + 1 without `end`.
+    """
+    target, context = tokens[start:stop], len(tokens) - (stop - start) + 1
+    read, predicted, positions, block_positions = np.empty((4, context + len(target) + int(end)), np.int32)
+    read[:start] = tokens[:start]
+    read[start] = blank
+    read[start + 1 : context] = tokens[stop:]
+    read[context] = special.sop
+    read[context + 1 :] = target if end else target[:-1]
+    predicted[:context] = read[:context]
+    predicted[context : context + len(target)] = target
     if end:
-        predicted[heads + blocks] = special.eop
-    width = blocks + extra
-    if count_on and not two_streams:
-        positions[context:] = np.arange(context, sample.shape[1])
-    else:
-        positions[context:] = np.repeat(blank_positions[order], width)
-    block_positions[context:] = np.arange(1, len(read) - context + 1) - np.repeat(heads - context, width)
+        predicted[-1] = special.eop
+    positions[:] = np.arange(len(read))
+    if two_streams:
+        positions[context:] = start
+    block_positions[:context] = 0
+    block_positions[context:] = np.arange(1, len(read) - context + 1)
     return Sample(read, predicted, positions, block_positions, context)
 
 
@@ -285,24 +178,24 @@ def mask_sample(
     it is cut.
 
     Raises:
-        ValueError: more tokens than `text_length` allows for `room`.
+        ValueError: less room than `places` reserves for so many tokens.
     """
     n = len(tokens)
     lengths = draw_lengths(n, generator, options)
     while room is not None and not options.cut_targets and n + 2 * len(lengths) > room:
-        if n > text_length("mask", room, options):
+        if room < places("mask", 1 << n.bit_length(), options)[n]:
             raise ValueError(f"{n} text tokens and their spans do not fit {room} places")
         lengths = draw_lengths(n, generator, options)
     starts, lengths = place_spans(lengths, n, generator)
     order = generator.permutation(len(starts))
-    sample = blank_spans(tokens, starts, lengths, order, special.mask, special, options.two_streams)
+    sample = blank_spans(tokens, starts, lengths, order, special.mask, special)
     if options.block_mask_prob > 0:
         inside = np.flatnonzero(sample.block_positions > 1)
         hidden = inside[generator.random(len(inside)) < options.block_mask_prob]
         sample.tokens[hidden] = options.block_mask_token
     if room is not None and len(sample) > room:
-        cut = [array[:room] for array in sample[:4]]
-        sample = Sample(cut[0], cut[1], cut[2], cut[3], min(sample.context, room))
+        read, predicted, positions, block_positions = (array[:room] for array in sample[:4])
+        sample = Sample(read, predicted, positions, block_positions, min(sample.context, room))
     return sample
 
 
@@ -318,10 +211,7 @@ def gmask_sample(
         anywhere = int(generator.integers(0, start + 1))
         if infill and not (tokens[:-1] == special.eos).any():
             start = anywhere
-    return blank_spans(
-        tokens, np.array([start]), np.array([length]), np.array([0]), special.gmask, special,
-        options.two_streams, end=options.gmask_eop, count_on=True,
-    )  # fmt: skip
+    return blank_one(tokens, start, start + length, special.gmask, special, options.two_streams, end=options.gmask_eop)
 
 
 def smask_sample(
@@ -345,9 +235,28 @@ def smask_sample(
         chosen = chosen[: max(1, (room - n) // 2)]
     in_text = np.sort(chosen)
     return blank_spans(
-        tokens, starts[in_text], lengths[in_text], np.searchsorted(in_text, chosen), special.smask, special,
-        options.two_streams,
-    )  # fmt: skip
+        tokens, starts[in_text], lengths[in_text], np.searchsorted(in_text, chosen), special.smask, special
+    )
+
+
+def instruction_sample(document: np.ndarray, special: SpecialTokens, room: int, two_streams: bool = False) -> Sample:
+    """Make a sample of a prompt and its answer, positions counting on, as GLM-130B's multi-task samples.
+
+    Args:
+        document: int32 [n], the prompt, [MASK], the answer (one token at least) and a last token that eop takes the
+            place of. A sample of n tokens.
+        special: ids of the special tokens.
+        room: what does not fit is cut. The prompt keeps its first tokens, a quarter of the room (128 of 512) if the
+            answer wants more than the rest; then the answer is cut.
+        two_streams: the answer repeats the position of [MASK].
+    """
+    divide = int(np.argmax(document == special.mask))
+    text, target = document[:divide], document[divide + 1 : -1]
+    if len(document) > room:
+        text = text[: max(room // 4, room - 2 - len(target))]
+        target = target[: room - 2 - len(text)]
+    tokens = np.concatenate([text, target])
+    return blank_one(tokens, len(text), len(tokens), special.mask, special, two_streams)
 
 
 def find_sentence_ends(pieces: Sequence[str]) -> np.ndarray:
@@ -363,7 +272,7 @@ def make_samples(
 
     Args:
         objective: one of OBJECTIVES.
-        tokens: int32 [n], at most `text_length(objective, room, options)` of them.
+        tokens: int32 [n], a text that `room` can hold (see `text_length`), or an instruction document of any length.
         generator: drawn from in a fixed order, so that the samples are a function of its state.
         special, options: ids and settings.
         room: places in the row that the samples may fill together.
@@ -372,6 +281,8 @@ def make_samples(
     Raises:
         UserError: `smask` without `sentence_ends`.
     """
+    if objective == "instruction":
+        return [instruction_sample(tokens, special, room, options.two_streams)]
     if objective == "gmask":
         return [gmask_sample(tokens, generator, special, options)]
     if objective == "smask":
@@ -379,7 +290,7 @@ def make_samples(
             raise UserError("smask needs to know which tokens end a sentence: give sentence_ends")
         return [smask_sample(tokens, generator, special, options, sentence_ends, room)]
     if options.short_seq_prob > 0 and generator.random() < options.short_seq_prob and len(tokens) + 4 <= room:
-        cut = int(generator.integers(1, len(tokens)))
+        cut = int(generator.integers(min(options.shortest_seq, len(tokens) - 1), len(tokens)))
         if options.cut_targets:
             return [mask_sample(tokens[:cut], generator, special, options, room)]
         while True:

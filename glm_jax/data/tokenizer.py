@@ -101,6 +101,18 @@ def _keep_frequent(sentences: Sequence[str], limit: int) -> list[str]:
     return [part for sentence in sentences for part in sentence.translate(cuts).split("\0") if part]
 
 
+def read_bytes(path: str | Path) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
+    """Read a SentencePiece model. Raises UserError when it is not there or is no such model."""
+    try:
+        model = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+    try:
+        return model, sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError:
+        raise UserError(f"{path} is not a SentencePiece model") from None
+
+
 class Tokenizer:
     """A trained model. `decode(encode(text)) == text` for any valid Unicode text.
 
@@ -126,18 +138,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a model file. Raises UserError when it is not there or is no such model."""
-        try:
-            model = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
-        try:
-            tokenizer = cls(model)
-        except RuntimeError:
-            raise UserError(f"{path} is not a SentencePiece model") from None
-        if tokenizer.unk in (tokenizer.mask, tokenizer.sop):
+        """Read a model file: one of ours, or the official one as ice_tokenizer.read_model gives it.
+
+        Raises:
+            UserError: it is not there or is no such model.
+        """
+        from glm_jax.data.ice_tokenizer import IceTokenizer  # it stands on this module
+
+        model, processor = read_bytes(path)
+        if processor.piece_to_id("<dBLOCK>") != processor.unk_id():
+            return IceTokenizer(model)
+        if processor.unk_id() in (processor.piece_to_id(MASKS[0]), processor.piece_to_id(SOP)):
             raise UserError(f"{path} has no [MASK] and sop pieces: it was not trained by glm-jax")
-        return tokenizer
+        return Tokenizer(model)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
         return Tokenizer, (self.model,)

@@ -100,11 +100,15 @@ def check_divides(sizes: Mapping[str, int], quantities: Iterable[tuple[str, str,
     for axis, name, count in quantities:
         size = sizes[axis]
         if count % size:
-            working = [divisor for divisor in range(1, count + 1) if count % divisor == 0]
-            below = max(divisor for divisor in working if divisor < size)
-            above = [divisor for divisor in working if divisor > size][:1]
-            nearest = " or ".join(str(divisor) for divisor in [below, *above])
-            raise UserError(f"mesh.{axis}={size} does not divide {name} ({count}): {nearest} would")
+            raise UserError(f"mesh.{axis}={size} does not divide {name} ({count}): {nearest(size, count)} would")
+
+
+def nearest(size: int, count: int) -> str:
+    """Name the divisors of `count` on either side of `size`, which is none."""
+    working = [divisor for divisor in range(1, count + 1) if count % divisor == 0]
+    below = max(divisor for divisor in working if divisor < size)
+    above = [divisor for divisor in working if divisor > size][:1]
+    return " or ".join(str(divisor) for divisor in [below, *above])
 
 
 def local_members(mesh: jax.sharding.Mesh) -> list[int]:

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from glm_jax.parallel.mesh import AXES
+
 Array = jax.Array
 Tree = Any
+
 # What a forward slot keeps for the backward slot: the input of each block, the stage's input alone, or all residuals.
 Keep = Literal["layer", "stage", "all"]
-
-AXES = ("data", "pipeline", "tensor")
 
 
 class Functions(NamedTuple):

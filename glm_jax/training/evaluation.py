@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 
 from glm_jax.config import Config
 from glm_jax.data.batches import Batches
-from glm_jax.data.blanks import BlankOptions
+from glm_jax.data.blank_options import BlankOptions
+from glm_jax.data.blanks import find_sentence_ends
+from glm_jax.data.mixture import section_history, temperature_weights, with_weights
 from glm_jax.data.prepare import Prepared
 from glm_jax.parallel import mesh as meshes
 
@@ -20,28 +23,57 @@ SHORTEST_TEXT = 16  # tokens; with fewer held out, a source is not evaluated
 
 def training_batches(config: Config, prepared: Prepared) -> Batches:
     """Give the batches of a run, a pure function of the row."""
-    return _batches(config, prepared, "train", prepared.weights, config.seed)
+    return Batches(
+        {source: splits["train"] for source, splits in prepared.shards.items()},
+        with_weights(config.data.weights or _weights(config, prepared), prepared.instruction_weights),
+        prepared.tokenizer,
+        config.data.seq_length,
+        section_history(config.data.blanks.to_dict()),
+        config.seed,
+        options=_options(config),
+        sentence_ends=_sentence_ends(config, prepared),
+        instructions=prepared.instructions,
+    )
 
 
 def heldout_batches(config: Config, prepared: Prepared) -> dict[str, Batches]:
-    """Give the held-out rows of each source that has any; the same blanks every time."""
+    """Give the held-out rows of each source that has any; the same blanks every time, whatever the history."""
+    shares = section_history({**config.data.blanks.to_dict(), "history": (), "instruction": 0.0})
     return {
-        source: _batches(config, prepared, "heldout", {source: 1.0}, 0)
+        source: Batches(
+            {source: splits["heldout"]},
+            {source: 1.0},
+            prepared.tokenizer,
+            config.data.seq_length,
+            shares,
+            0,
+            options=dataclasses.replace(_options(config), replacement=False),
+            sentence_ends=_sentence_ends(config, prepared),
+        )
         for source, splits in prepared.shards.items()
-        if splits["heldout"].lengths.sum() >= SHORTEST_TEXT
+        if shares and splits["heldout"].lengths.sum() >= SHORTEST_TEXT
     }
 
 
-def _batches(config: Config, prepared: Prepared, split: str, weights: Mapping[str, float], seed: int) -> Batches:
-    return Batches(
-        {source: prepared.shards[source][split] for source in weights},
-        weights,
-        prepared.tokenizer,
-        config.data.seq_length,
-        config.data.blanks.to_dict(),
-        seed,
-        options=BlankOptions(two_streams=config.model.position == "learned_2d"),
-    )
+def _weights(config: Config, prepared: Prepared) -> dict[str, float]:
+    """Give the sources' weights, times what the temperature makes of their sizes."""
+    if not config.data.temperature:
+        return prepared.weights
+    sizes = {source: float(splits["train"].lengths.sum()) for source, splits in prepared.shards.items()}
+    shares = temperature_weights(sizes, config.data.temperature)
+    return {source: weight * shares[source] for source, weight in prepared.weights.items()}
+
+
+def _options(config: Config) -> BlankOptions:
+    return BlankOptions.from_section(config.data.blanks.to_dict(), config.model.position == "learned_2d")
+
+
+def _sentence_ends(config: Config, prepared: Prepared) -> np.ndarray | None:
+    """Say which tokens end a sentence, where some rows may blank sentences."""
+    blanks = config.data.blanks
+    if not blanks.smask and not any("smask" in weights for _, weights in blanks.history):
+        return None
+    return find_sentence_ends([prepared.tokenizer.decode([token]) for token in range(prepared.tokenizer.size)])
 
 
 class Evaluation:

@@ -159,7 +159,8 @@ class Loop:
         if step == 0 and train.eval_every:
             self._evaluate(state, 0, monitor)
         meter = Meter(self.cfg.engine, self.config.data.seq_length, peak_flops(self.mesh))
-        stream = self.batches.prefetched(samples, rows)
+        mine = meshes.local_rows(self.mesh, rows, train.microbatches).reshape(-1)
+        stream = self.batches.prefetched(samples, rows, mine)
         saved, previous = step, None
         while step < train.steps and not stop.requested:
             with meter.waiting():

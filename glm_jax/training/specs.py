@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -29,7 +30,7 @@ def table(config: Config) -> Iterator[str]:
         raise UserError(
             f"a mesh size of {meshes.REST} depends on the devices: give a number, such as --config.mesh.data=1"
         )
-    mesh = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in meshes.AXES), meshes.AXES)
+    mesh: Any = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in meshes.AXES), meshes.AXES)
     length, train = config.data.seq_length, config.train
     glm = GLMConfig.from_section(config.model.to_dict(), config.data.tokenizer.vocab_size, length)
     cfg = StepConfig(

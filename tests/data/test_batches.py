@@ -2,100 +2,17 @@
 
 import collections
 import time
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import FIRST, SHARES, SPECIAL, Documents, build, check_row, equal
 
 from glm_jax.data import batches
-from glm_jax.data.batches import Batches, shuffled
-from glm_jax.data.blanks import OBJECTIVES, BlankOptions
+from glm_jax.data.blank_options import OBJECTIVES, BlankOptions
+from glm_jax.data.streams import shuffled
 from glm_jax.errors import UserError
-
-SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
-FIRST = 10
-SHARES = {"mask": 0.3, "gmask": 0.7}
-
-
-class Documents:
-    """Documents in which every token of a source but eos is another one."""
-
-    def __init__(self, lengths, first=FIRST):
-        self.lengths = np.array(lengths, np.int64)
-        starts = first + np.cumsum(self.lengths) - self.lengths
-        self._documents = [
-            np.append(np.arange(start, start + length - 1), SPECIAL.eos).astype(np.int32)
-            for start, length in zip(starts, lengths, strict=True)
-        ]
-
-    def __len__(self):
-        return len(self._documents)
-
-    def __getitem__(self, index):
-        return self._documents[index]
-
-    def stream(self):
-        return np.concatenate(self._documents)
-
-
-def build(sources=None, weights=None, seq_length=32, objectives=SHARES, seed=7, **more):
-    if sources is None:
-        sources = {"en": Documents([50, 3, 400, 1000, 7]), "zh": Documents([600, 150], 5000)}
-    weights = weights or dict.fromkeys(sources, 1.0)
-    return Batches(sources, weights, SPECIAL, seq_length, objectives, seed, **more)
-
-
-def equal(left, right):
-    return left.keys() == right.keys() and all(
-        left[key].dtype == right[key].dtype and (left[key] == right[key]).all() for key in left
-    )
-
-
-def check_row(batch, b, options):
-    """Rebuild the text of each sample of a row from the batch alone, check the contract, return the texts."""
-    tokens, targets, segments = batch["tokens"][b], batch["targets"][b], batch["segments"][b]
-    context, loss_mask = batch["context"][b], batch["loss_mask"][b]
-    positions = batch["positions"][b]
-    objective = OBJECTIVES[batch["objective"][b]]
-    blank = {"mask": SPECIAL.mask, "gmask": SPECIAL.gmask, "smask": SPECIAL.smask}[objective]
-    filled = segments > 0
-    assert (np.diff(segments[filled]) >= 0).all() and filled[: filled.sum()].all()
-    assert (tokens[~filled] == SPECIAL.pad).all() and not context[~filled].any()
-    assert (loss_mask == (filled & ~context)).all()
-    texts = []
-    for segment in range(1, segments.max() + 1):
-        places = np.flatnonzero(segments == segment)
-        head = int(context[places].sum())
-        assert context[places[:head]].all() and not context[places[head:]].any()
-        assert positions[..., places[0]].max() == 0
-        starts = [i for i in places[head:] if tokens[i] == SPECIAL.sop]
-        blocks = {}
-        for start, stop in zip(starts, [*starts[1:], places[-1] + 1], strict=True):
-            body = targets[start:stop]
-            assert (tokens[start + 1 : stop] == body[:-1]).all()
-            if objective == "gmask":
-                assert (positions[start:stop] == np.arange(head, head + stop - start)).all()
-                blocks[head - 1] = body
-            else:
-                assert len(set(positions[start:stop])) == 1
-                blocks[positions[start]] = body
-        text = []
-        for i, place in enumerate(places[:head]):
-            if tokens[place] != blank:
-                text.append(tokens[place])
-                continue
-            body = blocks.pop(i)
-            if objective != "gmask" or options.gmask_eop:
-                assert body[-1] == SPECIAL.eop
-                body = body[:-1]
-            text.extend(body)
-        assert not blocks
-        texts.append(np.array(text))
-    return texts
-
 
 option_sets = st.sampled_from(
     [
@@ -277,8 +194,8 @@ def test_smask_rows():
 
 def test_reference_quirks():
     """500 tokens in 512 places, targets cut; rows drawn with replacement miss some text and repeat some."""
-    options = BlankOptions(mask_segments=4, gmask_eop=False, cut_targets=True)
-    made = build({"en": Documents([20_000] * 10)}, seq_length=2048, options=options, replacement=True)
+    options = BlankOptions(mask_segments=4, gmask_eop=False, cut_targets=True, replacement=True)
+    made = build({"en": Documents([20_000] * 10)}, seq_length=2048, options=options)
     batch = made.at(0, 60)
     for b in range(60):
         assert np.bincount(batch["segments"][b])[1:].max() <= (2048 if batch["objective"][b] else 512)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_jax.data import blanks
-from glm_jax.data.blanks import BlankOptions
+from glm_jax.data import blank_options, blanks
+from glm_jax.data.blank_options import BlankOptions
 from glm_jax.errors import UserError
 
 SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
@@ -92,6 +92,16 @@ def test_spans_never_touch(length, seed, ratio):
     assert (starts[1:] > starts[:-1] + placed[:-1]).all()
 
 
+def test_half_of_a_short_text_can_be_masked():
+    """Where the last span would leave too few tokens to stand between the spans, it is cut."""
+    options = BlankOptions(mask_ratio=0.5, mean_span=1.0)
+    for seed in range(3000):
+        drawn = blanks.draw_lengths(8, generator(seed), options)
+        starts, placed = blanks.place_spans(drawn, 8, generator(seed))
+        assert drawn.min() >= 1 and drawn.sum() >= 4 and starts[-1] + placed[-1] <= 8
+        assert (starts[1:] > starts[:-1] + placed[:-1]).all()
+
+
 def test_every_place_is_masked_alike():
     """The first and last tokens come off lightly, as spans lie in the text whole; all others are alike."""
     source, hits = generator(0), np.zeros(60)
@@ -105,7 +115,7 @@ def test_every_place_is_masked_alike():
 
 
 def test_span_lengths_are_a_truncated_poisson():
-    expected = blanks.span_distribution(3.0, 39)
+    expected = blank_options.span_distribution(3.0, 39)
     assert expected @ np.arange(1, 40) == pytest.approx(3.157, abs=5e-4)
     source = generator(1)
     drawn = np.concatenate([blanks.draw_lengths(2000, source, PLAIN) for _ in range(1000)])
@@ -126,7 +136,7 @@ def test_target_blocks_come_in_random_order():
 
 @given(st.integers(16, 600), seeds)
 def test_mask_samples_fit_the_room_they_were_planned_for(room, seed):
-    length = blanks.text_length("mask", room, PLAIN)
+    length = blank_options.text_length("mask", room, PLAIN)
     sample = blanks.mask_sample(text_of(length), generator(seed), SPECIAL, PLAIN, room)
     assert len(sample) <= room
     check_short_blanks(sample, text_of(length), SPECIAL.mask)
@@ -136,16 +146,16 @@ def test_mask_samples_fit_the_room_they_were_planned_for(room, seed):
 def test_overflow_probability_agrees_with_draws(length, room):
     source = generator(3)
     draws = [length + 2 * len(blanks.draw_lengths(length, source, PLAIN)) > room for _ in range(4000)]
-    expected = blanks.overflow_probability(length, room, PLAIN)
+    expected = blank_options.overflow_probability(length, room, PLAIN)
     assert 0.005 < expected < 0.6
     assert np.mean(draws) == pytest.approx(expected, abs=4 * np.sqrt(expected / 4000))
 
 
 @pytest.mark.parametrize("room", [64, 256, 512, 2048])
 def test_text_length_is_the_longest_that_seldom_overflows(room):
-    length = blanks.text_length("mask", room, PLAIN)
-    assert blanks.overflow_probability(length, room, PLAIN) <= blanks.OVERFLOW
-    assert blanks.overflow_probability(length + 1, room, PLAIN) > blanks.OVERFLOW
+    length = blank_options.text_length("mask", room, PLAIN)
+    assert blank_options.overflow_probability(length, room, PLAIN) <= blank_options.OVERFLOW
+    assert blank_options.overflow_probability(length + 1, room, PLAIN) > blank_options.OVERFLOW
     assert length > 0.8 * room
 
 
@@ -184,7 +194,7 @@ def test_gmask_lengths_are_uniform():
 @pytest.mark.parametrize("eop", [True, False])
 def test_gmask_fills_a_row_exactly(room, eop):
     options = BlankOptions(gmask_eop=eop)
-    text = text_of(blanks.text_length("gmask", room, options))
+    text = text_of(blank_options.text_length("gmask", room, options))
     assert len(blanks.gmask_sample(text, generator(0), SPECIAL, options)) == room
 
 
@@ -276,7 +286,7 @@ def test_single_spans():
 @given(st.integers(16, 300), seeds)
 def test_short_samples_lose_no_text(room, seed):
     options = BlankOptions(short_seq_prob=1.0)
-    text = text_of(blanks.text_length("mask", room, options))
+    text = text_of(blank_options.text_length("mask", room, options))
     samples = blanks.make_samples("mask", text, generator(seed), SPECIAL, options, room)
     rebuilt = [token for sample in samples for token in rebuild(sample, SPECIAL.mask)]
     assert rebuilt == text.tolist()
@@ -286,8 +296,8 @@ def test_short_samples_lose_no_text(room, seed):
 def test_reference_cuts_a_third_of_its_targets():
     """500 tokens in 512 places: samples of 548.5 tokens on average, of whose targets 36% are lost."""
     options = BlankOptions(cut_targets=True)
-    assert blanks.text_length("mask", 512, options) == 500
-    assert blanks.text_length("gmask", 2048, options) == 2000
+    assert blank_options.text_length("mask", 512, options) == 500
+    assert blank_options.text_length("gmask", 2048, options) == 2000
     whole, kept, targets = [], [], []
     for seed in range(300):
         full = blanks.mask_sample(text_of(500), generator(seed), SPECIAL, options)
@@ -310,7 +320,7 @@ def test_reference_drops_the_rest_of_a_short_sample():
 @given(lengths, seeds)
 @settings(max_examples=25)
 def test_samples_depend_on_the_generator_alone(length, seed):
-    for objective in blanks.OBJECTIVES:
+    for objective in ("mask", "gmask", "smask"):
         first, second = (
             blanks.make_samples(
                 objective, text_of(length), generator(seed), SPECIAL, PLAIN, 10_000, np.ones(2000, bool)
@@ -337,6 +347,6 @@ def test_bad_options_are_refused(options, message):
 
 def test_too_little_room_and_missing_sentence_ends_are_refused():
     with pytest.raises(UserError, match="do not fit 4 tokens"):
-        blanks.text_length("gmask", 4, PLAIN)
+        blank_options.text_length("gmask", 4, PLAIN)
     with pytest.raises(UserError, match="sentence_ends"):
         blanks.make_samples("smask", text_of(9), generator(0), SPECIAL, PLAIN, 99)

@@ -1,27 +1,27 @@
-"""Readers, duplicates, the split by hash, shards."""
+"""Duplicates, the split by hash, damaged records, shards."""
 
 from __future__ import annotations
 
-import gzip
+import dataclasses
 import json
+import os
 import pickle
 import random
-import sys
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import zstandard
 from array_record.python.array_record_module import ArrayRecordReader
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.data import corpus
-from glm_jax.data.corpus import Shards, find_files, read, split, write_documents, write_shards
-from glm_jax.data.deduplicate import deduplicate, shingles
+from glm_jax.data import corpus, readers
+from glm_jax.data.build import Workers
+from glm_jax.data.corpus import Input, Shards, read_documents, split, write_documents, write_shards
+from glm_jax.data.deduplicate import digest_of, distinct, near_duplicates, shingles, signature
 from glm_jax.data.tokenizer import Tokenizer, train
 from glm_jax.errors import UserError
 
@@ -61,92 +61,18 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(train([english(seed) for seed in range(50)] + [chinese(seed) for seed in range(50)], 400))
 
 
-# Reading
-
-
-def test_text_documents_end_at_blank_lines(tmp_path: Path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbf\n  one\r\n\ttwo\n \t\n\n\xe5\xa4\xa9\nlast\xe2\x80\xa8line")
-    assert list(read([path, path], "text")) == ["  one\n\ttwo", "天\nlast\u2028line"] * 2
-
-
-def test_jsonl_and_its_compressed_form(tmp_path: Path):
-    texts = ["one\n\nstill one", "天下\r\u2028\0", "[MASK]"]
-    lines = "".join(json.dumps({"body": text, "n": 1}) + "\n\n" for text in [*texts, " \n"]).encode()
-    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.zst"
-    plain.write_bytes(lines)
-    half = len(lines) // 2
-    packed.write_bytes(zstandard.compress(lines[:half]) + zstandard.compress(lines[half:]))  # two frames
-    assert list(read([plain], "jsonl", "body")) == texts
-    assert list(read([packed], "jsonl.zst", "body")) == texts
-
-
-def test_parquet(tmp_path: Path):
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["one", "天下", ""], "n": [1, 2, 3]}), path)
-    assert list(read([path], "parquet", "body")) == ["one", "天下"]
-    with pytest.raises(UserError, match="no column 'text': set the source's `field` to one of body, n"):
-        list(read([path], "parquet", "text"))
-    with pytest.raises(UserError, match="row 1: no text in column 'n'"):
-        list(read([path], "parquet", "n"))
-
-
-def test_find_files(tmp_path: Path):
-    for name in ("b.txt", "a.txt", "deep/c.txt", ".hidden", ".git/d.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert find_files(str(tmp_path)) == [tmp_path / name for name in ("a.txt", "b.txt", "deep/c.txt")]
-    assert find_files(str(tmp_path / "*.txt")) == [tmp_path / "a.txt", tmp_path / "b.txt"]
-    assert find_files(str(tmp_path / "**" / "c.txt")) == [tmp_path / "deep" / "c.txt"]
-    assert find_files(str(tmp_path / "a.txt")) == [tmp_path / "a.txt"]
-    for missing in ("missing", "*.json"):
-        with pytest.raises(UserError, match="is not there: give a file, a directory or a glob"):
-            find_files(str(tmp_path / missing))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty is a directory without files"):
-        find_files(str(tmp_path / "empty"))
-
-
-@pytest.mark.parametrize(
-    ("form", "content", "message"),
-    [
-        ("text", b"good\n\nbad \xff\n", r"file, line 3: invalid UTF-8 \(byte 0xff at 4\): convert"),
-        ("jsonl", b'{"text": "good"}\n\n{"text": \n', r"file, line 3: broken JSON \(Expecting value\)"),
-        ("jsonl", b"[" * 100_000, r"file, line 1: broken JSON"),
-        ("jsonl", b'{"text": "good"}\n{"body": "b"}\n', r"file, line 2: no text in field 'text'"),
-        ("jsonl", b'{"text": 1}\n', r"file, line 1: no text in field 'text'"),
-        ("jsonl", b'["text"]\n', r"file, line 1: no text in field 'text'"),
-        ("jsonl", b'{"text": "\\ud800"}\n', r"file, line 1: half a surrogate pair in 'text'"),
-        ("jsonl.zst", gzip.compress(b'{"text": "a"}\n'), r"file is not a whole zstd file"),
-        ("parquet", b"text,n\na,1\n", r"file is not a parquet file"),
-    ],
-)
-def test_a_damaged_file_is_one_line(tmp_path: Path, form: str, content: bytes, message: str):
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        list(read([path], form))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("form", "module"), [("jsonl.zst", "zstandard"), ("parquet", "pyarrow")])
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, module: str):
-    for name in [name for name in sys.modules if name.split(".")[0] == module] or [module]:
-        monkeypatch.setitem(sys.modules, name, None)
-    path = tmp_path / "file"
-    path.touch()
-    with pytest.raises(UserError, match=f"reading {form} needs the package {module}: pip install {module}"):
-        list(read([path], form))
-
-
 # Duplicates
 
 
 def test_exact_duplicates_differ_in_whitespace_at_most():
     first, second = english(1), english(2)
-    kept, dropped = deduplicate([first, second, first, first.replace(" ", "\n  "), second + "\n"], 0)
-    assert (dropped.exact, dropped.near) == (3, 0)
+    kept, dropped = distinct([first, second, first, first.replace(" ", "\n  "), second + "\n"])
+    assert dropped == 3
     assert {" ".join(document.text.split()) for document in kept} == {first, second}
+
+
+def near(texts: list[str], threshold: float) -> list[bool]:
+    return list(near_duplicates(map(signature, texts), threshold))
 
 
 @pytest.mark.parametrize("make", [english, chinese])
@@ -154,21 +80,18 @@ def test_near_duplicates(make):
     texts = [make(seed, 300) for seed in range(20)]
     changed = [text[:-9] + "Changed." for text in texts[:5]]
     far = [text[: len(text) // 3] + make(seed + 100, 300) for seed, text in enumerate(texts[5:10])]
-    kept, dropped = deduplicate([*texts, *changed, *far], 0.8)
-    assert (dropped.exact, dropped.near) == (0, 5)
-    assert {document.text for document in kept} >= {*texts[5:], *far}
-    assert deduplicate([*texts, *changed, *far], 0)[1].near == 0
+    assert near([*texts, *changed, *far], 0.8) == [False] * 20 + [True] * 5 + [False] * 5
 
 
 def test_the_kept_do_not_depend_on_the_order():
     texts = [english(seed, 100) for seed in range(30)]
-    texts += [text[:-30] + english(seed + 50, 3) for seed, text in enumerate(texts)] + texts[:4]
-    kept, dropped = deduplicate(texts, 0.7)
-    assert dropped.near > 10 and dropped.exact == 4
+    texts += [text.replace(" ", "  ") for text in texts[:4]]
+    kept, dropped = distinct(texts)
+    assert dropped == 4
     for seed in range(3):
         random.Random(seed).shuffle(texts)
-        assert deduplicate(iter(texts), 0.7) == (kept, dropped)
-    assert [document.digest for document in kept] == sorted(document.digest for document in kept)
+        assert distinct(iter(texts)) == (kept, dropped)
+    assert [document.digest for document in kept] == sorted(digest_of(document.text) for document in kept)
 
 
 def test_shingles():
@@ -186,46 +109,68 @@ def test_shingles():
 
 @given(texts=st.sets(st.text(min_size=1), max_size=40).filter(bool), heldout=st.floats(0, 0.99))
 def test_split_is_a_partition_that_others_do_not_move(texts: set[str], heldout: float):
-    documents, _ = deduplicate(texts, 0)
-    sides = split(documents, heldout)
-    assert sorted([*sides["train"], *sides["heldout"]], key=lambda kept: kept.digest) == documents
-    assert sides["train"]
-    assert bool(sides["heldout"]) or heldout == 0 or len(documents) < corpus.ALWAYS_HELD_OUT
-    if len(documents) == 1 or heldout == 0:
-        assert not sides["heldout"]
+    places = np.array([hash_place(text) for text in sorted(texts)], np.uint64)
+    sides = split(places, heldout)
+    assert sides.shape == places.shape and (sides == 0).any()
+    assert sides.any() or heldout == 0 or len(texts) < corpus.ALWAYS_HELD_OUT
+    if len(texts) == 1 or heldout == 0:
+        assert not sides.any()
+
+
+def hash_place(text: str) -> int:
+    return int.from_bytes(digest_of(text + ".")[16:24], "big")
 
 
 def test_split_share_and_stability():
-    documents, _ = deduplicate((english(seed, 6) for seed in range(4000)), 0)
-    heldout = split(documents, 0.05)["heldout"]
-    assert abs(len(heldout) / len(documents) - 0.05) < 0.015
-    half = documents[::2]
-    assert split(half, 0.05)["heldout"] == [document for document in half if document in set(heldout)]
+    places = np.array([hash_place(english(seed, 6)) for seed in range(4000)], np.uint64)
+    sides = split(places, 0.05)
+    assert abs(sides.mean() - 0.05) < 0.015
+    assert (split(places[::2], 0.05) == sides[::2]).all()
 
 
-# Shards
+# Stages
+
+
+def make_documents(
+    directory: Path, files: list[Path], *, form: str = "jsonl", strict: bool = True, heldout: float = 0.2
+) -> dict[str, Any]:
+    directory.mkdir()
+    with Workers(1) as workers:
+        given = Input(tuple(files), form, where="here")
+        write_documents(directory, given, heldout, 0.8, workers, strict=strict)
+    return corpus.read_index(directory)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    return path
+
+
+TEXTS = [english(seed) for seed in range(60)] + [chinese(seed) + "\n[MASK]\u2581" for seed in range(40)]
 
 
 @pytest.fixture
 def stages(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    monkeypatch.setattr(corpus, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(corpus, "PART_BYTES", 8000)
     documents, shards = tmp_path / "documents", tmp_path / "shards"
-    documents.mkdir()
     shards.mkdir()
-    texts = [english(seed) for seed in range(60)] + [chinese(seed) + "\n[MASK]\u2581\0" for seed in range(40)]
-    write_documents(documents, [*texts, texts[0]], 0.2, 0.8, "here")
-    write_shards(shards, documents, tokenizer, "mixed")
+    near_twin = TEXTS[1] + " One more."
+    files = [write_jsonl(tmp_path / "a", TEXTS[:50]), write_jsonl(tmp_path / "b", [*TEXTS[50:], TEXTS[0], near_twin])]
+    make_documents(documents, files)
+    with Workers(1) as workers:
+        write_shards(shards, documents, tokenizer, "mixed", workers)
     return documents, shards
 
 
 def test_shards_hold_every_document_in_hash_order(stages: tuple[Path, Path], tokenizer: Tokenizer):
     documents, directory = stages
     index = json.loads((directory / "index.json").read_text("utf-8"))
-    assert index["dropped"] == {"exact": 1, "near": 0}
+    assert index["dropped"] == {"exact": 1, "near": 1} and index["skipped"] == {}
     assert (index["source"], index["tokenizer"], index["dtype"]) == ("mixed", tokenizer.digest, "<u2")
     for name in corpus.SPLITS:
         shards = Shards.open(directory, name)
-        texts = list(read([documents / f"{name}.jsonl"], "jsonl"))
+        texts = list(read_documents(documents, name))
+        assert [digest_of(text) for text in texts] == sorted(map(digest_of, texts))
         assert index["documents"][name] == len(shards) == len(texts)
         assert index["bytes"][name] == sum(len(text.encode()) for text in texts)
         assert index["tokens"][name] == shards.lengths.sum()
@@ -235,11 +180,22 @@ def test_shards_hold_every_document_in_hash_order(stages: tuple[Path, Path], tok
             assert ids.dtype == np.int32 and len(ids) == shards.lengths[position]
             assert ids[-1] == tokenizer.eos and tokenizer.decode(ids[:-1]) == text
     assert sum(index["documents"].values()) == 100
-    names = sorted(path.name for path in directory.glob("train-*.array_record"))
+    paths = sorted(directory.glob("part-*/train.array_record"))
+    assert len(paths) > 2 and paths[0].parent.name == f"part-00000-of-{len(paths):05d}"
     # one document a group, so that a read fetches no neighbours
-    reader = ArrayRecordReader(str(directory / names[0]))
-    assert reader.writer_options_string().startswith("group_size:1,")
-    assert names[0] == f"train-00000-of-{len(names):05d}.array_record" and len(names) > 2
+    assert ArrayRecordReader(str(paths[0])).writer_options_string().startswith("group_size:1,")
+    left = {path.name for path in [*documents.rglob("*"), *directory.rglob("*")] if path.is_file()}
+    assert left == {"index.json", "skipped.jsonl", "documents.jsonl", "sides.npy", "train.array_record",
+                    "heldout.array_record", "train-lengths.npy", "heldout-lengths.npy"}  # fmt: skip
+
+
+def test_the_number_of_parts_does_not_matter(stages: tuple[Path, Path], tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(corpus, "PART_BYTES", 1 << 30)
+    index = make_documents(tmp_path / "whole", [tmp_path / "b", tmp_path / "a"])
+    assert len(list((tmp_path / "whole").glob("part-*"))) == 1
+    assert index == corpus.read_index(stages[0])
+    for name in corpus.SPLITS:
+        assert list(read_documents(tmp_path / "whole", name)) == list(read_documents(stages[0], name))
 
 
 def test_shards_are_lazy_sources_for_grain(stages: tuple[Path, Path]):
@@ -255,10 +211,10 @@ def test_shards_are_lazy_sources_for_grain(stages: tuple[Path, Path]):
 
 
 def test_a_split_may_be_empty(tmp_path: Path, tokenizer: Tokenizer):
-    for name in ("documents", "shards"):
-        (tmp_path / name).mkdir()
-    write_documents(tmp_path / "documents", ["only one"], 0.5, 0.8, "here")
-    write_shards(tmp_path / "shards", tmp_path / "documents", tokenizer, "one")
+    make_documents(tmp_path / "documents", [write_jsonl(tmp_path / "a", ["only one"])], heldout=0.5)
+    (tmp_path / "shards").mkdir()
+    with Workers(1) as workers:
+        write_shards(tmp_path / "shards", tmp_path / "documents", tokenizer, "one", workers)
     heldout = Shards.open(tmp_path / "shards", "heldout")
     assert len(heldout) == 0 and heldout.lengths.shape == (0,)
     with pytest.raises(IndexError):
@@ -267,5 +223,82 @@ def test_a_split_may_be_empty(tmp_path: Path, tokenizer: Tokenizer):
 
 
 def test_an_empty_corpus(tmp_path: Path):
-    with pytest.raises(UserError, match="corpus here is empty"):
-        write_documents(tmp_path, iter([]), 0.5, 0.8, "here")
+    with pytest.raises(UserError, match="corpus here is empty: it needs at least one line of text$"):
+        make_documents(tmp_path / "documents", [write_jsonl(tmp_path / "a", [" "])])
+    (tmp_path / "b").write_text("{\n{\n")
+    with pytest.raises(UserError, match="; 2 damaged records were skipped"):
+        make_documents(tmp_path / "more", [tmp_path / "b"], strict=False)
+
+
+# Damage
+
+
+def damaged_corpus(folder: Path) -> tuple[list[Path], list[str], list[tuple[str, str, int]]]:
+    """Write three files of records, one in a hundred damaged, an empty file and a truncated one.
+
+    Gives the files, the good texts, and (reason, file name, line) of the damaged records.
+    """
+    draw = random.Random(0)
+    damage = [
+        ("invalid UTF-8", b'{"text": "caf\xe9"}'),
+        ("broken JSON", b'{"text": "no end'),
+        ("NUL", b'{"text": "a\0b"}'),
+        ("too long", b'{"text": "' + b"x" * 1_500_000 + b'"}'),
+        ("missing field", b'{"body": "text"}'),
+    ]
+    files, good, bad = [], [], []
+    for name in ("a.jsonl.zst", "b.jsonl.zst", "c.jsonl.zst"):
+        lines = []
+        for number in range(1, 601):
+            if number % 100 == 50:
+                reason, line = damage[len(bad) % len(damage)]
+                bad.append((reason, name, number))
+                lines.append(line)
+            else:
+                good.append(f"{name} {number} " + english(draw.randrange(1 << 30), 12))
+                lines.append(json.dumps({"text": good[-1]}).encode())
+        packed = zstandard.compress(b"\n".join(lines) + b"\n")
+        if name == "c.jsonl.zst":
+            packed += zstandard.compress(b'{"text": "lost"}\n')[:-4]
+            bad.append(("truncated", name, 601))
+        files.append(folder / name)
+        files[-1].write_bytes(packed)
+    files.append(folder / "d.jsonl.zst")
+    files[-1].touch()
+    return files, good, [*bad, ("empty file", "d.jsonl.zst", 1)]
+
+
+def test_one_percent_damaged_records_are_counted_and_the_rest_arrives(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_RECORD", 1_000_000)
+    monkeypatch.setattr(corpus, "PLACES", 3)
+    files, good, bad = damaged_corpus(tmp_path)
+    index = make_documents(tmp_path / "documents", files, form="jsonl.zst", strict=False)
+    arrived = [text for name in corpus.SPLITS for text in read_documents(tmp_path / "documents", name)]
+    assert sorted(arrived) == sorted(good)
+    lines = map(json.loads, (tmp_path / "documents" / "skipped.jsonl").read_text().splitlines())
+    assert [(line["reason"], Path(line["file"]).name, line["line"]) for line in lines] == bad
+    for reason, skipped in index["skipped"].items():
+        mine = [{"file": str(tmp_path / name), "line": line} for why, name, line in bad if why == reason]
+        assert skipped == {"count": len(mine), "places": mine[:3]}
+    assert {reason for reason, *_ in bad} == set(index["skipped"])
+
+
+def test_strict_stops_at_the_first_also_after_a_build_that_was_not(tmp_path: Path):
+    files, good, _ = damaged_corpus(tmp_path)
+    message = r"a\.jsonl\.zst, line 50: invalid UTF-8 \(byte 0xe9 at 13\): convert the file to UTF-8$"
+    with pytest.raises(UserError, match=message):
+        make_documents(tmp_path / "strict", files, form="jsonl.zst")
+    make_documents(tmp_path / "tolerant", files, form="jsonl.zst", strict=False)
+    directory = tmp_path / "left" / "read" / "000000"
+    job = corpus._ReadJob(Input(tuple(files), "jsonl.zst"), files[0], (0, files[0].stat().st_size), 1, False, directory)
+    corpus._read(job)
+    with pytest.raises(UserError, match=message):
+        corpus._read(dataclasses.replace(job, strict=True))
+
+
+def test_the_name_of_a_damaged_file_need_not_be_text(tmp_path: Path):
+    path = tmp_path / os.fsdecode(b"caf\xe9\xe2\x80\xa8.jsonl")
+    path.write_text('{"text": "good"}\n{\n')
+    index = make_documents(tmp_path / "documents", [path], strict=False)
+    places = index["skipped"]["broken JSON"]["places"]
+    assert places == [{"file": f"{tmp_path}/caf\\udce9\u2028.jsonl", "line": 2}]

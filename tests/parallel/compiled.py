@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections import Counter
-from collections.abc import Iterator
 
 if __name__ == "__main__":
     os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 
 import jax  # noqa: E402 (reads the environment)
-import numpy as np  # noqa: E402
 
 from glm_jax import model  # noqa: E402
 from glm_jax.model import GLMConfig  # noqa: E402
 from glm_jax.parallel import mesh, partition  # noqa: E402
 from glm_jax.training import engine  # noqa: E402
+from tests.parallel import hlo  # noqa: E402
 
 LENGTH, SHAPE = 16, (2, 2, 2)
-COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 
 
 def lower(schedule: str, microbatches: int, keep: str = "layer") -> jax.stages.Lowered:
@@ -43,67 +39,17 @@ def lower(schedule: str, microbatches: int, keep: str = "layer") -> jax.stages.L
     return jax.jit(lambda params, batch: engine.value_and_grad(cfg, grid, params, batch, key)).lower(params, batch)
 
 
-def computations(text: str) -> dict[str, str]:
-    """Split an HLO module into its computations."""
-    blocks = re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{$(.*?)^\}", text, re.M | re.S)
-    return dict(blocks)
-
-
-def inside_loops(blocks: dict[str, str]) -> set[str]:
-    """Name the computations that some while loop runs, however deep."""
-    bodies = {body for text in blocks.values() for body in re.findall(r"body=%?([\w.\-]+)", text)}
-    reached: set[str] = set()
-    while bodies:
-        name = bodies.pop()
-        if name not in reached:
-            reached.add(name)
-            called = r"(?:body|condition|to_apply|calls|branch_computations)=\{?%?([\w.\-]+)"
-            bodies |= set(re.findall(called, blocks[name]))
-    return reached
-
-
-def groups(line: str) -> Iterator[list[int]]:
-    """Yield the groups of devices of a collective, in either of HLO's notations."""
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line)
-    if listed:
-        yield from ([int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1]))
-        return
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    assert iota, line
-    shape, source = ([int(i) for i in iota[n].split(",")] for n in (1, 2))
-    order = [int(i) for i in iota[3].split(",")] if iota[3] else list(range(len(source)))
-    ids = np.arange(np.prod(source)).reshape(source).transpose(order).reshape(shape)
-    yield from ids.tolist()
-
-
-def axes_of(line: str) -> str:
-    """Name the mesh axes along which the members of a collective's groups differ."""
-    places = [np.array(np.unravel_index(group, SHAPE)) for group in groups(line)]  # [3, members] each
-    differs = [any((place[axis] != place[axis, 0]).any() for place in places) for axis in range(3)]
-    return "+".join(name for name, differ in zip(mesh.AXES, differs, strict=True) if differ)
-
-
-def collectives(text: str) -> dict[str, dict[str, int]]:
-    """Count collectives by axes, inside loops and outside."""
-    blocks = computations(text)
-    loops = inside_loops(blocks)
-    found: dict[str, Counter[str]] = {"inside": Counter(), "outside": Counter()}
-    for name, block in blocks.items():
-        for line in block.splitlines():
-            if re.search(rf" (?:{COLLECTIVES})(?:-start)?\(", line):
-                found["inside" if name in loops else "outside"][axes_of(line)] += 1
-    return {place: dict(counter) for place, counter in found.items()}
-
-
 def temporary(compiled: jax.stages.Compiled) -> int:
     """Give the bytes of temporaries a device."""
-    return compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
 
 
 if __name__ == "__main__":
     flat = lower("1f1b", 4).compile()
     report = {
-        "collectives": collectives(flat.as_text() or ""),
+        "collectives": hlo.collectives(flat.as_text() or "", SHAPE),
         "1f1b": {"4": temporary(flat), "64": temporary(lower("1f1b", 64).compile())},
         "gpipe": {str(count): temporary(lower("gpipe", count).compile()) for count in (4, 64)},
     }

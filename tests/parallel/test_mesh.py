@@ -60,7 +60,11 @@ def abstract(*shape: int) -> Any:
         ((1, 1, 3), {}, r"mesh.tensor=3 does not divide model.num_heads \(4\): 2 or 4 would"),
         ((3, 1, 1), {}, r"mesh.data=3 does not divide rows of a microbatch.* \(8\): 2 or 4 would"),
         ((1, 4, 1), {}, r"mesh.pipeline=4 is more stages than model.num_layers \(3\) can fill: at most 3"),
-        ((1, 3, 1), {}, "mesh.pipeline x mesh.tensor=3 does not divide the vocabulary of 64 rows: make model.vocab_m"),
+        (
+            (1, 3, 1),
+            {},
+            r"mesh.pipeline x mesh.tensor=3 does not divide the padded vocabulary \(64\): 2 or 4 would, or a",
+        ),
         ((1, 2, 1), {"zero": 3}, "mesh.zero=3 .* does not go with mesh.pipeline=2"),
     ],
 )

@@ -30,8 +30,8 @@ FLOAT32: list[dict[str, Any]] = [
     {"mesh": [1, 1, 1], "model": DROPOUT},
 ]
 FLOAT64: list[dict[str, Any]] = [
-    {"mesh": [2, 2, 2], "model": DROPOUT, "steps": 5, "x64": True},
-    {"mesh": [1, 4, 2], "model": {"num_layers": 7, "pb_relax": 128.0}, "steps": 5, "x64": True},
+    {"mesh": [2, 2, 2], "model": DROPOUT, "x64": True},
+    {"mesh": [1, 4, 2], "model": {"num_layers": 7, "pb_relax": 128.0}, "x64": True},
 ]
 HALF: list[dict[str, Any]] = [{"mesh": [2, 2, 2], "engine": {"compute": name}} for name in ("float16", "bfloat16")]
 HALF += [{"mesh": [4, 1, 2], "engine": {"compute": "float16", "zero": 3}}]
@@ -57,7 +57,7 @@ def name(case: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("index", range(len(FLOAT32)), ids=[name(case) for case in FLOAT32])
-def test_losses_and_gradients_are_those_of_one_device(index: int) -> None:
+def test_losses_of_five_steps_and_first_gradients_are_those_of_one_device(index: int) -> None:
     result = results("float32")[index]
     assert result["loss"] < 1e-5 and result["gradient"] < 1e-5, result
     assert result["token_losses"] < 1e-5, result
@@ -67,7 +67,7 @@ def test_losses_and_gradients_are_those_of_one_device(index: int) -> None:
 @pytest.mark.parametrize("index", range(len(FLOAT64)), ids=[name(case) for case in FLOAT64])
 def test_five_steps_in_float64_are_those_of_one_device(index: int) -> None:
     result = results("float64")[index]
-    assert result["loss"] < 1e-9 and result["gradient"] < 1e-9, result
+    assert result["loss"] < 1e-9 and result["later_gradient"] < 1e-9, result
 
 
 @pytest.mark.parametrize("index, bound", [(0, 0.01), (1, 0.1), (2, 0.01)], ids=["float16", "bfloat16", "zero3"])

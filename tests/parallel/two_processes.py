@@ -1,7 +1,7 @@
 """One process's part of a gradient on a mesh of 8 emulated devices, 1 or 2 processes; run in subprocesses.
 
-`python -m tests.parallel.two_processes PORT COUNT INDEX` prints (process 0 alone) a JSON object a mesh: which processes hold
-each stage, how many rows this process reads, and the sums and norms that the processes must agree on.
+`python -m tests.parallel.two_processes PORT COUNT INDEX` prints (process 0 alone) a JSON object a mesh: which processes
+hold each stage, how many rows this process reads, and the sums and norms that the processes must agree on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ PORT, COUNT, INDEX = (int(argument) for argument in sys.argv[1:4]) if __name__ =
 if __name__ == "__main__":
     os.environ["JAX_NUM_CPU_DEVICES"] = str(8 // COUNT)
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiling is most of the work
 
 import jax  # noqa: E402 (reads the environment)
 import numpy as np  # noqa: E402

@@ -1,6 +1,6 @@
 """Compares the engine with plain autodiff on all 10 factorisations of 8 devices, both schedules, both stashes.
 
-python tests/proofs/parity_matrix.py        # about 5 minutes; one line a case, exit code 1 at an error above 1e-5
+python tests/proofs/parity_matrix.py        # 5 to 10 minutes; one line a case, exit code 1 at an error above 1e-5
 """
 
 from __future__ import annotations

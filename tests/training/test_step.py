@@ -1,4 +1,4 @@
-"""train_step against plain value_and_grad, on the mesh of this test run; test_mesh.py runs it on more devices."""
+"""train_step against plain value_and_grad, on the mesh of this test run; test_step_on_a_mesh.py has more devices."""
 
 import dataclasses
 import functools

@@ -1,0 +1,98 @@
+"""What a corpus holds, for a person to read: counts, lengths, and rows with their blanks filled in and coloured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from glm_jax.data.blanks import OBJECTIVES
+from glm_jax.data.prepare import Prepared
+from glm_jax.data.tokenizer import Tokenizer
+
+BAR = 40  # characters of the longest bar
+COLOURS = [f"\x1b[{code}m" for code in (31, 32, 33, 34, 35, 36)]  # of blanks, by turns
+PLAIN = "\x1b[0m"
+END_OF_DOCUMENT = " <eos> "
+
+
+def counts(prepared: Prepared) -> Iterator[str]:
+    """Yield lines: for each source its documents, tokens and bytes, what was left out, and its lengths."""
+    for source, index in prepared.indexes.items():
+        dropped = index["dropped"]
+        yield f"{source} ({prepared.languages[source]}, weight {prepared.weights[source]:g})"
+        for split, documents in index["documents"].items():
+            tokens, size = index["tokens"][split], index["bytes"][split]
+            ratio = f", {size / tokens:.2f} bytes a token" if tokens else ""
+            yield f"  {split:8} {documents:,} documents, {tokens:,} tokens, {size:,} bytes{ratio}"
+        yield f"  dropped  {dropped['exact']:,} exact and {dropped['near']:,} near duplicates"
+        for reason, skipped in index["skipped"].items():
+            first = skipped["places"][0]
+            yield f"  skipped  {skipped['count']:,} {reason}, the first in {first['file']}, line {first['line']}"
+        yield "  tokens a document"
+        yield from (f"  {line}" for line in histogram(prepared.shards[source]["train"].lengths))
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """Draw how many of `lengths` lie between each two powers of two."""
+    exponents = np.log2(np.maximum(lengths, 1)).astype(int)  # [documents]
+    bins = np.bincount(exponents)
+    lines = []
+    for exponent in range(exponents.min(), exponents.max() + 1):
+        span = f"{1 << exponent:,} to {(2 << exponent) - 1:,}"
+        bar = "#" * -(-BAR * int(bins[exponent]) // int(bins.max()))
+        lines.append(f"{span:>24}  {int(bins[exponent]):>10,}  {bar}".rstrip())
+    return lines
+
+
+def rows(
+    batch: Mapping[str, np.ndarray], sources: tuple[str, ...], tokenizer: Tokenizer, *, coloured: bool
+) -> Iterator[str]:
+    """Yield each row of a batch as text, "[MASK: what was there]" in the place of each blank.
+
+    Args:
+        batch: as batches.Batches.at gives it.
+        sources: the names that `batch["source"]` counts.
+        coloured: each blank in a colour, for a terminal.
+    """
+    for b in range(len(batch["tokens"])):
+        yield f"row {b}: {sources[batch['source'][b]]}, {OBJECTIVES[batch['objective'][b]]}"
+        for segment in range(1, batch["segments"][b].max() + 1):
+            sample = {
+                name: batch[name][b][..., batch["segments"][b] == segment]  # [S] or [2, S] of the segment
+                for name in ("tokens", "targets", "positions", "context")
+            }
+            yield _sample(sample, tokenizer, coloured)
+
+
+def _sample(sample: Mapping[str, Any], tokenizer: Tokenizer, coloured: bool) -> str:
+    tokens, context = sample["tokens"], sample["context"]  # [S]
+    positions = np.atleast_2d(sample["positions"])[0]  # [S]
+    blanks = {tokenizer.mask: "MASK", tokenizer.gmask: "gMASK", tokenizer.smask: "sMASK"}
+    starts = np.flatnonzero(~context & (tokens == tokenizer.sop))
+    spans = dict(zip(positions[starts].tolist(), np.split(sample["targets"], starts)[1:], strict=True))
+    places = [place for place in np.flatnonzero(context) if tokens[place] in blanks]
+    parts: list[str] = []
+    run: list[int] = []
+    for place in np.flatnonzero(context):
+        token = int(tokens[place])
+        if token not in blanks and token != tokenizer.eos:
+            run.append(token)
+            continue
+        parts.append(tokenizer.decode(run))
+        run = []
+        if token == tokenizer.eos:
+            parts.append(END_OF_DOCUMENT)
+            continue
+        span = spans.get(int(positions[place])) if len(places) > 1 else next(iter(spans.values()), None)
+        filled = "" if span is None else f": {_target(span, tokenizer)}"
+        blank = f"[{blanks[token]}{filled}]"
+        parts.append(f"{COLOURS[places.index(place) % len(COLOURS)]}{blank}{PLAIN}" if coloured else blank)
+    return "".join([*parts, tokenizer.decode(run)])
+
+
+def _target(span: np.ndarray, tokenizer: Tokenizer) -> str:
+    """Give the text of one target, document ends shown."""
+    ends = np.flatnonzero(span == tokenizer.eos)
+    return END_OF_DOCUMENT.join(tokenizer.decode(part) for part in np.split(span, ends))

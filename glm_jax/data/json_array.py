@@ -1,0 +1,121 @@
+"""The elements of a JSON array, one at a time, from a file of any size; what is broken costs its element alone."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+CHUNK = 1 << 20  # bytes read at a time
+
+_BRACKET = re.compile(rb'["\[\]{}:,]')
+_INSIDE_STRING = re.compile(rb'(?:[^"\\\n]++|\\[^\n])*+')
+_OPENS = {ord("}"): ord("{"), ord("]"): ord("[")}
+
+
+class Elements:
+    """Iterate over (line, bytes) of the elements of one array; bytes is None for an element over `limit` bytes.
+
+    Brackets and strings are followed, nothing is parsed: whether an element is JSON is for the caller to see.
+    Where an element ends by mistake is found by two rules of JSON: a string holds no newline, and inside an object
+    a bracket opens only after a colon. What comes next is then taken for a new element.
+
+    Attributes:
+        begun, closed: after the iteration, whether the array's beginning and its end were there.
+        line: the line reached, counted from 1.
+    """
+
+    def __init__(self, stream: BinaryIO, limit: int) -> None:
+        self._stream, self._limit = stream, limit
+        self._held = bytearray()  # of the element so far, from earlier chunks
+        self._too_long = False
+        self._stack = [ord("[")]  # brackets open
+        self.begun = self.closed = False
+        self.line = 1
+
+    def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
+        first = self._begin()
+        if not self.begun:
+            return
+        inside, skip, last = False, 0, 0  # in a string; bytes of the next chunk that are escaped; last token
+        for chunk in itertools.chain([first], iter(lambda: self._stream.read(CHUNK), b"")):
+            place, start = min(skip, len(chunk)), 0
+            skip -= place
+            while place < len(chunk) and not self.closed:
+                if inside:
+                    found = _INSIDE_STRING.match(chunk, place)
+                    place = found.end() if found else place
+                    if place == len(chunk):
+                        break
+                    if chunk[place] == ord("\\") and place + 1 == len(chunk):
+                        skip, place = 1, place + 1
+                        break
+                    inside = False
+                    place += 1
+                    if chunk[place - 1] != ord('"'):  # a newline: this string was never closed
+                        yield from self._cut(chunk[start:place])
+                        start, self._stack = place, self._stack[:1]
+                    continue
+                match = _BRACKET.search(chunk, place)
+                if match is None:
+                    break
+                token, place = chunk[match.start()], match.end()
+                if token == ord('"'):
+                    inside = True
+                elif token == ord(",") and len(self._stack) == 1:
+                    yield from self._cut(chunk[start : place - 1])
+                    start = place
+                elif token in b"[{":
+                    if self._stack[-1] == ord("{") and last != ord(":"):
+                        yield from self._cut(chunk[start : place - 1])
+                        start, self._stack = place - 1, self._stack[:1]
+                    self._stack.append(token)
+                elif token in b"]}":
+                    if len(self._stack) == 1 and token == ord("]"):
+                        yield from self._cut(chunk[start : place - 1])
+                        start, self.closed = place, True
+                    elif _OPENS[token] in self._stack[1:]:
+                        while self._stack.pop() != _OPENS[token]:  # what was open inside was left so by mistake
+                            pass
+                last = token
+            self._hold(chunk[start:])
+            if self.closed:
+                return
+        yield from self._cut(b"")
+
+    def _begin(self) -> bytes:
+        """Read up to the array's first bracket; give what follows it in its chunk."""
+        while chunk := self._stream.read(CHUNK):
+            rest = chunk.lstrip(b"\xef\xbb\xbf \t\r\n")
+            self._count(chunk[: len(chunk) - len(rest)])
+            if rest:
+                self.begun = rest.startswith(b"[")
+                return rest[1:]
+        return b""
+
+    def _hold(self, part: bytes) -> None:
+        if self._too_long or len(self._held) + len(part) > self._limit:
+            self._too_long = True
+            self._count(bytes(self._held) + part)
+            self._held.clear()
+        else:
+            self._held += part
+
+    def _count(self, part: bytes) -> None:
+        self.line += part.count(b"\n")
+
+    def _cut(self, end: bytes) -> Iterator[tuple[int, bytes | None]]:
+        """Give the element that `end` completes, unless nothing is there."""
+        self._hold(end)
+        element = bytes(self._held)
+        self._held.clear()
+        if self._too_long:
+            self._too_long = False
+            yield self.line, None
+            return
+        stripped = element.lstrip()
+        self._count(element[: len(element) - len(stripped)])
+        if stripped:
+            yield self.line, stripped.rstrip()
+            self._count(stripped)

@@ -1,0 +1,133 @@
+"""GLM-130B's numbering on a small made-up model of ice_text.model's form, and on one of its size."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from glm_jax.data import ice_tokenizer, tokenizer
+from glm_jax.data.ice_tokenizer import IceTokenizer, extend, read_model
+from glm_jax.data.tokenizer import Tokenizer
+from glm_jax.errors import UserError
+
+TEXTS = ["hello world, this is a small model.", "天下大势，分久必合，合久必分。", "Hello! What? 12:34; a b c d e f g"]
+
+
+@pytest.fixture(scope="module")
+def small() -> bytes:
+    """Train a model of the official one's form: unk, s, eos, pad, newline, then pieces; normalising, a space before."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20), model_writer=model, model_type="unigram", vocab_size=120,
+        hard_vocab_limit=False, unk_id=0, bos_id=1, eos_id=2, pad_id=3, user_defined_symbols=["<n>"], minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def later(small: bytes) -> IceTokenizer:
+    return IceTokenizer(extend(small, pinned=False))
+
+
+@pytest.fixture(scope="module")
+def pinned(small: bytes) -> IceTokenizer:
+    return IceTokenizer(extend(small, pinned=True))
+
+
+def test_the_official_numbers(small: bytes):
+    """With 130,000 pieces the special tokens have the ids that the released model knows."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=small).get_piece_size()
+    filled = small + b"".join(
+        ice_tokenizer._message(1, ice_tokenizer._piece(f"filling{number}", 1)) for number in range(pieces, 130_000)
+    )
+    official = IceTokenizer(extend(filled, pinned=False))
+    assert (official.unk, official.eos, official.pad) == (20_000, 20_002, 0)
+    specials = [official.mask, official.gmask, official.smask, official.eod, official.sop, official.eop, official.enc,
+                official.dblock]  # fmt: skip
+    assert specials == list(range(150_000, 150_008))
+    assert official.encode("\t")[-1] == 150_008
+    assert official.encode("  ")[-1] == 150_009 and official.encode(" " * 80)[-1] == 150_087
+    assert official.encode("😀")[-4:].tolist() == [150_088 + byte for byte in "😀".encode()]
+    assert official.encode("\n")[-1] == 20_004
+    assert official.size == 150_344
+    assert IceTokenizer(extend(filled, pinned=True)).size == 150_088
+
+
+def test_text_and_its_blanks_come_back(later: IceTokenizer):
+    for text in (
+        "hello\n\n  world\tthis",
+        "天下\n大势",
+        "a" + " " * 100 + "b",
+        "  a",
+        "\n",
+        "small 😀 model",
+        "",
+        "a  ",
+    ):
+        ids = later.encode(text)  # [S]
+        assert ids.dtype == np.int32 and (ids >= 20_000).all() and (ids < later.size).all()
+        assert later.decode(ids) == text
+    assert later.encode("a" + " " * 100 + "b").tolist()[-3:-1] == [later.encode(" " * n)[-1] for n in (80, 20)]
+    assert later.decode(later.encode("ａ，b")) == "a,b"  # the model normalises
+    assert later.decode(later.encode(" a")) == "a"  # and puts a space of its own before a text
+
+
+def test_the_pinned_tokenizer_loses_newlines_and_blanks(pinned: IceTokenizer, later: IceTokenizer):
+    assert pinned.decode(pinned.encode("hello\n\n  world\tthis")) == "hello world this"
+    assert pinned.encode("hello world").tolist() == later.encode("hello world").tolist()
+    assert pinned.unk in pinned.encode("😀") and later.unk not in later.encode("😀")
+    assert pinned.digest != later.digest
+
+
+@pytest.mark.parametrize("kind", ["later", "pinned"])
+def test_special_tokens(kind: str, request: pytest.FixtureRequest):
+    ice: IceTokenizer = request.getfixturevalue(kind)
+    text = "hello[MASK] world[gMASK]"
+    expected = [*ice.encode("hello"), ice.mask, *ice.encode(" world"), ice.gmask]
+    assert ice.encode_with_blanks(text).tolist() == expected
+    assert ice.mask not in ice.encode(text)
+    assert ice.decode([*expected, ice.sop, *ice.encode("a"), ice.eop, ice.eos, ice.dblock, 0, 19_999]) == "helloworlda"
+    named = ice.decode([*expected, ice.sop, *ice.encode("a"), ice.eop, ice.eos], specials=True)
+    assert named == "hello[MASK]world[gMASK]sopaeopeos"
+    assert [batch.tolist() for batch in ice.encode_batch(["a", "b"])] == [ice.encode(text).tolist() for text in "ab"]
+
+
+def test_token_bytes(later: IceTokenizer):
+    text = "hello\n  world\t😀"
+    ids = later.encode(text)
+    assert later.token_bytes.shape == (later.size,) and later.token_bytes.dtype == np.int32
+    assert later.token_bytes[ids].sum() == len(f" {text}".encode())  # with the space put before
+    assert not later.token_bytes[:20_001].any()
+    assert not later.token_bytes[[later.mask, later.sop, later.eop, later.eos, later.dblock]].any()
+
+
+def test_load_and_pickle(tmp_path: Path, later: IceTokenizer, pinned: IceTokenizer):
+    path = tmp_path / "tokenizer.model"
+    for ice in (later, pinned):
+        path.write_bytes(ice.model)
+        for copy in (Tokenizer.load(path), pickle.loads(pickle.dumps(ice))):
+            assert isinstance(copy, IceTokenizer) and copy.digest == ice.digest
+            assert copy.encode("a\nb  c").tolist() == ice.encode("a\nb  c").tolist()
+
+
+def test_read_model(tmp_path: Path, small: bytes, later: IceTokenizer, pinned: IceTokenizer):
+    path = tmp_path / "ice_text.model"
+    path.write_bytes(small)
+    assert read_model(path, pinned=False) == later.model and read_model(path, pinned=True) == pinned.model
+    path.write_bytes(later.model)
+    assert read_model(path, pinned=False) == later.model
+    ours = tokenizer.train(TEXTS, 330)
+    path.write_bytes(ours)
+    assert read_model(path, pinned=False) == ours
+    with pytest.raises(UserError, match=r"pinned is for ice_text\.model"):
+        read_model(path, pinned=True)
+    path.write_bytes(small.replace(b"<n>", b"<m>"))
+    with pytest.raises(UserError, match="neither .MASK. nor <n>"):
+        read_model(path, pinned=False)
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        read_model(tmp_path / "missing", pinned=False)

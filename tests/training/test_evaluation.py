@@ -1,0 +1,75 @@
+"""From a config to the batches of a run and of its evaluation."""
+
+import json
+
+import numpy as np
+import pytest
+
+from glm_jax.config import default_config, instructions, resolve, source
+from glm_jax.data.blank_options import OBJECTIVES
+from glm_jax.data.prepare import prepare
+from glm_jax.training.evaluation import heldout_batches, training_batches
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Give a config of two sources, one four times as large as the other, and a set of sums."""
+    folder = tmp_path_factory.mktemp("corpus")
+    sentence = "the cat sat on a mat and saw many birds fly over old grey hills near"
+    words = sentence.split()
+    random = np.random.default_rng(0)
+    for name, count in (("small", 40), ("large", 160)):
+        texts = [" ".join(random.choice(words, 60)) + ". " + " ".join(random.choice(words, 20)) for _ in range(count)]
+        (folder / f"{name}.txt").write_text("\n\n".join(texts))
+    sums = [json.dumps({"text": f"{i}+1=", "target": str(i + 1)}) for i in range(40)]
+    (folder / "sums.jsonl").write_text("\n".join(sums))
+    config = default_config()
+    config.data.cache = str(folder / "cache")
+    config.data.sources = {name: source(path=str(folder / f"{name}.txt")) for name in ("small", "large")}
+    config.data.instructions = {"sums": instructions(path=str(folder / "sums.jsonl"))}
+    config.data.near_duplicates = 0.0
+    config.data.tokenizer.vocab_size = 400
+    config.data.seq_length = 64
+    config.data.blanks.update({"mask": 0.3, "gmask": 0.5, "smask": 0.1, "instruction": 0.1, "gmask_eop": False})
+    return resolve(config)
+
+
+def changed(config, **data):
+    """Give the config with other keys of its section data."""
+    made = config.copy_and_resolve_references().unlock()
+    made.data.update(data)
+    return resolve(made)
+
+
+def test_training_rows_follow_the_shares_the_options_and_the_instructions(config):
+    prepared = prepare(config, lambda line: None)
+    batches = training_batches(config, prepared)
+    batch = batches.at(0, 200)
+    assert batches.sources == ("large", "small", "sums")
+    counts = np.bincount(batch["objective"], minlength=4)
+    assert np.abs(counts - [60, 100, 20, 20]).max() <= 3
+    gmask = batch["objective"] == OBJECTIVES.index("gmask")
+    assert not (batch["targets"][gmask] == prepared.tokenizer.eop).any()
+    row = int(np.flatnonzero(batch["objective"] == OBJECTIVES.index("instruction"))[0])
+    number, answer = prepared.tokenizer.decode(batch["tokens"][row][batch["segments"][row] == 1]).split("+1=")
+    assert answer == str(int(number) + 1)
+
+
+def test_evaluation_leaves_instructions_and_histories_out(config):
+    prepared = prepare(config, lambda line: None)
+    config = changed(config, blanks={"history": ((0, {"mask": 1.0}),), "replacement": True})
+    for batches in heldout_batches(config, prepared).values():
+        batch = batches.at(0, 20)
+        assert set(np.unique(batch["objective"])) == {0, 1, 2}
+    assert (training_batches(config, prepared).at(0, 20)["objective"] == 0).all()
+
+
+def test_weights_may_follow_sizes_or_a_history(config):
+    prepared = prepare(config, lambda line: None)
+    blanks = {"instruction": 0.0}
+    for more, share in (
+        ({}, 0.5), ({"temperature": 1.0}, 0.8), ({"temperature": 2.0}, 2 / 3),
+        ({"weights": ((0, {"large": 1.0}),)}, 1.0),
+    ):  # fmt: skip
+        batch = training_batches(changed(config, blanks=blanks, **more), prepared).at(0, 300)
+        assert (batch["source"] == 0).mean() == pytest.approx(share, abs=0.03)
