@@ -31,6 +31,7 @@ ROPE_ANGLES = ("float32", "float16")
 INITIALISATIONS = ("xavier", "normal", "largescale")
 SCHEDULES = ("1f1b", "gpipe")
 STASHES = ("layer", "stage", "all")
+ZEROS = (1, 3)
 LOSS_NORMALIZATIONS = ("tokens", "microbatch")
 FORMATS = ("text", "jsonl", "jsonl.zst", "json", "parquet")
 NORMALISATIONS = ("nfc", "nfkc", "newlines")
@@ -144,6 +145,7 @@ def default_config() -> Config:
     config.mesh.data = 1  # one of the three may be -1: the rest of the devices
     config.mesh.pipeline = 1
     config.mesh.tensor = 1
+    config.mesh.zero = 1  # state is split over `data`; 3: the blocks' weights too, without a pipeline
 
     config.pipeline = ConfigDict()
     config.pipeline.schedule = "1f1b"
@@ -159,6 +161,7 @@ def default_config() -> Config:
     config.train.loss_scale.window = 2000  # finite steps in a row that double it
     config.train.loss_scale.hysteresis = 2  # non-finite steps that halve it
     config.train.loss_scale.minimum = 1.0
+    config.train.embedding_shrink = 1.0  # alpha of the embedding gradient shrink (paper, section 3.2); 1: off
     config.train.loss_normalization = "tokens"  # a mean over the global batch's targets; microbatch: over row means
     config.train.log_every = 10
     config.train.eval_every = 500  # 0: never; else also before the first step and at the end
@@ -275,6 +278,8 @@ def _check(config: Config) -> None:
     for key in positive:
         if values[key] < 1:
             raise UserError(f"{key} is {values[key]}, it must be at least 1")
+    if not 0 <= train.embedding_shrink <= 1:
+        raise UserError(f"train.embedding_shrink is {train.embedding_shrink}, it must be from 0 to 1")
     for key in ("train.eval_every", "optimizer.warmup_samples", "optimizer.decay_samples", "optimizer.weight_decay",
                 "data.temperature", "data.blanks.mask", "data.blanks.gmask", "data.blanks.smask",
                 "data.blanks.instruction"):  # fmt: skip
@@ -291,13 +296,14 @@ def _check(config: Config) -> None:
         "model.rope_angles": ROPE_ANGLES,
         "model.initialisation": INITIALISATIONS,
         "train.precision": PRECISIONS,
+        "mesh.zero": ZEROS,
         "train.loss_normalization": LOSS_NORMALIZATIONS,
         "pipeline.schedule": SCHEDULES,
         "pipeline.stash": STASHES,
     }
     for key, choices in choices_of.items():
         if values[key] not in choices:
-            raise UserError(f"{key} is {values[key]!r}, it must be one of {', '.join(choices)}")
+            raise UserError(f"{key} is {values[key]!r}, it must be one of {', '.join(map(str, choices))}")
     if model.hidden_size % model.num_heads:
         raise UserError(f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}")
     if train.global_batch % train.microbatches:

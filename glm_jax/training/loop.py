@@ -17,7 +17,6 @@ from glm_jax.config import Config
 from glm_jax.data.blanks import OBJECTIVES
 from glm_jax.data.corpus import Shards
 from glm_jax.data.prepare import Prepared, prepare
-from glm_jax.data.tokenizer import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
@@ -65,15 +64,17 @@ def engine_config(config: Config, glm: GLMConfig, num_tokens: int) -> EngineConf
         schedule=config.pipeline.schedule,
         keep=config.pipeline.stash,
         normalization=config.train.loss_normalization,
+        zero=config.mesh.zero,
     )
 
 
-def step_config(config: Config, tokenizer: Tokenizer) -> StepConfig:
-    """Give all that a step depends on."""
+def step_config(config: Config, glm: GLMConfig, num_tokens: int) -> StepConfig:
+    """Give all that a step depends on; `num_tokens` are the real rows of the vocabulary."""
     return StepConfig(
-        engine=engine_config(config, workdirs.model_config(config, tokenizer), tokenizer.size),
+        engine=engine_config(config, glm, num_tokens),
         optimizer=OptimizerConfig.from_config(config),
         precision=Precision.from_config(config),
+        embedding_shrink=config.train.embedding_shrink,
         seed=config.seed,
     )
 
@@ -84,7 +85,7 @@ def build_mesh(config: Config) -> jax.sharding.Mesh:
     Raises:
         UserError: too few devices, or a size that does not divide.
     """
-    mesh = meshes.build(config.mesh.to_dict())
+    mesh = meshes.build({axis: config.mesh[axis] for axis in meshes.AXES})
     pieces = config.model.vocab_multiple  # what divides this divides the vocabulary, which is a multiple of it
     glm = GLMConfig.from_section(config.model.to_dict(), pieces, config.data.seq_length)
     train = config.train
@@ -109,7 +110,8 @@ class Loop:
 
     def __init__(self, config: Config, workdir: Path, prepared: Prepared) -> None:
         self.config, self.workdir, self.prepared = config, workdir, prepared
-        self.cfg = step_config(config, prepared.tokenizer)
+        glm = workdirs.model_config(config, prepared.tokenizer)
+        self.cfg = step_config(config, glm, prepared.tokenizer.size)
         self.mesh = build_mesh(config)
         self.batches = training_batches(config, prepared)
         self.evaluation = Evaluation(config, prepared, self.mesh)

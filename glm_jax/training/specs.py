@@ -13,10 +13,8 @@ from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import partition
 from glm_jax.training import engine
-from glm_jax.training.loop import engine_config
-from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.precision import Precision
-from glm_jax.training.step import StepConfig, init_state, state_specs
+from glm_jax.training.loop import step_config
+from glm_jax.training.step import init_state, state_specs
 
 
 def table(config: Config) -> Iterator[str]:
@@ -25,7 +23,7 @@ def table(config: Config) -> Iterator[str]:
     Raises:
         UserError: the mesh has a size of -1, which only devices can resolve, or does not fit the model.
     """
-    sizes = config.mesh.to_dict()
+    sizes = {axis: config.mesh[axis] for axis in meshes.AXES}
     if meshes.REST in sizes.values():
         raise UserError(
             f"a mesh size of {meshes.REST} depends on the devices: give a number, such as --config.mesh.data=1"
@@ -33,12 +31,7 @@ def table(config: Config) -> Iterator[str]:
     mesh: Any = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in meshes.AXES), meshes.AXES)
     length, train = config.data.seq_length, config.train
     glm = GLMConfig.from_section(config.model.to_dict(), config.data.tokenizer.vocab_size, length)
-    cfg = StepConfig(
-        engine_config(config, glm, glm.vocab_size),
-        OptimizerConfig.from_config(config),
-        Precision.from_config(config),
-        config.seed,
-    )
+    cfg = step_config(config, glm, glm.vocab_size)
     engine.check(cfg.engine, mesh, train.global_batch, train.microbatches, length)
     shapes = jax.eval_shape(lambda: init_state(cfg, sizes["pipeline"]))
     total = 0

@@ -29,6 +29,7 @@ class StepConfig:
     optimizer: OptimizerConfig
     precision: Precision
     seed: int
+    embedding_shrink: float = 1.0  # alpha, see model.transformer.embed
 
 
 class TrainState(NamedTuple):
@@ -106,7 +107,8 @@ def train_step(cfg: StepConfig, mesh: Mesh, state: TrainState, batch: Batch) -> 
     drops = glm.attention_dropout or glm.hidden_dropout
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if drops else None
     scale = state.loss_scale.scale
-    passed = engine.value_and_grad(cfg.engine, mesh, state.params, batch, key, loss_scale=scale)
+    shrink = None if cfg.embedding_shrink == 1.0 else cfg.embedding_shrink
+    passed = engine.value_and_grad(cfg.engine, mesh, state.params, batch, key, shrink, scale)
     lr = optimizer.learning_rate(cfg.optimizer, samples)
     params, moments, norms = optimizer.update(cfg.optimizer, passed.gradients, state.moments, state.params, lr)
     finite = jnp.isfinite(norms["grad_norm"])

@@ -76,20 +76,13 @@ def lower(options: argparse.Namespace) -> Any:
     from glm_jax.model import GLMConfig
     from glm_jax.parallel import mesh, partition
     from glm_jax.training import loop, step
-    from glm_jax.training.optimizer import OptimizerConfig
-    from glm_jax.training.precision import Precision
 
     config = experiment(options)
     config = configs.resolve(config)
     length = config.data.seq_length
     glm = GLMConfig.from_section(config.model.to_dict(), NUM_TOKENS, length)
-    cfg = step.StepConfig(
-        engine=loop.engine_config(config, glm, NUM_TOKENS),
-        optimizer=OptimizerConfig.from_config(config),
-        precision=Precision.from_config(config),
-        seed=config.seed,
-    )
-    grid = mesh.build(config.mesh.to_dict(), devices(options.target))
+    cfg = loop.step_config(config, glm, NUM_TOKENS)
+    grid = mesh.build({axis: config.mesh[axis] for axis in mesh.AXES}, devices(options.target))
 
     def describe(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
