@@ -1,4 +1,7 @@
-"""GLM-10B: the model and optimizer of the original GLM; name corpora in data.sources.
+"""GLM-10B: the model, blanks and optimizer of the original GLM; name corpora in data.sources.
+
+Blanks as in its second stage, of 1,024 tokens a sample. The first had 512, shares of 0.5, 0.3 and 0.2 ([MASK], [sMASK],
+[gMASK]), and no short or single-span samples. What of them is not expressed (block masking, 0.1): see original_glm.
 
 glm-jax train --config experiments/glm_10b.py --workdir runs/glm_10b --config.data.sources...
 """
@@ -11,6 +14,9 @@ VOCABULARY = 50_304  # GPT-2's 50,257 pieces and GLM's specials, padded
 def get_config() -> Config:
     """Give 48 layers of 4096, 64 heads, rows of 1,024 tokens."""
     config = original_glm(48, 4096, 64, VOCABULARY, 1024)
+    config.data.blanks.update(
+        mask=0.4, smask=0.3, gmask=0.3, gmask_min_ratio=0.25, short_seq_prob=0.5, single_span_prob=0.05
+    )
     config.optimizer.peak_lr = 0.0001
     config.optimizer.min_lr = 1e-05
     config.optimizer.beta2 = 0.95

@@ -1,4 +1,7 @@
-"""GLM-2B: the model and optimizer of the original GLM; name corpora in data.sources.
+"""GLM-2B: the model, blanks and optimizer of the original GLM; name corpora in data.sources.
+
+Blanks as in its published launch file, which had 512 tokens a sample. What of them is not expressed (block masking,
+0.1): see original_glm.
 
 glm-jax train --config experiments/glm_2b.py --workdir runs/glm_2b --config.data.sources...
 """
@@ -11,6 +14,7 @@ VOCABULARY = 50_304  # GPT-2's 50,257 pieces and GLM's specials, padded
 def get_config() -> Config:
     """Give 36 layers of 2048, 32 heads, rows of 1,024 tokens."""
     config = original_glm(36, 2048, 32, VOCABULARY, 1024)
+    config.data.blanks.update(mask=0.4, smask=0.3, gmask=0.3, gmask_min_ratio=0.25, short_seq_prob=0.02)
     config.optimizer.peak_lr = 0.0001
     config.optimizer.min_lr = 1e-05
     config.optimizer.beta2 = 0.95

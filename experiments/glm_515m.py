@@ -1,4 +1,7 @@
-"""GLM-515M (also called 1.5): the model and optimizer of the original GLM; name corpora in data.sources.
+"""GLM-515M (also called 1.5): the model, blanks and optimizer of the original GLM; name corpora in data.sources.
+
+Half the rows are [MASK] and half one blank of 50 to 100% of the text, anywhere in half of these: its published code's
+defaults for a model of tokens and documents. What of the original's blanks is not expressed: see original_glm.
 
 glm-jax train --config experiments/glm_515m.py --workdir runs/glm_515m --config.data.sources...
 """
@@ -11,6 +14,7 @@ VOCABULARY = 30_592  # bert-base-uncased's 30,522 pieces and GLM's specials, pad
 def get_config() -> Config:
     """Give 30 layers of 1152, 18 heads, rows of 512 tokens."""
     config = original_glm(30, 1152, 18, VOCABULARY, 512)
+    config.data.blanks.update(mask=0.5, gmask=0.5)
     config.optimizer.peak_lr = 0.0002
     config.optimizer.min_lr = 1e-05
     return config

@@ -350,7 +350,12 @@ def from_json(text: str) -> Config:
 
 
 def original_glm(num_layers: int, hidden_size: int, num_heads: int, vocab_size: int, longest: int) -> Config:
-    """Give what the sizes of the original GLM share: Pre-LN, tanh GELU, two learned position streams.
+    """Give what the sizes of the original GLM share: Pre-LN, tanh GELU, two learned position streams, [MASK] alone.
+
+    The [gMASK] values are the published code's defaults, for the sizes that give it a share. Its blanks differ from
+    ours in this: a class token begins each sample; no span holds a document's end; a batch has one [gMASK] length;
+    410M and 515M mark document spans with [MASK]. Block masking (0.1 in 2B and 10B) is off, as our tokenizers have no
+    dBLOCK: with one that has, set data.blanks.block_mask_prob and block_mask_token.
 
     Args:
         num_layers, hidden_size, num_heads: of the size.
@@ -372,6 +377,7 @@ def original_glm(num_layers: int, hidden_size: int, num_heads: int, vocab_size: 
     config.model.vocab_size = vocab_size
     config.model.max_length = longest + 1
     config.data.seq_length = longest
+    config.data.blanks.update(mask=1.0, gmask=0.0, gmask_min_ratio=0.5, gmask_infill_prob=0.5)
     config.optimizer.beta2 = 0.98
     config.optimizer.epsilon = 1e-6
     return config

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,27 @@ def test_the_section_is_the_options_and_the_shares():
     fields = {field.name for field in dataclasses.fields(BlankOptions)} - {"two_streams"}
     assert set(section) == fields | set(OBJECTIVES) | {"history"}
     assert section_history(section.to_dict()) == {"mask": 0.3, "gmask": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("name", "shares", "gmask_min_ratio"),
+    [
+        ("glm_110m", {"mask": 1.0}, 0.5),
+        ("glm_335m", {"mask": 1.0}, 0.5),
+        ("glm_410m", {"mask": 0.5, "gmask": 0.5}, 0.5),
+        ("glm_515m", {"mask": 0.5, "gmask": 0.5}, 0.5),
+        ("glm_2b", {"mask": 0.4, "gmask": 0.3, "smask": 0.3}, 0.25),
+        ("glm_10b", {"mask": 0.4, "gmask": 0.3, "smask": 0.3}, 0.25),
+        ("glm_10b_chinese", {"mask": 0.5, "gmask": 0.2, "smask": 0.3}, 0.25),
+    ],
+)
+def test_the_sizes_of_the_original_glm_have_its_blanks(name, shares, gmask_min_ratio):
+    resolved = resolve(runpy.run_path(f"experiments/{name}.py")["get_config"]())
+    section = resolved.data.blanks.to_dict()
+    options = BlankOptions.from_section(section, resolved.model.position == "learned_2d")
+    assert section_history(section) == shares
+    assert options.two_streams and options.gmask_infill_prob == 0.5 and options.gmask_min_ratio == gmask_min_ratio
+    assert options.block_mask_prob == 0.0
 
 
 def test_a_bad_value_is_named_with_its_section():
