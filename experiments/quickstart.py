@@ -1,6 +1,8 @@
-"""A small bilingual GLM on text that every machine can get, in a quarter of an hour on two CPU cores.
+"""A small bilingual GLM on text that every machine can get, in some ten minutes on two quiet CPU cores.
 
-glm-jax train --config experiments/quickstart.py --workdir runs/quickstart
+    glm-jax train --config experiments/quickstart.py --workdir runs/quickstart
+
+Expected: held-out loss 4.3 in English and 5.3 in Chinese nats a target token, from 9.0; 1.9 and 2.2 bits a byte.
 """
 
 from glm_jax.config import Config, default_config, source
