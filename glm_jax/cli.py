@@ -1,7 +1,8 @@
 """The command line: `glm-jax <command> [flags]`.
 
 Rooms are imported inside the commands, so that `--help` and `glm-jax config` answer at once.
-Exit codes: 0 done, 2 a usage or configuration error (one line), 3 stopped early on request with a checkpoint saved.
+Exit codes: 0 done, 2 a usage or configuration error (one line), 3 stopped early on request with a checkpoint saved,
+130 interrupted before there was anything to save.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def generate(arguments: Sequence[str]) -> int:
         upper_bound=1.0,
         flag_values=values,
     )
-    flags.DEFINE_integer("seed", 1234, "of sampling", flag_values=values)
+    flags.DEFINE_integer("seed", 1234, "of sampling", lower_bound=0, upper_bound=2**63 - 1, flag_values=values)
     if not _parse(values, arguments, ["workdir", "prompt"]):
         return 0
 
@@ -202,7 +203,10 @@ def schedule(arguments: Sequence[str]) -> int:
     built = schedules.build(values.name, values.stages, values.microbatches)
     print(ascii_timeline(built), end="")
     if values.svg:
-        write_atomic(Path(values.svg), svg_timeline(built))
+        try:
+            write_atomic(Path(values.svg), svg_timeline(built))
+        except OSError as error:
+            raise UserError(f"--svg {values.svg} cannot be written ({error.strerror}): name another file") from error
         say(f"written: {values.svg}")
     return 0
 
@@ -283,7 +287,7 @@ def _parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequenc
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]}: flags are written --name=value")
     for name in required:
-        if values[name].value is None:
+        if values[name].value in (None, ""):
             raise UserError(f"--{name} is missing: {values[name].help}")
     return True
 

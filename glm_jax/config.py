@@ -280,7 +280,8 @@ def _check(config: Config) -> None:
             raise UserError(f"{key} is {values[key]}, it must be at least 1")
     if not 0 <= train.embedding_shrink <= 1:
         raise UserError(f"train.embedding_shrink is {train.embedding_shrink}, it must be from 0 to 1")
-    for key in ("train.eval_every", "optimizer.warmup_samples", "optimizer.decay_samples", "optimizer.weight_decay",
+    for key in ("model.vocab_size", "model.max_length",
+                "train.eval_every", "optimizer.warmup_samples", "optimizer.decay_samples", "optimizer.weight_decay",
                 "data.temperature", "data.blanks.mask", "data.blanks.gmask", "data.blanks.smask",
                 "data.blanks.instruction"):  # fmt: skip
         if values[key] < 0:
@@ -304,8 +305,18 @@ def _check(config: Config) -> None:
     for key, choices in choices_of.items():
         if values[key] not in choices:
             raise UserError(f"{key} is {values[key]!r}, it must be one of {', '.join(map(str, choices))}")
+    if not 0 <= config.seed < 1 << 63:
+        raise UserError(f"seed is {config.seed}, it must be from 0 to 2**63 - 1")
     if model.hidden_size % model.num_heads:
         raise UserError(f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}")
+    head_dim = model.hidden_size // model.num_heads
+    if model.position == "rope" and head_dim % 2:
+        raise UserError(f"model.hidden_size / model.num_heads is {head_dim}: rotary positions need it to be even")
+    if model.position == "learned_2d" and 0 < model.max_length < data.seq_length:
+        raise UserError(
+            f"model.max_length {model.max_length} is less than data.seq_length {data.seq_length}: "
+            "raise it, or set it to 0"
+        )
     if train.global_batch % train.microbatches:
         raise UserError(
             f"train.global_batch {train.global_batch} is not divisible by train.microbatches {train.microbatches}"

@@ -8,11 +8,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from glm_jax.data.tokenizer import Tokenizer
+from glm_jax.errors import UserError
 from glm_jax.inference.fill import fill
 from glm_jax.model import GLMConfig
 
 CONTEXT = 24  # tokens on each side of the blank
 SPAN = 3  # tokens in the blank, about the mean of the training's spans
+BUDGET = 12  # tokens of a fill at most
 
 
 class Documents(Protocol):
@@ -31,20 +33,24 @@ def heldout(
     count: int = 3,
 ) -> Iterator[str]:
     """Yield lines: for each source, `count` held-out passages with one blank, the greedy fill and the truth."""
+    side = min(CONTEXT, (cfg.max_length - SPAN - BUDGET) // 4)  # half a row: decoded and encoded again it may grow
     for source, held_out in documents.items():
         shown = 0
         for index in range(len(held_out)):
             tokens = np.asarray(held_out[index])[:-1]  # without eos
-            if shown == count:
+            if shown == count or side < 1:
                 break
-            if len(tokens) < 2 * CONTEXT + SPAN:
+            if len(tokens) < 2 * side + SPAN:
+                continue
+            start = min(len(tokens) // 2, len(tokens) - side - SPAN)
+            before = tokenizer.decode(tokens[start - side : start])
+            truth = tokenizer.decode(tokens[start : start + SPAN])
+            after = tokenizer.decode(tokens[start + SPAN : start + SPAN + side])
+            try:
+                pieces = fill(cfg, params, tokenizer, f"{before}[MASK]{after}", max_tokens=BUDGET)
+            except UserError:  # this passage, spelt again, does not fit a row
                 continue
             shown += 1
-            start = min(len(tokens) // 2, len(tokens) - CONTEXT - SPAN)
-            before = tokenizer.decode(tokens[start - CONTEXT : start])
-            truth = tokenizer.decode(tokens[start : start + SPAN])
-            after = tokenizer.decode(tokens[start + SPAN : start + SPAN + CONTEXT])
-            pieces = fill(cfg, params, tokenizer, f"{before}[MASK]{after}", max_tokens=12)
             filled = " / ".join(piece.text for piece in pieces if piece.filled)
             yield f"{source} ({languages[source]}) ...{before}[MASK]{after}..."
             yield f"    filled {filled!r}, was {truth!r}"

@@ -50,6 +50,8 @@ def fill(
     """
     if not prompt.strip():
         raise UserError("the prompt is empty: write some text with a [MASK] in it")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError("the prompt is not valid UTF-8: check the encoding of the terminal")
     if not BLANK.search(prompt):
         prompt += "[gMASK]"
     kinds = {"[MASK]": tokenizer.mask, "[sMASK]": tokenizer.smask, "[gMASK]": tokenizer.gmask}

@@ -36,7 +36,7 @@ class Sampling:
         if self.top_p < 1.0:
             probabilities = jax.nn.softmax(ordered)  # [V]
             before = jnp.cumsum(probabilities) - probabilities  # [V], mass of the tokens above each
-            last = jnp.sum(before < self.top_p) - 1
+            last = jnp.maximum(jnp.sum(before < self.top_p) - 1, 0)
             logits = jnp.where(logits >= ordered[last], logits, -jnp.inf)  # [V]
         return jax.random.categorical(key, logits).astype(jnp.int32)
 

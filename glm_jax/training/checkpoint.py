@@ -79,6 +79,8 @@ class Checkpoints:
                     run=ocp.args.JsonRestore(),
                 ),
             )
+        except (KeyError, OSError) as error:
+            raise UserError(f"{self.directory}/{step} is damaged: remove it, and the one before it is used") from error
         except ValueError as error:
             raise UserError(
                 f"{self.directory}/{step} does not fit this config: {str(error).splitlines()[0]}"
@@ -127,7 +129,8 @@ def load_params(workdir: Path) -> Any:
         if step is None:
             raise UserError(f"{workdir} holds no finished checkpoint yet")
         metadata = ocp.StandardCheckpointer().metadata(directory / str(step) / "params").item_metadata
-        assert metadata is not None
+        if metadata is None:
+            raise UserError(f"{directory}/{step} is damaged: remove it, and the one before it is used")
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), metadata.tree

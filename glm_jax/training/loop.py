@@ -163,7 +163,7 @@ class Loop:
         meter = Meter(self.cfg.engine, self.config.data.seq_length, peak_flops(self.mesh))
         mine = meshes.local_rows(self.mesh, rows, train.microbatches).reshape(-1)
         stream = self.batches.prefetched(samples, rows, mine)
-        saved, previous = step, None
+        saved, previous = checkpoints.latest_step(), None
         while step < train.steps and not stop.requested:
             with meter.waiting():
                 batch = next(stream)

@@ -27,8 +27,9 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "TPU v4": 275e12,
-    "TPU v5p": 459e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p; after the lighter ones, whose names begin the same
 }
 
 
@@ -72,10 +73,11 @@ class Monitor:
 
     def __init__(self, workdir: Path, total_steps: int, first_step: int) -> None:
         self._path = workdir / "metrics.jsonl"
-        _drop_after(self._path, first_step)
+        done = first_step or -1  # a run that starts at 0 evaluates step 0 again
+        _drop_after(self._path, done)
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         suffix = f".{first_step}"  # files are named by the second, and two starts may share one
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1, filename_suffix=suffix)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=done + 1, filename_suffix=suffix)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ def table(config: Config) -> Iterator[str]:
         raise UserError(
             f"a mesh size of {meshes.REST} depends on the devices: give a number, such as --config.mesh.data=1"
         )
+    sizes = meshes.resolve(sizes, math.prod(sizes.values()))
     mesh: Any = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in meshes.AXES), meshes.AXES)
     length, train = config.data.seq_length, config.train
     glm = GLMConfig.from_section(config.model.to_dict(), config.data.tokenizer.vocab_size, length)

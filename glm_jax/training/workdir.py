@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ def check(workdir: Path, config: Config) -> None:
     Raises:
         UserError: the workdir was made with other values of the frozen keys, or is not one of ours.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir {workdir} is a file: name a directory")
+    _check_writable(workdir)
     if not (workdir / CONFIG).exists():
         return
     before = dict(configs.flatten(read_config(workdir)))
@@ -36,6 +36,17 @@ def check(workdir: Path, config: Config) -> None:
                 f"{workdir} was made with {key}={before.get(key)!r}, this config says {after.get(key)!r}: "
                 "set it back, or name another --workdir"
             )
+
+
+def _check_writable(workdir: Path) -> None:
+    try:
+        nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    except OSError as error:  # a name too long, or a parent that may not be searched
+        raise UserError(f"--workdir {str(workdir)[:80]} cannot be used ({error.strerror}): name another") from error
+    if not nearest.is_dir():
+        raise UserError(f"--workdir {workdir}: {nearest} is a file, name a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir {workdir}: {nearest} cannot be written to, name another")
 
 
 def check_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
@@ -53,15 +64,28 @@ def check_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
 
 
 def write(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
-    """Write what generation needs besides a checkpoint."""
-    write_atomic(workdir / CONFIG, configs.to_json(config))
-    if not (workdir / TOKENIZER).exists():
-        write_atomic(workdir / TOKENIZER, tokenizer.model)
+    """Write what generation needs besides a checkpoint.
+
+    Raises:
+        UserError: the workdir cannot be written to.
+    """
+    try:
+        write_atomic(workdir / CONFIG, configs.to_json(config))
+        if not (workdir / TOKENIZER).exists():
+            write_atomic(workdir / TOKENIZER, tokenizer.model)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}): name another") from error
 
 
 def model_config(config: Config, tokenizer: Tokenizer) -> GLMConfig:
     """Give the model of a resolved config with the vocabulary of its tokenizer."""
-    return GLMConfig.from_section(config.model.to_dict(), tokenizer.size, config.data.seq_length)
+    cfg = GLMConfig.from_section(config.model.to_dict(), tokenizer.size, config.data.seq_length)
+    if cfg.vocab_size < tokenizer.size:
+        raise UserError(
+            f"model.vocab_size {cfg.vocab_size} is less than the tokenizer's {tokenizer.size} pieces: "
+            "raise it, or set it to 0"
+        )
+    return cfg
 
 
 def read_config(workdir: Path) -> Config:
@@ -73,7 +97,10 @@ def read_config(workdir: Path) -> Config:
     path = workdir / CONFIG
     if not path.is_file():
         raise UserError(f"{workdir} is not the workdir of a run ({CONFIG} is missing): check --workdir")
-    return configs.from_json(path.read_text(encoding="utf-8"))
+    try:
+        return configs.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, AttributeError, TypeError) as error:  # ValueError: neither JSON nor UTF-8
+        raise UserError(f"{path} is damaged: bring it back, or name another --workdir") from error
 
 
 def read_tokenizer(workdir: Path) -> Tokenizer:

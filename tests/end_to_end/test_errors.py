@@ -30,6 +30,10 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
         ("--config.mesh.tensor=2", "JAX_NUM_CPU_DEVICES=2"),
         ("--config.train.microbatches=3", "train.microbatches 3"),
         ("--config.data.sources.en.path=/nowhere/en.txt", "/nowhere/en.txt"),
+        ("--config.model.hidden_size=30", "rotary positions need it to be even"),
+        ("--config.model.vocab_size=64", "less than the tokenizer's"),
+        ("--config.seed=-1", "seed is -1"),
+        ("--config.mesh.data=0", "mesh.data is 0"),
         ("--confg=x", "config"),
         ("stray", "unexpected argument stray"),
     ],
@@ -83,3 +87,21 @@ def test_missing_flags_files_and_commands(glm_jax: Cli, experiment: Path, tmp_pa
     assert "--config is missing" in refused(glm_jax("train", "--workdir", tmp_path / "run"))
     assert "nowhere.py" in refused(glm_jax("train", "--config", "nowhere.py", "--workdir", tmp_path / "run"))
     assert "not the workdir of a run" in refused(glm_jax("generate", "--workdir", tmp_path, "--prompt", "[MASK]"))
+
+
+def test_workdirs_that_cannot_be_used(glm_jax: Cli, experiment: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for workdir, said in (
+        (tmp_path / "file" / "sub", "is a file"),
+        ("x" * 300, "too long"),
+        ("", "--workdir is missing"),
+    ):
+        line = refused(glm_jax("train", "--config", experiment, "--workdir", workdir))
+        assert said in line
+
+
+@pytest.mark.parametrize("content", ['{"seed": 12', "[]"])
+def test_a_damaged_config_in_the_workdir(glm_jax: Cli, experiment: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    for arguments in (["train", "--config", experiment], ["generate", "--prompt", "[MASK]"]):
+        assert "config.json is damaged" in refused(glm_jax(*arguments, "--workdir", tmp_path))

@@ -1,6 +1,7 @@
 """Text in, a trained GLM out, as a person does it: train, stop, go on, generate, on one device and on a mesh."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,15 @@ def test_a_run_may_begin_on_a_mesh_of_eight_devices_and_end_on_one(
         assert alone.keys() == together.keys()
         for step, event in alone.items():
             assert event == pytest.approx(together[step], rel=1e-4)
+
+
+def test_short_rows_train_and_a_damaged_checkpoint_is_named(glm_jax: Cli, experiment: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--config", experiment, "--workdir", tmp_path / "run", "--config.data.seq_length=32"]
+    done = glm_jax(*arguments, "--config.train.steps=2", "--config.train.eval_every=0")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2" / "params")
+    for damaged in (glm_jax(*arguments), glm_jax("generate", "--workdir", tmp_path / "run", "--prompt", "[MASK]")):
+        assert damaged.returncode == 2 and "2 is damaged" in damaged.stderr.splitlines()[-1], damaged.stderr
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "sample"])

@@ -65,6 +65,7 @@ def test_sampling_keeps_what_top_k_and_top_p_allow() -> None:
     assert chosen(Sampling(temperature=1.0), logits) == {0, 1, 2, 3}
     assert chosen(Sampling(temperature=1.0, top_k=2), logits) == {0, 1}
     assert chosen(Sampling(temperature=1.0, top_p=0.65), logits) == {0, 1}  # 0.4 does not reach it, 0.3 crosses it
+    assert chosen(Sampling(temperature=1.0, top_p=0.0), logits) == {0}
     assert chosen(Sampling(temperature=1.0, top_k=3, top_p=0.4), logits) == {0}  # 0.4 of 0.9 crosses it alone
 
 

@@ -31,6 +31,14 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_a_torn_line(tmp_
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
+def test_a_run_that_starts_again_at_0_drops_its_first_evaluation(tmp_path: Path) -> None:
+    for loss in (9.0, 8.0):
+        monitor = Monitor(tmp_path, total_steps=9, first_step=0)
+        monitor.log({"event": "evaluation", "step": 0, "loss": loss})
+        monitor.close()
+    assert read(tmp_path) == [{"event": "evaluation", "step": 0, "loss": 8.0}]
+
+
 def test_the_bar_shows_steps_and_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monitor = Monitor(tmp_path, total_steps=4, first_step=1)
     monitor.progress(1, {"mask": "5.000"})
