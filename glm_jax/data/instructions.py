@@ -7,20 +7,15 @@ assembles. No text encodes to [MASK], so the first one in a document divides it.
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import hashlib
-import importlib
-import io
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from glm_jax.data import instruction_samples, samples
-from glm_jax.data.readers import find_files
+from glm_jax.data import instruction_samples, readers, samples
 from glm_jax.data.registry import DATASETS, Dataset
 from glm_jax.data.streams import shuffled
 from glm_jax.data.templates import Template, read_templates
@@ -86,46 +81,17 @@ def read_records(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where it stands, record) of .jsonl, .jsonl.zst and .parquet files, in order.
 
     Raises:
-        UserError: another kind of file, a damaged one, or a missing package.
+        UserError: another kind of file, a damaged record, or a missing package.
     """
     for file in files:
-        number = 0
-        try:
-            if file.suffix == ".parquet":
-                parquet = _import_package("pyarrow.parquet", file)
-                rows = (row for batch in parquet.ParquetFile(file).iter_batches(1024) for row in batch.to_pylist())
-            elif file.name.endswith((".jsonl", ".jsonl.zst")):
-                rows = (json.loads(line.removeprefix(codecs.BOM_UTF8)) for line in _lines(file) if line.strip())
-            else:
-                raise UserError(f"{file} is no file of records: give .jsonl, .jsonl.zst or .parquet")
-            for number, record in enumerate(rows, 1):
-                if not isinstance(record, dict):
-                    raise UserError(f"{file}, record {number}: not an object with fields: mend it")
-                yield f"{file}, record {number}", record
-        except (ValueError, RecursionError) as error:  # json, unicode and pyarrow errors
-            raise UserError(f"{file}, record {number + 1}: {str(error).splitlines()[0]}: mend the file") from None
-        except (OSError, EOFError) as error:
-            raise UserError(f"cannot read {file}: {error}") from None
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    with open(file, "rb") as stream:
-        if file.suffix != ".zst":
-            yield from stream
-            return
-        zstandard = _import_package("zstandard", file)
-        try:
-            with zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True) as reader:
-                yield from io.BufferedReader(reader)
-        except zstandard.ZstdError as error:
-            raise UserError(f"{file} is not a whole zstd file ({error}): fetch it again") from None
-
-
-def _import_package(module: str, file: Path) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"reading {file} needs the package {module}: pip install 'glm-jax[corpora]'") from None
+        form = next((form for form in ("jsonl", "jsonl.zst", "parquet") if file.name.endswith(f".{form}")), None)
+        if form is None:
+            raise UserError(f"{file} is no file of records: give .jsonl, .jsonl.zst or .parquet")
+        for located in readers.read_records(file, form):
+            if isinstance(located, readers.Damaged):
+                raise UserError(f"{file}, line {located.line}: {located.message}")
+            line, record = located
+            yield f"{file}, line {line}", record
 
 
 def prompted(files: Sequence[Path], templates: Sequence[Template], cap: int) -> Iterator[tuple[str, str]]:
@@ -210,7 +176,11 @@ def prepare(
     weights: dict[str, float] = {}
     for name, entry in section.items():
         try:
-            files = find_files(entry["path"]) if entry["path"] else [instruction_samples.fetch(entry["sample"], cache)]
+            files = (
+                readers.find_files(entry["path"])
+                if entry["path"]
+                else [instruction_samples.fetch(entry["sample"], cache)]
+            )
         except samples.Unreachable as error:
             report(f"instructions {name}: left out, {error}")
             continue

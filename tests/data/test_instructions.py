@@ -129,17 +129,17 @@ def test_records_are_read_from_every_format(tmp_path):
     for path in sorted(tmp_path.iterdir()):
         found = list(instructions.read_records([path]))
         assert [record for _, record in found] == records
-        assert found[2][0] == f"{path}, record 3"
+        assert found[2][0] == f"{path}, line 3"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": 1}\n{"text"\n', "record 2: "),
-        ("a.jsonl", b"[1]\n", "record 1: not an object"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "record 1: .*utf-8"),
+        ("a.jsonl", b'{"text": 1}\n{"text"\n', "line 2: broken JSON"),
+        ("a.jsonl", b"[1]\n", "line 1: "),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1: invalid UTF-8"),
         ("a.jsonl.zst", b"nothing", "not a whole zstd file"),
-        ("a.parquet", b"nothing", "record 1: "),
+        ("a.parquet", b"nothing", "not a parquet file"),
         ("a.csv", b"a,b\n", "no file of records"),
     ],
 )
@@ -163,9 +163,9 @@ def test_a_cap_takes_pairs_of_records_and_templates_evenly(tmp_path):
 
 def test_a_failing_record_is_named(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"n": 1}, {"m": 1}])
-    with pytest.raises(UserError, match="record 2: template t fails"):
+    with pytest.raises(UserError, match="line 2: template t fails"):
         list(instructions.prompted([path], [Template("t", "{{ n }} ||| x")], 0))
-    with pytest.raises(UserError, match="record 1: no text in fields 'text' and 'target'"):
+    with pytest.raises(UserError, match="line 1: no text in fields 'text' and 'target'"):
         list(instructions.prompted([path], [], 0))
 
 
