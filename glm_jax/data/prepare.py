@@ -43,7 +43,6 @@ class Prepared:
     """Everything that batches are made of. The dicts are keyed by source, sorted.
 
     Attributes:
-        tokenizer_path: the model's file in the cache.
         shards: source -> split ("train", "heldout") -> documents; a held-out split may be empty.
         indexes: what the shards hold, in numbers (corpus.write_shards).
         digests: source -> digest of its shards: equal digests, equal tokens.
@@ -52,7 +51,6 @@ class Prepared:
     """
 
     tokenizer: Tokenizer
-    tokenizer_path: Path
     shards: dict[str, dict[str, Shards]]
     indexes: dict[str, dict[str, Any]]
     digests: dict[str, str]
@@ -96,12 +94,11 @@ def prepare(config: Config, report: Report, *, workers: int = 1, strict: bool = 
         weights = {name: data.sources[name].weight for name in documents}
         if not any(weights.values()):
             raise UserError("the weights of all data.sources are 0: give one a share")
-        read, path = _tokenizer(documents, weights, data.tokenizer, cache, report)
+        read = _tokenizer(documents, weights, data.tokenizer, cache, report)
         shards = {name: _shards(name, stage, read, cache, report, pool) for name, stage in documents.items()}
     prompted, prompted_weights = instructions.prepare(data.instructions.to_dict(), read, cache, report)
     return Prepared(
         tokenizer=read,
-        tokenizer_path=path,
         shards={name: {side: Shards.open(shards[name], side) for side in corpus.SPLITS} for name in shards},
         indexes={name: corpus.read_index(directory) for name, directory in shards.items()},
         digests={name: directory.name for name, directory in shards.items()},
@@ -229,11 +226,8 @@ def _file_digest(job: tuple[Path, Path]) -> str:
 
 def _tokenizer(
     documents: Mapping[str, Path], weights: Mapping[str, float], wanted: Any, cache: Path, report: Report
-) -> tuple[Tokenizer, Path]:
-    """Read the tokenizer that the config names, or train one on the training documents of all sources.
-
-    Returns the tokenizer and the path of its model in the cache.
-    """
+) -> Tokenizer:
+    """Read the tokenizer that the config names, or train one on the training documents of all sources."""
     started = time.monotonic()
     if wanted.path:
         given = ice_tokenizer.read_model(wanted.path, pinned=wanted.pinned)
@@ -249,10 +243,9 @@ def _tokenizer(
         write_atomic(building / "tokenizer.model", model)
 
     cached = made(directory, make)
-    path = directory / "tokenizer.model"
-    read = Tokenizer.load(path)
+    read = Tokenizer.load(directory / "tokenizer.model")
     report(f"tokenizer: {read.size:,} pieces ({_done('read' if given else 'trained', started, cached)})")
-    return read, path
+    return read
 
 
 def _shares(documents: Mapping[str, Path], weights: Mapping[str, float]) -> Iterator[str]:

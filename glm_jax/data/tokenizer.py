@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -169,21 +168,6 @@ class Tokenizer:
         for index, part in enumerate(text.split(WORD_START)):
             ids += self._word_start * (index > 0) + self._processor.encode(part)
         return np.array(ids, np.int32)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Give the ids of each text as int32 [S]."""
-        return [self.encode(text) for text in texts]
-
-    def encode_with_blanks(self, text: str) -> np.ndarray:
-        """Encode a prompt: [MASK], [gMASK] and [sMASK] written in it become the special tokens, int32 [S].
-
-        Each fragment between blanks is encoded by itself (GLM-130B's generate.py).
-        """
-        blanks = dict(zip(MASKS, (self.mask, self.gmask, self.smask), strict=True))
-        parts = re.split(r"(\[[gs]?MASK\])", text)
-        return np.concatenate(
-            [np.array([blanks[part]], np.int32) if part in blanks else self.encode(part) for part in parts]
-        )
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
         """Give the text of `ids`; special tokens print nothing unless `specials`, then their names.

@@ -215,7 +215,7 @@ def read_archive(path: Path) -> Any:
         raise UserError(
             f"{path}: data.pkl asks for {error}, which no checkpoint of tensors needs: refused, nothing was run"
         ) from error
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:  # the last: a compression zipfile lacks
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path} cannot be read as a torch file (a zip archive): {reason}") from error
     except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError, RuntimeError,

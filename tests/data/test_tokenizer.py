@@ -67,14 +67,12 @@ def test_special_ids(tokenizer: Tokenizer):
     assert tokenizer.token_bytes.shape == (tokenizer.size,)
 
 
-def test_blanks_are_inserted_only_when_asked_for(tokenizer: Tokenizer):
+def test_special_tokens_print_their_names_only_when_asked_for(tokenizer: Tokenizer):
     text = "天下[MASK]，[gMASK] a[sMASK][MASK]"
     expected = [*tokenizer.encode("天下"), tokenizer.mask, *tokenizer.encode("，"), tokenizer.gmask,
                 *tokenizer.encode(" a"), tokenizer.smask, tokenizer.mask]  # fmt: skip
-    assert tokenizer.encode_with_blanks(text).tolist() == expected
     assert tokenizer.decode(expected, specials=True) == text
-    assert tokenizer.encode_with_blanks("[mask] [xMASK]").tolist() == tokenizer.encode("[mask] [xMASK]").tolist()
-    assert tokenizer.encode_with_blanks("").shape == (0,)
+    assert tokenizer.decode(expected) == "天下， a"
 
 
 def test_text_compresses_in_both_languages(tokenizer: Tokenizer):
@@ -82,12 +80,6 @@ def test_text_compresses_in_both_languages(tokenizer: Tokenizer):
     assert len(tokenizer.encode(CHINESE)) < len(CHINESE)
     assert len(tokenizer.encode("      ")) == 1  # an indentation is one piece
     assert len(tokenizer.encode(".\n\n")) == 1
-
-
-def test_batch_equals_one_by_one(tokenizer: Tokenizer):
-    texts = [ENGLISH, "", CHINESE]
-    for ids, text in zip(tokenizer.encode_batch(texts), texts, strict=True):
-        assert ids.tolist() == tokenizer.encode(text).tolist()
 
 
 def test_a_cut_character_is_replaced(tokenizer: Tokenizer):
