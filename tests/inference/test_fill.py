@@ -45,6 +45,23 @@ def test_a_prompt_without_a_blank_is_continued(model: Model, tokenizer: Tokenize
     assert pieces[0] == Piece("the small", False) and pieces[1].filled and len(pieces) == 2
 
 
+def test_the_context_follows_the_released_rules(
+    model: Model, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def record(cfg: GLMConfig, params: Any, context: list[int], blank: int, **settings: Any) -> list[int]:
+        asked.append((context, blank, settings["repeats"]))
+        return [*tokenizer.encode("new")]
+
+    monkeypatch.setattr("glm_jax.inference.fill.generate", record)
+    fill(*model, tokenizer, "[gMASK] the [MASK]", max_tokens=8)
+    the, new = tokenizer.encode(" the ").tolist(), tokenizer.encode("new").tolist()
+    # [MASK] before [gMASK], whatever the order; no eos after a blank; the fill is context for the next blank
+    assert asked[0] == ([tokenizer.gmask, *the, tokenizer.mask], 1 + len(the), True)
+    assert asked[1] == ([tokenizer.gmask, *the, *new, tokenizer.eos], 0, False)
+
+
 def test_no_special_token_is_generated(model: Model, tokenizer: Tokenizer) -> None:
     for seed in range(5):
         sampling = Sampling(temperature=5.0)

@@ -132,6 +132,18 @@ def test_microbatches_and_meshes_do_not_change_five_steps(mesh_sizes: dict[str, 
         assert losses[0][4] < losses[0][0]
 
 
+def test_the_shrink_reaches_the_embedding_alone(mesh_sizes: dict[str, int]) -> None:
+    plain, (before,) = run(CONFIG, mesh_sizes, 4, 1)
+    shrunk, (after,) = run(dataclasses.replace(CONFIG, embedding_shrink=0.0), mesh_sizes, 4, 1)
+    assert after["sums"].loss.sum() == pytest.approx(before["sums"].loss.sum(), rel=1e-6)
+    assert after["grad_norm"] < before["grad_norm"]
+    first = {name: state.moments[0].mu for name, state in (("plain", plain), ("shrunk", shrunk))}
+    scale = min(1.0, 1.0 / before["grad_norm"]) / min(1.0, 1.0 / after["grad_norm"])  # what clipping made of each
+    blocks = [first["plain"]["blocks"], jax.tree.map(lambda array: array * scale, first["shrunk"]["blocks"])]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *blocks)
+    assert np.abs(first["plain"]["embedding"]["word"] - scale * first["shrunk"]["embedding"]["word"]).max() > 1e-4
+
+
 def in_half(compute: str) -> StepConfig:
     engine = dataclasses.replace(CONFIG.engine, compute=compute)
     return dataclasses.replace(CONFIG, engine=engine, precision=Precision(compute, initial_scale=2.0**10, hysteresis=1))
