@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from glm_jax import digests
 from glm_jax.errors import UserError
 from glm_jax.files import atomic_directory
 from glm_jax.interop import sat
@@ -53,6 +54,7 @@ def sat_to_orbax(path: str | Path, cfg: GLMConfig, out: str | Path) -> Path:
         for rule in rules(cfg):
             _write_array(item / ".".join(rule.path), parameters[rule.path], _stored_tile(cfg, rule))
         _write_metadata(directory, {param_path: parameter.shape for param_path, parameter in parameters.items()})
+        digests.seal(directory, digests.files(directory))
     return step
 
 
@@ -75,9 +77,12 @@ def orbax_to_sat(
         iteration: the number that `latest` names; the step's if None.
 
     Raises:
-        UserError: no checkpoint there, or one of another model; and as `sat.save`.
+        UserError: no checkpoint there, one that differs from its digests (orbax alone writes none), or one of another
+            model; and as `sat.save`.
     """
     step = _find_step(Path(path))
+    if any(step.glob("digests-*")) and (damage := digests.damage(step, f"{ITEM}/")):
+        raise UserError(f"{step} is damaged ({damage}): bring it back, or name another step's directory")
     item = step / ITEM
     sources = dict(_open_arrays(item))
     sat.check_shapes(cfg, {param_path: tuple(source.shape) for param_path, source in sources.items()}, str(item))

@@ -17,11 +17,10 @@ from glm_jax.parallel import mesh as meshes
 from glm_jax.training.checkpoint import Checkpoints, load_params
 from glm_jax.training.engine import EngineConfig
 from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.precision import Precision
 from glm_jax.training.step import StepConfig, TrainState, create_state, true_layers
 
 GLM = GLMConfig(7, 32, 4, 48, 64, max_length=16)  # 7 layers: 4 stages of 2, one of them padding
-CONFIG = StepConfig(EngineConfig(GLM, 60, 4), OptimizerConfig(), Precision(), seed=3)
+CONFIG = StepConfig(EngineConfig(GLM, 60, 4), OptimizerConfig(), None, seed=3)
 MESHES = [(1, 4, 2), (2, 2, 2), (8, 1, 1), (1, 1, 1)]
 
 
@@ -49,6 +48,7 @@ def main(workdir: Path) -> None:
             checkpoints = Checkpoints(folder)
             restored = checkpoints.restore(CONFIG, build(read))
             checkpoints.close()
+            assert restored is not None
             jax.tree.map(np.testing.assert_array_equal, whole(restored.state), expected)
             assert restored.run == {"step": 5, "samples": 40}
         params = load_params(folder)

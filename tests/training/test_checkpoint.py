@@ -1,6 +1,8 @@
 """A checkpoint is the same whatever mesh wrote it, and restores bit for bit under any other."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,4 +15,37 @@ def test_checkpoints_pass_between_meshes_and_another_shape_is_named(tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr[-4000:]
     kind, message = json.loads(done.stdout)
-    assert kind == "UserError" and "does not fit this config" in message and "\n" not in message
+    assert kind == "UserError" and message == (
+        f"{tmp_path}/1x1x1/checkpoints/5 does not fit this config: params/blocks/feedforward/down/kernel is "
+        "float32 [7, 48, 32], this config wants float32 [7, 64, 32]: set the config back, or name another --workdir"
+    )
+
+
+def test_two_processes_save_together_and_agree_on_what_is_good(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = Path(__file__).parent / "checkpoint_processes.py"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # one process may write small files only
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", str(script), port, str(index), str(tmp_path)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    first, second = (process.communicate(timeout=300) for process in running)
+    assert [process.returncode for process in running] == [0, 0], first[1][-4000:] + second[1][-4000:]
+    reasons = "another process could not write its part", "File too large"
+    for (output, _), reason in zip((first, second), reasons, strict=True):
+        assert json.loads(output.splitlines()[-1]) == {  # gloo speaks too
+            "saved": [1, [1], [[1, None]], ["1"]],
+            "refused": [1, [1], [[2, reason]], ["1"]],
+            "saved again": [3, [1, 3], [[3, None]], ["1", "3"]],
+            "damaged": [1, [1], [], ["1", "3.damaged"]],
+            "said": [
+                f"checkpoint 2 could not be saved ({reason}): the run goes on, the newest is still that of step 1",
+                "checkpoint 3 is passed over: params/manifest.ocdbt is cut short",
+            ],
+        }
