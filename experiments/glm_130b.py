@@ -45,11 +45,14 @@ def get_config() -> Config:
     config.mesh.tensor = 4
 
     config.train.global_batch = 4224
+    config.train.batch_ramp = (192, 24, 5_493_164)  # P table 11: over the first 2.5% of the samples
     config.train.microbatches = 176  # of 24 rows, one a data rank
     config.train.steps = 52_018  # 450e9 tokens at the full batch; the released step is 49,300
     config.train.precision = "float16"
     config.train.loss_normalization = "microbatch"  # each row of 2,048 weighs the same, however few its targets
-    config.train.embedding_shrink = 0.1  # L: 1 from step 6,500; 0.2 to 1 after 22,800; 0.5 at 33,600; 0.1 from 35,200
+    config.train.embedding_shrink.alpha = (
+        0.1  # L: 1 from step 6,500; 0.2 to 1 after 22,800; 0.5 at 33,600; 0.1 from 35,200
+    )
     config.train.loss_scale.window = 2000  # P table 11; the training code's own file said 200
     config.train.save_every = 250  # P table 11; L: 500, later 100
     config.train.eval_every = 1000

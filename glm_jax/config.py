@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from glm_jax.config_checks import check, convert, flatten
 from glm_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,18 +25,10 @@ else:
 # What a finished run's numbers depend on. Everything else may change when a run goes on.
 FROZEN_KEYS = ("seed", "model", "data.seq_length", "data.tokenizer")
 
-NORMS = ("deepnorm", "post", "pre", "sandwich")
-POSITIONS = ("rope", "alibi", "learned_2d")
-ACTIVATIONS = ("geglu", "gelu", "gelu_tanh")
-ROPE_ANGLES = ("float32", "float16")
-INITIALISATIONS = ("xavier", "normal", "largescale")
-SCHEDULES = ("1f1b", "gpipe")
-STASHES = ("layer", "stage", "all")
-ZEROS = (1, 3)
-LOSS_NORMALIZATIONS = ("tokens", "microbatch")
-FORMATS = ("text", "jsonl", "jsonl.zst", "json", "parquet")
-NORMALISATIONS = ("nfc", "nfkc", "newlines")
-PRECISIONS = ("float32", "bfloat16", "float16")
+# How a run is carried out and reported: these do not alter its numbers (beyond rounding).
+OPERATIONAL_KEYS = ("mesh", "pipeline", "data.cache", "train.log_every", "train.eval_every", "train.eval_rows",
+                    "train.save_every", "train.save_minutes", "train.keep", "train.keep_every", "train.profile",
+                    "train.wandb", "interventions")  # fmt: skip
 
 
 def source(**changes: Any) -> Config:
@@ -71,6 +64,9 @@ def _data() -> Config:
     data: Config = ConfigDict()
     data.cache = ""  # where fetched text, tokenizers and shards live; empty: the user's cache folder
     data.sources = ConfigDict()
+    data.seed = (
+        -1
+    )  # of the order of the rows and of their blanks; -1: the run's. Another one reshuffles what is to come
     data.seq_length = 256  # tokens a row, context and targets together
     data.heldout = 0.05  # share of the documents kept for evaluation, chosen by hash
     data.near_duplicates = 0.8  # documents at least this similar (Jaccard) count as one; 0: exact copies only
@@ -145,6 +141,7 @@ def default_config() -> Config:
     config.mesh.data = 1  # one of the three may be -1: the rest of the devices
     config.mesh.pipeline = 1
     config.mesh.tensor = 1
+    config.mesh.collective_timeout = 20.0  # seconds after which the other processes of a CPU run take one for dead
     config.mesh.zero = 1  # state is split over `data`; 3: the blocks' weights too, without a pipeline
 
     config.pipeline = ConfigDict()
@@ -161,34 +158,44 @@ def default_config() -> Config:
     config.train.loss_scale.window = 2000  # finite steps in a row that double it
     config.train.loss_scale.hysteresis = 2  # non-finite steps that halve it
     config.train.loss_scale.minimum = 1.0
-    config.train.embedding_shrink = 1.0  # alpha of the embedding gradient shrink (paper, section 3.2); 1: off
+    config.train.embedding_shrink = ConfigDict()  # embedding gradient shrink (paper, section 3.2)
+    config.train.embedding_shrink.alpha = 1.0  # the share of the gradient that stays; 1: off
+    config.train.embedding_shrink.history = ()  # instead: knots over steps, ((6000, 0.1), (6500, 1.0))
+    config.train.embedding_shrink.logits = False  # also on the path through the head, which is tied
     config.train.loss_normalization = "tokens"  # a mean over the global batch's targets; microbatch: over row means
+    config.train.batch_ramp = ()  # (first batch, increment, samples): grows in equal parts of the samples
+    config.train.skip_steps = ()  # ((40_701, 40_900),): steps that are passed over with their data, the last included
+    config.train.spike = ConfigDict()  # what to do when the loss or the gradient norm leaves its running band
+    config.train.spike.rollbacks = (
+        0  # go back to the last checkpoint and pass over the data, so often at most; 0: never
+    )
+    config.train.spike.window = 100  # steps of the band's running mean and deviation; it watches after as many
+    config.train.spike.deviations = 6.0  # the band's width above the mean
     config.train.log_every = 10
     config.train.eval_every = 500  # 0: never; else also before the first step and at the end
     config.train.eval_rows = 128  # held-out rows a source
-    config.train.save_every = 250
-    config.train.keep = 3  # checkpoints
+    config.train.save_every = 250  # steps
+    config.train.save_minutes = 0.0  # also when so much time has passed since the last; 0: never
+    config.train.keep = 3  # the newest checkpoints
+    config.train.keep_every = 0  # also those of every so many steps; 0: none
+    config.train.profile = ()  # (first, last) steps that JAX's profiler traces into the workdir's profile/
+    config.train.wandb = ""  # a Weights & Biases project to report to as well
 
     config.optimizer = ConfigDict()
     config.optimizer.peak_lr = 1e-3
     config.optimizer.min_lr = 1e-4
     config.optimizer.warmup_samples = 1600
+    config.optimizer.rewarm = ()  # ((22_800, 500),): from a step on, the rate climbs anew from 0 over so many steps
     config.optimizer.decay_samples = 0  # cosine to min_lr ends here; 0: with the last step
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.95
     config.optimizer.epsilon = 1e-8
     config.optimizer.weight_decay = 0.1  # not on layer norms and biases
     config.optimizer.clip_norm = 1.0
+
+    # What changes in mid-run: ((33_600, {"train.embedding_shrink.alpha": 0.5}),) from the step after 33,600 on
+    config.interventions = ()
     return config
-
-
-def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for every leaf, in order."""
-    for key, value in config.items():
-        if isinstance(value, Mapping | ConfigDict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def closest(key: str, known: list[str]) -> str:
@@ -223,7 +230,8 @@ def resolve(config: Config) -> Config:
         full.data.sources[name] = _resolve_entry(f"data.sources.{name}", keys, source())
     for name, keys in config.get("data", {}).get("instructions", {}).items():
         full.data.instructions[name] = _resolve_entry(f"data.instructions.{name}", keys, instructions())
-    _check(full)
+    check(full)
+    _check_interventions(full)
     return full.lock()
 
 
@@ -234,120 +242,46 @@ def _resolve_entry(where: str, keys: Any, filled: Config) -> Config:
     for key, value in keys.items():
         if key not in filled:
             raise UserError(f"unknown config key {where}.{key}: {closest(key, list(filled))}")
-        filled[key] = _convert(f"{where}.{key}", value, filled[key])
+        filled[key] = convert(f"{where}.{key}", value, filled[key])
     return filled
 
 
-def _convert(key: str, value: Any, default: Any) -> Any:
-    """Return `value` in the type of `default`; an int may stand for a float, and a list is a history."""
-    if isinstance(default, tuple) and isinstance(value, list | tuple):
-        return _convert_history(key, value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        raise UserError(f"{key} is {value!r}, it must be of type {type(default).__name__} (such as {default!r})")
-    return value
+def in_section(key: str, sections: tuple[str, ...]) -> bool:
+    """Say whether a dotted key is one of `sections` or lies in one."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
-def _convert_history(key: str, value: Any) -> tuple[tuple[int, dict[str, float]], ...]:
-    """Check that knots are (samples, {name: weight}) pairs, as they come from a file or from JSON."""
-    knots = []
-    for knot in value:
-        pair = isinstance(knot, list | tuple) and len(knot) == 2 and type(knot[0]) is int
-        if not pair or not isinstance(knot[1], Mapping | ConfigDict):
-            raise UserError(f"{key} holds {knot!r}: its knots are pairs such as (0, {{'name': 1.0}})")
-        knots.append((knot[0], {name: _convert(f"{key} of {name}", weight, 0.0) for name, weight in knot[1].items()}))
-    return tuple(knots)
+def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Give a resolved config with the dotted keys of `changes` set; None takes a key away."""
+    plain = config.to_dict()
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        section = plain
+        for part in path:
+            section = section.setdefault(part, {})
+        if value is None:
+            section.pop(last, None)
+        else:
+            section[last] = value
+    return resolve(ConfigDict(plain))
+
+
+def _check_interventions(config: Config) -> None:
+    """Check that every intervention names keys that may change, and leaves a config that can be."""
+    bare = config.copy_and_resolve_references()
+    bare.interventions = ()
+    for step, changes in sorted(config.interventions, key=lambda pair: pair[0]):
+        for key in changes:
+            if in_section(key, (*FROZEN_KEYS, *OPERATIONAL_KEYS)):
+                raise UserError(f"interventions at step {step} name {key}, which cannot change in mid-run")
+        bare = with_changes(bare, changes)
 
 
 def _assign(config: Config, key: str, value: Any) -> None:
     *path, last = key.split(".")
     for part in path:
         config = config[part]
-    config[last] = _convert(key, value, config[last])
-
-
-def _check(config: Config) -> None:
-    """Check what can be checked without data and devices."""
-    model, data, train, optimizer = config.model, config.data, config.train, config.optimizer
-    positive = ("model.num_layers", "model.hidden_size", "model.num_heads", "model.ffn_size", "model.vocab_multiple",
-                "data.seq_length", "data.tokenizer.vocab_size", "train.steps", "train.global_batch",
-                "train.microbatches", "train.log_every", "train.eval_rows", "train.save_every",
-                "train.keep")  # fmt: skip
-    values = dict(flatten(config))
-    for key in positive:
-        if values[key] < 1:
-            raise UserError(f"{key} is {values[key]}, it must be at least 1")
-    if not 0 <= train.embedding_shrink <= 1:
-        raise UserError(f"train.embedding_shrink is {train.embedding_shrink}, it must be from 0 to 1")
-    for key in ("model.vocab_size", "model.max_length",
-                "train.eval_every", "optimizer.warmup_samples", "optimizer.decay_samples", "optimizer.weight_decay",
-                "data.temperature", "data.blanks.mask", "data.blanks.gmask", "data.blanks.smask",
-                "data.blanks.instruction"):  # fmt: skip
-        if values[key] < 0:
-            raise UserError(f"{key} is {values[key]}, it must not be negative")
-    for key in ("model.attention_dropout", "model.hidden_dropout", "data.heldout", "data.near_duplicates",
-                "optimizer.beta1", "optimizer.beta2"):  # fmt: skip
-        if not 0 <= values[key] < 1:
-            raise UserError(f"{key} is {values[key]}, it must be at least 0 and below 1")
-    choices_of = {
-        "model.norm": NORMS,
-        "model.position": POSITIONS,
-        "model.activation": ACTIVATIONS,
-        "model.rope_angles": ROPE_ANGLES,
-        "model.initialisation": INITIALISATIONS,
-        "train.precision": PRECISIONS,
-        "mesh.zero": ZEROS,
-        "train.loss_normalization": LOSS_NORMALIZATIONS,
-        "pipeline.schedule": SCHEDULES,
-        "pipeline.stash": STASHES,
-    }
-    for key, choices in choices_of.items():
-        if values[key] not in choices:
-            raise UserError(f"{key} is {values[key]!r}, it must be one of {', '.join(map(str, choices))}")
-    if not 0 <= config.seed < 1 << 63:
-        raise UserError(f"seed is {config.seed}, it must be from 0 to 2**63 - 1")
-    if model.hidden_size % model.num_heads:
-        raise UserError(f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}")
-    head_dim = model.hidden_size // model.num_heads
-    if model.position == "rope" and head_dim % 2:
-        raise UserError(f"model.hidden_size / model.num_heads is {head_dim}: rotary positions need it to be even")
-    if model.position == "learned_2d" and 0 < model.max_length < data.seq_length:
-        raise UserError(
-            f"model.max_length {model.max_length} is less than data.seq_length {data.seq_length}: "
-            "raise it, or set it to 0"
-        )
-    if train.global_batch % train.microbatches:
-        raise UserError(
-            f"train.global_batch {train.global_batch} is not divisible by train.microbatches {train.microbatches}"
-        )
-    if data.blanks.mask + data.blanks.gmask + data.blanks.smask + data.blanks.instruction == 0:
-        raise UserError("data.blanks.mask, gmask, smask and instruction are all 0: give at least one a share")
-    if data.seq_length < 16:
-        raise UserError(f"data.seq_length is {data.seq_length}, it must be at least 16")
-    if optimizer.clip_norm <= 0:
-        raise UserError(f"optimizer.clip_norm is {optimizer.clip_norm}, it must be above 0")
-    _check_entries(data)
-
-
-def _check_entries(data: Config) -> None:
-    """Check the sources and the instructions."""
-    for name, keys in data.sources.items():
-        if not keys.path and not keys.sample:
-            raise UserError(f"data.sources.{name} has neither path nor sample: give it one")
-        if keys.format not in FORMATS:
-            raise UserError(f"data.sources.{name}.format is {keys.format!r}, it must be one of {', '.join(FORMATS)}")
-        for option in filter(None, map(str.strip, keys.normalise.split(","))):
-            if option not in NORMALISATIONS:
-                known = ", ".join(NORMALISATIONS)
-                raise UserError(f"data.sources.{name}.normalise has {option!r}, it takes any of {known}")
-        if keys.weight < 0:
-            raise UserError(f"data.sources.{name}.weight is {keys.weight}, it must not be negative")
-    for name, keys in data.instructions.items():
-        if not keys.path and not keys.sample:
-            raise UserError(f"data.instructions.{name} has neither path nor sample: give it one")
-        if keys.weight < 0 or keys.cap < 0:
-            raise UserError(f"data.instructions.{name} has a negative weight or cap: 0 stands for the default")
+    config[last] = convert(key, value, config[last])
 
 
 def to_json(config: Config) -> str:

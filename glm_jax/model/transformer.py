@@ -37,6 +37,14 @@ class Cache(NamedTuple):
     values: Array
 
 
+def shrink_gradient(x: Array, alpha: Array | float | None) -> Array:
+    """Leave x as it is and multiply its gradient by alpha (paper section 3.2); None: by 1."""
+    if alpha is None:
+        return x
+    alpha = jnp.asarray(alpha, x.dtype)
+    return alpha * x + (1 - alpha) * jax.lax.stop_gradient(x)
+
+
 class Embedding(nn.Module):
     """The word embedding, tied with the head; the original GLM adds two learned position tables."""
 
@@ -49,9 +57,7 @@ class Embedding(nn.Module):
         cfg = self.cfg
         word = self._table("word", cfg.vocab_size // self.axis.vocab_shards, "vocab")  # [V, D]
         x = self.axis.lookup(word, tokens)  # [B, S, D]
-        if shrink is not None:
-            alpha = jnp.asarray(shrink, x.dtype)
-            x = alpha * x + (1 - alpha) * jax.lax.stop_gradient(x)  # [B, S, D]
+        x = shrink_gradient(x, shrink)  # [B, S, D]
         if cfg.position == "learned_2d":
             here = jnp.take(positions, self.axis.part(tokens.shape[1]), axis=2)  # [B, 2, S]
             x = x + jnp.take(self._table("position", cfg.max_length, None), here[:, 0], axis=0)  # [B, S, D]
@@ -207,11 +213,21 @@ def stage(
     return jax.lax.scan(one, x, (stacked_weights, jnp.arange(layers)))[0]
 
 
-def head(cfg: GLMConfig, weights: Params, x: Array, axis: TensorAxis = ONE_DEVICE) -> Array:
-    """Norm and project with the tied embedding: x [B, S, D] -> float32 logits [B, S, V]."""
+def head(
+    cfg: GLMConfig,
+    weights: Params,
+    x: Array,
+    axis: TensorAxis = ONE_DEVICE,
+    shrink: Array | float | None = None,
+) -> Array:
+    """Norm and project with the tied embedding: x [B, S, D] -> float32 logits [B, S, V].
+
+    `shrink` multiplies the gradient that reaches the word embedding on this path, as in `embed`.
+    """
     x = axis.enter(run(LayerNorm(cfg.norm_epsilon), weights["final_norm"], x))  # [B, S, D]
+    word = shrink_gradient(weights["embedding"]["word"], shrink)  # [V, D]
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum("bsd,vd->bsv", x, weights["embedding"]["word"], preferred_element_type=wide)  # [B, S, V]
+    return jnp.einsum("bsd,vd->bsv", x, word, preferred_element_type=wide)  # [B, S, V]
 
 
 def apply(

@@ -17,19 +17,6 @@ AXES = ("data", "pipeline", "tensor")
 REST = -1  # the size of at most one axis: as many devices as the others leave
 
 
-def start_processes(address: str, count: int, index: int) -> None:
-    """Join a run of several processes; to be called before anything touches a device.
-
-    Args:
-        address: host:port of process 0, which all can reach.
-        count: of processes.
-        index: of this one.
-    """
-    if jax.config.values["jax_platforms"] == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(address, count, index)
-
-
 def resolve(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     """Fill in the axis of size `REST`.
 

@@ -50,6 +50,7 @@ class Result(NamedTuple):
 
     gradients: Weights  # sums, float32 or wider
     metrics: Tree  # sums of the head's
+    squares: Array  # [Q], of each block's output, means summed over microbatches
     executed: Array  # int32 [2]: block runs in forward and in backward slots, counted as they run
 
 
@@ -112,6 +113,10 @@ class Stage:
         """Make room for `ring` microbatches."""
         return zeros(jax.tree.leaves(self.record), (ring if self.keep == "stage" else ring * self.capacity,))
 
+    def empty_squares(self) -> Array:
+        """Make the blocks' mean squares before the first slot [Q]."""
+        return vary(jnp.zeros(self.capacity, jnp.promote_types(self.x.dtype, jnp.float32)))
+
     def turns(self, microbatch: Array) -> Array:
         """Say how many blocks a slot runs."""
         return jnp.where(microbatch >= 0, self.layers, 0)
@@ -148,21 +153,28 @@ class Stage:
 
         return when(microbatch, job, x)
 
-    def forward(self, microbatch: Array, x: Array, stash: list[Array], ring: int) -> tuple[Array, list[Array], Array]:
-        """Take x through the stage's blocks: the output, the stash with what is kept, and the number of block runs."""
+    def forward(
+        self, microbatch: Array, x: Array, stash: list[Array], squares: Array, ring: int
+    ) -> tuple[Array, list[Array], Array, Array]:
+        """Take x through the stage's blocks.
+
+        Returns:
+            The output, the stash with what is kept, `squares` [Q] with the mean square of each block's output added,
+            and the number of block runs.
+        """
         terms = self.functions.prepare(at(self.batch, microbatch))
         slot = microbatch % ring
         if self.keep == "stage":
             stash = when(microbatch, lambda stash: put(stash, [x], slot), stash)
 
-        def block(i: Array, carry: tuple[Array, list[Array], Array]) -> tuple[Array, list[Array], Array]:
-            x, stash, executed = carry
+        def block(i: Array, carry: tuple[Array, list[Array], Array, Array]) -> tuple[Array, list[Array], Array, Array]:
+            x, stash, squares, executed = carry
             y, record = self._run(i, x, terms)
             if self.keep != "stage":
                 stash = put(stash, jax.tree.leaves(record), slot * self.capacity + i)
-            return y, stash, executed + 1
+            return y, stash, squares.at[i].add(jnp.square(y.astype(squares.dtype)).mean()), executed + 1
 
-        return lax.fori_loop(0, self.turns(microbatch), block, (x, stash, vary(jnp.int32(0))))
+        return lax.fori_loop(0, self.turns(microbatch), block, (x, stash, squares, vary(jnp.int32(0))))
 
     def head(self, microbatch: Array, outputs: Array, gradient: Array, result: Result, seed: Array) -> tuple:
         """Run the head for the last stage, all stages together.
@@ -235,4 +247,4 @@ class Stage:
             lambda weight: vary(jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32))), self.weights
         )
         metrics = jax.eval_shape(lambda: self.loss(self.weights.outer, zeros(self.x), at(self.batch, 0))[1])
-        return Result(wide, zeros(metrics), vary(jnp.zeros(2, jnp.int32)))
+        return Result(wide, zeros(metrics), self.empty_squares(), vary(jnp.zeros(2, jnp.int32)))

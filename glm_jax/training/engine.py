@@ -36,6 +36,7 @@ class EngineConfig:
     schedule: str = "1f1b"
     keep: Keep = "layer"
     normalization: Normalization = "tokens"
+    shrink_logits: bool = False  # the embedding gradient shrink on the head's path, too
     zero: Literal[1, 3] = 1  # 3: the blocks' weights, too, stay split over `data`, gathered a layer at a time
 
 
@@ -51,6 +52,7 @@ class Gradients(NamedTuple):
 
     gradients: Any  # of the mean loss, float32, laid out as the master params
     sums: Sums
+    activation_rms: Array  # float32 [L padded], of the residual stream after each layer, over the rows' places
     executed: Array  # int32 [data, P, tensor, 2]: block runs of each device in forward and in backward slots
 
 
@@ -123,7 +125,7 @@ def functions(
         return transformer.block(glm, weights, x, allowed, positions, layer, rows, axis=axis)[0]  # [B, S, D]
 
     def head(outer: Any, x: Array, batch: Batch) -> tuple[Array, Sums]:
-        losses = _token_losses(cfg, axis, outer, x, batch)  # [B, S]
+        losses = _token_losses(cfg, axis, outer, x, batch, shrink if cfg.shrink_logits else None)  # [B, S]
         of_objective = jax.nn.one_hot(batch["objective"], cfg.objectives, dtype=losses.dtype)  # [B, O]
         rows, counts = losses.sum(-1), batch["loss_mask"].sum(-1)  # [B] both
         return (rows * row_weights(cfg, counts)).sum(), Sums(rows @ of_objective, counts @ of_objective)
@@ -131,8 +133,10 @@ def functions(
     return pipeline.Functions(prepare, embed, block, head)
 
 
-def _token_losses(cfg: EngineConfig, axis: ShardedAxis, outer: Any, x: Array, batch: Batch) -> Array:
-    logits = transformer.head(cfg.model, outer, x, axis)  # [B, S, V / shards]
+def _token_losses(
+    cfg: EngineConfig, axis: ShardedAxis, outer: Any, x: Array, batch: Batch, shrink: Array | None = None
+) -> Array:
+    logits = transformer.head(cfg.model, outer, x, axis, shrink)  # [B, S, V / shards]
     return tensor.token_losses(logits, batch["targets"], cfg.num_tokens) * batch["loss_mask"]  # [B, S]
 
 
@@ -224,11 +228,13 @@ def value_and_grad(
         )
         sums = _reduce(cfg, result.gradients, layout.specs)
         gradients = jax.tree.map(lambda total: total / loss_scale, sums)
-        return Gradients(gradients, lax.psum(result.metrics, "data"), result.executed[None, None, None])
+        squares = lax.pmean(result.squares, ("data", "tensor")) / layout.table.microbatches  # [Q]
+        executed = result.executed[None, None, None]
+        return Gradients(gradients, lax.psum(result.metrics, "data"), jnp.sqrt(squares), executed)
 
     wide = jnp.promote_types(cfg.compute, jnp.float32)
     in_specs = (layout.specs, layout.batch_specs, jax.P())
-    out_specs: Any = (layout.specs, jax.P(), jax.P("data", "pipeline", "tensor"))
+    out_specs: Any = (layout.specs, jax.P(), jax.P("pipeline"), jax.P("data", "pipeline", "tensor"))
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=Gradients(*out_specs))
     return mapped(params, layout.batch, (key, shrink, jnp.asarray(loss_scale, wide)))
 

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate that follows the samples seen (paper appendix B, table 11)."""
+"""AdamW on the mean gradient, clipped by its global norm (paper appendix B, table 11)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,8 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer's constants; defaults are GLM-130B's."""
+    """The optimizer's constants; defaults are GLM-130B's. The learning rate is recipe.py's."""
 
-    peak_lr: float = 8e-5
-    min_lr: float = 8e-6
-    warmup_samples: int = 1_098_632
-    decay_samples: int = 197_753_905
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -30,24 +26,8 @@ class OptimizerConfig:
 
     @classmethod
     def from_config(cls, config: Config) -> OptimizerConfig:
-        """Read the section `optimizer`; `decay_samples` 0 becomes the run's last sample."""
-        values = config.optimizer.to_dict()
-        values["decay_samples"] = values["decay_samples"] or config.train.steps * config.train.global_batch
-        return cls(**values)
-
-
-def learning_rate(cfg: OptimizerConfig, samples: Array) -> Array:
-    """Give the learning rate of the step that ends with `samples` rows seen, a float32 scalar.
-
-    Linear from 0 at no samples to the peak at `warmup_samples`, then a cosine that reaches `min_lr` at
-    `decay_samples` and stays there.
-    """
-    seen = samples.astype(jnp.float32)
-    warmup = seen / max(cfg.warmup_samples, 1)
-    progress = (seen - cfg.warmup_samples) / max(cfg.decay_samples - cfg.warmup_samples, 1)
-    cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-    decayed = cfg.min_lr + (cfg.peak_lr - cfg.min_lr) * cosine
-    return jnp.where(seen < cfg.warmup_samples, cfg.peak_lr * warmup, decayed)
+        """Read the section `optimizer`."""
+        return cls(**{field.name: config.optimizer[field.name] for field in dataclasses.fields(cls)})
 
 
 def decays(params: Any) -> Any:
@@ -69,11 +49,37 @@ def update(
     """Clip by global norm, then take one AdamW step.
 
     Returns:
-        The new params, the new moments, and `grad_norm`, the global norm before clipping.
+        The new params, the new moments, and global norms: `grad_norm` before clipping, `param_norm` before the step,
+        `update_norm` of what the step takes away.
     """
     norm = optax.tree.norm(gradients)
     factor = jnp.minimum(1.0, cfg.clip_norm / (norm + 1e-6))
     gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
     directions, moments = transformation(cfg).update(gradients, moments, params)
-    params = jax.tree.map(lambda param, direction: param - lr * direction, params, directions)
-    return params, moments, {"grad_norm": norm}
+    updates = jax.tree.map(lambda direction: lr * direction, directions)
+    norms = {"grad_norm": norm, "param_norm": optax.tree.norm(params), "update_norm": optax.tree.norm(updates)}
+    params = jax.tree.map(jnp.subtract, params, updates)
+    return params, moments, norms
+
+
+LAYER_GROUPS = 4
+
+
+def group_norms(gradients: Any, layers: int) -> dict[str, Array]:
+    """Give the norms of the gradients of the embedding, the final norm and up to four groups of layers.
+
+    Args:
+        gradients: laid out as params; blocks may have padding after their `layers` true layers.
+        layers: L.
+
+    Returns:
+        `grad_norm/embedding`, `grad_norm/final_norm`, `grad_norm/blocks_<first>_<last>` with layers from 0.
+    """
+    squares = [jnp.square(leaf).sum(range(1, leaf.ndim)) for leaf in jax.tree.leaves(gradients["blocks"])]  # [L] each
+    by_layer = jnp.stack(squares).sum(0)  # [L]
+    norms = {f"grad_norm/{name}": optax.tree.norm(gradients[name]) for name in ("embedding", "final_norm")}
+    groups = min(LAYER_GROUPS, layers)
+    edges = [layers * group // groups for group in range(groups + 1)]
+    for first, stop in zip(edges, edges[1:], strict=False):
+        norms[f"grad_norm/blocks_{first}_{stop - 1}"] = jnp.sqrt(by_layer[first:stop].sum())
+    return norms

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glm_jax import model
 from glm_jax.parallel import partition
 from glm_jax.training import engine, optimizer, precision
 from glm_jax.training.engine import EngineConfig
 from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.precision import LossScale, Precision
+from glm_jax.training.precision import LossScale, LossScaleConfig
 
 Array = jax.Array
 Batch = Mapping[str, Array]
@@ -27,9 +28,17 @@ class StepConfig:
 
     engine: EngineConfig
     optimizer: OptimizerConfig
-    precision: Precision
+    loss_scale: LossScaleConfig | None  # None: the scale stays 1
     seed: int
-    embedding_shrink: float = 1.0  # alpha, see model.transformer.embed
+    shrinks: bool = False  # whether `Controls.shrink` is heeded
+
+
+class Controls(NamedTuple):
+    """What the host decides for a step."""
+
+    lr: Any  # float32 scalar
+    shrink: Any  # float32 scalar, alpha of the embedding gradient shrink, see model.transformer.embed
+    requests: Any  # int32 [devices], what each one's process asks of all; the largest comes back with the metrics
 
 
 class TrainState(NamedTuple):
@@ -56,12 +65,13 @@ def _map_params(cfg: StepConfig, state: TrainState, change: Callable[[Any], Any]
     return jax.tree.map(lambda part: change(part) if is_params(part) else other(part), state, is_leaf=is_params)
 
 
-def init_state(cfg: StepConfig, stages: int = 1) -> TrainState:
-    """Make the state before the first step, its layers padded to `stages`."""
+def init_state(cfg: StepConfig, stages: int = 1, key: Array | None = None) -> TrainState:
+    """Make the state before the first step, its layers padded to `stages`; `key` by default follows from the seed."""
     axes = model.logical_axes(cfg.engine.model)
-    params = partition.pad_layers(model.init(cfg.engine.model, jax.random.key(cfg.seed)), axes, stages)
+    key = jax.random.key(cfg.seed) if key is None else key
+    params = partition.pad_layers(model.init(cfg.engine.model, key), axes, stages)
     moments = optimizer.transformation(cfg.optimizer).init(params)
-    return TrainState(jnp.int32(0), jnp.int32(0), params, moments, precision.initial_loss_scale(cfg.precision))
+    return TrainState(jnp.int32(0), jnp.int32(0), params, moments, precision.initial_loss_scale(cfg.loss_scale))
 
 
 def state_specs(cfg: StepConfig, mesh: Mesh) -> TrainState:
@@ -89,47 +99,67 @@ def create_state(cfg: StepConfig, mesh: Mesh) -> TrainState:
     return jax.jit(lambda: init_state(cfg, mesh.shape["pipeline"]), out_shardings=shardings)()
 
 
-def train_step(cfg: StepConfig, mesh: Mesh, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+def at_step(mesh: Mesh, state: TrainState, step: int, samples: int, loss_scale: LossScale | None = None) -> TrainState:
+    """Give the state with other counters, and with another loss scale (but for its count of skipped steps)."""
+    counters: Any = (np.int32(step), np.int32(samples), loss_scale or state.loss_scale)
+    step_, samples_, scale = jax.device_put(jax.device_get(counters), jax.NamedSharding(mesh, jax.P()))
+    return state._replace(step=step_, samples=samples_, loss_scale=scale._replace(skipped=state.loss_scale.skipped))
+
+
+def controls(mesh: Mesh, lr: float, shrink: float, request: int = 0) -> Controls:
+    """Put a step's controls on the mesh; `request` is this process's, the rest is the same in all of them."""
+    sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+    requests = jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.full(1, request, np.int32))
+    return Controls(np.float32(lr), np.float32(shrink), requests)
+
+
+def train_step(
+    cfg: StepConfig, mesh: Mesh, state: TrainState, batch: Batch, controls: Controls
+) -> tuple[TrainState, dict[str, Any]]:
     """Take one optimizer step.
 
     Args:
         cfg, mesh: static.
         state: before the step.
         batch: arrays [M, B/M, ...], see data/batches.py.
+        controls: of this step.
 
     Returns:
-        The state after it, and metrics: `sums` (see `engine.Sums`), and the scalars `lr`, `grad_norm`, `loss_scale`,
-        `tokens` (row tokens, padding excluded) and `skipped` (non-finite steps so far). A step whose gradients are not
-        all finite changes nothing but the loss scale and the counters.
+        The state after it, and metrics: `sums` (see `engine.Sums`), `activation_rms` float32 [L] (see
+        `engine.Gradients`), and the scalars `lr`, `loss_scale`, `tokens` (row tokens, padding excluded), `skipped`
+        (non-finite steps so far), `requests` and the norms of optimizer.py. A step whose gradients are not all finite
+        changes nothing but the loss scale and the counters.
     """
     glm = cfg.engine.model
     samples = state.samples + batch["tokens"].shape[0] * batch["tokens"].shape[1]
     drops = glm.attention_dropout or glm.hidden_dropout
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if drops else None
     scale = state.loss_scale.scale
-    shrink = None if cfg.embedding_shrink == 1.0 else cfg.embedding_shrink
+    shrink = controls.shrink if cfg.shrinks else None
     passed = engine.value_and_grad(cfg.engine, mesh, state.params, batch, key, shrink, scale)
-    lr = optimizer.learning_rate(cfg.optimizer, samples)
-    params, moments, norms = optimizer.update(cfg.optimizer, passed.gradients, state.moments, state.params, lr)
+    params, moments, norms = optimizer.update(cfg.optimizer, passed.gradients, state.moments, state.params, controls.lr)
     finite = jnp.isfinite(norms["grad_norm"])
     params, moments = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (params, moments), (state.params, state.moments)
     )
-    loss_scale = precision.next_loss_scale(cfg.precision, state.loss_scale, finite)
+    loss_scale = precision.next_loss_scale(cfg.loss_scale, state.loss_scale, finite)
     metrics = {
         "sums": passed.sums,
-        "lr": lr,
+        "activation_rms": passed.activation_rms[: glm.num_layers],
+        "lr": controls.lr,
         "loss_scale": scale,
         "tokens": (batch["segments"] > 0).sum(),
         "skipped": loss_scale.skipped,
+        "requests": controls.requests.max(),
         **norms,
+        **optimizer.group_norms(passed.gradients, glm.num_layers),
     }
     return TrainState(state.step + 1, samples, params, moments, loss_scale), metrics
 
 
 def compile_steps(
     cfg: StepConfig, mesh: Mesh
-) -> tuple[Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]], Callable[[Any, Batch], Array]]:
+) -> tuple[Callable[[TrainState, Batch, Controls], tuple[TrainState, dict[str, Any]]], Callable[[Any, Batch], Array]]:
     """Bind the train step, which takes over the memory of its state, and the evaluation to a mesh.
 
     The evaluation gives the loss in nats of every target token of a batch [M, B/M, ...]: float32 [M, B/M, S], 0
@@ -138,7 +168,9 @@ def compile_steps(
     shardings = partition.shardings(mesh, state_specs(cfg, mesh))
     whole = jax.NamedSharding(mesh, jax.P())
     train = jax.jit(
-        lambda state, batch: train_step(cfg, mesh, state, batch), donate_argnums=0, out_shardings=(shardings, whole)
+        lambda state, batch, controls: train_step(cfg, mesh, state, batch, controls),
+        donate_argnums=0,
+        out_shardings=(shardings, whole),
     )
     evaluate = jax.jit(lambda params, batch: engine.losses(cfg.engine, mesh, params, batch), out_shardings=whole)
     return train, evaluate

@@ -9,7 +9,7 @@ import numpy as np
 import numpy_reference
 import pytest
 
-from glm_jax.config import ACTIVATIONS, NORMS, POSITIONS
+from glm_jax.config_checks import ACTIVATIONS, NORMS, POSITIONS
 from glm_jax.model import GLMConfig, apply, init, visibility
 
 STEP = 1e-4  # of the finite differences, along directions of size about 1 in each entry

@@ -22,7 +22,7 @@ import numpy as np  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402
 
 from glm_jax import model  # noqa: E402
-from glm_jax.parallel import mesh, partition  # noqa: E402
+from glm_jax.parallel import mesh, partition, processes  # noqa: E402
 from glm_jax.training import engine  # noqa: E402
 from tests.parallel import parity  # noqa: E402
 
@@ -63,6 +63,6 @@ def run(shape: list[int]) -> None:
 
 if __name__ == "__main__":
     if COUNT > 1:
-        mesh.start_processes(f"127.0.0.1:{PORT}", COUNT, INDEX)
+        processes.start(f"127.0.0.1:{PORT}", COUNT, INDEX, timeout=300)
     for shape in MESHES:
         run(shape)

@@ -75,13 +75,13 @@ def lower(options: argparse.Namespace) -> Any:
     from glm_jax import config as configs
     from glm_jax.model import GLMConfig
     from glm_jax.parallel import mesh, partition
-    from glm_jax.training import loop, step
+    from glm_jax.training import segment, step
 
     config = experiment(options)
     config = configs.resolve(config)
     length = config.data.seq_length
     glm = GLMConfig.from_section(config.model.to_dict(), NUM_TOKENS, length)
-    cfg = loop.step_config(config, glm, NUM_TOKENS)
+    cfg = segment.step_config(config, glm, NUM_TOKENS)
     grid = mesh.build({axis: config.mesh[axis] for axis in mesh.AXES}, devices(options.target))
 
     def describe(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -96,7 +96,9 @@ def lower(options: argparse.Namespace) -> Any:
              for name, dtype in wholes.items()}  # fmt: skip
     batch["objective"] = describe(rows, "i4", jax.NamedSharding(grid, partition.batch_spec(2)))
     train, _ = step.compile_steps(cfg, grid)
-    return train.lower(state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    requests = describe((grid.size,), "i4", jax.NamedSharding(grid, jax.P(grid.axis_names)))
+    scalar = describe((), "f4", jax.NamedSharding(grid, jax.P()))
+    return train.lower(state, batch, step.Controls(scalar, scalar, requests))  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def experiment(options: argparse.Namespace) -> Any:

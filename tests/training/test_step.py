@@ -13,18 +13,20 @@ import pytest
 from glm_jax import model
 from glm_jax.data.blanks import OBJECTIVES
 from glm_jax.model import GLMConfig
+from glm_jax.model.positions import position_terms
 from glm_jax.parallel import mesh as meshes
 from glm_jax.training import optimizer
 from glm_jax.training.engine import EngineConfig
 from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.precision import Precision
-from glm_jax.training.step import StepConfig, TrainState, compile_steps, create_state
+from glm_jax.training.precision import LossScaleConfig
+from glm_jax.training.step import StepConfig, TrainState, compile_steps, controls, create_state
 
 MODEL = GLMConfig(2, 32, 4, 48, 64, max_length=16, attention_dropout=0.0, hidden_dropout=0.0)
+LR = 1e-2
 CONFIG = StepConfig(
     engine=EngineConfig(MODEL, num_tokens=60, objectives=len(OBJECTIVES)),
-    optimizer=OptimizerConfig(peak_lr=1e-2, warmup_samples=8, decay_samples=800),
-    precision=Precision(),
+    optimizer=OptimizerConfig(),
+    loss_scale=None,
     seed=3,
 )
 
@@ -62,6 +64,9 @@ class Compiled(NamedTuple):
     def state(self) -> TrainState:
         return jax.device_put(self.start, self.shardings)
 
+    def step(self, state: TrainState, microbatches: int, shrink: float = 1.0, request: int = 0) -> Any:
+        return self.train(state, self.place(microbatches), controls(self.mesh, LR, shrink, request))
+
     def place(self, microbatches: int) -> dict[str, Any]:
         return meshes.place(self.mesh, make_batch(), microbatches)
 
@@ -78,11 +83,13 @@ def compiled(cfg: StepConfig, sizes: dict[str, int]) -> Compiled:
     return compiled_on(cfg, tuple(sizes.values()))
 
 
-def run(cfg: StepConfig, sizes: dict[str, int], microbatches: int, steps: int) -> tuple[Any, list[dict[str, Any]]]:
+def run(
+    cfg: StepConfig, sizes: dict[str, int], microbatches: int, steps: int, shrink: float = 1.0
+) -> tuple[Any, list[dict[str, Any]]]:
     made, metrics = compiled(cfg, sizes), []
     state = made.state()
     for _ in range(steps):
-        state, measured = made.train(state, made.place(microbatches))
+        state, measured = made.step(state, microbatches, shrink)
         metrics.append(jax.device_get(measured))
     return jax.device_get(state), metrics
 
@@ -100,8 +107,7 @@ def plain_step(cfg: StepConfig, state: TrainState) -> tuple[jax.Array, Any, Any]
         return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
 
     loss, gradients = jax.value_and_grad(mean_loss)(state.params)
-    lr = optimizer.learning_rate(cfg.optimizer, jnp.int32(8))
-    params, _, _ = optimizer.update(cfg.optimizer, gradients, state.moments, state.params, lr)
+    params, _, _ = optimizer.update(cfg.optimizer, gradients, state.moments, state.params, jnp.float32(LR))
     return loss, gradients, params
 
 
@@ -119,6 +125,28 @@ def test_a_step_is_adamw_on_the_mean_over_all_target_tokens(mesh_sizes: dict[str
     assert (state.step, state.samples) == (1, 8)
 
 
+def residual_rms(cfg: StepConfig, params: Any) -> list[float]:
+    """Run the layers one after another and measure the stream after each."""
+    glm, batch = cfg.engine.model, {name: jnp.asarray(array) for name, array in make_batch().items()}
+    allowed = model.visibility(batch["segments"], batch["context"])
+    x = model.transformer.embed(glm, params, batch["tokens"], batch["positions"])
+    terms, scales = position_terms(glm, batch["positions"], x.dtype), []
+    for layer in range(glm.num_layers):
+        weights = jax.tree.map(lambda array, layer=layer: array[layer], params["blocks"])
+        x = model.transformer.block(glm, weights, x, allowed, terms, jnp.int32(layer))[0]
+        scales.append(float(jnp.sqrt(jnp.mean(x**2))))
+    return scales
+
+
+def test_metrics_measure_the_residual_stream_and_carry_requests(mesh_sizes: dict[str, int]) -> None:
+    made = compiled(CONFIG, mesh_sizes)
+    _, metrics = made.step(made.state(), 4, request=2)
+    assert metrics["activation_rms"].tolist() == pytest.approx(residual_rms(CONFIG, made.start.params), rel=1e-5)
+    assert metrics["requests"] == 2 and made.step(made.state(), 4)[1]["requests"] == 0
+    groups = [float(value) ** 2 for name, value in metrics.items() if name.startswith("grad_norm/")]
+    assert len(groups) == 4 and sum(groups) ** 0.5 == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
+
+
 def test_microbatches_and_meshes_do_not_change_five_steps(mesh_sizes: dict[str, int]) -> None:
     dropping = dataclasses.replace(MODEL, attention_dropout=0.1, hidden_dropout=0.1)
     cfg = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, model=dropping))
@@ -134,7 +162,7 @@ def test_microbatches_and_meshes_do_not_change_five_steps(mesh_sizes: dict[str, 
 
 def test_the_shrink_reaches_the_embedding_alone(mesh_sizes: dict[str, int]) -> None:
     plain, (before,) = run(CONFIG, mesh_sizes, 4, 1)
-    shrunk, (after,) = run(dataclasses.replace(CONFIG, embedding_shrink=0.0), mesh_sizes, 4, 1)
+    shrunk, (after,) = run(dataclasses.replace(CONFIG, shrinks=True), mesh_sizes, 4, 1, shrink=0.0)
     assert after["sums"].loss.sum() == pytest.approx(before["sums"].loss.sum(), rel=1e-6)
     assert after["grad_norm"] < before["grad_norm"]
     first = {name: state.moments[0].mu for name, state in (("plain", plain), ("shrunk", shrunk))}
@@ -146,14 +174,15 @@ def test_the_shrink_reaches_the_embedding_alone(mesh_sizes: dict[str, int]) -> N
 
 def in_half(compute: str) -> StepConfig:
     engine = dataclasses.replace(CONFIG.engine, compute=compute)
-    return dataclasses.replace(CONFIG, engine=engine, precision=Precision(compute, initial_scale=2.0**10, hysteresis=1))
+    scale = LossScaleConfig(initial=2.0**10, hysteresis=1) if compute == "float16" else None
+    return dataclasses.replace(CONFIG, engine=engine, loss_scale=scale)
 
 
 def test_a_step_that_overflows_changes_only_scale_and_counters(mesh_sizes: dict[str, int]) -> None:
     made = compiled(in_half("float16"), mesh_sizes)
     state = made.state()
     too_high = state.loss_scale._replace(scale=jax.device_put(jnp.float32(2.0**40), state.loss_scale.scale.sharding))
-    after, _ = made.train(state._replace(loss_scale=too_high), made.place(4))
+    after, _ = made.step(state._replace(loss_scale=too_high), 4)
     after = jax.device_get(after)
     jax.tree.map(np.testing.assert_array_equal, (made.start.params, made.start.moments), (after.params, after.moments))
     assert after.loss_scale.scale == 2.0**39 and after.loss_scale.skipped == 1 and after.step == 1

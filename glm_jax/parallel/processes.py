@@ -1,0 +1,166 @@
+"""Runs of several processes: joining them, waiting for one another, and noticing that one is gone."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+
+import jax
+from orbax.checkpoint import multihost
+
+from glm_jax.errors import UserError
+
+# The variables by which a scheduler tells a process that it is one of several, with their number; jax reads the rest.
+SCHEDULERS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}
+LOST = 1  # the exit code when another process is gone
+HOUR = 3600  # a patience for what others may do before they come: fetching, tokenising, compiling
+HEARTBEAT = 10  # seconds without a sign of life that a busy machine may need
+STOPPED = "glm_jax_stopped/"  # where a process leaves its reason to stop for the others
+
+# What jax, gloo, NCCL and the coordination service say when another process does not answer.
+_GONE = re.compile("gloo|nccl|barrier|heartbeat|coordination|connection|unavailable|deadline", re.IGNORECASE)
+_barriers = itertools.count()
+
+
+class Gone(Exception):
+    """Another process has stopped, and said why."""
+
+
+def scheduled(environment: Mapping[str, str]) -> bool:
+    """Say whether Slurm's srun, Open MPI's mpirun or a Cloud TPU slice has started this process beside others."""
+    for variable, count in SCHEDULERS.items():
+        if variable in environment and int(environment.get(count, "1")) > 1:
+            return True
+    return environment.get("TPU_WORKER_HOSTNAMES", "").count(",") > 0
+
+
+def start(coordinator: str | None, count: int | None, index: int | None, timeout: float) -> None:
+    """Join a run of several processes; to be called before anything touches a device. A process alone just goes on.
+
+    Args:
+        coordinator: host:port of process 0, which all can reach; the three are None to ask the scheduler.
+        count: of processes.
+        index: of this one.
+        timeout: seconds after which a process that does not answer is taken for dead: in a collective on CPU, and
+            anywhere if it shows no sign of life (then at least `HEARTBEAT`).
+
+    Raises:
+        UserError: some of the three are missing or make no sense, or the processes do not find one another.
+    """
+    given = [coordinator is not None, count is not None, index is not None]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --processes and --process go together: give all three, or none")
+    if not any(given) and not scheduled(os.environ):
+        return
+    if count is not None and index is not None and not 0 <= index < count:
+        raise UserError(f"--process={index} of --processes={count}: they count from 0 to {count - 1}")
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(
+            f"--coordinator={coordinator} is not HOST:PORT: name the host of process 0 and a free port of it"
+        )
+    flag = f"--xla_cpu_collective_timeout_seconds={max(1, round(timeout))}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # signals are the loop's
+    try:
+        jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=max(HEARTBEAT, round(timeout)))
+    except (RuntimeError, ValueError) as error:
+        where = coordinator or "the address that the scheduler gives"
+        raise UserError(
+            f"the processes did not find one another at {where} ({_short(error)}): are all started?"
+        ) from error
+    _exit_on_abort()
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(number: int) -> None:
+    _leave("error: aborted, most likely because another process is gone: start all again with the same command", LOST)
+
+
+def _exit_on_abort() -> None:
+    """Let jax's own end of a process, an abort in a thread of its own, have our exit code.
+
+    So it ends a process that is in no collective, for it there is no error to be caught: when process 0 is gone, at
+    once, or when another shows no sign of life. Python's handlers of signals come too late, in the main thread.
+    """
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
+
+
+def alone() -> bool:
+    """Say whether this process is the whole run."""
+    return jax.process_count() == 1
+
+
+def is_first() -> bool:
+    """Say whether this is the process that speaks and writes for all."""
+    return jax.process_index() == 0
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come to this call; unlike a collective, it has an hour's patience.
+
+    Raises:
+        Gone: another process has stopped with an error of its own.
+        jax.errors.JaxRuntimeError: another process is gone without a word.
+    """
+    if not alone():
+        key = f"glm_jax_{next(_barriers)}"
+        wait = multihost.get_barrier_sync_fn()
+        wait(key=key, timeout_ms=HOUR * 1000)
+        if reasons := multihost.get_jax_distributed_client().key_value_dir_get(STOPPED):
+            wait(key=f"{key}_told", timeout_ms=HOUR * 1000)
+            raise Gone(min(reasons)[1])
+
+
+def together(run: Callable[[], int]) -> int:
+    """Do this process's part of a run, and return its exit code.
+
+    In a run of several processes an error ends this process at once, in one line if it is the user's or if another
+    process is gone: an end in order would wait for the others, which may wait for this one. They are told.
+    """
+    try:
+        return run()
+    except (Exception, KeyboardInterrupt) as error:
+        if alone():
+            raise
+        if isinstance(error, UserError):
+            _tell(str(error))
+            _leave(f"error: {error}", 2)
+        if isinstance(error, KeyboardInterrupt):
+            _leave("interrupted; what was finished is kept, and the same command goes on from there", 130)
+        if isinstance(error, Gone):
+            _leave(f"error: another process has stopped ({error}): mend it, then start all again", LOST)
+        # a collective's error is a ValueError where no jit stands around it
+        if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and _GONE.search(str(error)):
+            _leave(f"error: another process is gone ({_short(error)}): start all again with the same command", LOST)
+        _leave(traceback.format_exc(), LOST)
+        raise
+
+
+def _tell(reason: str) -> None:
+    """Leave the others word, and meet them at the barrier where they wait or will: they read it after it."""
+    client, wait = multihost.get_jax_distributed_client(), multihost.get_barrier_sync_fn()
+    key = f"glm_jax_{next(_barriers)}"
+    try:
+        client.key_value_set(f"{STOPPED}{jax.process_index()}", f"process {jax.process_index()}: {reason}")
+        for meeting in (key, f"{key}_told"):
+            wait(key=meeting, timeout_ms=HEARTBEAT * 1000)
+    except jax.errors.JaxRuntimeError:
+        return  # they are in a collective, which ends with an error of its own
+
+
+def _short(error: Exception) -> str:
+    return str(error).splitlines()[0][:160]
+
+
+def _leave(line: str, code: int) -> None:
+    """Exit without what waits for others: threads that save, and jax's shutdown."""
+    sys.stdout.flush()
+    os.write(2, f"{line.rstrip()}\n".encode())
+    os._exit(code)

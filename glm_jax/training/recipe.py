@@ -1,0 +1,92 @@
+"""What each step is taken with: pure functions of the config, the step and the samples seen, worked out on the host.
+
+A step is named by its number, counted from 1. The learning rate and the batch size follow the samples (paper, table
+11); the embedding shrink, re-warming and skipped steps follow the steps, as in GLM-130B's training log.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from glm_jax.config import Config
+
+
+def batch_rows(config: Config, samples: int) -> int:
+    """Give the rows of the step that begins with `samples` rows seen.
+
+    With a ramp (first batch, increment, samples) the batch grows to train.global_batch by increments that are equal
+    parts of the ramp's samples apart (GLM-130B: 192 to 4,224 by 24 over 5,493,164).
+    """
+    full = config.train.global_batch
+    if not config.train.batch_ramp:
+        return full
+    start, increment, length = config.train.batch_ramp
+    increments = (full - start) // increment
+    return min(start + samples * increments // length * increment, full)
+
+
+def total_samples(config: Config) -> int:
+    """Give the samples after the last step."""
+    samples, steps = 0, config.train.steps
+    while steps and batch_rows(config, samples) < config.train.global_batch:
+        samples, steps = samples + batch_rows(config, samples), steps - 1
+    return samples + steps * config.train.global_batch
+
+
+def learning_rate(config: Config, step: int, samples: int) -> float:
+    """Give the learning rate of `step`, which ends with `samples` rows seen.
+
+    Linear from 0 at no samples to the peak at `warmup_samples`, then a cosine that reaches `min_lr` at
+    `decay_samples` and stays there. In the window (first, steps) of a re-warming it is multiplied by
+    (step - first) / steps: a warm restart after loading.
+    """
+    cfg = config.optimizer
+    if samples < cfg.warmup_samples:
+        lr = cfg.peak_lr * samples / cfg.warmup_samples
+    else:
+        end = cfg.decay_samples or total_samples(config)
+        progress = (samples - cfg.warmup_samples) / max(end - cfg.warmup_samples, 1)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+        lr = cfg.min_lr + (cfg.peak_lr - cfg.min_lr) * cosine
+    for first, steps in cfg.rewarm:
+        if first < step <= first + steps:
+            lr *= (step - first) / steps
+    return lr
+
+
+def embedding_shrink(config: Config, step: int) -> float:
+    """Give alpha of the embedding gradient shrink at `step`: linear between the knots of its history."""
+    cfg = config.train.embedding_shrink
+    if not cfg.history:
+        return cfg.alpha
+    steps, alphas = zip(*cfg.history, strict=True)
+    return float(np.interp(step, steps, alphas))
+
+
+def shrinks(config: Config) -> bool:
+    """Say whether any step shrinks the embedding's gradient."""
+    cfg = config.train.embedding_shrink
+    return any(alpha != 1.0 for _, alpha in cfg.history or ((0, cfg.alpha),))
+
+
+def pass_over(config: Config, step: int, samples: int) -> tuple[int, int]:
+    """Give the step and samples from which to go on after `step`: past any skipped steps that come next.
+
+    A skipped step is never taken, but counts: its rows are seen as far as data and schedules are concerned.
+    """
+    while step < config.train.steps and any(first <= step + 1 <= last for first, last in config.train.skip_steps):
+        step, samples = step + 1, samples + batch_rows(config, samples)
+    return step, samples
+
+
+def describe(config: Config, step: int, samples: int) -> Mapping[str, float]:
+    """Give what `step`, which begins with `samples` rows seen, is taken with."""
+    rows = batch_rows(config, samples)
+    return {
+        "lr": learning_rate(config, step, samples + rows),
+        "embedding_shrink": embedding_shrink(config, step),
+        "batch": rows,
+    }
