@@ -16,8 +16,8 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import config_flags
 
+from glm_jax import cli_flags, config_checks
 from glm_jax import config as configs
-from glm_jax.config import Config
 from glm_jax.errors import UserError
 
 Command = Callable[[Sequence[str]], int]
@@ -32,31 +32,47 @@ def say(line: str) -> None:
 
 def train(arguments: Sequence[str]) -> int:
     """Train as an experiment says; the same command goes on from the newest checkpoint."""
-    values = _flag_values("train")
-    _define_config(values, arguments)
-    _define_workdir(values)
-    if not _parse(values, arguments, ["config", "workdir"]):
+    values = cli_flags.flag_values("train")
+    cli_flags.define_config(values, arguments)
+    cli_flags.define_workdir(values)
+    flags.DEFINE_string("replay", None, "an interventions.jsonl: make its changes at its steps", flag_values=values)
+    together = "for several processes, where no scheduler says so:"
+    flags.DEFINE_string("coordinator", None, f"{together} HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, f"{together} how many", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", None, f"{together} which this is, from 0", lower_bound=0, flag_values=values)
+    if not cli_flags.parse(values, arguments, ["config", "workdir"]):
         return 0
-    resolved = _load(values)
+    resolved = cli_flags.load(values)
+
+    from glm_jax.parallel import processes
+
+    processes.start(values.coordinator, values.processes, values.process, resolved.mesh.collective_timeout)
 
     from glm_jax.inference import examples
-    from glm_jax.training import loop
+    from glm_jax.training import interventions, loop
     from glm_jax.training.workdir import load_model
 
+    if values.replay:
+        planned = interventions.plan(interventions.read(Path(values.replay)))
+        resolved = configs.with_changes(resolved, {"interventions": planned})
     workdir = Path(values.workdir)
-    run = loop.ready(resolved, workdir, say)
-    code = run.run(say)
-    if code == loop.DONE:
-        cfg, params, tokenizer = load_model(workdir)
-        for line in examples.heldout(cfg, params, tokenizer, run.heldout(), run.prepared.languages):
-            print(line, flush=True)
-    return code
+
+    def run() -> int:
+        run = loop.Run(resolved, workdir, say)
+        code = run.go()
+        if code == loop.DONE and processes.alone():  # the examples need the whole model on one device
+            cfg, params, tokenizer = load_model(workdir)
+            for line in examples.heldout(cfg, params, tokenizer, run.heldout(), run.prepared.languages):
+                print(line, flush=True)
+        return code
+
+    return processes.together(run)
 
 
 def generate(arguments: Sequence[str]) -> int:
     """Fill the blanks of a prompt with the model of a workdir."""
-    values = _flag_values("generate")
-    _define_workdir(values)
+    values = cli_flags.flag_values("generate")
+    cli_flags.define_workdir(values)
     flags.DEFINE_string("prompt", None, "text with [MASK] or [gMASK] in it", flag_values=values)
     flags.DEFINE_enum("strategy", "greedy", ["greedy", "sample"], "how tokens are chosen", flag_values=values)
     flags.DEFINE_integer("max_tokens", 64, "at most this many tokens a blank", lower_bound=1, flag_values=values)
@@ -71,7 +87,7 @@ def generate(arguments: Sequence[str]) -> int:
         flag_values=values,
     )
     flags.DEFINE_integer("seed", 1234, "of sampling", lower_bound=0, upper_bound=2**63 - 1, flag_values=values)
-    if not _parse(values, arguments, ["workdir", "prompt"]):
+    if not cli_flags.parse(values, arguments, ["workdir", "prompt"]):
         return 0
 
     from glm_jax.inference.fill import fill
@@ -117,17 +133,17 @@ def convert(arguments: Sequence[str]) -> int:
             return 0
         raise UserError(f"say which way to convert: {usage}")
     direction, *rest = arguments
-    values = _flag_values(f"convert {direction}")
-    _define_config(values, rest)
+    values = cli_flags.flag_values(f"convert {direction}")
+    cli_flags.define_config(values, rest)
     flags.DEFINE_string("path", None, "the directory to read: it holds `latest`, or steps", flag_values=values)
     flags.DEFINE_string("out", None, "the directory to write", flag_values=values)
     if direction == "orbax-to-sat":
         flags.DEFINE_integer("tensor_parallel", 1, "files to write", lower_bound=1, flag_values=values)
         flags.DEFINE_integer("iteration", None, "to name it by; by default the step", flag_values=values)
         flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "of the files", flag_values=values)
-    if not _parse(values, rest, ["config", "path", "out"]):
+    if not cli_flags.parse(values, rest, ["config", "path", "out"]):
         return 0
-    resolved = _load(values)
+    resolved = cli_flags.load(values)
     if not resolved.model.vocab_size:
         raise UserError("model.vocab_size is 0: say how many rows the embedding has, --config.model.vocab_size=N")
 
@@ -153,17 +169,17 @@ def corpus(arguments: Sequence[str]) -> int:
             return 0
         raise UserError(f"say what to do with the corpus: {usage}")
     action, *rest = arguments
-    values = _flag_values(f"corpus {action}")
-    _define_config(values, rest)
+    values = cli_flags.flag_values(f"corpus {action}")
+    cli_flags.define_config(values, rest)
     if action == "build":
         workers = os.cpu_count() or 1
         flags.DEFINE_integer("workers", workers, "processes that share the work", lower_bound=1, flag_values=values)
         flags.DEFINE_bool("strict", False, "stop at the first damaged record", flag_values=values)
     if action == "inspect":
         flags.DEFINE_integer("rows", 3, "training rows to show", lower_bound=0, flag_values=values)
-    if not _parse(values, rest, ["config"]):
+    if not cli_flags.parse(values, rest, ["config"]):
         return 0
-    resolved = _load(values)
+    resolved = cli_flags.load(values)
 
     from glm_jax.data import inspect, prepare
 
@@ -188,12 +204,12 @@ def corpus(arguments: Sequence[str]) -> int:
 
 def schedule(arguments: Sequence[str]) -> int:
     """Draw a pipeline schedule: which stage works on which microbatch when, its bubble and its stash."""
-    values = _flag_values("schedule")
-    flags.DEFINE_enum("name", "1f1b", configs.SCHEDULES, "the schedule", flag_values=values)
+    values = cli_flags.flag_values("schedule")
+    flags.DEFINE_enum("name", "1f1b", config_checks.SCHEDULES, "the schedule", flag_values=values)
     flags.DEFINE_integer("stages", 4, "stages of the pipeline", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("microbatches", 8, "microbatches of a step", lower_bound=1, flag_values=values)
     flags.DEFINE_string("svg", None, "also write the drawing to this file", flag_values=values)
-    if not _parse(values, arguments, []):
+    if not cli_flags.parse(values, arguments, []):
         return 0
 
     from glm_jax.files import write_atomic
@@ -211,6 +227,44 @@ def schedule(arguments: Sequence[str]) -> int:
     return 0
 
 
+def report(arguments: Sequence[str]) -> int:
+    """Draw the curves and the events of a run on one page."""
+    values = cli_flags.flag_values("report")
+    cli_flags.define_workdir(values)
+    out = "the page, .html or .png; by default report.html in the workdir"
+    flags.DEFINE_string("out", None, out, flag_values=values)
+    if not cli_flags.parse(values, arguments, ["workdir"]):
+        return 0
+
+    from glm_jax.analysis import report as reports
+
+    say(f"written: {reports.write(Path(values.workdir), Path(values.out) if values.out else None)}")
+    return 0
+
+
+def sweep(arguments: Sequence[str]) -> int:
+    """Train the members of an ablation together, and gather their results; the same command goes on."""
+    values = cli_flags.flag_values("sweep")
+    cli_flags.define_config(values, arguments)
+    cli_flags.define_workdir(values)
+    cores = os.cpu_count() or 1
+    flags.DEFINE_integer("parallel", cores, "processes at a time, of a core each", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("dry-run", False, "list the members and do nothing", flag_values=values)
+    lists = "--dry-run" in arguments
+    if not cli_flags.parse(values, arguments, ["config"] if lists else ["config", "workdir"]):
+        return 0
+    resolved = cli_flags.load(values)
+    path = Path(config_flags.get_config_filename(values["config"]))
+
+    from glm_jax.analysis import sweep as sweeps
+
+    if lists:
+        for line in sweeps.listing(resolved, path):
+            print(line)
+        return 0
+    return sweeps.run(resolved, path, Path(values.workdir), values.parallel, say)
+
+
 COMMANDS: dict[str, Command] = {
     "train": train,
     "generate": generate,
@@ -218,6 +272,8 @@ COMMANDS: dict[str, Command] = {
     "corpus": corpus,
     "config": config,
     "schedule": schedule,
+    "report": report,
+    "sweep": sweep,
 }
 
 
@@ -238,6 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         say(f"error: {error}")
         return 2
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         say("interrupted; what was finished is kept, and the same command goes on from there")
         return 130
@@ -245,81 +304,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _summary(command: Command) -> str:
     return (command.__doc__ or "").splitlines()[0]
-
-
-def _flag_values(command: str) -> flags.FlagValues:
-    """Give an empty set of flags, so that commands do not share any."""
-    values = flags.FlagValues()
-    values.set_gnu_getopt(True)
-    flags.DEFINE_bool("help", False, f"show the flags of {command}", short_name="h", flag_values=values)
-    return values
-
-
-def _define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    summary = "an experiment, such as experiments/quickstart.py; --config.KEY=VALUE after it changes a value"
-    config_flags.DEFINE_config_file(
-        "config", None, summary, flag_values=values, lock_config=True, sys_argv=["glm-jax", *arguments]
-    )
-
-
-def _define_workdir(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("workdir", None, "the folder that holds everything a run makes", flag_values=values)
-
-
-def _parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence[str]) -> bool:
-    """Parse a command's flags; False when the help was asked for and has been printed.
-
-    Raises:
-        UserError: for anything that is wrong with them.
-    """
-    if {"-h", "--help"} & set(arguments):
-        for name in values:
-            print(f"  --{name:14} {values[name].help}")
-        return False
-    try:
-        rest = values(["glm-jax", *arguments])
-    except flags.Error as error:
-        raise UserError(_one_line(error)) from error
-    except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_key(arguments, error)) from error
-    except (OSError, SyntaxError, ImportError, TypeError, ValueError, NameError) as error:
-        raise UserError(f"the experiment cannot be loaded: {_one_line(error)}") from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]}: flags are written --name=value")
-    for name in required:
-        if values[name].value in (None, ""):
-            raise UserError(f"--{name} is missing: {values[name].help}")
-    return True
-
-
-def _load(values: flags.FlagValues) -> Config:
-    """Give the resolved config that the flags describe."""
-    try:
-        return configs.resolve(values.config)
-    except OSError as error:  # config_flags raises it only now
-        raise UserError(
-            f"--config {config_flags.get_config_filename(values['config'])} cannot be read: is the path right?"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    """Give the last line of an error's message, which says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
-    """Say which `--config.KEY` does not exist, and the nearest that does."""
-    known = [key for key, _ in configs.flatten(configs.default_config())]
-    for argument in arguments:
-        key = argument.split("=")[0].removeprefix("--config.")
-        if not argument.startswith("--config."):
-            continue
-        if key.startswith("data.sources.") and key.count(".") == 3:
-            known += [f"{key.rsplit('.', 1)[0]}.{name}" for name in configs.source()]
-        if key not in known:
-            return f"unknown config key {key}: {configs.closest(key, known)}"
-    return f"unknown config key: {_one_line(error)}"
 
 
 def _list_experiments() -> int:
@@ -332,12 +316,12 @@ def _list_experiments() -> int:
 
 
 def _show_config(arguments: Sequence[str]) -> int:
-    values = _flag_values("config show")
-    _define_config(values, arguments)
+    values = cli_flags.flag_values("config show")
+    cli_flags.define_config(values, arguments)
     flags.DEFINE_bool("specs", False, "show how the mesh splits every array of the state instead", flag_values=values)
-    if not _parse(values, arguments, ["config"]):
+    if not cli_flags.parse(values, arguments, ["config"]):
         return 0
-    resolved = _load(values)
+    resolved = cli_flags.load(values)
     if values.specs:
         from glm_jax.training import specs
 

@@ -90,12 +90,14 @@ class Evaluation:
         """Give the event: `loss` over all, `loss/<source>` in nats a target token, `bits_per_byte/<source>`."""
         event: dict[str, Any] = {"event": "evaluation", "step": step}
         total, count = 0.0, 0.0
+        mine = meshes.local_rows(self._mesh, self._rows, 1).reshape(-1)
         for source, batches in self._batches.items():
             nats, targets, size = 0.0, 0.0, 0.0
             rows = min(self._limit, max(batches.rows_per_epoch, 1))  # a short text makes one row, partly empty
             for first in range(0, rows, self._rows):
                 batch = _pad_rows(batches.at(first, min(self._rows, rows - first)), self._rows)
-                losses = np.asarray(evaluate(params, meshes.place(self._mesh, batch, 1))[0], np.float64)  # [B, S]
+                share = {name: array[mine] for name, array in batch.items()}
+                losses = np.asarray(evaluate(params, meshes.place(self._mesh, share, 1))[0], np.float64)  # [B, S]
                 nats += losses.sum()
                 targets += batch["loss_mask"].sum()
                 size += (self._token_bytes[batch["targets"]] * batch["loss_mask"]).sum()

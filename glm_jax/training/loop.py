@@ -1,36 +1,38 @@
-"""The run: prepare, step, log, evaluate, save, stop on request."""
+"""The run: prepare, step, log, evaluate, save, change in mid-run, go back after a spike, stop on request."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
 
 from glm_jax.config import Config
-from glm_jax.data.blanks import OBJECTIVES
 from glm_jax.data.corpus import Shards
 from glm_jax.data.prepare import Prepared, prepare
 from glm_jax.errors import UserError
-from glm_jax.model import GLMConfig
-from glm_jax.parallel import mesh as meshes
-from glm_jax.training import engine
+from glm_jax.parallel import processes
+from glm_jax.training import interventions, precision, recipe, segment, spike
 from glm_jax.training import workdir as workdirs
 from glm_jax.training.checkpoint import Checkpoints
-from glm_jax.training.engine import EngineConfig, Sums
-from glm_jax.training.evaluation import Evaluation, training_batches
+from glm_jax.training.interventions import Record
 from glm_jax.training.monitor import Meter, Monitor, peak_flops
-from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.precision import Precision
-from glm_jax.training.step import StepConfig, TrainState, compile_steps, create_state
+from glm_jax.training.profile import Profiler
+from glm_jax.training.segment import Segment, loss_metrics
+from glm_jax.training.spike import Bands
+from glm_jax.training.step import TrainState, at_step, create_state
 
 DONE, STOPPED = 0, 3  # exit codes
+GO_ON, SAVE, STOP = 0, 1, 2  # what a process may ask of all; the largest request holds
+
+Say = Callable[[str], None]
 
 
 class StopRequest:
@@ -54,185 +56,296 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def engine_config(config: Config, glm: GLMConfig, num_tokens: int) -> EngineConfig:
-    """Give all that gradients depend on."""
-    return EngineConfig(
-        model=glm,
-        num_tokens=num_tokens,
-        objectives=len(OBJECTIVES),
-        compute=config.train.precision,
-        schedule=config.pipeline.schedule,
-        keep=config.pipeline.stash,
-        normalization=config.train.loss_normalization,
-        zero=config.mesh.zero,
-    )
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands."""
+
+    state: TrainState
+    step: int = 0
+    samples: int = 0
+    bands: Bands = Bands()
+    stopping: bool = False
+    saved: int | None = None  # the step of the last checkpoint asked for
+    spiked: int | None = None  # the step of the last spike that was not gone back from
 
 
-def step_config(config: Config, glm: GLMConfig, num_tokens: int) -> StepConfig:
-    """Give all that a step depends on; `num_tokens` are the real rows of the vocabulary."""
-    return StepConfig(
-        engine=engine_config(config, glm, num_tokens),
-        optimizer=OptimizerConfig.from_config(config),
-        precision=Precision.from_config(config),
-        embedding_shrink=config.train.embedding_shrink,
-        seed=config.seed,
-    )
+class Run:
+    """One process's part of a run, from the newest good checkpoint (or the start) to the last step."""
 
+    def __init__(self, config: Config, workdir: Path, say: Say) -> None:
+        """Check everything and prepare the data.
 
-def build_mesh(config: Config) -> jax.sharding.Mesh:
-    """Build the mesh and check that the model and the batch can be laid over it, before any data is read.
+        Args:
+            config: resolved.
+            workdir: made if need be; goes on if it holds a checkpoint.
+            say: told one line at a time.
 
-    Raises:
-        UserError: too few devices, or a size that does not divide.
-    """
-    mesh = meshes.build({axis: config.mesh[axis] for axis in meshes.AXES})
-    pieces = config.model.vocab_multiple  # what divides this divides the vocabulary, which is a multiple of it
-    glm = GLMConfig.from_section(config.model.to_dict(), pieces, config.data.seq_length)
-    train = config.train
-    engine.check(
-        engine_config(config, glm, pieces), mesh, train.global_batch, train.microbatches, config.data.seq_length
-    )
-    return mesh
+        Raises:
+            UserError: anything about the config, the data, the mesh or the workdir that does not fit; nothing is
+                written to the workdir then.
+        """
+        if not config.data.sources:
+            raise UserError("data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
+        self.config, self.workdir = config, workdir
+        self.say = say if processes.is_first() else lambda line: None
+        self.prepared = segment.ready(config, workdir, self._prepare)
+        if processes.is_first():
+            workdirs.write(workdir, config, self.prepared.tokenizer)
+        processes.wait_for_all()
+        self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every, self.say)
+        self.stop = StopRequest()
+        self._last_save = time.monotonic()
 
-
-def loss_metrics(sums: Sums) -> dict[str, float]:
-    """Turn sums by objective into `loss` and `loss/<objective>`, nats a target token; absent objectives stay out."""
-    losses, targets = np.asarray(sums.loss, np.float64), np.asarray(sums.targets, np.float64)
-    metrics = {"loss": float(losses.sum() / max(targets.sum(), 1.0))}
-    for name, loss, count in zip(OBJECTIVES, losses, targets, strict=True):
-        if count:
-            metrics[f"loss/{name}"] = float(loss / count)
-    return metrics
-
-
-class Loop:
-    """One process's part of a run, from the newest checkpoint (or the start) to the last step."""
-
-    def __init__(self, config: Config, workdir: Path, prepared: Prepared) -> None:
-        self.config, self.workdir, self.prepared = config, workdir, prepared
-        glm = workdirs.model_config(config, prepared.tokenizer)
-        self.cfg = step_config(config, glm, prepared.tokenizer.size)
-        self.mesh = build_mesh(config)
-        self.batches = training_batches(config, prepared)
-        self.evaluation = Evaluation(config, prepared, self.mesh)
-        self.train, self.evaluate = compile_steps(self.cfg, self.mesh)
-
-    def run(self, say: Callable[[str], None]) -> int:
-        """Train to the last step, or until asked to stop. Returns the exit code."""
-        checkpoints = Checkpoints(self.workdir, self.config.train.keep)
-        try:
-            state, step = self._start(checkpoints, say)
-            if step >= self.config.train.steps:
-                say(f"{self.workdir} is finished: step {step} of {self.config.train.steps}")
-                return DONE
-            with StopRequest().listening() as stop:
-                monitor = Monitor(self.workdir, self.config.train.steps, step)
-                try:
-                    step = self._steps(state, step, checkpoints, monitor, stop)
-                finally:
-                    monitor.close()
-        finally:
-            checkpoints.close()
-        if step < self.config.train.steps:
-            say(f"stopped: step {step} is saved in {self.workdir}; the same command goes on from there")
-            return STOPPED
-        return DONE
+    def _prepare(self, config: Config) -> Prepared:
+        """Prepare data: the first process alone, then the others, which find most of it in the cache."""
+        if not processes.is_first():
+            processes.wait_for_all()
+        prepared = prepare(config, self.say)
+        if processes.is_first():
+            processes.wait_for_all()
+        return prepared
 
     def heldout(self) -> dict[str, Shards]:
         """Give the held-out documents of each source."""
         return {source: splits["heldout"] for source, splits in self.prepared.shards.items()}
 
-    def _start(self, checkpoints: Checkpoints, say: Callable[[str], None]) -> tuple[TrainState, int]:
-        if checkpoints.latest_step() is None:
-            state = create_state(self.cfg, self.mesh)
-            say(f"model: {self.cfg.engine.model.num_parameters:,} parameters, mesh {dict(self.mesh.shape)}")
-            return state, 0
-        restored = checkpoints.restore(self.cfg, self.mesh)
-        step = restored.run["step"]
-        say(f"going on from step {step}, sample {restored.run['samples']:,}")
-        return restored.state, step
+    def go(self) -> int:
+        """Train to the last step, or until asked to stop. Returns the exit code."""
+        with self.stop.listening():
+            return self._go()
 
-    def _steps(
-        self, state: TrainState, step: int, checkpoints: Checkpoints, monitor: Monitor, stop: StopRequest
-    ) -> int:
-        """Run steps from `step`; returns the step reached, which is saved."""
-        train, rows = self.config.train, self.config.train.global_batch
-        samples = int(state.samples)
-        if step == 0 and train.eval_every:
-            self._evaluate(state, 0, monitor)
-        meter = Meter(self.cfg.engine, self.config.data.seq_length, peak_flops(self.mesh))
-        mine = meshes.local_rows(self.mesh, rows, train.microbatches).reshape(-1)
-        stream = self.batches.prefetched(samples, rows, mine)
-        saved, previous = checkpoints.latest_step(), None
-        while step < train.steps and not stop.requested:
+    def _go(self) -> int:
+        try:
+            progress, part = self._start()
+            last = part.config.train.steps
+            if progress.step >= last:
+                self.say(f"{self.workdir} is finished: step {progress.step} of {last}")
+                return DONE
+            self.monitor = Monitor(
+                self.workdir, last, progress.step, primary=processes.is_first(), wandb_project=self.config.train.wandb
+            )
+            self.profiler = Profiler(self.workdir, self.config.train.profile)
+            try:
+                last = self._segments(progress, part)
+            finally:
+                self.profiler.close()
+                self.checkpoints.close()
+                for event in self.checkpoints.events():
+                    self.monitor.log(event)
+                self.monitor.close()
+        finally:
+            self.checkpoints.close()
+        if unsaved := self.checkpoints.unsaved():
+            raise UserError(f"step {progress.step} could not be saved ({unsaved}): make room, then the same command "
+                            "goes on from the newest checkpoint")  # fmt: skip
+        if progress.step < last:
+            self.say(f"stopped: step {progress.step} is saved in {self.workdir}; the same command goes on from there")
+            return STOPPED
+        return DONE
+
+    def _start(self) -> tuple[Progress, Segment]:
+        """Give the state of the newest good checkpoint, or a new one, and what it goes on with."""
+        part = Segment(self.config, self.prepared)
+        restored = self.checkpoints.restore(part.cfg, part.mesh)
+        if restored is None:
+            self.record = Record(self.workdir, 0, primary=processes.is_first())
+            self.say(f"model: {part.cfg.engine.model.num_parameters:,} parameters, mesh {dict(part.mesh.shape)}")
+            progress, before = Progress(create_state(part.cfg, part.mesh)), None
+        else:
+            progress, before = self._restored(restored), restored.run["numbers"]
+            self.record = Record(self.workdir, progress.step, primary=processes.is_first())
+            self.say(f"going on from step {progress.step}, sample {progress.samples:,}")
+        return progress, self._next_segment(progress, part, before)
+
+    def _restored(self, restored: Any) -> Progress:
+        run = restored.run
+        bands = Bands.from_json(run["bands"])
+        return Progress(restored.state, run["step"], run["samples"], bands, saved=run["step"])
+
+    def _next_segment(self, progress: Progress, part: Segment, before: Mapping[str, Any] | None) -> Segment:
+        """Give what holds after `progress`, and write down what has changed against the numbers `before`."""
+        step, skipped = progress.step, self.record.skipped()
+        config = interventions.effective(self.config, step, skipped)
+        now = interventions.numbers(config)
+        if before is not None:
+            before = interventions.after_spikes(before, skipped)  # their own lines say so
+            due = {key for at, values in self.config.interventions if at <= step for key in values}
+            changes = interventions.changes(before, now)
+            for cause, own in (("planned", due), ("config", changes.keys() - due)):
+                if mine := {key: pair for key, pair in changes.items() if key in own}:
+                    self.record.add(step, progress.samples, cause, mine)
+                    shown = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in mine.items())
+                    self.say(f"from step {step} on ({cause}): {shown}")
+            if before.get("train.precision") != now["train.precision"]:
+                scale = precision.initial_loss_scale(segment.LossScaleConfig.from_config(config))
+                progress.state = at_step(part.mesh, progress.state, step, progress.samples, scale)
+        if config == part.config:
+            return part
+        part.close()
+        same = config.data == part.config.data
+        return Segment(config, part.prepared if same else segment.ready(config, self.workdir, self._prepare))
+
+    def _segments(self, progress: Progress, part: Segment) -> int:
+        """Go on until the last step or a request to stop, and save; returns the run's last step."""
+        if progress.step == 0 and part.config.train.eval_every:
+            self._evaluate(progress, part)
+        while progress.step < part.config.train.steps and not progress.stopping:
+            last = part.config.train.steps
+            back = self._steps(progress, part, interventions.next_step(self.config, progress.step, last))
+            if back:
+                part = self._go_back(progress, part, back)
+            elif not progress.stopping:
+                if progress.step >= last and progress.saved != progress.step:
+                    self._save(progress, part)  # with the config that it was reached with, as all are
+                part = self._next_segment(progress, part, interventions.numbers(part.config))
+        if progress.saved != progress.step:
+            self._save(progress, part)
+        part.close()
+        return part.config.train.steps
+
+    def _steps(self, progress: Progress, part: Segment, until: int) -> dict[str, Any] | None:
+        """Take steps up to `until`, or a stop; returns what was seen of a spike that is to be gone back from."""
+        config = part.config
+        meter = Meter(part.cfg.engine, config.data.seq_length, peak_flops(part.mesh))
+        rollbacks, previous = config.train.spike.rollbacks, None
+        watching = rollbacks > 0 or self.config.train.spike.rollbacks > 0  # also when they are used up
+        while progress.step < until and not progress.stopping:
+            if self._pass_over(progress, part):
+                continue
+            rows = recipe.batch_rows(config, progress.samples)
+            chosen = recipe.describe(config, progress.step + 1, progress.samples)
             with meter.waiting():
-                batch = next(stream)
-            state, metrics = self.train(state, meshes.place(self.mesh, batch, train.microbatches))
-            step, samples = step + 1, samples + rows
-            jax.block_until_ready(previous)  # at most one step ahead, so that a request to stop is met at once
-            previous = metrics
+                batch = part.batch(progress.samples, rows)
+            self.profiler.before(progress.step + 1)
+            progress.state, metrics = part.train(progress.state, batch, rows, chosen, self._request(config))
+            self.profiler.after(progress.step + 1, metrics)
+            progress.step, progress.samples = progress.step + 1, progress.samples + rows
+            # At most one step ahead, so that a request is met at once; not at all where each step is watched.
+            settled, previous = (metrics if watching else previous), metrics
+            jax.block_until_ready(settled)
             meter.count(rows, int((batch["segments"] > 0).sum()))
-            shown = None
-            if step % train.log_every == 0 or step == train.steps:
-                shown = self._log(metrics, step, samples, meter, monitor)
-            monitor.progress(1, shown)
-            # Evaluated before it is saved: a checkpoint's step has its evaluation in the record.
-            if train.eval_every and (step % train.eval_every == 0 or step == train.steps):
-                self._evaluate(state, step, monitor)
+            if watching and (seen := self._spike(progress, config, metrics)):
+                if rollbacks:
+                    return seen
+                self._bear(progress, seen)
+            request = int(settled["requests"]) if settled else GO_ON
+            progress.stopping = request == STOP
+            self._report(progress, part, metrics, chosen, meter)
+            if progress.step % config.train.save_every == 0 or request == SAVE:
+                self._save(progress, part)
                 meter.restart()
-            if step % train.save_every == 0:
-                checkpoints.save(self.cfg, self.mesh, state, self._record(step, samples))
-                saved = step
-                meter.restart()
-        if saved != step:
-            checkpoints.save(self.cfg, self.mesh, state, self._record(step, samples))
-        return step
+                previous = None  # what it asked for is done
+        return None
 
-    def _log(self, metrics: Mapping[str, Any], step: int, samples: int, meter: Meter, monitor: Monitor) -> dict:
-        values = {name: float(value) for name, value in metrics.items() if name != "sums"}
-        event = {
-            "event": "train",
-            "step": step,
-            "samples": samples,
-            **values,
-            "tokens": int(values["tokens"]),
-            "skipped": int(values["skipped"]),
-            **loss_metrics(metrics["sums"]),
-            **meter.read(),
-        }
-        monitor.log(event)
-        shown = {name.removeprefix("loss/"): f"{event[name]:.3f}" for name in event if name.startswith("loss/")}
-        return {**shown, "tokens/s": f"{event['tokens_per_second']:,.0f}", "mfu": f"{event['mfu']:.1%}"}
+    def _request(self, config: Config) -> int:
+        """Say what this process asks of all; the clock is the first one's."""
+        if self.stop.requested:
+            return STOP
+        minutes, passed = config.train.save_minutes, time.monotonic() - self._last_save
+        return SAVE if minutes and processes.is_first() and passed > 60 * minutes else GO_ON
 
-    def _evaluate(self, state: TrainState, step: int, monitor: Monitor) -> None:
-        event = self.evaluation.run(self.evaluate, state.params, step)
-        monitor.log(event)
+    def _pass_over(self, progress: Progress, part: Segment) -> bool:
+        """Pass over the steps that are to be skipped next; False when there are none."""
+        step, samples = recipe.pass_over(part.config, progress.step, progress.samples)
+        if step == progress.step:
+            return False
+        self.monitor.say(f"steps {progress.step + 1} to {step} are passed over with their data")
+        self.monitor.progress(step - progress.step)
+        progress.state = at_step(part.mesh, progress.state, step, samples)
+        progress.step, progress.samples = step, samples
+        return True
+
+    def _spike(self, progress: Progress, config: Config, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+        loss, norm = loss_metrics(metrics["sums"])["loss"], float(metrics["grad_norm"])
+        progress.bands, reason = spike.watch(config, progress.bands, loss, norm)
+        seen = {"step": progress.step, "loss": loss, "grad_norm": norm, "reason": reason}
+        return None if reason is None else seen
+
+    def _bear(self, progress: Progress, seen: dict[str, Any]) -> None:
+        """Tell of a spike after which the run goes on, as it has gone back often enough; once for steps in a row."""
+        if progress.spiked != seen["step"] - 1:
+            self.monitor.log({"event": "spike", **seen})
+            self.monitor.say(
+                f"spike at step {seen['step']}: {seen['reason']}; going on, train.spike.rollbacks are used up"
+            )
+        progress.spiked = seen["step"]
+
+    def _go_back(self, progress: Progress, part: Segment, seen: dict[str, Any]) -> Segment:
+        """Restore the last good checkpoint before a spike and pass over the data from there to it."""
+        restored = self.checkpoints.restore(part.cfg, part.mesh, at_most=seen["step"] - 1)
+        back = self._restored(restored) if restored else Progress(create_state(part.cfg, part.mesh))
+        self.record.forget(back.step)
+        skipped, known = (back.step + 1, seen["step"]), self.record.skipped()
+        before, after = (
+            interventions.numbers(interventions.effective(self.config, back.step, pairs))
+            for pairs in (known, [*known, skipped])
+        )
+        change = interventions.changes(before, after)
+        self.record.add(back.step, back.samples, "spike", change, skipped=skipped, seen=seen)
+        self.monitor.rewind(back.step)
+        self.monitor.say(
+            f"spike at step {seen['step']}: {seen['reason']}; going back to step {back.step}, the data up to the spike "
+            f"is passed over ({len(known) + 1} of {self.config.train.spike.rollbacks} times)"
+        )
+        progress.state, progress.step, progress.samples = back.state, back.step, back.samples
+        progress.bands, progress.saved = back.bands, back.saved
+        part = self._next_segment(progress, part, restored and restored.run["numbers"])
+        if restored is None:  # with the loss scale of the config that the run began with
+            progress.state = create_state(part.cfg, part.mesh)
+        return part
+
+    def _report(
+        self, progress: Progress, part: Segment, metrics: Mapping[str, Any], chosen: Mapping[str, float], meter: Meter
+    ) -> None:
+        """Log and evaluate after a step where it is due, and say what became of earlier checkpoints."""
+        train, step = part.config.train, progress.step
+        last, shown = step == train.steps, None
+        if step % train.log_every == 0 or last:
+            event = train_event(progress, metrics, chosen) | meter.read()
+            self.monitor.log(event)
+            losses = {name.removeprefix("loss/"): f"{event[name]:.3f}" for name in event if name.startswith("loss/")}
+            shown = {**losses, "tokens/s": f"{event['tokens_per_second']:,.0f}", "mfu": f"{event['mfu']:.1%}"}
+        self.monitor.progress(1, shown)
+        # Evaluated before it is saved: a checkpoint's step has its evaluation in the record.
+        if train.eval_every and (step % train.eval_every == 0 or last):
+            self._evaluate(progress, part)
+            meter.restart()
+        for event in self.checkpoints.events():
+            self.monitor.log(event)
+
+    def _evaluate(self, progress: Progress, part: Segment) -> None:
+        event = part.evaluate(progress.state, progress.step)
+        self.monitor.log(event)
         shown = [f"{name} {value:.4f}" for name, value in event.items() if name not in ("event", "step")]
-        monitor.say(f"held-out at step {step}: " + ", ".join(shown))
+        self.monitor.say(f"held-out at step {progress.step}: " + ", ".join(shown))
 
-    def _record(self, step: int, samples: int) -> dict[str, Any]:
+    def _save(self, progress: Progress, part: Segment) -> None:
         versions = {name: importlib.metadata.version(name) for name in ("glm-jax", "jax", "orbax-checkpoint")}
-        return {"step": step, "samples": samples, "sources": self.prepared.digests, "versions": versions}
+        run = {
+            "step": progress.step,
+            "samples": progress.samples,
+            "bands": progress.bands.to_json(),
+            "numbers": interventions.numbers(part.config),
+            "sources": part.prepared.digests,
+            "versions": versions,
+        }
+        self.checkpoints.save(part.cfg, part.mesh, progress.state, run)
+        progress.saved, self._last_save = progress.step, time.monotonic()
 
 
-def ready(config: Config, workdir: Path, say: Callable[[str], None]) -> Loop:
-    """Check everything, prepare the data, and give the run, ready to start or to go on.
-
-    Args:
-        config: resolved.
-        workdir: made if need be; goes on if it holds a checkpoint.
-        say: told one line at a time.
-
-    Raises:
-        UserError: anything about the config, the data, the mesh or the workdir that does not fit; nothing is
-            written to the workdir then.
-    """
-    if not config.data.sources:
-        raise UserError("data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
-    workdirs.check(workdir, config)
-    build_mesh(config)  # a mesh that cannot be should be said before minutes of data preparation
-    prepared = prepare(config, say)
-    workdirs.check_tokenizer(workdir, prepared.tokenizer)
-    loop = Loop(config, workdir, prepared)
-    workdirs.write(workdir, config, prepared.tokenizer)
-    return loop
+def train_event(progress: Progress, metrics: Mapping[str, Any], chosen: Mapping[str, float]) -> dict[str, Any]:
+    """Give the event of the step that `progress` has just taken."""
+    values = {name: float(value) for name, value in metrics.items() if getattr(value, "ndim", None) == 0}
+    del values["requests"]
+    whole = {name: int(values[name]) for name in ("tokens", "skipped")}
+    return {
+        "event": "train",
+        "step": progress.step,
+        "samples": progress.samples,
+        **loss_metrics(metrics["sums"]),
+        **values,
+        **whole,
+        "embedding_shrink": chosen["embedding_shrink"],
+        "batch": chosen["batch"],
+        "activation_rms": [float(value) for value in metrics["activation_rms"]],
+    }

@@ -1,25 +1,23 @@
-"""What a run reports: one monitor, three sinks (console with a progress bar, metrics.jsonl, TensorBoard)."""
+"""What a run reports and measures: a monitor over the console's progress bar and the sinks, and a meter of speed."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from glm_jax.files import write_atomic
+from glm_jax.errors import UserError
+from glm_jax.model import GLMConfig
 from glm_jax.training.engine import EngineConfig
-
-Event = Mapping[str, Any]
+from glm_jax.training.sinks import METRICS, Event, Jsonl, Sink, TensorBoard, WeightsAndBiases
 
 # Dense half-precision peaks in FLOP/s a device, from the makers' data sheets, by the start of jax's device_kind.
 PEAK_FLOPS = {
@@ -62,22 +60,36 @@ def peak_flops(mesh: jax.sharding.Mesh) -> float:
 
 
 class Monitor:
-    """Writes events to every sink. An event is a flat mapping with `event` and `step`.
+    """Writes events to every sink and moves the bar. An event is a flat mapping with `event` and `step`.
+
+    Values are numbers, lists of a number a layer, or text; text stays out of TensorBoard and Weights & Biases.
 
     Args:
         workdir: metrics.jsonl and tensorboard/ are made in it.
         total_steps: of the run, for the progress bar.
         first_step: where this process starts; what an earlier one logged beyond it is dropped, since those steps will
             be done again.
+        primary: whether this process reports; the others write and show nothing.
+        wandb_project: a Weights & Biases project to report to as well.
+
+    Raises:
+        UserError: the workdir cannot be written to, or wandb is asked for and not installed.
     """
 
-    def __init__(self, workdir: Path, total_steps: int, first_step: int) -> None:
-        self._path = workdir / "metrics.jsonl"
+    def __init__(
+        self, workdir: Path, total_steps: int, first_step: int, *, primary: bool = True, wandb_project: str = ""
+    ) -> None:
+        self._sinks: list[Sink] = []
+        self._failing: set[Sink] = set()
         done = first_step or -1  # a run that starts at 0 evaluates step 0 again
-        _drop_after(self._path, done)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        suffix = f".{first_step}"  # files are named by the second, and two starts may share one
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=done + 1, filename_suffix=suffix)
+        if primary and wandb_project:
+            self._sinks.append(WeightsAndBiases(workdir, wandb_project))
+        if primary:
+            try:
+                self._sinks.append(Jsonl(workdir / METRICS, done))
+            except OSError as error:
+                raise UserError(f"{workdir / METRICS} cannot be written: {error.strerror}, make room for it") from error
+            self._sinks.append(TensorBoard(workdir / "tensorboard", done))
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -85,15 +97,36 @@ class Monitor:
             unit="step",
             dynamic_ncols=True,
             file=sys.stderr,
+            disable=not primary,
         )
 
     def log(self, event: Event) -> None:
-        """Write one event to metrics.jsonl and TensorBoard."""
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
-        for name, value in event.items():
-            if name not in ("event", "step"):
-                self._board.add_scalar(f"{event['event']}/{name}", value, event["step"])
+        """Write one event to every sink. One that cannot is named once, and the run goes on."""
+        for sink in self._sinks:
+            self._attempt(sink, lambda sink=sink: sink.write(event))
+
+    def _attempt(self, sink: Sink, act: Callable[[], None]) -> None:
+        try:
+            act()
+            self._failing.discard(sink)
+        except OSError as error:
+            if sink not in self._failing:
+                self.say(f"{sink.name} cannot be written ({error.strerror}); training goes on")
+            self._failing.add(sink)
+
+    def rewind(self, step: int) -> None:
+        """Forget the events after `step`, to which the run goes back, and move the bar there.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        for sink in self._sinks:
+            try:
+                sink.rewind(step)
+            except OSError as error:
+                raise UserError(f"{sink.name} cannot go back to step {step}: {error.strerror}, make room") from error
+        self._bar.update(step - self._bar.n)
+        self._bar.refresh()
 
     def progress(self, steps: int, shown: Mapping[str, str] | None = None) -> None:
         """Move the bar on, and change what it shows."""
@@ -103,34 +136,64 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._bar.write(line, file=sys.stderr)
+        if not self._bar.disable:
+            self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Flush and close every sink."""
+        for sink in self._sinks:
+            self._attempt(sink, sink.close)
         self._bar.close()
-        self._file.close()
-        self._board.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the events up to `step`, and drop a last line that was cut off."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if event["step"] <= step:
-            kept.append(line + "\n")
-    write_atomic(path, "".join(kept))
+def summary(event: Event) -> dict[str, str]:
+    """Give what the bar shows of a train event: losses by objective, gradient norm, tokens/s, MFU."""
+    shown = {name.removeprefix("loss/"): f"{event[name]:.3f}" for name in event if name.startswith("loss/")}
+    return {
+        **shown,
+        "grad": f"{event['grad_norm']:.2f}",
+        "tokens/s": f"{event['tokens_per_second']:,.0f}",
+        "mfu": f"{event['mfu']:.1%}",
+    }
+
+
+def published_flops(cfg: GLMConfig, rows: int, sequence: int, passes: int) -> float:
+    """Floating-point operations of one step by the formula of GLM-130B's training code, which its log quotes.
+
+    24 c B s N h^2 (1 + s / 6h + V / 16 N h), with B rows of s tokens, N layers, hidden size h and V rows of the
+    embedding; c is `passes`: 3 for forward and backward, 4 with the forward computed again. It takes a feed-forward of
+    8 h^2 weights a layer, which GLM-130B's GeGLU has. The head, never computed again, is counted right for 4 passes;
+    for 3 it counts as 3/4 of that, as the paper's MFU is 3/4 of its HFU.
+    """
+    hidden, layers = cfg.hidden_size, cfg.num_layers
+    attention, head = sequence / (6 * hidden), cfg.vocab_size / (16 * layers * hidden)
+    return 24 * passes * rows * sequence * layers * hidden**2 * (1 + attention + head)
+
+
+def peak_memory() -> int:
+    """Give the most bytes that were in use at once: on the fullest of this process's accelerators, or by the process.
+
+    An accelerator counts its own memory; on CPU it is the process's resident memory.
+    """
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices)
 
 
 class Meter:
-    """Measures speed between two reads."""
+    """Measures speed between two reads.
+
+    Args:
+        cfg: its model's arithmetic and what its backward pass computes again are counted.
+        sequence: tokens a row.
+        peak: FLOP/s of the whole mesh, see `peak_flops`.
+    """
 
     def __init__(self, cfg: EngineConfig, sequence: int, peak: float) -> None:
+        passes = 3 if cfg.keep == "all" else 4
+        self._published = [published_flops(cfg.model, 1, sequence, count) for count in (3, passes)]
         self._row_flops = 3 * cfg.model.forward_flops(sequence)  # forward, and a backward of twice its work
         self._hardware = (3 + RECOMPUTED[cfg.keep]) / 3
         self._peak = peak
@@ -157,14 +220,19 @@ class Meter:
 
         Returns:
             `tokens_per_second`; `mfu`, the share of the peak that the model's own arithmetic makes; `hfu`, that with
-            what the backward pass computes again; `data_wait`, the share of time that the step waited for data.
+            what the backward pass computes again; `mfu_formula` and `hfu_formula`, the same by `published_flops`;
+            `data_wait`, the share of time that the step waited for data; `memory`, see `peak_memory`.
         """
         elapsed = time.perf_counter() - self._start
-        mfu = self._rows * self._row_flops / elapsed / self._peak
+        row_rate = self._rows / elapsed / self._peak
+        mfu = row_rate * self._row_flops
         values = {
             "tokens_per_second": self._tokens / elapsed,
             "mfu": mfu,
             "hfu": mfu * self._hardware,
+            "mfu_formula": row_rate * self._published[0],
+            "hfu_formula": row_rate * self._published[1],
+            "memory": peak_memory(),
             "data_wait": self._wait / elapsed,
         }
         self.restart()

@@ -14,7 +14,7 @@ from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import partition
 from glm_jax.training import engine
-from glm_jax.training.loop import step_config
+from glm_jax.training.segment import step_config
 from glm_jax.training.step import init_state, state_specs
 
 

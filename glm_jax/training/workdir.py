@@ -24,7 +24,7 @@ def check(workdir: Path, config: Config) -> None:
     Raises:
         UserError: the workdir was made with other values of the frozen keys, or is not one of ours.
     """
-    _check_writable(workdir)
+    check_writable(workdir)
     if not (workdir / CONFIG).exists():
         return
     before = dict(configs.flatten(read_config(workdir)))
@@ -38,7 +38,12 @@ def check(workdir: Path, config: Config) -> None:
             )
 
 
-def _check_writable(workdir: Path) -> None:
+def check_writable(workdir: Path) -> None:
+    """Check that a workdir is there and can be written to, or can be made; writes nothing.
+
+    Raises:
+        UserError: neither.
+    """
     try:
         nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     except OSError as error:  # a name too long, or a parent that may not be searched

@@ -1,20 +1,59 @@
 """The record of a run: what is written, and what a resumed run drops because it will be done again."""
 
+import io
 import json
+import re
+import struct
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
 
+from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
+from glm_jax.training import sinks
 from glm_jax.training.engine import EngineConfig
-from glm_jax.training.monitor import Meter, Monitor, matmul_rate, peak_flops
+from glm_jax.training.monitor import (
+    Meter,
+    Monitor,
+    matmul_rate,
+    peak_flops,
+    peak_memory,
+    published_flops,
+    summary,
+)
+from glm_jax.training.profile import Profiler
+
+GLM_130B = GLMConfig(70, 12288, 96, 32768, 150528)
 
 
 def read(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def board(workdir: Path) -> dict[str, dict[int, float]]:
+    """Read {name: {step: value}} from all event files in order, as TensorBoard does: a start drops later steps."""
+    values: dict[str, dict[int, float]] = {}
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + length])  # pyright: ignore[reportAttributeAccessIssue]
+            content = content[12 + length + 4 :]
+            if event.HasField("session_log"):
+                values = {name: {s: v for s, v in found.items() if s < event.step} for name, found in values.items()}
+            for value in event.summary.value:
+                values.setdefault(value.tag, {})[event.step] = value.simple_value
+    return values
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_a_torn_line(tmp_path: Path) -> None:
@@ -28,7 +67,153 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_a_torn_line(tmp_
     monitor.log({"event": "train", "step": 3, "loss": 0.5})
     monitor.close()
     assert read(tmp_path) == [{"event": "train", "step": s, "loss": loss} for s, loss in ((1, 1.0), (2, 0.5), (3, 0.5))]
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert board(tmp_path) == {"train/loss": {1: 1.0, 2: 0.5, 3: 0.5}}
+
+
+def test_lists_become_a_scalar_a_layer_and_text_stays_in_the_jsonl(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, total_steps=9, first_step=0)
+    rms = [float(layer) for layer in range(11)]
+    written = [
+        {"event": "train", "step": 1, "loss": 2.0, "activation_rms": rms},
+        {"event": "checkpoint", "step": 1, "error": "disk full"},
+        {"event": "start", "step": 1, "versions": {"jax": "1"}},
+    ]
+    for event in written:
+        monitor.log(event)
+    monitor.close()
+    assert read(tmp_path) == written
+    layers = {f"train/activation_rms/layer_{layer:02d}": {1: float(layer)} for layer in range(11)}
+    assert board(tmp_path) == {"train/loss": {1: 2.0}, **layers}
+
+
+def test_going_back_drops_the_events_after_a_step_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = Monitor(tmp_path, total_steps=9, first_step=0)
+    for step in (1, 2, 3, 4):
+        monitor.log({"event": "train", "step": step, "loss": 8.0})
+        monitor.progress(1)
+    monitor.rewind(2)
+    monitor.progress(1)
+    monitor.log({"event": "train", "step": 3, "loss": 0.5})
+    monitor.close()
+    assert [(event["step"], event["loss"]) for event in read(tmp_path)] == [(1, 8.0), (2, 8.0), (3, 0.5)]
+    assert board(tmp_path) == {"train/loss": {1: 8.0, 2: 8.0, 3: 0.5}}
+    shown = capsys.readouterr().err
+    assert re.findall(r"(\d)/9", shown)[-1] == "3" and "2/9" in shown
+
+
+def test_only_the_primary_process_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = Monitor(tmp_path, total_steps=9, first_step=0, primary=False, wandb_project="none")
+    monitor.log({"event": "train", "step": 1, "loss": 2.0})
+    monitor.progress(1, {"loss": "2.0"})
+    monitor.say("a line")
+    monitor.rewind(0)
+    monitor.close()
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == ""
+
+
+class FullDisk(io.BytesIO):
+    """A file on a disk with room for some bytes, then for more once `room` is raised."""
+
+    room = 20
+
+    def write(self, data: Any) -> int:
+        written = min(len(data), self.room - self.tell())
+        if not written:
+            raise OSError(28, "No space left on device")
+        return super().write(data[:written])
+
+
+def test_a_full_disk_is_said_once_and_loses_no_event(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = Monitor(tmp_path, total_steps=9, first_step=0)
+    jsonl = next(sink for sink in monitor._sinks if isinstance(sink, sinks.Jsonl))
+    jsonl._file.close()
+    full = FullDisk()
+    monkeypatch.setattr(jsonl, "_file", full)
+    events = [{"event": "train", "step": step, "loss": 1.0} for step in (1, 2, 3)]
+    monitor.log(events[0])
+    monitor.log(events[1])
+    full.room = 10**6
+    monitor.log(events[2])
+    assert full.getvalue().decode().splitlines() == [json.dumps(event) for event in events]
+    monitor.close()
+    assert capsys.readouterr().err.count("metrics.jsonl cannot be written (No space left on device)") == 1
+
+
+def test_after_a_full_disk_tensorboard_goes_on_in_another_file(tmp_path: Path) -> None:
+    sink = sinks.TensorBoard(tmp_path / "tensorboard", -1)
+    sink.write({"event": "train", "step": 1, "loss": 2.0})
+    sink.close()
+    sink._writer = RecordWriter(str(tmp_path / "full"))
+    assert sink._writer._writer is not None
+    sink._writer._writer.close()
+    sink._writer._writer = FullDisk()
+    with pytest.raises(OSError, match="No space"):
+        sink.write({"event": "train", "step": 2, "loss": 2.0})
+    sink.write({"event": "train", "step": 3, "loss": 3.0})
+    sink.close()
+    assert board(tmp_path) == {"train/loss": {1: 2.0, 3: 3.0}}
+
+
+class Wandb(ModuleType):
+    """As much of the package wandb as a run uses."""
+
+    class Error(Exception):
+        """What every failure of wandb is."""
+
+    def __init__(self, online: bool) -> None:
+        super().__init__("wandb")
+        self.online, self.started, self.logged, self.finished = online, [], [], 0
+
+    def init(self, **options: Any) -> Any:
+        self.started.append(options)
+        if not self.online and options.get("mode") != "offline":
+            raise self.Error("api_key not configured")
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_weights_and_biases_follow_one_run_over_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: bool
+) -> None:
+    wandb = Wandb(online)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for first in (0, 1):
+        monitor = Monitor(tmp_path / "run", total_steps=9, first_step=first, wandb_project="glm")
+        monitor.log({"event": "train", "step": first + 1, "loss": 2.0, "activation_rms": [1.0], "error": "text"})
+        monitor.rewind(first)
+        monitor.close()
+    assert len(wandb.started) == (2 if online else 4) and wandb.finished == 2
+    assert {(run["project"], run["name"], run["resume"]) for run in wandb.started} == {("glm", "run", "allow")}
+    assert len({run["id"] for run in wandb.started}) == 1 and len(wandb.started[0]["id"]) == 16
+    assert wandb.started[-1].get("mode") == (None if online else "offline")
+    values = {"train/loss": 2.0, "train/activation_rms/layer_00": 1.0}
+    assert wandb.logged == [{"step": 1, **values}, {"step": 2, **values}]
+
+
+def test_a_project_without_the_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        Monitor(tmp_path, total_steps=9, first_step=0, wandb_project="glm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_metrics_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written: Is a directory"):
+        Monitor(tmp_path, total_steps=9, first_step=0)
 
 
 def test_a_run_that_starts_again_at_0_drops_its_first_evaluation(tmp_path: Path) -> None:
@@ -59,6 +244,73 @@ def test_the_meter_counts_from_the_last_read() -> None:
     assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 4 / 30 * 3 * cfg.forward_flops(8) / 1e9)
     assert first["hfu"] == pytest.approx(first["mfu"] * 5 / 3)
     assert meter.read()["tokens_per_second"] == 0
+
+
+def test_the_formula_reproduces_the_training_log_of_glm_130b() -> None:
+    for rows, seconds, teraflops in ((4224, 88.5, 134.1), (6144, 122.5, 141.0)):
+        rate = published_flops(GLM_130B, rows, 2048, passes=4) / (seconds * 768)
+        assert round(rate / 1e12, 1) == teraflops
+    # With 4 passes it counts the head, which is not computed again, right: exact for a GeGLU of 8/3 h.
+    head = 2 * 2048 * GLM_130B.hidden_size * GLM_130B.vocab_size
+    exact = 4 * GLM_130B.forward_flops(2048) - head
+    assert published_flops(GLM_130B, 1, 2048, passes=4) == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize(("keep", "ratio"), [("all", 1), ("layer", 4 / 3), ("stage", 4 / 3)])
+def test_the_meter_also_reads_by_the_formula(keep: Any, ratio: float) -> None:
+    meter = Meter(EngineConfig(GLM_130B, 150000, 3, keep=keep), 2048, peak=1e9)
+    meter.count(3, 30)
+    read = meter.read()
+    exact = published_flops(GLM_130B, 1, 2048, passes=3) / (3 * GLM_130B.forward_flops(2048))
+    assert read["mfu_formula"] == pytest.approx(exact * read["mfu"]) and 0.99 < exact < 1
+    assert read["hfu_formula"] == pytest.approx(read["mfu_formula"] * ratio)
+    assert 50e6 < read["memory"] < 1e12
+
+
+def test_memory_is_that_of_the_fullest_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        platform = "gpu"
+
+        def __init__(self, peak: int | None) -> None:
+            self.peak = peak
+
+        def memory_stats(self) -> dict[str, int] | None:
+            return None if self.peak is None else {"peak_bytes_in_use": self.peak, "bytes_in_use": 1}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(5), Device(7), Device(None)])
+    assert peak_memory() == 7
+
+
+def test_the_bar_has_the_losses_and_the_gradient_norm() -> None:
+    event = {"event": "train", "step": 1, "loss": 2.0, "loss/mask": 1.5, "grad_norm": 0.756, "mfu": 0.5,
+             "tokens_per_second": 1234.5}  # fmt: skip
+    assert summary(event) == {"mask": "1.500", "grad": "0.76", "tokens/s": "1,234", "mfu": "50.0%"}
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_the_profiler_traces_the_steps_that_were_asked_for(tmp_path: Path, first: int) -> None:
+    profiler = Profiler(tmp_path, (2, 3))
+    double = jax.jit(lambda x: 2 * x)
+    running = {}
+    for step in range(first, 6):
+        profiler.before(step)
+        running[step] = profiler._tracing
+        profiler.after(step, double(jnp.ones(2)))
+    assert running == {step: step in (2, 3) for step in range(first, 6)}
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    profiler.close()
+
+
+def test_a_run_that_stops_early_ends_its_trace_and_one_without_steps_has_none(tmp_path: Path) -> None:
+    profiler = Profiler(tmp_path / "traced", (1, 9))
+    profiler.before(1)
+    profiler.close()
+    assert list((tmp_path / "traced").rglob("*.xplane.pb"))
+    silent = Profiler(tmp_path / "silent", ())
+    silent.before(1)
+    silent.after(1, None)
+    silent.close()
+    assert not (tmp_path / "silent").exists()
 
 
 def test_emulated_devices_share_one_measured_peak() -> None:

@@ -1,0 +1,89 @@
+"""What the commands share: their flags, and the lines that tell a person what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from glm_jax import config as configs
+from glm_jax.config import Config
+from glm_jax.errors import UserError
+
+
+def flag_values(command: str) -> flags.FlagValues:
+    """Give an empty set of flags, so that commands do not share any."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_bool("help", False, f"show the flags of {command}", short_name="h", flag_values=values)
+    return values
+
+
+def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """Add `--config`, whose file `arguments` name."""
+    summary = "an experiment, such as experiments/quickstart.py; --config.KEY=VALUE after it changes a value"
+    config_flags.DEFINE_config_file(
+        "config", None, summary, flag_values=values, lock_config=True, sys_argv=["glm-jax", *arguments]
+    )
+
+
+def define_workdir(values: flags.FlagValues) -> None:
+    """Add `--workdir`."""
+    flags.DEFINE_string("workdir", None, "the folder that holds everything a run makes", flag_values=values)
+
+
+def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence[str]) -> bool:
+    """Parse a command's flags; False when the help was asked for and has been printed.
+
+    Raises:
+        UserError: for anything that is wrong with them.
+    """
+    if {"-h", "--help"} & set(arguments):
+        for name in values:
+            print(f"  --{name:14} {values[name].help}")
+        return False
+    try:
+        rest = values(["glm-jax", *arguments])
+    except flags.Error as error:
+        raise UserError(_one_line(error)) from error
+    except (AttributeError, KeyError) as error:
+        raise UserError(_unknown_key(arguments, error)) from error
+    except (OSError, SyntaxError, ImportError, TypeError, ValueError, NameError) as error:
+        raise UserError(f"the experiment cannot be loaded: {_one_line(error)}") from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]}: flags are written --name=value")
+    for name in required:
+        if values[name].value in (None, ""):
+            raise UserError(f"--{name} is missing: {values[name].help}")
+    return True
+
+
+def load(values: flags.FlagValues) -> Config:
+    """Give the resolved config that the flags describe."""
+    try:
+        return configs.resolve(values.config)
+    except OSError as error:  # config_flags raises it only now
+        raise UserError(
+            f"--config {config_flags.get_config_filename(values['config'])} cannot be read: is the path right?"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    """Give the last line of an error's message, which says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
+    """Say which `--config.KEY` does not exist, and the nearest that does."""
+    known = [key for key, _ in configs.flatten(configs.default_config())]
+    for argument in arguments:
+        key = argument.split("=")[0].removeprefix("--config.")
+        if not argument.startswith("--config."):
+            continue
+        if key.startswith("data.sources.") and key.count(".") == 3:
+            known += [f"{key.rsplit('.', 1)[0]}.{name}" for name in configs.source()]
+        if key not in known:
+            return f"unknown config key {key}: {configs.closest(key, known)}"
+    return f"unknown config key: {_one_line(error)}"

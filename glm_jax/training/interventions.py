@@ -1,0 +1,154 @@
+"""What changed in mid-run, planned or not, and the record of it: the operator's tools of GLM-130B's training log.
+
+A run goes on under any config that its workdir's frozen keys allow. Whatever then differs in its numbers is an
+intervention: it takes effect with the step after a checkpoint, and a line in `interventions.jsonl` says so. The same
+changes may stand in the config from the start, as `interventions`; so a record can be replayed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from glm_jax import config as configs
+from glm_jax.config import Config
+from glm_jax.errors import UserError
+from glm_jax.files import write_atomic
+
+RECORD = "interventions.jsonl"
+
+Changes = Mapping[str, tuple[Any, Any]]  # dotted key -> before, after; None where the key is absent
+
+
+def effective(config: Config, step: int, skipped: Iterable[tuple[int, int]] = ()) -> Config:
+    """Give the config that holds after `step`: with the interventions up to it.
+
+    Args:
+        config: resolved.
+        step: the last one taken.
+        skipped: ranges of steps that a spike has had passed over; each uses up one of train.spike.rollbacks.
+    """
+    changes: dict[str, Any] = {}
+    for at, values in sorted(config.interventions, key=lambda pair: pair[0]):
+        if at <= step:
+            changes |= values
+    changed = configs.with_changes(config, changes) if changes else config
+    skipped, ranges = list(skipped), changed.train.skip_steps
+    if not skipped:
+        return changed
+    return configs.with_changes(changed, {
+        "train.skip_steps": (*ranges, *(pair for pair in skipped if pair not in ranges)),
+        "train.spike.rollbacks": max(0, changed.train.spike.rollbacks - len(skipped)),
+    })  # fmt: skip
+
+
+def next_step(config: Config, step: int, last: int) -> int:
+    """Give the first step after `step` at which an intervention takes effect, or `last` if that comes first."""
+    return min([at for at, _ in config.interventions if at > step] + [last])
+
+
+def numbers(config: Config) -> dict[str, Any]:
+    """Give the keys that a run's numbers follow from, as they look after a trip through JSON."""
+    values = json.loads(json.dumps(dict(configs.flatten(config))))
+    return {key: value for key, value in values.items() if not configs.in_section(key, configs.OPERATIONAL_KEYS)}
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Say what differs between two results of `numbers`."""
+    keys = sorted(before.keys() | after.keys())
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def after_spikes(before: Mapping[str, Any], skipped: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    """Give a result of `numbers` with the spikes taken in that it did not know yet, as `effective` does."""
+    known, left = before["train.skip_steps"], before["train.spike.rollbacks"]
+    ranges = [list(pair) for pair in skipped if list(pair) not in known]
+    return {
+        **before,
+        "train.skip_steps": [*known, *ranges],
+        "train.spike.rollbacks": max(0, left - len(ranges)),
+    }
+
+
+class Record:
+    """The file `interventions.jsonl` of a workdir: a line for every change that took effect, by step."""
+
+    def __init__(self, workdir: Path, step: int, *, primary: bool = True) -> None:
+        """Open the record at `step`, and forget what comes later.
+
+        Args:
+            workdir: of the run.
+            step: where the run stands.
+            primary: whether this process writes; the others only know.
+        """
+        self._path, self._primary = workdir / RECORD, primary
+        self.lines = read(self._path) if self._path.exists() else []
+        self.forget(step)
+
+    def forget(self, step: int) -> None:
+        """Forget changes after `step`, as they will be made again, and a line that was cut off.
+
+        Changes at `step` itself are made again as well, for a checkpoint holds the config that it was reached with;
+        but a spike that was gone back from to `step` stays known.
+        """
+        self.lines = [line for line in self.lines if line["step"] < step + (line["cause"] == "spike")]
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        if self._primary and self._path.exists() and self._path.read_text(encoding="utf-8") != text:
+            write_atomic(self._path, text)
+
+    def add(self, step: int, samples: int, cause: str, changes: Changes, **more: Any) -> dict[str, Any]:
+        """Write down changes that take effect with the step after `step`. Returns the line."""
+        line = {
+            "event": "intervention",
+            "step": step,
+            "samples": samples,
+            "cause": cause,
+            "changes": {key: list(pair) for key, pair in changes.items()},
+            **more,
+        }
+        self.lines.append(line)
+        if self._primary:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        return line
+
+    def spikes(self) -> list[dict[str, Any]]:
+        """Give the lines of the spikes that were gone back from."""
+        return [line for line in self.lines if line["cause"] == "spike"]
+
+    def skipped(self) -> list[tuple[int, int]]:
+        """Give the ranges of steps, first and last, that those spikes had passed over."""
+        return [(line["skipped"][0], line["skipped"][1]) for line in self.spikes()]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Read a record.
+
+    Raises:
+        UserError: it cannot be read, or a line but the last, which may have been cut off, is damaged.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a record of interventions: is the path right?") from error
+    lines = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            lines.append({**entry, "step": int(entry["step"]), "changes": dict(entry["changes"]),
+                          "cause": str(entry["cause"])})  # fmt: skip
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(text.splitlines()):
+                break
+            raise UserError(f"{path}, line {number}, is damaged: bring the file back") from error
+    return lines
+
+
+def plan(lines: Iterable[Mapping[str, Any]]) -> tuple[tuple[int, dict[str, Any]], ...]:
+    """Turn a record into the config's `interventions`, which make the same changes at the same steps."""
+    return tuple((line["step"], {key: after for key, (_, after) in line["changes"].items()}) for line in lines)
