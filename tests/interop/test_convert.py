@@ -82,6 +82,9 @@ def test_errors_name_the_place_and_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="3 tensor-parallel ranks do not divide"):
         convert.orbax_to_sat(step, GLM_130B, tmp_path / "official", 3)
     (step / "params/embedding.word/.zarray").unlink()
+    with pytest.raises(UserError, match=r"1000 is damaged \(params/embedding\.word/\.zarray is missing\)"):
+        convert.orbax_to_sat(step, GLM_130B, tmp_path / "official", 1)
+    (step / "digests-0-of-1.json").unlink()  # as orbax alone would have saved it
     with pytest.raises(UserError, match="cannot be read as an orbax checkpoint"):
         convert.orbax_to_sat(step, GLM_130B, tmp_path / "official", 1)
     assert os.listdir(tmp_path) == ["checkpoints"] and os.listdir(tmp_path / "checkpoints") == ["1000"]
