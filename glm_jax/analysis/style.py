@@ -1,0 +1,95 @@
+"""How every figure looks: one set of colours, one axis style, the same bytes for the same data.
+
+Figures are matplotlib objects made without pyplot, so that drawing leaves no state behind.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; their black is INK, their yellow, pale on white, last.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#f0e442")
+INK = "#262626"  # lines of totals, text and axes; `svg` turns it into the colour of the text around the figure
+MAP = "cividis"  # of heat maps; reads the same to colour-blind readers and in grey
+
+_SETTINGS: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "text.parse_math": False,  # names of sources may hold a dollar
+    "svg.fonttype": "none",
+    "svg.hashsalt": "glm_jax",
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def figure(rows: int, columns: int, width: float = 5.6, height: float = 2.6) -> tuple[Figure, list[Axes]]:
+    """Give a transparent figure of rows x columns axes, row by row; `width` and `height` are one axis's, in inches."""
+    with matplotlib.rc_context(_SETTINGS):
+        made = Figure(figsize=(columns * width, rows * height), layout="constrained", facecolor="none")
+        axes = [made.add_subplot(rows, columns, place + 1) for place in range(rows * columns)]
+    for axis in axes:
+        axis.set_facecolor("none")
+        axis.set_prop_cycle(color=COLOURS)
+    return made, axes
+
+
+def finish(axis: Axes, x: str = "", y: str = "", title: str = "", legend: bool = True) -> None:
+    """Label an axis, take away its box, and name its lines if `legend` and any has a label."""
+    with matplotlib.rc_context(_SETTINGS):
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(visible=True, which="major", color=INK, alpha=0.12, linewidth=0.6)
+        axis.set_axisbelow(True)
+        handles, labels = axis.get_legend_handles_labels()
+        if legend and handles:
+            columns = min(4, -(-len(labels) // 4))
+            axis.legend(handles, labels, frameon=False, fontsize=8, ncols=columns, handlelength=1.4)
+
+
+def scale_values(axis: Axes, log: bool = False) -> None:
+    """Number the y axis in plain figures; with `log` its scale is logarithmic if the values span more than fourfold.
+
+    To be called when all is plotted.
+    """
+    low, high = axis.dataLim.intervaly
+    if log and low > 0 and 4 * low < high:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+
+
+def svg(drawn: Figure) -> str:
+    """Give a figure as an <svg> element to stand inside a page; its text and axes take on the colour of the page's."""
+    text = _save(drawn, "svg").decode("utf-8")
+    # What only a file of its own needs goes: the prologue, the metadata, the addresses that name XML dialects.
+    text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>\s*|<style.*?</style>", "", text, flags=re.DOTALL)
+    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace(INK, "currentColor")
+
+
+def png(drawn: Figure, dots_per_inch: int = 110) -> bytes:
+    """Give a figure as a PNG file on white."""
+    return _save(drawn, "png", facecolor="white", dpi=dots_per_inch)
+
+
+def _save(drawn: Figure, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    nameless = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}[kind]
+    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a source's name in another script
+        drawn.savefig(file, format=kind, metadata=nameless, **options)
+    return file.getvalue()
