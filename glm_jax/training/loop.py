@@ -23,9 +23,10 @@ from glm_jax.training import interventions, precision, recipe, segment, spike
 from glm_jax.training import workdir as workdirs
 from glm_jax.training.checkpoint import Checkpoints
 from glm_jax.training.interventions import Record
-from glm_jax.training.monitor import Meter, Monitor, peak_flops
+from glm_jax.training.monitor import Meter, Monitor, peak_flops, summary
 from glm_jax.training.profile import Profiler
 from glm_jax.training.segment import Segment, loss_metrics
+from glm_jax.training.sinks import import_wandb
 from glm_jax.training.spike import Bands
 from glm_jax.training.step import TrainState, at_step, create_state
 
@@ -86,6 +87,8 @@ class Run:
         """
         if not config.data.sources:
             raise UserError("data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
+        if config.train.wandb:
+            import_wandb()  # one that is missing should be said now
         self.config, self.workdir = config, workdir
         self.say = say if processes.is_first() else lambda line: None
         self.prepared = segment.ready(config, workdir, self._prepare)
@@ -124,7 +127,8 @@ class Run:
             self.monitor = Monitor(
                 self.workdir, last, progress.step, primary=processes.is_first(), wandb_project=self.config.train.wandb
             )
-            self.profiler = Profiler(self.workdir, self.config.train.profile)
+            self.monitor.log({"event": "start", "step": progress.step, "versions": versions()})
+            self.profiler = Profiler(self.workdir, self.config.train.profile if processes.is_first() else ())
             try:
                 last = self._segments(progress, part)
             finally:
@@ -272,6 +276,7 @@ class Run:
 
     def _go_back(self, progress: Progress, part: Segment, seen: dict[str, Any]) -> Segment:
         """Restore the last good checkpoint before a spike and pass over the data from there to it."""
+        del progress.state  # makes room for the one that takes its place
         restored = self.checkpoints.restore(part.cfg, part.mesh, at_most=seen["step"] - 1)
         back = self._restored(restored) if restored else Progress(create_state(part.cfg, part.mesh))
         self.record.forget(back.step)
@@ -303,8 +308,7 @@ class Run:
         if step % train.log_every == 0 or last:
             event = train_event(progress, metrics, chosen) | meter.read()
             self.monitor.log(event)
-            losses = {name.removeprefix("loss/"): f"{event[name]:.3f}" for name in event if name.startswith("loss/")}
-            shown = {**losses, "tokens/s": f"{event['tokens_per_second']:,.0f}", "mfu": f"{event['mfu']:.1%}"}
+            shown = summary(event)
         self.monitor.progress(1, shown)
         # Evaluated before it is saved: a checkpoint's step has its evaluation in the record.
         if train.eval_every and (step % train.eval_every == 0 or last):
@@ -320,17 +324,21 @@ class Run:
         self.monitor.say(f"held-out at step {progress.step}: " + ", ".join(shown))
 
     def _save(self, progress: Progress, part: Segment) -> None:
-        versions = {name: importlib.metadata.version(name) for name in ("glm-jax", "jax", "orbax-checkpoint")}
         run = {
             "step": progress.step,
             "samples": progress.samples,
             "bands": progress.bands.to_json(),
             "numbers": interventions.numbers(part.config),
             "sources": part.prepared.digests,
-            "versions": versions,
+            "versions": versions(),
         }
         self.checkpoints.save(part.cfg, part.mesh, progress.state, run)
         progress.saved, self._last_save = progress.step, time.monotonic()
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of what a run's numbers and files depend on."""
+    return {name: importlib.metadata.version(name) for name in ("glm-jax", "jax", "orbax-checkpoint")}
 
 
 def train_event(progress: Progress, metrics: Mapping[str, Any], chosen: Mapping[str, float]) -> dict[str, Any]:
