@@ -263,6 +263,9 @@ def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
             section.pop(last, None)
         else:
             section[last] = value
+    for entries in (plain["data"]["sources"], plain["data"]["instructions"]):
+        for name in [name for name, keys in entries.items() if not keys]:
+            del entries[name]  # all of it was taken away
     return resolve(ConfigDict(plain))
 
 

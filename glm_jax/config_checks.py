@@ -76,7 +76,7 @@ def _convert_pair(key: str, entry: Any, example: tuple[Any, Any]) -> tuple[int, 
         return entry[0], {
             name: convert(f"{key} of {name}", inner, 0.0) if weights else inner for name, inner in entry[1].items()
         }
-    if pair and type(entry[1]) in (int, type(example[1])):
+    if pair and not isinstance(example[1], dict) and type(entry[1]) in (int, type(example[1])):
         return entry[0], type(example[1])(entry[1])
     raise UserError(f"{key} holds {entry!r}: its entries are pairs such as {example!r}")
 

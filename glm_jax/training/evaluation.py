@@ -29,7 +29,7 @@ def training_batches(config: Config, prepared: Prepared) -> Batches:
         prepared.tokenizer,
         config.data.seq_length,
         section_history(config.data.blanks.to_dict()),
-        config.seed,
+        config.seed if config.data.seed < 0 else config.data.seed,
         options=_options(config),
         sentence_ends=_sentence_ends(config, prepared),
         instructions=prepared.instructions,

@@ -92,6 +92,8 @@ def test_skipped_steps_count_with_their_samples() -> None:
         ({"interventions": ((3, {"optimizer.peek_lr": 5.0}),)}, "did you mean optimizer.peak_lr"),
         ({"interventions": ((3, {"optimizer.peak_lr": "high"}),)}, "must be of type float"),
         ({"interventions": (("3", {}),)}, "pairs such as"),
+        ({"interventions": ((3, 5),)}, "pairs such as"),
+        ({"data__weights": ((0, 5),)}, "pairs such as"),
     ],
 )
 def test_a_slip_in_the_recipe_is_one_line(changes: dict[str, Any], words: str) -> None:

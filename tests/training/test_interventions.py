@@ -1,0 +1,157 @@
+"""The record of changes and the config that follows from it; tests/end_to_end/test_interventions.py has whole runs."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from glm_jax.config import Config, default_config, from_json, resolve, source, to_json
+from glm_jax.errors import UserError
+from glm_jax.training import interventions, recipe
+from glm_jax.training.interventions import RECORD, Record, after_spikes, effective, numbers
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+PLANNED = (
+    (20, {"optimizer.peak_lr": 0.5, "train.skip_steps": ((30, 31),)}),
+    (10, {"optimizer.peak_lr": 0.25}),
+)
+
+
+def build(**changes: Any) -> Config:
+    config = default_config()
+    config.train.steps = 100
+    config.train.spike.rollbacks = 3
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    return resolve(config)
+
+
+def test_interventions_hold_from_the_step_after_theirs_in_the_order_of_steps() -> None:
+    config = build(optimizer__peak_lr=1.0, interventions=PLANNED)
+    for step, peak in ((9, 1.0), (10, 0.25), (19, 0.25), (20, 0.5), (99, 0.5)):
+        assert effective(config, step).optimizer.peak_lr == peak
+    assert [interventions.next_step(config, step, 100) for step in (0, 9, 10, 19, 20)] == [10, 10, 20, 20, 100]
+    assert interventions.next_step(config, 0, 5) == 5
+    assert effective(config, 20).train.skip_steps == ((30, 31),)
+    assert effective(config, 3) == config
+    assert numbers(effective(from_json(to_json(config)), 25)) == numbers(effective(config, 25))
+
+
+def test_spikes_pass_over_their_steps_and_use_up_rollbacks() -> None:
+    config = build(train__skip_steps=((3, 4),))
+    after = effective(config, 20, [(11, 13), (15, 19)])
+    assert after.train.skip_steps == ((3, 4), (11, 13), (15, 19)) and after.train.spike.rollbacks == 1
+    assert effective(config, 20, [(1, 1)] * 5).train.spike.rollbacks == 0
+    assert numbers(after) == after_spikes(numbers(config), [(11, 13), (15, 19)])
+    assert numbers(after) == after_spikes(numbers(after), [(11, 13), (15, 19)])  # known already
+    assert interventions.changes(numbers(config), numbers(after)) == {
+        "train.skip_steps": ([[3, 4]], [[3, 4], [11, 13], [15, 19]]),
+        "train.spike.rollbacks": (3, 1),
+    }
+
+
+def test_how_a_run_is_carried_out_is_no_change() -> None:
+    config = build(train__log_every=3, mesh__data=2, interventions=PLANNED)
+    assert interventions.changes(numbers(config), numbers(build())) == {}
+
+
+def test_the_record_forgets_what_will_be_done_again(tmp_path: Path) -> None:
+    record = Record(tmp_path, 0)
+    assert not (tmp_path / RECORD).exists()
+    record.add(10, 80, "config", {"optimizer.peak_lr": (1.0, 0.5)})
+    record.add(20, 160, "spike", {"train.skip_steps": ((), ((21, 22),))}, skipped=(21, 22), seen={"step": 22})
+    record.add(20, 160, "planned", {"optimizer.peak_lr": (0.5, 0.1)})
+    record.add(30, 240, "config", {"optimizer.peak_lr": (0.1, 0.2)})
+    whole = (tmp_path / RECORD).read_text(encoding="utf-8")
+    assert json.loads(whole.splitlines()[1]) == {
+        "event": "intervention",
+        "step": 20,
+        "samples": 160,
+        "cause": "spike",
+        "changes": {"train.skip_steps": [[], [[21, 22]]]},
+        "skipped": [21, 22],
+        "seen": {"step": 22},
+    }
+    for step, steps in ((31, [10, 20, 20, 30]), (30, [10, 20, 20]), (20, [10, 20]), (19, [10]), (10, [])):
+        (tmp_path / RECORD).write_text(whole, encoding="utf-8")
+        again = Record(tmp_path, step)
+        assert [line["step"] for line in again.lines] == steps
+        assert [line["step"] for line in interventions.read(tmp_path / RECORD)] == steps
+        assert again.skipped() == [(21, 22)] * (step >= 20)
+
+
+def test_a_line_that_was_cut_off_is_mended_and_a_damaged_one_named(tmp_path: Path) -> None:
+    Record(tmp_path, 0).add(10, 80, "config", {"optimizer.peak_lr": (1.0, 0.5)})
+    path = tmp_path / RECORD
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole + whole[:30], encoding="utf-8")
+    Record(tmp_path, 20).add(20, 160, "config", {"optimizer.peak_lr": (0.5, 0.1)})
+    assert [line["step"] for line in interventions.read(path)] == [10, 20]
+    path.write_text(whole[:30] + "\n" + whole, encoding="utf-8")
+    with pytest.raises(UserError, match="line 1, is damaged"):
+        Record(tmp_path, 20)
+    with pytest.raises(UserError, match="cannot be read as a record"):
+        interventions.read(tmp_path / "none.jsonl")
+
+
+def test_other_processes_know_the_record_and_do_not_write(tmp_path: Path) -> None:
+    Record(tmp_path, 0).add(10, 80, "config", {"optimizer.peak_lr": (1.0, 0.5)})
+    whole = (tmp_path / RECORD).read_bytes()
+    other = Record(tmp_path, 5, primary=False)
+    assert other.lines == []
+    other.add(5, 40, "spike", {}, skipped=(6, 7))
+    assert other.skipped() == [(6, 7)] and (tmp_path / RECORD).read_bytes() == whole
+
+
+def test_a_record_is_a_plan(tmp_path: Path) -> None:
+    config, record = build(), Record(tmp_path, 0)
+    there = source(path="zh.txt", weight=2.0)
+    added = {f"data.sources.zh.{key}": (None, value) for key, value in there.items()}
+    record.add(10, 80, "config", {"optimizer.rewarm": ((), ((10, 4),)), **added})
+    record.add(20, 160, "spike", {"train.skip_steps": ((), ((21, 22),))}, skipped=(21, 22))
+    record.add(30, 240, "config", {key: (after, None) for key, (_, after) in added.items()})
+    planned = build(interventions=interventions.plan(interventions.read(tmp_path / RECORD)))
+    after = effective(planned, 10)
+    assert after.optimizer.rewarm == ((10, 4),) and after.data.sources.zh.weight == 2.0
+    assert effective(planned, 20).train.skip_steps == ((21, 22),)
+    assert effective(planned, 9).optimizer.rewarm == config.optimizer.rewarm == ()
+    assert "zh" in effective(planned, 29).data.sources and "zh" not in effective(planned, 30).data.sources
+
+
+@pytest.fixture(scope="module")
+def glm_130b_log() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("glm_130b_log", EXPERIMENTS / "glm_130b_log.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_glm_130bs_log_by_hand(glm_130b_log: ModuleType) -> None:
+    """The facts' table 3.4, and the rate of table 11 at each step."""
+    config = resolve(glm_130b_log.get_config())
+    shrinks = {1: 0.1, 6_000: 0.1, 6_250: 0.55, 6_500: 1.0, 22_800: 1.0, 23_800: 0.2 + 0.8 / 6, 28_800: 1.0,
+               33_600: 1.0, 33_601: 0.5, 35_200: 0.5, 35_201: 0.1, 49_300: 0.1}  # fmt: skip
+    for step, alpha in shrinks.items():
+        assert recipe.embedding_shrink(effective(config, step - 1), step) == pytest.approx(alpha)
+    samples = 0
+    for _ in range(22_800):
+        samples += recipe.batch_rows(config, samples)
+    assert samples == glm_130b_log.SAMPLES
+
+    def lr(step: int, seen: int) -> float:
+        return recipe.learning_rate(effective(config, step - 1), step, seen)
+
+    peak, floor, half = 8e-5, 8e-6, 99_426_268  # half way between warm-up and the end of the cosine
+    assert lr(100, 549_316) == pytest.approx(peak / 2)
+    assert lr(20_000, half) == pytest.approx((peak + floor) / 2, rel=1e-6)
+    assert lr(23_300, half) == pytest.approx((peak + floor) / 2 / 4, rel=1e-6)  # 500 of 2,000 steps of the new warm-up
+    assert lr(26_001, half) == pytest.approx((4e-5 + floor) / 2, rel=1e-6)
+    assert lr(42_701, half) == pytest.approx((4e-5 + 4e-6) / 2, rel=1e-6)
+    assert recipe.pass_over(effective(config, 40_700), 40_700, samples) == (40_900, samples + 200 * 4224)
+    assert recipe.pass_over(effective(config, 42_400), 42_400, samples)[0] == 42_600
+    history = effective(config, 22_800).data.blanks.history
+    assert history[-1] == (samples + 2000 * 4224, {"mask": 0.285, "gmask": 0.665, "instruction": 0.05})

@@ -1,0 +1,64 @@
+"""The embedding gradient shrink on both paths of the tied embedding, against jax.grad with the paths told apart."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax import model
+from glm_jax.data.blanks import OBJECTIVES
+from glm_jax.model import GLMConfig
+from glm_jax.model.transformer import embed, head, position_terms, stage
+from glm_jax.parallel import mesh as meshes
+from glm_jax.training import engine
+from glm_jax.training.engine import EngineConfig
+
+MODEL = GLMConfig(2, 16, 2, 24, 32, max_length=8, attention_dropout=0.0, hidden_dropout=0.0)
+CONFIG = EngineConfig(MODEL, num_tokens=32, objectives=len(OBJECTIVES))
+ALPHA = 0.25
+
+
+def make_batch() -> dict[str, np.ndarray]:
+    draw, rows, length = np.random.default_rng(0), 4, 8
+    return {
+        "tokens": draw.integers(0, 32, (rows, length), np.int32),
+        "targets": draw.integers(0, 32, (rows, length), np.int32),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
+        "segments": np.ones((rows, length), np.int32),
+        "context": np.broadcast_to(np.arange(length) < 4, (rows, length)),
+        "loss_mask": np.broadcast_to(np.arange(length) >= 4, (rows, length)).astype(np.float32),
+        "objective": np.zeros(rows, np.int32),
+        "source": np.zeros(rows, np.int32),
+    }
+
+
+def by_path(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Give the word embedding's gradient through the input and through the head, as of two matrices."""
+
+    def mean_loss(entry: jax.Array, tied: jax.Array) -> jax.Array:
+        below, above = ({**params, "embedding": {**params["embedding"], "word": word}} for word in (entry, tied))
+        allowed = model.visibility(batch["segments"], batch["context"])
+        x = embed(MODEL, below, batch["tokens"], batch["positions"])  # [B, S, D]
+        x = stage(MODEL, params["blocks"], x, allowed, position_terms(MODEL, batch["positions"], x.dtype))
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(head(MODEL, above, x)), batch["targets"][..., None], -1)
+        return (losses[..., 0] * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+
+    word = params["embedding"]["word"]
+    return jax.jit(jax.grad(mean_loss, (0, 1)))(word, word)
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_alpha_multiplies_the_gradient_of_its_paths_alone(mesh_sizes: dict[str, int], logits: bool) -> None:
+    mesh, batch = meshes.build(mesh_sizes), make_batch()
+    params = model.init(MODEL, jax.random.key(0))
+    entry, tied = by_path(params, {name: jnp.asarray(array) for name, array in batch.items()})
+    cfg = dataclasses.replace(CONFIG, shrink_logits=logits)
+    found = jax.jit(lambda batch: engine.value_and_grad(cfg, mesh, params, batch, None, ALPHA).gradients)(
+        meshes.place(mesh, batch, 2)
+    )
+    expected = ALPHA * entry + (ALPHA if logits else 1.0) * tied
+    np.testing.assert_allclose(found["embedding"]["word"], expected, atol=1e-6)
+    assert np.abs(entry).max() > 1e-3 and np.abs(tied).max() > 1e-3
