@@ -1,8 +1,8 @@
 """The command line: `glm-jax <command> [flags]`.
 
 Rooms are imported inside the commands, so that `--help` and `glm-jax config` answer at once.
-Exit codes: 0 done, 2 a usage or configuration error (one line), 3 stopped early on request with a checkpoint saved,
-130 interrupted before there was anything to save.
+Exit codes: 0 done, 1 another process of the run is gone (one line), 2 a usage or configuration error (one line),
+3 stopped early on request with a checkpoint saved, 130 interrupted before there was anything to save.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 
@@ -21,7 +23,6 @@ SCHEDULERS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "O
 LOST = 1  # the exit code when another process is gone
 HOUR = 3600  # a patience for what others may do before they come: fetching, tokenising, compiling
 HEARTBEAT = 10  # seconds without a sign of life that a busy machine may need
-STOPPED = "glm_jax_stopped/"  # where a process leaves its reason to stop for the others
 
 # What jax, gloo, NCCL and the coordination service say when another process does not answer.
 _GONE = re.compile("gloo|nccl|barrier|heartbeat|coordination|connection|unavailable|deadline", re.IGNORECASE)
@@ -113,8 +114,9 @@ def wait_for_all() -> None:
         key = f"glm_jax_{next(_barriers)}"
         wait = multihost.get_barrier_sync_fn()
         wait(key=key, timeout_ms=HOUR * 1000)
-        if reasons := multihost.get_jax_distributed_client().key_value_dir_get(STOPPED):
-            wait(key=f"{key}_told", timeout_ms=HOUR * 1000)
+        if reasons := multihost.get_jax_distributed_client().key_value_dir_get(f"{key}_stopped/"):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # that one may have left before the answer came
+                wait(key=f"{key}_told", timeout_ms=HOUR * 1000)
             raise Gone(min(reasons)[1])
 
 
@@ -139,23 +141,26 @@ def together(run: Callable[[], int]) -> int:
         # a collective's error is a ValueError where no jit stands around it
         if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and _GONE.search(str(error)):
             _leave(f"error: another process is gone ({_short(error)}): start all again with the same command", LOST)
+        _tell(f"{type(error).__name__}, see there")
         _leave(traceback.format_exc(), LOST)
         raise
 
 
 def _tell(reason: str) -> None:
-    """Leave the others word, and meet them at the barrier where they wait or will: they read it after it."""
+    """Leave the others word, and meet them at the barrier where they wait or will, after which they read it."""
     client, wait = multihost.get_jax_distributed_client(), multihost.get_barrier_sync_fn()
     key = f"glm_jax_{next(_barriers)}"
     try:
-        client.key_value_set(f"{STOPPED}{jax.process_index()}", f"process {jax.process_index()}: {reason}")
+        client.key_value_set(f"{key}_stopped/{jax.process_index()}", f"process {jax.process_index()}: {reason}")
         for meeting in (key, f"{key}_told"):
             wait(key=meeting, timeout_ms=HEARTBEAT * 1000)
+        if is_first():
+            time.sleep(1)  # the service through which the others hear ends with this process
     except jax.errors.JaxRuntimeError:
         return  # they are in a collective, which ends with an error of its own
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     return str(error).splitlines()[0][:160]
 
 

@@ -1,0 +1,145 @@
+"""Joining a run of several processes, and leaving it when another has stopped or is gone."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from glm_jax.errors import UserError
+from glm_jax.parallel import processes
+
+SLURM = {"SLURM_STEP_NODELIST": "node[001-004]", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}
+OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        (SLURM, True),
+        ({**SLURM, "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # inside an allocation, but not started by srun
+        (OPEN_MPI, True),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"}, True),  # Cloud TPU: the decision alone
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ],
+)
+def test_the_environment_says_whether_there_are_others(environment: dict[str, str], several: bool) -> None:
+    assert processes.scheduled(environment) is several
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "count", "index", "told"),
+    [
+        ("localhost:1234", 2, None, "--coordinator, --processes and --process go together"),
+        (None, None, 0, "--coordinator, --processes and --process go together"),
+        ("localhost:1234", 2, 2, "--process=2 of --processes=2: they count from 0 to 1"),
+        ("localhost", 2, 1, "--coordinator=localhost is not HOST:PORT"),
+    ],
+)
+def test_flags_that_make_no_sense_are_said(coordinator: str, count: int, index: int, told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        processes.start(coordinator, count, index, 20)
+
+
+# Two processes that meet, say so, and then wait for one another as the arguments say.
+SCRIPT = """
+import os, sys, time
+from glm_jax.errors import UserError
+from glm_jax.parallel import processes
+
+def run():
+    processes.wait_for_all()
+    print("met", flush=True)
+    if act == "sleep":
+        time.sleep(300)
+    if act == "fail":
+        raise UserError("its texts cannot be read: bring them")
+    if act == "break":
+        raise KeyError("a mistake of the program")
+    processes.wait_for_all()
+    return 0
+
+port, index, act = sys.argv[1:]
+processes.HEARTBEAT = 3
+processes.start(f"127.0.0.1:{port}", 2, int(index), 3)
+sys.exit(processes.together(run))
+"""
+
+
+Meet = Callable[..., list["subprocess.Popen[str]"]]
+
+
+@pytest.fixture
+def meet() -> Iterator[Meet]:
+    """Give a function that starts a process for each act, which it does once all have met, and waits until then."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*acts: str) -> list["subprocess.Popen[str]"]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        for index, act in enumerate(acts):
+            command = [sys.executable, "-c", SCRIPT, port, str(index), act]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            started.append(subprocess.Popen(command, env=environment, **pipes))
+        for process in started:
+            assert process.stdout is not None and "met\n" in process.stdout  # gloo has lines of its own before it
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def last_line(process: "subprocess.Popen[str]") -> str:
+    """Wait until it ends; give what it said last."""
+    return process.communicate(timeout=120)[1].splitlines()[-1]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_waits_for_a_dead_process_ends(meet: Meet, victim: int) -> None:
+    started = meet(*("sleep" if index == victim else "wait" for index in range(2)))
+    started[victim].send_signal(signal.SIGKILL)
+    survivor = started[1 - victim]
+    line = last_line(survivor)
+    assert survivor.returncode == 1 and line.startswith("error: ") and "another process is gone" in line
+
+
+def test_one_that_is_busy_when_another_dies_ends(meet: Meet) -> None:
+    started = meet("sleep", "sleep")
+    started[0].send_signal(signal.SIGKILL)
+    line = last_line(started[1])
+    assert started[1].returncode == 1
+    assert line == "error: aborted, most likely because another process is gone: start all again with the same command"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_are_told_of_a_mistake_that_one_has_met(meet: Meet, victim: int) -> None:
+    started = meet(*("fail" if index == victim else "wait" for index in range(2)))
+    own, told = last_line(started[victim]), last_line(started[1 - victim])
+    assert [started[victim].returncode, started[1 - victim].returncode] == [2, 1]
+    reason = "its texts cannot be read: bring them"
+    assert own == f"error: {reason}"
+    assert told == f"error: another process has stopped (process {victim}: {reason}): mend it, then start all again"
+
+
+def test_a_mistake_that_all_have_met_is_said_by_each(meet: Meet) -> None:
+    started = meet("fail", "fail")
+    assert [last_line(process) for process in started] == ["error: its texts cannot be read: bring them"] * 2
+    assert [process.returncode for process in started] == [2, 2]
+
+
+def test_a_mistake_of_the_program_is_shown_and_ends_all(meet: Meet) -> None:
+    started = meet("break", "wait")
+    assert last_line(started[0]) == "KeyError: 'a mistake of the program'"
+    assert "another process has stopped (process 0: KeyError, see there)" in last_line(started[1])
+    assert [process.returncode for process in started] == [1, 1]
