@@ -1,0 +1,225 @@
+"""Layer norms at initialisation: how large activations, gradients and the first update are, against depth.
+
+Everything here looks at a model before it has learnt anything, so that a thousand layers take seconds. Three scales
+are measured for each scheme of model/residual.py, all in float32:
+
+- forward: the residual stream that each layer norm reads, and the branch that is added to it;
+- backward: the norm of the loss's gradient with respect to each block's params;
+- the model update of DeepNet (arXiv 2203.00555, section 4): how far one step moves the model's output. DeepNet reasons
+  with SGD; GLM-130B took exponents for Adam, so the step here is Adam's.
+
+DeepNet's small models are 64-128-2 (hidden size, feed-forward size, heads); so is `tiny`, with GLM's GeGLU, rotary
+positions and masks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from glm_jax.model import GLMConfig, init, visibility
+from glm_jax.model.attention import Attention
+from glm_jax.model.config import Activation, Norm
+from glm_jax.model.feedforward import FeedForward
+from glm_jax.model.layers import LayerNorm, run
+from glm_jax.model.positions import PositionTerms, position_terms
+from glm_jax.model.residual import depth_coefficients, residual_update
+from glm_jax.model.transformer import embed, head, stage
+
+Array = jax.Array
+Params = dict[str, Any]
+Sublayer = Callable[[Array], Array]
+
+SCHEMES: tuple[Norm, ...] = ("post", "pre", "sandwich", "deepnorm")
+RATE = 1e-5  # of the one Adam step: small, so that updates are in proportion to it
+KINDS: Mapping[str, tuple[str, ...]] = {"kernels": ("kernel",), "norms": ("scale", "bias")}  # names of their arrays
+ROWS, LENGTH = 4, 32  # of the batch that everything is measured on
+
+
+class Rows(NamedTuple):
+    """A batch of random tokens: the first half of each row is context, the second half the target."""
+
+    tokens: Array  # int32 [B, S]
+    targets: Array  # int32 [B, S]
+    positions: Array  # int32 [B, S]
+    allowed: Array  # bool [B, S, S]
+    loss_mask: Array  # float32 [B, S]
+
+
+class Scales(NamedTuple):
+    """Root mean squares along the depth, norms of gradients, and updates: of one seed, or with a leading axis of seeds.
+
+    Sublayers are counted attention, feed-forward, attention, ...: 2L of them. Params come in two kinds, see `KINDS`.
+    """
+
+    stream: Any  # float32 [2L + 1]: what each layer norm reads, the final one last
+    sublayer: Any  # float32 [2L]: what each sublayer gives
+    branch: Any  # float32 [2L]: what is added to the residual: the sublayer's output, behind sandwich's second norm
+    residual: Any  # float32 [2L]: what it is added to; alpha times the normed stream under deepnorm
+    gradient: dict[str, Any]  # by kind, float32 [L]: norm of the gradient of each block's params
+    update: dict[str, Any]  # by kind, float32 []: see `model_update`
+
+
+def tiny(norm: Norm, layers: int, activation: Activation = "geglu") -> GLMConfig:
+    """Give a GLM of 64-128-2 and `layers` layers."""
+    return GLMConfig(
+        layers, hidden_size=64, num_heads=2, ffn_size=128, vocab_size=256, norm=norm, activation=activation
+    )
+
+
+def random_rows(cfg: GLMConfig, key: Array) -> Rows:
+    """Draw ROWS rows of LENGTH tokens, uniform over the vocabulary."""
+    drawn = jax.random.randint(key, (ROWS, LENGTH + 1), 0, cfg.vocab_size)  # [B, S + 1]
+    positions = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))  # [B, S]
+    context = positions < LENGTH // 2  # [B, S]
+    allowed = visibility(jnp.ones_like(positions), context)  # [B, S, S]
+    return Rows(drawn[:, :-1], drawn[:, 1:], positions, allowed, (~context).astype(jnp.float32))
+
+
+def rms(x: Array) -> Array:
+    """Give the root mean square of all entries."""
+    return jnp.sqrt(jnp.mean(x * x))
+
+
+def _probed_sublayer(
+    cfg: GLMConfig, x: Array, norm_in: Sublayer, sublayer: Sublayer, norm_out: Sublayer
+) -> tuple[Array, dict[str, Array]]:
+    """Apply one sublayer as `residual_update` does, and measure what passes through it."""
+    seen: dict[str, Array] = {}
+
+    def kept(name: str, function: Sublayer) -> Sublayer:
+        def call(z: Array) -> Array:
+            seen[name] = function(z)
+            return seen[name]
+
+        return call
+
+    alpha = depth_coefficients(cfg.norm, cfg.num_layers).alpha
+    updated = residual_update(cfg.norm, alpha, x, norm_in, kept("sublayer", sublayer), kept("normed", norm_out))
+    branch = seen.get("normed", seen["sublayer"])  # only sandwich has the second norm
+    measures = {"stream": x, "sublayer": seen["sublayer"], "branch": branch, "residual": updated - branch}
+    return updated, jax.tree.map(rms, measures)
+
+
+def probed_block(
+    cfg: GLMConfig, weights: Params, x: Array, allowed: Array, terms: PositionTerms, layer: Array
+) -> tuple[Array, dict[str, Array]]:
+    """Run one block, x [B, S, D] -> [B, S, D], as model.transformer does (without dropout), and measure inside.
+
+    Returns:
+        x, and the forward measures of `Scales`, float32 [2] each: of attention and of feed-forward.
+    """
+
+    def norm(name: str) -> Sublayer:
+        return lambda z: run(LayerNorm(cfg.norm_epsilon), weights[name], z)  # [B, S, D]
+
+    def attend(z: Array) -> Array:
+        return run(Attention(cfg), weights["attention"], z, allowed, terms, layer, None, None)[0]  # [B, S, D]
+
+    def feed(z: Array) -> Array:
+        return run(FeedForward(cfg), weights["feedforward"], z)  # [B, S, D]
+
+    x, first = _probed_sublayer(cfg, x, norm("attention_norm"), attend, norm("attention_output_norm"))
+    x, second = _probed_sublayer(cfg, x, norm("feedforward_norm"), feed, norm("feedforward_output_norm"))
+    return x, jax.tree.map(lambda *pair: jnp.stack(pair), first, second)
+
+
+def forward_scales(cfg: GLMConfig, params: Params, rows: Rows) -> dict[str, Array]:
+    """Run the model forward in one scan over the layers and give the forward measures of `Scales`."""
+    x = embed(cfg, params, rows.tokens, rows.positions)  # [B, S, D]
+    terms = position_terms(cfg, rows.positions, x.dtype)
+
+    def one(x: Array, scanned: tuple[Params, Array]) -> tuple[Array, dict[str, Array]]:
+        return probed_block(cfg, scanned[0], x, rows.allowed, terms, scanned[1])
+
+    x, measures = jax.lax.scan(one, x, (params["blocks"], jnp.arange(cfg.num_layers)))
+    measures = {name: values.reshape(-1) for name, values in measures.items()}  # [2L]
+    return measures | {"stream": jnp.append(measures["stream"], rms(x))}
+
+
+def _stream(cfg: GLMConfig, params: Params, rows: Rows) -> Array:
+    """Give the residual stream behind the last block [B, S, D]; a gradient recomputes inside blocks."""
+    x = embed(cfg, params, rows.tokens, rows.positions)  # [B, S, D]
+    return stage(cfg, params["blocks"], x, rows.allowed, position_terms(cfg, rows.positions, x.dtype), remat=True)
+
+
+def loss(cfg: GLMConfig, params: Params, rows: Rows) -> Array:
+    """Give the mean cross-entropy of the target tokens, in nats."""
+    logits = head(cfg, params, _stream(cfg, params, rows))  # [B, S, V]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows.targets)  # [B, S]
+    return jnp.sum(losses * rows.loss_mask) / jnp.sum(rows.loss_mask)
+
+
+def only(kind: str, tree: Params) -> Params:
+    """Give the arrays of one of `KINDS`, zeros in place of the others: biases count with the layer norms."""
+    names = KINDS[kind]
+    return jax.tree_util.tree_map_with_path(
+        lambda path, array: array if path[-1].key in names else jnp.zeros_like(array), tree
+    )
+
+
+def layer_norms(stacked: Params) -> Array:
+    """Give the norm over all arrays [L, ...] of each layer's part: float32 [L]; the squares do not overflow."""
+    flat = [array.reshape(array.shape[0], -1) for array in jax.tree.leaves(stacked)]  # [L, n] each
+    largest = jnp.stack([jnp.max(jnp.abs(array), axis=1) for array in flat]).max(axis=0)  # [L]
+    unit = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)[:, None]  # [L, 1]
+    squares = sum(jnp.sum((array / unit) ** 2, axis=1) for array in flat)  # [L]
+    return largest * jnp.sqrt(squares)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def output(cfg: GLMConfig, params: Params, rows: Rows) -> Array:
+    """Give what the head projects, the final norm's output [B, S, D]; its rms is 1."""
+    return run(LayerNorm(cfg.norm_epsilon), params["final_norm"], _stream(cfg, params, rows))  # [B, S, D]
+
+
+def model_update(cfg: GLMConfig, params: Params, rows: Rows, gradients: Params, kind: str) -> Array:
+    """Give the rms change of the output, whose own rms is 1, by one Adam step at RATE on a kind of the blocks' params.
+
+    Two unrelated outputs differ by the square root of 2. The embedding and the final norm stay, so that this is what
+    the stack of blocks does (F in section 4 of DeepNet). No warm-up, no clipping, no weight decay.
+    """
+    adam = optax.adam(RATE, b1=0.9, b2=0.95)  # its first step is close to the gradient's sign
+    step: Any = adam.update(gradients["blocks"], adam.init(gradients["blocks"]))[0]
+    blocks = optax.apply_updates(params["blocks"], only(kind, step))
+    return rms(output(cfg, params | {"blocks": blocks}, rows) - output(cfg, params, rows))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def start(cfg: GLMConfig, seed: Array) -> tuple[Params, Rows]:
+    """Initialise a model and draw its rows from a seed, int32 []."""
+    params_key, rows_key = jax.random.split(jax.random.key(seed))
+    return init(cfg, params_key), random_rows(cfg, rows_key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _look(cfg: GLMConfig, params: Params, rows: Rows) -> tuple[dict[str, Array], Params]:
+    return forward_scales(cfg, params, rows), jax.grad(functools.partial(loss, cfg))(params, rows)
+
+
+def measure_one(cfg: GLMConfig, seed: int) -> Scales:
+    """Initialise a model from a seed and measure it on rows of the same seed."""
+    params, rows = start(cfg, jnp.int32(seed))
+    scales, gradients = _look(cfg, params, rows)
+    return Scales(
+        **scales,
+        gradient={kind: layer_norms(only(kind, gradients["blocks"])) for kind in KINDS},
+        update={kind: model_update(cfg, params, rows, gradients, kind) for kind in KINDS},
+    )
+
+
+def measure(cfg: GLMConfig, seeds: Sequence[int]) -> Scales:
+    """Measure a model at several seeds, which share its programs: numpy arrays with a leading axis of seeds."""
+    measured = [measure_one(cfg, seed) for seed in seeds]
+    return jax.tree.map(lambda *values: np.stack([np.asarray(value) for value in values]), *measured)
+
+
+def exponent(depths: Sequence[int], values: Sequence[float]) -> float:
+    """Give p of the power law depth ** p that fits positive values best, by least squares of the logarithms."""
+    return float(np.polyfit(np.log(depths), np.log(values), 1)[0])
