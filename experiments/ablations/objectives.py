@@ -1,0 +1,42 @@
+"""Objectives: bidirectional against unidirectional, with and without 5% of instructions (9 members).
+
+    glm-jax sweep --config experiments/ablations/objectives.py --workdir runs/objectives
+
+Question: GLM-130B reads its context in both directions, and gives 5% of its rows to instructions. Does a small model
+continue a text better when it may read the first half in both directions? Does the text lose by the instructions?
+
+Criterion: `loss/second_half`, the held-out loss on the second half of a text given the first, mean and spread over
+three seeds (glm_jax/analysis/sweep_suffix.py): all members predict the same tokens from the same tokens before them.
+Held-out `loss` is each member's own objective, and cannot be compared between them.
+
+Unidirectional is [gMASK] over whole texts: nothing but the blank itself is context, and every row is a causal language
+model's. It then has a loss on every token of a row, the others on their blanks alone, some half of the tokens of a row:
+that advantage in signal at equal steps is part of what is compared. Instructions are docstrings to be summed up.
+"""
+
+from glm_jax.analysis.sweep_base import small_english
+from glm_jax.config import Config, instructions
+
+
+def get_config() -> Config:
+    """Give the base, for 800 steps, with an example set of instructions at hand."""
+    config = small_english(steps=800)
+    config.data.instructions.summaries = instructions(sample="docstring-summaries")
+    config.data.blanks.instruction_segments = 1
+    return config
+
+
+def get_sweep() -> dict:
+    """Give objective x seed."""
+
+    def shares(mask: float, gmask: float, instruction: float) -> dict[str, float]:
+        return {"data.blanks.mask": mask, "data.blanks.gmask": gmask, "data.blanks.instruction": instruction}
+
+    return {
+        "objective": {
+            "bidirectional": shares(0.3, 0.7, 0.0),
+            "unidirectional": {**shares(0.0, 1.0, 0.0), "data.blanks.gmask_min_ratio": 1.0},
+            "with-instructions": shares(0.285, 0.665, 0.05),
+        },
+        "seed": (1, 2, 3),
+    }

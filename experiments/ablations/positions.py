@@ -1,0 +1,23 @@
+"""Positions: RoPE, ALiBi, the original GLM's two learned streams (9 members).
+
+    glm-jax sweep --config experiments/ablations/positions.py --workdir runs/positions
+
+Question: GLM-130B's authors chose RoPE over ALiBi, and over the original GLM's two learned position streams. Does it
+show in the held-out loss of a small model on short rows?
+
+Criterion: held-out loss after the last step, mean and spread over three seeds. Rows have 64 tokens, as many as in
+training: what ALiBi is made for, longer rows than those trained on, is not asked here.
+"""
+
+from glm_jax.analysis.sweep_base import small_english
+from glm_jax.config import Config
+
+
+def get_config() -> Config:
+    """Give the base, for 800 steps."""
+    return small_english(steps=800)
+
+
+def get_sweep() -> dict:
+    """Give position x seed."""
+    return {"model.position": ("rope", "alibi", "learned_2d"), "seed": (1, 2, 3)}

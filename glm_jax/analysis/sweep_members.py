@@ -1,0 +1,225 @@
+"""What a sweep is made of: members, each a config of its own, and groups of members that one program can train.
+
+An ablation is an experiment's file with a second function beside `get_config`:
+
+    def get_sweep():
+        return {
+            "model.norm": ("post", "deepnorm"),
+            "feedforward": {
+                "geglu": {"model.activation": "geglu", "model.ffn_size": 172},
+                "gelu": {"model.activation": "gelu", "model.ffn_size": 258},
+            },
+            "seed": (1, 2, 3),
+        }
+
+An axis is a key of the config with its values, or a name of its own with labels and the keys that each of them sets.
+Every combination of the axes is a member, in the order of the axes, the last one fastest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from glm_jax import config as configs
+from glm_jax.config import Config
+from glm_jax.errors import UserError
+from glm_jax.training import recipe
+
+# Keys that a program takes in as arrays: the key of the initialisation, the batches, the learning rate, alpha.
+ARRAY_KEYS = ("seed", "optimizer.peak_lr", "optimizer.min_lr", "optimizer.warmup_samples", "optimizer.decay_samples",
+              "optimizer.rewarm", "train.embedding_shrink.alpha", "train.embedding_shrink.history", "data.seed",
+              "data.weights", "data.temperature", "data.instructions", "data.blanks")  # fmt: skip
+
+# What a member does not do: it has one device, no operator, and steps of one size.
+PLAIN_KEYS = {"mesh.data": 1, "mesh.pipeline": 1, "mesh.tensor": 1, "train.batch_ramp": (), "train.skip_steps": (),
+              "train.spike.rollbacks": 0, "interventions": ()}  # fmt: skip
+
+TOGETHER = 32  # members of a group at most: their states lie in memory side by side
+
+Sweep = Mapping[str, Mapping[str, Mapping[str, Any]]]  # axis -> label -> dotted key -> value
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of a sweep.
+
+    Attributes:
+        name: made of the labels; also of its file.
+        labels: axis -> label.
+        changes: dotted keys of the base that it sets.
+        config: resolved.
+    """
+
+    name: str
+    labels: Mapping[str, str]
+    changes: Mapping[str, Any]
+    config: Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Members that one program trains, named by the labels that they share."""
+
+    name: str
+    members: tuple[Member, ...]
+
+    @property
+    def steps(self) -> int:
+        """Give the steps of each member."""
+        return self.members[0].config.train.steps
+
+    def to_json(self, workdir: Path) -> str:
+        """Write down the group for sweep_worker.py, which leaves results in `workdir`."""
+        members = [
+            {
+                "name": member.name,
+                "labels": dict(member.labels),
+                "changes": dict(member.changes),
+                "config": member.config.to_dict(),
+            }
+            for member in self.members
+        ]
+        return json.dumps({"workdir": str(workdir), "group": self.name, "members": members})
+
+
+def load(path: Path) -> Sweep:
+    """Read the axes of an ablation's file.
+
+    Raises:
+        UserError: it has no `get_sweep`, or one that does not give axes.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"--config {path} cannot be read: is the path right?")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "get_sweep", None)):
+        raise UserError(f"{path} has no get_sweep(): it is an experiment for `glm-jax train`, not a sweep")
+    try:
+        axes = module.get_sweep()
+    except Exception as error:  # whatever a person's own code may raise
+        raise UserError(f"{path}: get_sweep() fails with {type(error).__name__} ({error}): mend it") from error
+    return read_axes(axes, str(path))
+
+
+def read_axes(axes: Any, where: str = "get_sweep()") -> Sweep:
+    """Check what `get_sweep` gave and write out every axis as labels and their keys.
+
+    Raises:
+        UserError: it is not a sweep as this file's docstring describes.
+    """
+    if not isinstance(axes, Mapping) or not axes:
+        raise UserError(f"{where}: get_sweep() gives {type(axes).__name__}, it must be a dict of axes, not empty")
+    return {name: _read_axis(name, values, where) for name, values in axes.items()}
+
+
+def _read_axis(name: Any, values: Any, where: str) -> dict[str, Mapping[str, Any]]:
+    if not isinstance(name, str) or not isinstance(values, Mapping | list | tuple) or not values:
+        raise UserError(f"{where}: the axis {name!r} is {values!r}: give it values, or labels with the keys they set")
+    if isinstance(values, Mapping):
+        for label, changes in values.items():
+            if not isinstance(changes, Mapping) or not _fits_a_file(label):
+                raise UserError(f"{where}: {name!r} has {label!r}: {changes!r}, it must be a label with keys to set")
+        return {label: dict(changes) for label, changes in values.items()}
+    labels = [_label(value) for value in values]
+    if len(set(labels)) < len(labels) or not all(map(_fits_a_file, labels)):
+        raise UserError(f"{where}: the values {values!r} of {name} repeat or cannot name a file: give labels and keys")
+    return {label: {name: value} for label, value in zip(labels, values, strict=True)}
+
+
+def _label(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _fits_a_file(label: Any) -> bool:
+    return isinstance(label, str) and 0 < len(label) < 40 and not set(label) & set("/,= \n\0")
+
+
+def expand(base: Config, sweep: Sweep) -> list[Member]:
+    """Give every member of a sweep, its config checked.
+
+    Args:
+        base: resolved.
+        sweep: from `load`.
+
+    Raises:
+        UserError: a key that does not exist, a value out of range, two axes that set one key, or a key that a sweep
+            does not take.
+    """
+    short = _short_names(sweep)
+    members = []
+    for labels in itertools.product(*sweep.values()):
+        chosen = dict(zip(sweep, labels, strict=True))
+        name = ",".join(f"{short[axis]}={label}" for axis, label in chosen.items())
+        changes: dict[str, Any] = {}
+        for axis, label in chosen.items():
+            for key, value in sweep[axis][label].items():
+                if key in changes:
+                    raise UserError(f"the axis {axis} sets {key}, and so does one before it: leave it to one of them")
+                changes[key] = value
+        try:
+            config = configs.with_changes(base, changes)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        _check_plain(name, config)
+        members.append(Member(name, chosen, changes, config))
+    return members
+
+
+def _short_names(sweep: Sweep) -> dict[str, str]:
+    """Name each axis by the last part of its key where that tells it from the others."""
+    last = [axis.rpartition(".")[2] for axis in sweep]
+    return {axis: name if last.count(name) == 1 else axis for axis, name in zip(sweep, last, strict=True)}
+
+
+def _check_plain(name: str, config: Config) -> None:
+    values = dict(configs.flatten(config))
+    for key, plain in PLAIN_KEYS.items():
+        if values[key] != plain:
+            raise UserError(f"{name}: {key} is {values[key]!r}, the members of a sweep are run with {plain!r}")
+    if not config.data.sources:
+        raise UserError(f"{name}: data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
+
+
+def program(config: Config) -> str:
+    """Give what a member's program follows from, as text; equal texts, one program.
+
+    Dropout draws from the seed, which is then a part of the program.
+    """
+    drops = config.model.attention_dropout or config.model.hidden_dropout
+    keys = {
+        key: value
+        for key, value in configs.flatten(config)
+        if not configs.in_section(key, ARRAY_KEYS) or (key == "seed" and drops)
+    }
+    return json.dumps([keys, recipe.shrinks(config)], sort_keys=True)
+
+
+def group(members: Sequence[Member], together: int = TOGETHER) -> list[Group]:
+    """Put members that one program can train together, at most `together`, in the order of their first ones."""
+    found: dict[str, list[Member]] = {}
+    for member in members:
+        found.setdefault(program(member.config), []).append(member)
+    groups: list[Group] = []
+    for alike in found.values():
+        for start in range(0, len(alike), together):
+            part = tuple(alike[start : start + together])
+            groups.append(Group(_group_name(part, len(groups) + 1), part))
+    return groups
+
+
+def _group_name(members: Sequence[Member], number: int) -> str:
+    first, *rest = members
+    names = dict(pair.split("=", 1) for pair in first.name.split(","))
+    shared = [
+        f"{name}={label}"
+        for (axis, label), name in zip(first.labels.items(), names, strict=True)
+        if all(member.labels[axis] == label for member in rest)
+    ]
+    return f"{number:02d} " + (",".join(shared) or "all")

@@ -1,0 +1,80 @@
+"""When a member of a sweep counts as diverged: one rule, a pure function of its loss curve.
+
+Write m(t) for the exponential moving average of the training loss (factor DECAY, bias-corrected as Adam's moments
+are; losses that are not finite are left out). A member has diverged if one of these holds, looked for in this order:
+
+1. "not finite": the loss is not finite NOT_FINITE steps in a row.
+2. "above a uniform guess": after the warm-up, m exceeds by more than RISE what guessing among all pieces alike costs.
+3. "risen": m ends more than RISE above its own lowest value.
+4. "learnt nothing": m ends no lower than what guessing by the frequency of the targets costs, which needs no context.
+
+All else has finished, however badly. The step of a divergence is the first from which on it held: of the first
+non-finite loss, of the first excess, of the last time that m was within RISE of its lowest, of the lowest m.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+DECAY = 0.95  # of the moving average: it remembers some 20 steps
+RISE = 0.5  # nats
+NOT_FINITE = 5  # steps
+
+RULE = {"decay": DECAY, "rise": RISE, "not_finite": NOT_FINITE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What became of a member: `step` (from 1) and `reason` of its divergence, None where it finished."""
+
+    step: int | None = None
+    reason: str | None = None
+
+    @property
+    def status(self) -> str:
+        """Give `diverged` or `finished`."""
+        return "diverged" if self.reason else "finished"
+
+
+def smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Give the moving average m of losses [T]: float64 [T], NaN before the first finite loss."""
+    average, weight = 0.0, 0.0
+    averages = np.full(len(losses), np.nan)
+    for place, loss in enumerate(losses):
+        if math.isfinite(loss):
+            average = DECAY * average + (1 - DECAY) * loss
+            weight = DECAY * weight + (1 - DECAY)
+        if weight:
+            averages[place] = average / weight
+    return averages
+
+
+def judge(losses: Sequence[float] | np.ndarray, warmup: int, uniform: float, unigram: float) -> Verdict:
+    """Apply the rule.
+
+    Args:
+        losses: of the training batches, nats a target token [T], from the first step to the last.
+        warmup: steps of the learning rate's warm-up.
+        uniform: nats a target token that guessing among all pieces alike costs, the log of their number.
+        unigram: nats a target token that guessing by the targets' own frequencies costs, their entropy.
+    """
+    run = 0
+    for step, loss in enumerate(losses, 1):
+        run = 0 if math.isfinite(loss) else run + 1
+        if run == NOT_FINITE:
+            return Verdict(step - run + 1, "not finite")
+    averages = smooth(losses)
+    above = np.flatnonzero(averages[warmup:] > uniform + RISE)
+    if len(above):
+        return Verdict(warmup + int(above[0]) + 1, "above a uniform guess")
+    lowest = int(np.nanargmin(averages))
+    if averages[-1] > averages[lowest] + RISE:
+        within = np.flatnonzero(averages <= averages[lowest] + RISE)
+        return Verdict(int(within[-1]) + 1, "risen")
+    if averages[-1] >= unigram:
+        return Verdict(lowest + 1, "learnt nothing")
+    return Verdict()
