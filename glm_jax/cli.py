@@ -45,16 +45,17 @@ def train(arguments: Sequence[str]) -> int:
     resolved = cli_flags.load(values)
 
     from glm_jax.parallel import processes
-
-    processes.start(values.coordinator, values.processes, values.process, resolved.mesh.collective_timeout)
-
-    from glm_jax.inference import examples
-    from glm_jax.training import interventions, loop
-    from glm_jax.training.workdir import load_model
+    from glm_jax.training import interventions
 
     if values.replay:
         planned = interventions.plan(interventions.read(Path(values.replay)))
         resolved = configs.with_changes(resolved, {"interventions": planned})
+    processes.start(values.coordinator, values.processes, values.process, resolved.mesh.collective_timeout)
+
+    from glm_jax.inference import examples
+    from glm_jax.training import loop
+    from glm_jax.training.workdir import load_model
+
     workdir = Path(values.workdir)
 
     def run() -> int:

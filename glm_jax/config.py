@@ -259,6 +259,8 @@ def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
         section = plain
         for part in path:
             section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise UserError(f"unknown config key {key}: {key.rpartition('.')[0]} has no parts")
         if value is None:
             section.pop(last, None)
         else:
@@ -274,6 +276,8 @@ def _check_interventions(config: Config) -> None:
     bare = config.copy_and_resolve_references()
     bare.interventions = ()
     for step, changes in sorted(config.interventions, key=lambda pair: pair[0]):
+        if step < 0:
+            raise UserError(f"interventions name step {step}: they take effect after a step, 0 is the start")
         for key in changes:
             if in_section(key, (*FROZEN_KEYS, *OPERATIONAL_KEYS)):
                 raise UserError(f"interventions at step {step} name {key}, which cannot change in mid-run")

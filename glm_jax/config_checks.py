@@ -71,7 +71,8 @@ def _convert_tuple(key: str, value: list | tuple) -> tuple:
 
 def _convert_pair(key: str, entry: Any, example: tuple[Any, Any]) -> tuple[int, Any]:
     pair = isinstance(entry, list | tuple) and len(entry) == 2 and type(entry[0]) is int
-    if pair and isinstance(example[1], dict) and isinstance(entry[1], Mapping | ConfigDict):
+    named = pair and isinstance(entry[1], Mapping | ConfigDict) and all(isinstance(name, str) for name in entry[1])
+    if named and isinstance(example[1], dict):
         weights = key != "interventions"
         return entry[0], {
             name: convert(f"{key} of {name}", inner, 0.0) if weights else inner for name, inner in entry[1].items()
@@ -87,12 +88,39 @@ def check(config: Any) -> None:
     Raises:
         UserError: a value out of range, or values that do not go together.
     """
+    _check_values(dict(flatten(config)))
     model, data, train, optimizer = config.model, config.data, config.train, config.optimizer
+    if not 0 <= config.seed < 1 << 63:
+        raise UserError(f"seed is {config.seed}, it must be from 0 to 2**63 - 1")
+    if model.hidden_size % model.num_heads:
+        raise UserError(f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}")
+    head_dim = model.hidden_size // model.num_heads
+    if model.position == "rope" and head_dim % 2:
+        raise UserError(f"model.hidden_size / model.num_heads is {head_dim}: rotary positions need it to be even")
+    if model.position == "learned_2d" and 0 < model.max_length < data.seq_length:
+        raise UserError(
+            f"model.max_length {model.max_length} is less than data.seq_length {data.seq_length}: "
+            "raise it, or set it to 0"
+        )
+    if train.global_batch % train.microbatches:
+        raise UserError(
+            f"train.global_batch {train.global_batch} is not divisible by train.microbatches {train.microbatches}"
+        )
+    if data.blanks.mask + data.blanks.gmask + data.blanks.smask + data.blanks.instruction == 0:
+        raise UserError("data.blanks.mask, gmask, smask and instruction are all 0: give at least one a share")
+    if data.seq_length < 16:
+        raise UserError(f"data.seq_length is {data.seq_length}, it must be at least 16")
+    _check_entries(data)
+    _check_recipe(train, optimizer, config.mesh)
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Check each key for itself: its range, or that it is one of its choices."""
     positive = ("model.num_layers", "model.hidden_size", "model.num_heads", "model.ffn_size", "model.vocab_multiple",
                 "data.seq_length", "data.tokenizer.vocab_size", "train.steps", "train.global_batch",
                 "train.microbatches", "train.log_every", "train.eval_rows", "train.save_every",
-                "train.keep", "train.spike.window")  # fmt: skip
-    values = dict(flatten(config))
+                "train.keep", "train.spike.window", "train.loss_scale.window",
+                "train.loss_scale.hysteresis")  # fmt: skip
     for key in positive:
         if values[key] < 1:
             raise UserError(f"{key} is {values[key]}, it must be at least 1")
@@ -121,28 +149,6 @@ def check(config: Any) -> None:
     for key, choices in choices_of.items():
         if values[key] not in choices:
             raise UserError(f"{key} is {values[key]!r}, it must be one of {', '.join(map(str, choices))}")
-    if not 0 <= config.seed < 1 << 63:
-        raise UserError(f"seed is {config.seed}, it must be from 0 to 2**63 - 1")
-    if model.hidden_size % model.num_heads:
-        raise UserError(f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}")
-    head_dim = model.hidden_size // model.num_heads
-    if model.position == "rope" and head_dim % 2:
-        raise UserError(f"model.hidden_size / model.num_heads is {head_dim}: rotary positions need it to be even")
-    if model.position == "learned_2d" and 0 < model.max_length < data.seq_length:
-        raise UserError(
-            f"model.max_length {model.max_length} is less than data.seq_length {data.seq_length}: "
-            "raise it, or set it to 0"
-        )
-    if train.global_batch % train.microbatches:
-        raise UserError(
-            f"train.global_batch {train.global_batch} is not divisible by train.microbatches {train.microbatches}"
-        )
-    if data.blanks.mask + data.blanks.gmask + data.blanks.smask + data.blanks.instruction == 0:
-        raise UserError("data.blanks.mask, gmask, smask and instruction are all 0: give at least one a share")
-    if data.seq_length < 16:
-        raise UserError(f"data.seq_length is {data.seq_length}, it must be at least 16")
-    _check_entries(data)
-    _check_recipe(train, optimizer, config.mesh)
 
 
 def _check_entries(data: Any) -> None:
@@ -185,6 +191,8 @@ def _check_recipe(train: Any, optimizer: Any, mesh: Any) -> None:
     for key, value in (
         ("optimizer.clip_norm", optimizer.clip_norm),
         ("train.spike.deviations", train.spike.deviations),
+        ("train.loss_scale.initial", train.loss_scale.initial),
+        ("train.loss_scale.minimum", train.loss_scale.minimum),
         ("mesh.collective_timeout", mesh.collective_timeout),
     ):
         if value <= 0:

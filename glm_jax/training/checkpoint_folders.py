@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from glm_jax import digests
 from glm_jax.errors import UserError
 from glm_jax.files import sync_directory
+from glm_jax.parallel import processes
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # how orbax names what is not whole yet, so that its own tools know it too
 MESSAGE_BYTES = 512  # of what one process tells the others
@@ -121,6 +122,7 @@ def everyone(text: str) -> list[str]:
     """Give what every process says here, in their order, cut to MESSAGE_BYTES; a collective if there are several."""
     if jax.process_count() == 1:
         return [text]
+    processes.wait_for_all()  # one may have many files to read or remove first, and a collective is not patient
     row = np.zeros(MESSAGE_BYTES, np.uint8)
     said = np.frombuffer(text.encode()[:MESSAGE_BYTES], np.uint8)
     row[: said.size] = said

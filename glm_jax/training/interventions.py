@@ -7,9 +7,10 @@ changes may stand in the config from the start, as `interventions`; so a record 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ class Record:
         self.lines = [line for line in self.lines if line["step"] < step + (line["cause"] == "spike")]
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         if self._primary and self._path.exists() and self._path.read_text(encoding="utf-8") != text:
-            write_atomic(self._path, text)
+            with self._writing():
+                write_atomic(self._path, text)
 
     def add(self, step: int, samples: int, cause: str, changes: Changes, **more: Any) -> dict[str, Any]:
         """Write down changes that take effect with the step after `step`. Returns the line."""
@@ -111,11 +113,20 @@ class Record:
         }
         self.lines.append(line)
         if self._primary:
-            with open(self._path, "a", encoding="utf-8") as file:
+            with self._writing(), open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         return line
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error.strerror}): make room, then the same command goes on"
+            ) from error
 
     def spikes(self) -> list[dict[str, Any]]:
         """Give the lines of the spikes that were gone back from."""
@@ -130,7 +141,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Read a record.
 
     Raises:
-        UserError: it cannot be read, or a line but the last, which may have been cut off, is damaged.
+        UserError: it cannot be read, or a line is damaged, save for a last one that was cut off.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -139,14 +150,21 @@ def read(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            entry = json.loads(line)
-            lines.append({**entry, "step": int(entry["step"]), "changes": dict(entry["changes"]),
-                          "cause": str(entry["cause"])})  # fmt: skip
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(text.splitlines()):
+            lines.append(_entry(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == len(text.splitlines()) and not text.endswith("\n"):
                 break
             raise UserError(f"{path}, line {number}, is damaged: bring the file back") from error
     return lines
+
+
+def _entry(line: Any) -> dict[str, Any]:
+    changes = {key: [before, after] for key, (before, after) in line["changes"].items()}
+    entry = {**line, "step": int(line["step"]), "cause": str(line["cause"]), "changes": changes}
+    if entry["cause"] == "spike":
+        first, last = line["skipped"]
+        entry["skipped"] = [int(first), int(last)]
+    return entry
 
 
 def plan(lines: Iterable[Mapping[str, Any]]) -> tuple[tuple[int, dict[str, Any]], ...]:

@@ -24,6 +24,7 @@ from glm_jax.training import workdir as workdirs
 from glm_jax.training.checkpoint import Checkpoints
 from glm_jax.training.interventions import Record
 from glm_jax.training.monitor import Meter, Monitor, peak_flops, summary
+from glm_jax.training.precision import LossScaleConfig
 from glm_jax.training.profile import Profiler
 from glm_jax.training.segment import Segment, loss_metrics
 from glm_jax.training.sinks import import_wandb
@@ -89,11 +90,16 @@ class Run:
             raise UserError("data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
         if config.train.wandb:
             import_wandb()  # one that is missing should be said now
+        for step, _ in config.interventions:
+            segment.build_mesh(interventions.effective(config, step))  # one that does not fit should be said now
         self.config, self.workdir = config, workdir
         self.say = say if processes.is_first() else lambda line: None
+        self._lock = contextlib.ExitStack()
         self.prepared = segment.ready(config, workdir, self._prepare)
+        self._first = Segment(config, self.prepared)  # checks the rest, before anything is written
         if processes.is_first():
             workdirs.write(workdir, config, self.prepared.tokenizer)
+            self._lock.enter_context(workdirs.lock(workdir))
         processes.wait_for_all()
         self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every, self.say)
         self.stop = StopRequest()
@@ -114,7 +120,7 @@ class Run:
 
     def go(self) -> int:
         """Train to the last step, or until asked to stop. Returns the exit code."""
-        with self.stop.listening():
+        with self._lock, self.stop.listening():
             return self._go()
 
     def _go(self) -> int:
@@ -149,7 +155,7 @@ class Run:
 
     def _start(self) -> tuple[Progress, Segment]:
         """Give the state of the newest good checkpoint, or a new one, and what it goes on with."""
-        part = Segment(self.config, self.prepared)
+        part = self._first
         restored = self.checkpoints.restore(part.cfg, part.mesh)
         if restored is None:
             self.record = Record(self.workdir, 0, primary=processes.is_first())
@@ -159,6 +165,9 @@ class Run:
             progress, before = self._restored(restored), restored.run["numbers"]
             self.record = Record(self.workdir, progress.step, primary=processes.is_first())
             self.say(f"going on from step {progress.step}, sample {progress.samples:,}")
+            kept = restored.run["sources"]
+            for name in [name for name, digest in self.prepared.digests.items() if kept.get(name, digest) != digest]:
+                self.say(f"the text of {name} is not what it was: rows from here on are drawn from what it is now")
         return progress, self._next_segment(progress, part, before)
 
     def _restored(self, restored: Any) -> Progress:
@@ -180,9 +189,14 @@ class Run:
                     self.record.add(step, progress.samples, cause, mine)
                     shown = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in mine.items())
                     self.say(f"from step {step} on ({cause}): {shown}")
-            if before.get("train.precision") != now["train.precision"]:
-                scale = precision.initial_loss_scale(segment.LossScaleConfig.from_config(config))
-                progress.state = at_step(part.mesh, progress.state, step, progress.samples, scale)
+        scaling = LossScaleConfig.from_config(config)
+        if before is None:  # a new state, made for `part`
+            rescaled = scaling != part.cfg.loss_scale
+        else:
+            rescaled = before["train.precision"] != now["train.precision"]
+        if rescaled:
+            scale = precision.initial_loss_scale(scaling)
+            progress.state = at_step(part.mesh, progress.state, step, progress.samples, scale)
         if config == part.config:
             return part
         part.close()
@@ -201,11 +215,20 @@ class Run:
             elif not progress.stopping:
                 if progress.step >= last and progress.saved != progress.step:
                     self._save(progress, part)  # with the config that it was reached with, as all are
-                part = self._next_segment(progress, part, interventions.numbers(part.config))
+                part = self._changed(progress, part)
         if progress.saved != progress.step:
             self._save(progress, part)
         part.close()
         return part.config.train.steps
+
+    def _changed(self, progress: Progress, part: Segment) -> Segment:
+        """Give what an intervention makes of `part`; one that does not fit, for its data say, costs no steps."""
+        try:
+            return self._next_segment(progress, part, interventions.numbers(part.config))
+        except UserError:
+            if processes.alone() and progress.saved != progress.step:
+                self._save(progress, part)
+            raise
 
     def _steps(self, progress: Progress, part: Segment, until: int) -> dict[str, Any] | None:
         """Take steps up to `until`, or a stop; returns what was seen of a spike that is to be gone back from."""
@@ -227,7 +250,7 @@ class Run:
             # At most one step ahead, so that a request is met at once; not at all where each step is watched.
             settled, previous = (metrics if watching else previous), metrics
             jax.block_until_ready(settled)
-            meter.count(rows, int((batch["segments"] > 0).sum()))
+            meter.count(rows, metrics["tokens"])
             if watching and (seen := self._spike(progress, config, metrics)):
                 if rollbacks:
                     return seen
@@ -257,6 +280,8 @@ class Run:
         self.monitor.progress(step - progress.step)
         progress.state = at_step(part.mesh, progress.state, step, samples)
         progress.step, progress.samples = step, samples
+        if step == part.config.train.steps and part.config.train.eval_every:
+            self._evaluate(progress, part)  # at the end, as of every run
         return True
 
     def _spike(self, progress: Progress, config: Config, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -294,10 +319,7 @@ class Run:
         )
         progress.state, progress.step, progress.samples = back.state, back.step, back.samples
         progress.bands, progress.saved = back.bands, back.saved
-        part = self._next_segment(progress, part, restored and restored.run["numbers"])
-        if restored is None:  # with the loss scale of the config that the run began with
-            progress.state = create_state(part.cfg, part.mesh)
-        return part
+        return self._next_segment(progress, part, restored and restored.run["numbers"])
 
     def _report(
         self, progress: Progress, part: Segment, metrics: Mapping[str, Any], chosen: Mapping[str, float], meter: Meter

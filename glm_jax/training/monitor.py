@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,7 +202,7 @@ class Meter:
 
     def restart(self) -> None:
         """Begin anew, so that what is not training (evaluation, saving) does not count."""
-        self._start, self._wait, self._rows, self._tokens = time.perf_counter(), 0.0, 0, 0
+        self._start, self._wait, self._rows, self._tokens = time.perf_counter(), 0.0, 0, []
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -210,10 +211,10 @@ class Meter:
         yield
         self._wait += time.perf_counter() - start
 
-    def count(self, rows: int, tokens: int) -> None:
-        """Count one step's rows and row tokens."""
+    def count(self, rows: int, tokens: Any) -> None:
+        """Count one step's rows and row tokens, of all processes; the latter are not waited for before `read`."""
         self._rows += rows
-        self._tokens += tokens
+        self._tokens.append(tokens)
 
     def read(self) -> dict[str, float]:
         """Give the speed since the last read.
@@ -223,11 +224,12 @@ class Meter:
             what the backward pass computes again; `mfu_formula` and `hfu_formula`, the same by `published_flops`;
             `data_wait`, the share of time that the step waited for data; `memory`, see `peak_memory`.
         """
+        tokens = sum(map(int, self._tokens))
         elapsed = time.perf_counter() - self._start
         row_rate = self._rows / elapsed / self._peak
         mfu = row_rate * self._row_flops
         values = {
-            "tokens_per_second": self._tokens / elapsed,
+            "tokens_per_second": tokens / elapsed,
             "mfu": mfu,
             "hfu": mfu * self._hardware,
             "mfu_formula": row_rate * self._published[0],

@@ -55,8 +55,8 @@ def next_loss_scale(cfg: LossScaleConfig | None, state: LossScale, finite: Array
     good_steps = jnp.where(finite, state.good_steps + 1, 0)
     grows = good_steps >= cfg.window
     halves = ~finite & (state.hysteresis <= 1)
-    halved = jnp.maximum(state.scale / 2, cfg.minimum)
-    scale = jnp.where(grows, state.scale * 2, jnp.where(halves, halved, state.scale))
+    scale = jnp.where(grows, state.scale * 2, jnp.where(halves, state.scale / 2, state.scale))
+    scale = jnp.maximum(scale, cfg.minimum)  # at once where an operator has raised it
     spent = jnp.where(finite, state.hysteresis, jnp.maximum(state.hysteresis - 1, 1))
     hysteresis = jnp.where(grows, cfg.hysteresis, spent)
     return LossScale(scale, jnp.where(grows, 0, good_steps), hysteresis, skipped)

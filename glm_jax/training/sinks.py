@@ -68,7 +68,7 @@ class Jsonl:
         self._drain()
 
     def rewind(self, step: int) -> None:
-        self._pending = b""
+        self._drain()
         self._file.close()
         try:
             drop_after(self._path, step)

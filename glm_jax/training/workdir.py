@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,26 @@ def check_writable(workdir: Path) -> None:
         raise UserError(f"--workdir {workdir}: {nearest} is a file, name a directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--workdir {workdir}: {nearest} cannot be written to, name another")
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Keep other runs out of a workdir while the block runs, where its file system has locks.
+
+    Raises:
+        UserError: a run is using it.
+    """
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is using {workdir}: wait for it, or name another --workdir") from error
+        except OSError:  # no locks here, as on some network file systems
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def check_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
@@ -104,6 +127,8 @@ def read_config(workdir: Path) -> Config:
         raise UserError(f"{workdir} is not the workdir of a run ({CONFIG} is missing): check --workdir")
     try:
         return configs.from_json(path.read_text(encoding="utf-8"))
+    except UserError as error:
+        raise UserError(f"{path} does not fit this version: {error}") from error
     except (ValueError, AttributeError, TypeError) as error:  # ValueError: neither JSON nor UTF-8
         raise UserError(f"{path} is damaged: bring it back, or name another --workdir") from error
 

@@ -89,6 +89,15 @@ def test_missing_flags_files_and_commands(glm_jax: Cli, experiment: Path, tmp_pa
     assert "not the workdir of a run" in refused(glm_jax("generate", "--workdir", tmp_path, "--prompt", "[MASK]"))
 
 
+def test_a_planned_change_that_will_not_fit_the_mesh_is_refused_at_the_start(
+    experiment: Path, glm_jax: Cli, tmp_path: Path
+) -> None:
+    planned = "--config.interventions=((9,{'train.global_batch':6}),)"  # 2 microbatches of 3 rows
+    arguments = ["train", "--config", experiment, "--workdir", tmp_path / "run", "--config.mesh.data=2", planned]
+    assert "mesh.data=2 does not divide rows of a microbatch" in refused(glm_jax(*arguments, devices=2))
+    assert not (tmp_path / "run").exists()
+
+
 def test_workdirs_that_cannot_be_used(glm_jax: Cli, experiment: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     for workdir, said in (
@@ -100,8 +109,17 @@ def test_workdirs_that_cannot_be_used(glm_jax: Cli, experiment: Path, tmp_path: 
         assert said in line
 
 
-@pytest.mark.parametrize("content", ['{"seed": 12', "[]"])
-def test_a_damaged_config_in_the_workdir(glm_jax: Cli, experiment: Path, tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ('{"seed": 12', "config.json is damaged"),
+        ("[]", "config.json is damaged"),
+        ('{"sead": 12}', "config.json does not fit this version: unknown config key sead"),
+    ],
+)
+def test_a_damaged_config_in_the_workdir(
+    glm_jax: Cli, experiment: Path, tmp_path: Path, content: str, said: str
+) -> None:
     (tmp_path / "config.json").write_text(content)
     for arguments in (["train", "--config", experiment], ["generate", "--prompt", "[MASK]"]):
-        assert "config.json is damaged" in refused(glm_jax(*arguments, "--workdir", tmp_path))
+        assert said in refused(glm_jax(*arguments, "--workdir", tmp_path))

@@ -1,5 +1,6 @@
-"""The record of changes and the config that follows from it; tests/end_to_end/test_interventions.py has whole runs."""
+"""The record of changes and the config that follows from it; tests/end_to_end/test_log_replay.py has whole runs."""
 
+import errno
 import importlib.util
 import json
 from pathlib import Path
@@ -93,8 +94,28 @@ def test_a_line_that_was_cut_off_is_mended_and_a_damaged_one_named(tmp_path: Pat
     path.write_text(whole[:30] + "\n" + whole, encoding="utf-8")
     with pytest.raises(UserError, match="line 1, is damaged"):
         Record(tmp_path, 20)
+    lines = ("garbage", "5", '{"step": 1, "cause": "config", "changes": {"optimizer.peak_lr": 5}}',
+             '{"step": 1, "cause": "spike", "changes": {}}')  # fmt: skip
+    for line in lines:  # whole, but no line of a record
+        path.write_text(line + "\n", encoding="utf-8")
+        with pytest.raises(UserError, match="line 1, is damaged"):
+            interventions.read(path)
     with pytest.raises(UserError, match="cannot be read as a record"):
         interventions.read(tmp_path / "none.jsonl")
+
+
+def test_a_record_that_finds_no_room_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record(tmp_path, 0)
+    record.add(10, 80, "config", {"optimizer.peak_lr": (1.0, 0.5)})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left on device.*make room"):
+        record.add(20, 160, "config", {"optimizer.peak_lr": (0.5, 0.1)})
+    with pytest.raises(UserError, match="No space left on device.*make room"):
+        record.forget(10)
 
 
 def test_other_processes_know_the_record_and_do_not_write(tmp_path: Path) -> None:

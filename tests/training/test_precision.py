@@ -22,6 +22,12 @@ def test_the_scale_follows_the_hand_computed_trace() -> None:
     assert trace(cfg, "..x...") == [16, 16, 16, 16, 16, 32]  # an overflow starts the window again
 
 
+def test_a_minimum_that_is_raised_in_mid_run_holds_at_once() -> None:
+    low = initial_loss_scale(LossScaleConfig(initial=2.0))
+    raised = next_loss_scale(LossScaleConfig(minimum=64.0), low, jnp.bool_(True))
+    assert float(raised.scale) == 64 and int(raised.good_steps) == 1
+
+
 def test_other_precisions_keep_scale_one_and_count_skips() -> None:
     state = next_loss_scale(None, initial_loss_scale(None), jnp.bool_(False))
     assert state == LossScale(jnp.float32(1), jnp.int32(0), jnp.int32(1), jnp.int32(1))

@@ -12,7 +12,7 @@ import pytest
 
 from glm_jax import model
 from glm_jax.data.blanks import OBJECTIVES
-from glm_jax.model import GLMConfig
+from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.positions import position_terms
 from glm_jax.parallel import mesh as meshes
 from glm_jax.training import optimizer
@@ -129,11 +129,11 @@ def residual_rms(cfg: StepConfig, params: Any) -> list[float]:
     """Run the layers one after another and measure the stream after each."""
     glm, batch = cfg.engine.model, {name: jnp.asarray(array) for name, array in make_batch().items()}
     allowed = model.visibility(batch["segments"], batch["context"])
-    x = model.transformer.embed(glm, params, batch["tokens"], batch["positions"])
+    x = transformer.embed(glm, params, batch["tokens"], batch["positions"])
     terms, scales = position_terms(glm, batch["positions"], x.dtype), []
     for layer in range(glm.num_layers):
         weights = jax.tree.map(lambda array, layer=layer: array[layer], params["blocks"])
-        x = model.transformer.block(glm, weights, x, allowed, terms, jnp.int32(layer))[0]
+        x = transformer.block(glm, weights, x, allowed, terms, jnp.int32(layer))[0]
         scales.append(float(jnp.sqrt(jnp.mean(x**2))))
     return scales
 

@@ -121,6 +121,9 @@ def test_two_processes_are_one_of_the_same_mesh(
         for step, event in ours.items():
             for name in (name for name in event if name.startswith("loss")):
                 assert event[name] == pytest.approx(theirs[step][name], rel=1e-6)
+    trained = events(together, "train").values()
+    speeds = [event["tokens_per_second"] / event["mfu"] / event["tokens"] for event in trained]
+    assert speeds == pytest.approx(speeds[:1] * steps, rel=1e-9)  # of the tokens of both
     assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
     if axis == "pipeline":
         return

@@ -216,3 +216,17 @@ def test_a_spike_is_gone_back_from_once(experiment: Path, tmp_path: Path, capsys
     assert [line["changes"] for line in lines(again / "interventions.jsonl")] == [
         line["changes"] for line in (spike, wrecked, mended)
     ]
+
+
+@in_process
+def test_a_run_whose_last_steps_are_passed_over_is_evaluated_and_saved_at_its_end(
+    experiment: Path, tmp_path: Path
+) -> None:
+    planned = ((2, {"train.precision": "float16", "train.loss_scale.initial": 1024.0}),)
+    changes = {"train.steps": 5, "train.skip_steps": ((4, 9),), "train.eval_every": 5, "interventions": planned}
+    train(experiment, tmp_path, changes)
+    assert list(kills.events(tmp_path)) == [
+        ("evaluation", 0), ("train", 1), ("train", 2), ("train", 3), ("evaluation", 5)
+    ]  # fmt: skip
+    assert [event["loss_scale"] for event in train_events(tmp_path).values()] == [1, 1, 1024]
+    assert (tmp_path / "checkpoints" / "5").is_dir()

@@ -1,0 +1,16 @@
+"""One run at a time in a workdir."""
+
+from pathlib import Path
+
+import pytest
+
+from glm_jax.errors import UserError
+from glm_jax.training import workdir
+
+
+def test_a_second_run_in_a_workdir_is_turned_away_while_the_first_lasts(tmp_path: Path) -> None:
+    second = workdir.lock(tmp_path)
+    with workdir.lock(tmp_path), pytest.raises(UserError, match="another run is using"):
+        second.__enter__()
+    with workdir.lock(tmp_path):
+        assert list(tmp_path.iterdir()) == []
