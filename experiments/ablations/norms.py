@@ -16,7 +16,7 @@ sweep that is stopped early has all schemes at the smaller depths.
 Rates, steps and pieces were chosen, and the rule written, after trials with the seed 99, which is not among these. The
 rule cannot tell a member that learns slowly from one that has stopped to: at the lowest rate, look at the curve.
 
-Expected time: some two hours on two quiet cores.
+Expected time: some two to three hours on two quiet cores.
 """
 
 from glm_jax.analysis.sweep_base import small_english

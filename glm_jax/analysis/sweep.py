@@ -108,7 +108,7 @@ def _check_same(workdir: Path, base: Config, sweep: Sweep) -> None:
     if not (workdir / sweep_results.DESCRIPTION).exists():
         return
     before = sweep_results.read_description(workdir)
-    now = {"base": _numbers(base), "axes": json.loads(json.dumps(sweep)), "rule": sweep_verdict.RULE}
+    now = {"base": _numbers(base), "axes": json.loads(json.dumps(sweep))}  # the rule judges curves, old ones too
     for what, value in now.items():
         if before.get(what) == value:
             continue

@@ -102,13 +102,16 @@ def missing(workdir: Path, members: Iterable[Member]) -> bool:
 
 
 def row(result: Mapping[str, Any]) -> Row:
-    """Give a result without its curves and what the clock had to do with it."""
-    return {name: value for name, value in result.items() if name not in ("curves", "run")}
+    """Give a result without its curves and what the clock had to do with it, judged by the rule as it is now."""
+    verdict = judge_again(result)
+    judged = {"status": verdict.status, "step": verdict.step, "reason": verdict.reason}
+    return {name: value for name, value in result.items() if name not in ("curves", "run")} | judged
 
 
 def judge_again(result: Mapping[str, Any]) -> sweep_verdict.Verdict:
     """Apply the rule of divergence to a saved curve."""
-    return sweep_verdict.judge(result["curves"]["loss"], result["warmup"], result["uniform"], result["unigram"])
+    losses = np.array(result["curves"]["loss"], np.float64)  # None, as saved, becomes NaN
+    return sweep_verdict.judge(losses, result["warmup"], result["uniform"], result["unigram"])
 
 
 def write_tables(workdir: Path) -> list[Row]:

@@ -6,10 +6,14 @@ are; losses that are not finite are left out). A member has diverged if one of t
 1. "not finite": the loss is not finite NOT_FINITE steps in a row.
 2. "above a uniform guess": after the warm-up, m exceeds by more than RISE what guessing among all pieces alike costs.
 3. "risen": m ends more than RISE above its own lowest value.
-4. "learnt nothing": m ends no lower than what guessing by the frequency of the targets costs, which needs no context.
+4. "learnt nothing": m ends less than LEARNT below what guessing by the frequency of the targets costs, which needs no
+   context.
 
 All else has finished, however badly. The step of a divergence is the first from which on it held: of the first
 non-finite loss, of the first excess, of the last time that m was within RISE of its lowest, of the lowest m.
+
+LEARNT was 0 when the norm grid began. Its members of 4 layers showed that those that learn nothing end within 0.03
+nats of that cost, on either side by chance, and all others at least 0.2 below it; the margin lies between, for all.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ import numpy as np
 DECAY = 0.95  # of the moving average: it remembers some 20 steps
 RISE = 0.5  # nats
 NOT_FINITE = 5  # steps
+LEARNT = 0.1  # nats
 
-RULE = {"decay": DECAY, "rise": RISE, "not_finite": NOT_FINITE}
+RULE = {"decay": DECAY, "rise": RISE, "not_finite": NOT_FINITE, "learnt": LEARNT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,6 @@ def judge(losses: Sequence[float] | np.ndarray, warmup: int, uniform: float, uni
     if averages[-1] > averages[lowest] + RISE:
         within = np.flatnonzero(averages <= averages[lowest] + RISE)
         return Verdict(int(within[-1]) + 1, "risen")
-    if averages[-1] >= unigram:
+    if averages[-1] > unigram - LEARNT:
         return Verdict(lowest + 1, "learnt nothing")
     return Verdict()

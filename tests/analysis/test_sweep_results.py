@@ -15,9 +15,9 @@ from glm_jax.errors import UserError
 def result(norm: str, seed: int, loss: float, reason: str | None = None) -> dict[str, Any]:
     return {
         "name": f"norm={norm},seed={seed}", "labels": {"model.norm": norm, "seed": str(seed)},
-        "status": "diverged" if reason else "finished", "step": 3 if reason else None, "reason": reason,
+        "status": "diverged" if reason else "finished", "step": 2 if reason else None, "reason": reason,
         "loss": loss, "heldout": {"loss": loss + 0.5}, "warmup": 2, "uniform": 7.0, "unigram": 6.0,
-        "curves": {"loss": [7.0, None, 5.5], "step": [1, 3]}, "run": {"seconds": 12.5},
+        "curves": {"loss": [5.5, None, 7.0] if reason else [7.0, None, 3.0], "step": [1, 3]}, "run": {"seconds": 12.5},
     }  # fmt: skip
 
 
@@ -35,11 +35,18 @@ def test_numbers_are_saved_so_that_a_float32_comes_back() -> None:
 
 
 def test_a_result_comes_back_with_its_curves(workdir: Path) -> None:
-    save_member(workdir, result("pre", 1, 5.0))
+    save_member(workdir, result("pre", 1, 5.0, "risen"))
     (back,) = sweep_results.read_all(workdir)
     assert back["heldout"] == {"loss": 5.5} and back["run"] == {"seconds": 12.5}
-    np.testing.assert_array_equal(back["curves"]["loss"], [7.0, np.nan, 5.5])
-    assert sweep_results.judge_again(back).reason == "learnt nothing"  # it ends at 6.2, above 6.0
+    np.testing.assert_array_equal(back["curves"]["loss"], [5.5, np.nan, 7.0])
+    assert sweep_results.judge_again(back).reason == "risen"  # m ends at 6.27
+
+
+def test_a_row_is_judged_by_the_rule_as_it_is_now(workdir: Path) -> None:
+    old = {"status": "finished", "step": None, "reason": None}
+    save_member(workdir, {**result("pre", 1, 5.0, "risen"), **old})
+    (row,) = write_tables(workdir)
+    assert (row["status"], row["step"], row["reason"]) == ("diverged", 2, "risen")
 
 
 def test_tables_grow_as_members_come_and_leave_the_clock_out(workdir: Path) -> None:
@@ -56,14 +63,14 @@ def test_tables_grow_as_members_come_and_leave_the_clock_out(workdir: Path) -> N
     assert "| pre | 2 of 2 | 5.100 ± 0.141 | 5.600 ± 0.141 |  |" in text
     assert "| post | 0 of 1 |  |  | risen (1) |" in text
     assert "| pre | 1 | finished | 5.000 | 5.500 |" in text
-    assert "| post | 1 | diverged at 3: risen | 7.100 | 7.600 |" in text
+    assert "| post | 1 | diverged at 2: risen | 7.100 | 7.600 |" in text
 
 
 def test_losses_that_are_not_there(workdir: Path) -> None:
     bare = {**result("pre", 1, 5.0), "heldout": {}}
     lost = {**result("post", 1, 5.0, "not finite"), "loss": None, "heldout": {"loss": None}}
     assert "| pre | 1 of 1 | 5.000 |  |  |" in summary([bare, lost])
-    assert "| post | 1 | diverged at 3: not finite |  |  |" in sweep_results.members_table([bare, lost])
+    assert "| post | 1 | diverged at 2: not finite |  |  |" in sweep_results.members_table([bare, lost])
     assert spread([]) == "" and spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
 
 

@@ -63,4 +63,5 @@ def test_no_better_than_the_frequencies() -> None:
     losses = falling(100, 6.3) + [6.2] * 100
     lowest = int(smooth(losses).argmin()) + 1
     assert verdict(losses) == Verdict(lowest, "learnt nothing")
-    assert verdict(falling(100, 6.3) + [5.9] * 100) == Verdict()
+    assert verdict(falling(100, 6.3) + [5.95] * 100).reason == "learnt nothing"
+    assert verdict(falling(100, 6.3) + [5.85] * 100) == Verdict()
