@@ -21,7 +21,7 @@ INTERVENTIONS = [
     {"event": "intervention", "step": 10, "samples": 40, "cause": "config",
      "changes": {"optimizer.peak_lr": [0.5, 0.25], "data.weights": [None, [[0, {"<en>": 1.0}]]]}},
     {"event": "intervention", "step": 20, "samples": 80, "cause": "spike",
-     "changes": {"train.skip_steps": [[], [[21, 25]]]},
+     "changes": {"train.skip_steps": [[], [[21, 25]]]}, "skipped": [21, 25],
      "seen": {"step": 25, "loss": 9.25, "grad_norm": 31.5, "reason": "the loss 9.25 is above its band"}},
 ]  # fmt: skip
 

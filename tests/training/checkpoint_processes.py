@@ -34,7 +34,9 @@ def outcome(checkpoints: Checkpoints, mesh: jax.sharding.Mesh, expected: Any) ->
     params = multihost_utils.process_allgather(restored.state.params, tiled=True)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     events = [(event["step"], event.get("error")) for event in checkpoints.events()]
-    return [restored.run["step"], checkpoints.steps(), events, sorted(os.listdir(checkpoints.directory))]
+    seen = [restored.run["step"], checkpoints.steps(), events, sorted(os.listdir(checkpoints.directory))]
+    multihost_utils.sync_global_devices("seen")  # the other may begin its next save
+    return seen
 
 
 def main() -> None:
