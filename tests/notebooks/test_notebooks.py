@@ -81,7 +81,7 @@ def test_a_notebook_tells_claims_measures_and_scale_apart(path):
     assert "claimed" in prose and "needs scale" in prose
 
 
-@pytest.mark.parametrize("text", ["in /tmp/x", '"/work/main"', "File /root/a.py", "lib/site-packages/jax", "/home/me/"])
+@pytest.mark.parametrize("text", ["in /tmp/x", '"/opt/x/y"', "File /root/a.py", "lib/site-packages/jax", "/home/me/"])
 def test_machine_paths_are_recognised(text):
     assert MACHINE_PATH.search(text)
     assert not MACHINE_PATH.search("glm_jax/model/residual.py, 24/8/4, runs/tmp/a, https://arxiv.org/abs/2203.00555")
