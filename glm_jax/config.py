@@ -111,6 +111,41 @@ def _blanks() -> Config:
     return blanks
 
 
+def _train() -> Config:
+    """Give `train`: how long, on how much at a time, and what is watched and kept."""
+    train: Config = ConfigDict()
+    train.steps = 1000
+    train.global_batch = 16  # rows an optimizer step
+    train.microbatches = 1  # the batch is processed in this many parts, gradients summed
+    train.precision = "float32"  # of weights and activations; master params, moments and sums are float32
+    train.loss_scale = ConfigDict()  # float16 only
+    train.loss_scale.initial = 65536.0
+    train.loss_scale.window = 2000  # finite steps in a row that double it
+    train.loss_scale.hysteresis = 2  # non-finite steps that halve it
+    train.loss_scale.minimum = 1.0
+    train.embedding_shrink = ConfigDict()  # embedding gradient shrink (paper, section 3.2)
+    train.embedding_shrink.alpha = 1.0  # the share of the gradient that stays; 1: off
+    train.embedding_shrink.history = ()  # instead: knots over steps, ((6000, 0.1), (6500, 1.0))
+    train.embedding_shrink.logits = False  # also on the path through the head, which is tied
+    train.loss_normalization = "tokens"  # a mean over the global batch's targets; microbatch: over row means
+    train.batch_ramp = ()  # (first batch, increment, samples): grows in equal parts of the samples
+    train.skip_steps = ()  # ((40_701, 40_900),): steps that are passed over with their data, the last included
+    train.spike = ConfigDict()  # what to do when the loss or the gradient norm leaves its running band
+    train.spike.rollbacks = 0  # go back to the last checkpoint and pass over the data, so often at most; 0: never
+    train.spike.window = 100  # steps of the band's running mean and deviation; it watches after as many
+    train.spike.deviations = 6.0  # the band's width above the mean
+    train.log_every = 10
+    train.eval_every = 500  # 0: never; else also before the first step and at the end
+    train.eval_rows = 128  # held-out rows a source
+    train.save_every = 250  # steps
+    train.save_minutes = 0.0  # also when so much time has passed since the last; 0: never
+    train.keep = 3  # the newest checkpoints
+    train.keep_every = 0  # also those of every so many steps; 0: none
+    train.profile = ()  # (first, last) steps that JAX's profiler traces into the workdir's profile/
+    train.wandb = ""  # a Weights & Biases project to report to as well
+    return train
+
+
 def default_config() -> Config:
     """Give every key with its default: a model for a laptop; experiments say what differs."""
     config: Config = ConfigDict()
@@ -148,38 +183,7 @@ def default_config() -> Config:
     config.pipeline.schedule = "1f1b"
     config.pipeline.stash = "layer"  # what the backward pass finds: inputs of layers or stages, or all (no recomputing)
 
-    config.train = ConfigDict()
-    config.train.steps = 1000
-    config.train.global_batch = 16  # rows an optimizer step
-    config.train.microbatches = 1  # the batch is processed in this many parts, gradients summed
-    config.train.precision = "float32"  # of weights and activations; master params, moments and sums are float32
-    config.train.loss_scale = ConfigDict()  # float16 only
-    config.train.loss_scale.initial = 65536.0
-    config.train.loss_scale.window = 2000  # finite steps in a row that double it
-    config.train.loss_scale.hysteresis = 2  # non-finite steps that halve it
-    config.train.loss_scale.minimum = 1.0
-    config.train.embedding_shrink = ConfigDict()  # embedding gradient shrink (paper, section 3.2)
-    config.train.embedding_shrink.alpha = 1.0  # the share of the gradient that stays; 1: off
-    config.train.embedding_shrink.history = ()  # instead: knots over steps, ((6000, 0.1), (6500, 1.0))
-    config.train.embedding_shrink.logits = False  # also on the path through the head, which is tied
-    config.train.loss_normalization = "tokens"  # a mean over the global batch's targets; microbatch: over row means
-    config.train.batch_ramp = ()  # (first batch, increment, samples): grows in equal parts of the samples
-    config.train.skip_steps = ()  # ((40_701, 40_900),): steps that are passed over with their data, the last included
-    config.train.spike = ConfigDict()  # what to do when the loss or the gradient norm leaves its running band
-    config.train.spike.rollbacks = (
-        0  # go back to the last checkpoint and pass over the data, so often at most; 0: never
-    )
-    config.train.spike.window = 100  # steps of the band's running mean and deviation; it watches after as many
-    config.train.spike.deviations = 6.0  # the band's width above the mean
-    config.train.log_every = 10
-    config.train.eval_every = 500  # 0: never; else also before the first step and at the end
-    config.train.eval_rows = 128  # held-out rows a source
-    config.train.save_every = 250  # steps
-    config.train.save_minutes = 0.0  # also when so much time has passed since the last; 0: never
-    config.train.keep = 3  # the newest checkpoints
-    config.train.keep_every = 0  # also those of every so many steps; 0: none
-    config.train.profile = ()  # (first, last) steps that JAX's profiler traces into the workdir's profile/
-    config.train.wandb = ""  # a Weights & Biases project to report to as well
+    config.train = _train()
 
     config.optimizer = ConfigDict()
     config.optimizer.peak_lr = 1e-3

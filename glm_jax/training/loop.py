@@ -98,8 +98,8 @@ class Run:
         self.prepared = segment.ready(config, workdir, self._prepare)
         self._first = Segment(config, self.prepared)  # checks the rest, before anything is written
         if processes.is_first():
-            workdirs.write(workdir, config, self.prepared.tokenizer)
             self._lock.enter_context(workdirs.lock(workdir))
+            workdirs.write(workdir, config, self.prepared.tokenizer)
         processes.wait_for_all()
         self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every, self.say)
         self.stop = StopRequest()

@@ -59,12 +59,16 @@ def check_writable(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Keep other runs out of a workdir while the block runs, where its file system has locks.
+    """Make a workdir if need be, and keep other runs out of it while the block runs, where its file system has locks.
 
     Raises:
-        UserError: a run is using it.
+        UserError: a run is using it, or it cannot be made.
     """
-    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        folder = os.open(workdir, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be used ({error.strerror}): name another") from error
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,8 +9,9 @@ from glm_jax.training import workdir
 
 
 def test_a_second_run_in_a_workdir_is_turned_away_while_the_first_lasts(tmp_path: Path) -> None:
-    second = workdir.lock(tmp_path)
-    with workdir.lock(tmp_path), pytest.raises(UserError, match="another run is using"):
+    folder = tmp_path / "new"
+    second = workdir.lock(folder)
+    with workdir.lock(folder), pytest.raises(UserError, match="another run is using"):
         second.__enter__()
-    with workdir.lock(tmp_path):
-        assert list(tmp_path.iterdir()) == []
+    with workdir.lock(folder):
+        assert list(folder.iterdir()) == []
