@@ -12,10 +12,9 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from glm_jax.analysis.sweep_frontier import frontier_table
-from glm_jax.analysis.sweep_results import RESULTS, Row, read_description, summary
+from glm_jax.analysis.sweep_results import RESULTS, Row, provenance, read_description, summary
 from glm_jax.errors import UserError
 from glm_jax.files import write_atomic
 
@@ -31,7 +30,7 @@ def section(workdir: Path) -> str:
         rows: list[Row] = json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / RESULTS} cannot be read: run the sweep again, which rewrites it") from error
-    return f"{_origin(description, len(rows))}\n\n{_table(rows)}"
+    return f"{provenance(description, len(rows))}.\n\n{_table(rows)}"
 
 
 def _table(rows: list[Row]) -> str:
@@ -46,16 +45,6 @@ def _second_half(rows: list[Row]) -> str:
         return ""
     halves = [{**row, "heldout": {"loss": row["heldout"].get("loss/second_half")}} for row in rows]
     return f"\n\nThe same, with the held-out loss on the second half of a text given the first:\n\n{summary(halves)}"
-
-
-def _origin(description: dict[str, Any], there: int) -> str:
-    commit = f"commit `{description['commit'][:12]}`" if description["commit"] else "no commit"
-    base, versions = description["base"], description["versions"]
-    rows = f"{base['train.global_batch']} rows of {base['data.seq_length']} tokens"
-    return (
-        f"`{description['command']}`, {commit}, jax {versions['jax']}; {there} of {len(description['members'])} "
-        f"members, {base['train.steps']} steps of {rows}."
-    )
 
 
 def write_page(page: Path, results: Path) -> list[str]:

@@ -91,6 +91,20 @@ def read_description(workdir: Path) -> dict[str, Any]:
     raise UserError(f"{path} is damaged: bring it back, or name another --workdir")
 
 
+def provenance(description: Mapping[str, Any], there: int) -> str:
+    """Say in Markdown where results come from: command, commit, jax, members that are there, steps."""
+    commit = f"commit `{description['commit'][:12]}`" if description["commit"] else "no commit"
+    return (
+        f"`{description['command']}`, {commit}, jax {description['versions']['jax']}; {there} of "
+        f"{len(description['members'])} members, {steps_text(description['base'])}"
+    )
+
+
+def steps_text(base: Mapping[str, Any]) -> str:
+    """Say how long the members of a sweep with this base train."""
+    return f"{base['train.steps']} steps of {base['train.global_batch']} rows of {base['data.seq_length']} tokens"
+
+
 def missing(workdir: Path, members: Iterable[Member]) -> bool:
     """Say whether one of the members has no result yet, or a damaged one."""
     for member in members:

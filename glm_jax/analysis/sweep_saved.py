@@ -26,7 +26,16 @@ import numpy as np
 
 from glm_jax import config as configs
 from glm_jax.analysis import sweep_group, sweep_members, sweep_verdict
-from glm_jax.analysis.sweep_results import DESCRIPTION, RESULTS, Row, read_all, read_description, row
+from glm_jax.analysis.sweep_results import (
+    DESCRIPTION,
+    RESULTS,
+    Row,
+    provenance,
+    read_all,
+    read_description,
+    row,
+    steps_text,
+)
 from glm_jax.analysis.sweep_worker import result
 from glm_jax.config import Config, source
 from glm_jax.data.samples import docstrings
@@ -75,19 +84,15 @@ class Saved:
 
     def origin(self) -> str:
         """Say in Markdown where the results come from, and how much of the sweep there is."""
-        there, base = len(self.results), self.description["base"]
-        each = f"{base['train.steps']} steps of {base['train.global_batch']} rows of {base['data.seq_length']} tokens"
+        there = len(self.results)
         if not self.description["command"]:
             return (
-                f"**No saved results: {there} small members, trained just now**, {each}, on docstrings of Python's "
-                "standard library. They show that the figures work, and no more than that."
+                f"**No saved results: {there} small members, trained just now**, "
+                f"{steps_text(self.description['base'])}, on docstrings of Python's standard library. They show that "
+                "the figures work, and no more than that."
             )
         state = "complete" if there == self.members else "incomplete"
-        commit = (self.description["commit"] or "unknown")[:12]
-        return (
-            f"**Saved results, {state}: {there} of {self.members} members** of `{self.description['command']}`, at "
-            f"commit `{commit}`, jax {self.description['versions']['jax']}; {each}.{self._coverage()}"
-        )
+        return f"**Saved results, {state}:** {provenance(self.description, there)}.{self._coverage()}"
 
     def _coverage(self) -> str:
         """Say which labels of the first axis are there in part or not at all; nothing of a complete sweep."""

@@ -59,12 +59,12 @@ def test_what_is_saved_is_read_back(workdir, tmp_path):
 def test_the_origin_says_how_much_is_there(workdir, tmp_path):
     save(workdir, tmp_path / "saved")
     text = load(tmp_path / "saved").origin()
-    assert "incomplete: 1 of 2 members" in text and "By k: a: 0 of 1, b: 1 of 1." in text
+    assert "results, incomplete:**" in text and "1 of 2 members" in text and "By k: a: 0 of 1, b: 1 of 1." in text
     assert "`glm-jax sweep --config a.py --workdir runs/a`" in text and "`abcdef012345`" in text and "0.10.2" in text
     sweep_results.save_member(workdir, result("k=a"))
     save(workdir, tmp_path / "saved")
     text = load(tmp_path / "saved").origin()
-    assert "Saved results, complete: 2 of 2 members" in text and "By k" not in text
+    assert "results, complete:**" in text and "2 of 2 members" in text and "By k" not in text
 
 
 def test_curves_are_thinned_from_the_end_and_keep_both_ends():
