@@ -152,11 +152,14 @@ def convert(arguments: Sequence[str]) -> int:
     from glm_jax.model import GLMConfig
 
     cfg = GLMConfig.from_section(resolved.model.to_dict(), 0, resolved.data.seq_length)
-    if direction == "sat-to-orbax":
-        written = sat_to_orbax(values.path, cfg, values.out)
-    else:
-        orbax_to_sat(values.path, cfg, values.out, values.tensor_parallel, values.iteration, values.dtype)
-        written = values.out
+    try:
+        if direction == "sat-to-orbax":
+            written = sat_to_orbax(values.path, cfg, values.out)
+        else:
+            orbax_to_sat(values.path, cfg, values.out, values.tensor_parallel, values.iteration, values.dtype)
+            written = values.out
+    except OSError as error:
+        raise UserError(f"--out {values.out} cannot be written ({error}): name another directory") from error
     say(f"written: {written}")
     return 0
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def sync_directory(path: Path) -> None:
@@ -42,6 +44,19 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `content` to `path` under a temporary name, fsync, and rename."""
     with open_atomic(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def json_line(value: Any) -> str:
+    """Write a value as a line of JSON, null for a number that is not finite: JSON has none."""
+    return json.dumps(_finite(value), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -135,9 +136,16 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError:
             event = None
         if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("step"), int):
-            yield event
+            yield {key: _not_finite_again(value) for key, value in event.items()}
         elif number < len(lines):
             raise UserError(f"line {number} of {path} is damaged: take it out, and ask for the report again")
+
+
+def _not_finite_again(value: Any) -> Any:
+    """Give NaN for the null that a number is written as which is not finite, by itself or in a list."""
+    if isinstance(value, list):
+        return [_not_finite_again(entry) for entry in value]
+    return math.nan if value is None else value
 
 
 def _operator_marks(changes: list[dict[str, Any]]) -> Iterator[Mark]:
@@ -166,4 +174,4 @@ def _value(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
+    return "not finite" if value is None else f"{value:.4g}" if isinstance(value, int | float) else str(value)

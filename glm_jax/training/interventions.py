@@ -17,7 +17,7 @@ from typing import Any
 from glm_jax import config as configs
 from glm_jax.config import Config
 from glm_jax.errors import UserError
-from glm_jax.files import write_atomic
+from glm_jax.files import json_line, write_atomic
 
 RECORD = "interventions.jsonl"
 
@@ -96,7 +96,7 @@ class Record:
         but a spike that was gone back from to `step` stays known.
         """
         self.lines = [line for line in self.lines if line["step"] < step + (line["cause"] == "spike")]
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        text = "".join(map(json_line, self.lines))
         if self._primary and self._path.exists() and self._path.read_text(encoding="utf-8") != text:
             with self._writing():
                 write_atomic(self._path, text)
@@ -114,7 +114,7 @@ class Record:
         self.lines.append(line)
         if self._primary:
             with self._writing(), open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json_line(line))
                 file.flush()
                 os.fsync(file.fileno())
         return line

@@ -20,7 +20,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from glm_jax.errors import UserError
-from glm_jax.files import write_atomic
+from glm_jax.files import json_line, write_atomic
 
 Event = Mapping[str, Any]
 
@@ -54,7 +54,7 @@ def scalars(event: Event) -> Iterator[tuple[str, float]]:
 
 
 class Jsonl:
-    """One event a line. Lines that find no room on the disk wait for the next write."""
+    """One event a line, null for what is not finite. Lines that find no room on the disk wait for the next write."""
 
     name = METRICS
 
@@ -64,7 +64,7 @@ class Jsonl:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
     def write(self, event: Event) -> None:
-        self._pending += (json.dumps(event) + "\n").encode("ascii")
+        self._pending += json_line(event).encode("ascii")
         self._drain()
 
     def rewind(self, step: int) -> None:

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from glm_jax.analysis import curves, record, report, style
 from glm_jax.config import default_config, source, to_json
 from glm_jax.errors import UserError
+from glm_jax.files import json_line
 
 LAYERS, STEPS = 3, 40
 
@@ -48,8 +49,8 @@ def write_run(workdir: Path) -> Path:
         {"event": "start", "step": 15, "versions": {"jax": "0.10.2"}},
     ]
     workdir.mkdir(parents=True)
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "tr')
-    (workdir / "interventions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in INTERVENTIONS))
+    (workdir / "metrics.jsonl").write_text("".join(map(json_line, events)) + '{"event": "tr')
+    (workdir / "interventions.jsonl").write_text("".join(map(json_line, INTERVENTIONS)))
     config = default_config()
     config.data.sources.en = source(path="a & b/*.txt")
     config.train.steps = 60

@@ -41,7 +41,8 @@ def test_glm_2b_is_named_by_rounding() -> None:
     assert preset("glm_2b").num_parameters == pytest.approx(1.92e9, rel=0.005)
 
 
-def test_convert_there_and_back(glm_jax: Cli, tmp_path: Path) -> None:
+@pytest.fixture
+def config() -> list[str]:
     shape = json.loads((GOLDENS / "config.json").read_text())
     flags = [
         f"--config.model.{key}={shape[name]}"
@@ -53,7 +54,10 @@ def test_convert_there_and_back(glm_jax: Cli, tmp_path: Path) -> None:
             ("vocab_size", "vocab_size"),
         )
     ]
-    config = ["--config", "experiments/glm_130b.py", *flags]
+    return ["--config", "experiments/glm_130b.py", *flags]
+
+
+def test_convert_there_and_back(glm_jax: Cli, config: list[str], tmp_path: Path) -> None:
     there = glm_jax("convert", "sat-to-orbax", *config, "--path", GOLDENS / "ckpt_tp1", "--out", tmp_path / "orbax")
     assert there.returncode == 0, there.stderr
     ways = ["--path", tmp_path / "orbax", "--out", tmp_path / "sat"]
@@ -71,3 +75,11 @@ def test_a_checkpoint_of_another_shape_is_refused(glm_jax: Cli, tmp_path: Path) 
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "mp_rank_00" in done.stderr or "transformer." in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(glm_jax: Cli, config: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    done = glm_jax("convert", "sat-to-orbax", *config, "--path", GOLDENS / "ckpt_tp1", "--out", out)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: --out {out} cannot be written")

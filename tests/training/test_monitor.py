@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import struct
 import sys
@@ -84,6 +85,15 @@ def test_lists_become_a_scalar_a_layer_and_text_stays_in_the_jsonl(tmp_path: Pat
     assert read(tmp_path) == written
     layers = {f"train/activation_rms/layer_{layer:02d}": {1: float(layer)} for layer in range(11)}
     assert board(tmp_path) == {"train/loss": {1: 2.0}, **layers}
+
+
+def test_numbers_that_are_not_finite_are_null_for_every_reader_of_json(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, total_steps=9, first_step=0)
+    monitor.log({"event": "train", "step": 1, "loss": math.nan, "activation_rms": [1.0, math.inf], "lr": 0.5})
+    monitor.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    read = json.loads(line, parse_constant=pytest.fail)
+    assert (read["loss"], read["activation_rms"], read["lr"]) == (None, [1.0, None], 0.5)
 
 
 def test_going_back_drops_the_events_after_a_step_everywhere(
