@@ -14,6 +14,7 @@ non-finite loss, of the first excess, of the last time that m was within RISE of
 
 LEARNT was 0 when the norm grid began. Its members of 4 layers showed that those that learn nothing end within 0.03
 nats of that cost, on either side by chance, and all others at least 0.2 below it; the margin lies between, for all.
+Deeper members, trained later, fill that gap: the verdicts of some hang on the margin, and notebook 02 names them.
 """
 
 from __future__ import annotations
