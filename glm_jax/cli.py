@@ -254,9 +254,11 @@ def sweep(arguments: Sequence[str]) -> int:
     cores = os.cpu_count() or 1
     flags.DEFINE_integer("parallel", cores, "processes at a time, of a core each", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("dry-run", False, "list the members and do nothing", flag_values=values)
-    lists = "--dry-run" in arguments
-    if not cli_flags.parse(values, arguments, ["config"] if lists else ["config", "workdir"]):
+    if not cli_flags.parse(values, arguments, ["config"]):
         return 0
+    lists = values["dry-run"].value
+    if not lists and not values.workdir:
+        raise UserError("--workdir is missing: say where results go, or --dry-run to see what they would be of")
     resolved = cli_flags.load(values)
     path = Path(config_flags.get_config_filename(values["config"]))
 

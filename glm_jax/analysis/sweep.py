@@ -28,7 +28,7 @@ from typing import Any
 from tqdm import tqdm
 
 from glm_jax import config as configs
-from glm_jax.analysis import sweep_members, sweep_results, sweep_verdict
+from glm_jax.analysis import sweep_members, sweep_results
 from glm_jax.analysis.sweep_members import Group, Member, Sweep
 from glm_jax.config import Config
 from glm_jax.errors import UserError
@@ -57,15 +57,27 @@ def run(base: Config, path: Path, workdir: Path, parallel: int, say: Say) -> int
         UserError: anything about the sweep, its data or the workdir that does not fit, before any training; or a
             group whose process failed, after the others are done.
     """
-    from glm_jax.training.workdir import check_writable  # jax, which `listing` does without
+    from glm_jax.training.workdir import check_writable, lock  # jax, which `listing` does without
 
     sweep = sweep_members.load(path)
     members = sweep_members.expand(base, sweep)
     groups = sweep_members.group(members)
     check_writable(workdir)
-    _check_same(workdir, base, sweep)
-    _prepare(members, say)
-    _describe(workdir, path, base, sweep, members)
+    description = _describe(path, base, sweep, members)
+    _check_same(workdir, description)
+    description["data"] = _prepare(members, say)
+    with lock(workdir):
+        try:
+            return _run(workdir, description, groups, parallel, say)
+        except OSError as error:
+            raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}): make room, and the same "
+                            "command goes on") from error  # fmt: skip
+
+
+def _run(workdir: Path, description: dict[str, Any], groups: Sequence[Group], parallel: int, say: Say) -> int:
+    _check_same(workdir, description)
+    if not (workdir / sweep_results.DESCRIPTION).exists():
+        write_atomic(workdir / sweep_results.DESCRIPTION, json.dumps(description, indent=1) + "\n")
     waiting = [group for group in groups if sweep_results.missing(workdir, group.members)]
     for member in (member for group in waiting for member in group.members):
         sweep_results.member_path(workdir, member.name).unlink(missing_ok=True)  # its group is done again as a whole
@@ -103,34 +115,35 @@ def _numbers(base: Config) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not configs.in_section(key, FREE_KEYS)}
 
 
-def _check_same(workdir: Path, base: Config, sweep: Sweep) -> None:
-    """Check that the workdir holds no other sweep."""
+def _check_same(workdir: Path, description: dict[str, Any]) -> None:
+    """Check that the workdir holds no other sweep, and none on other texts; the rule judges old curves as well."""
     if not (workdir / sweep_results.DESCRIPTION).exists():
         return
     before = sweep_results.read_description(workdir)
-    now = {"base": _numbers(base), "axes": json.loads(json.dumps(sweep))}  # the rule judges curves, old ones too
-    for what, value in now.items():
+    for what in ("base", "axes", "members", "data"):
+        value = description.get(what, before.get(what))  # data are known once they are prepared
         if before.get(what) == value:
             continue
         hint = ""
         if what == "base":
-            keys = sorted(key for key in value.keys() | before[what].keys() if value.get(key) != before[what].get(key))
-            hint = f" ({keys[0]} was {before[what].get(keys[0])!r}, it is {value.get(keys[0])!r})"
-        raise UserError(f"{workdir} holds a sweep with another {what}{hint}: set it back, or name another --workdir")
+            now, old = description[what], before.get(what, {})
+            key = min(key for key in now.keys() | old.keys() if now.get(key) != old.get(key))
+            hint = f" ({key} was {old.get(key)!r}, it is {now.get(key)!r})"
+        if what == "data":
+            hint = " (its texts or its tokenizer are not what they were)"
+        raise UserError(f"{workdir} holds a sweep with other {what}{hint}: set it back, or name another --workdir")
 
 
-def _prepare(members: Sequence[Member], say: Say) -> None:
-    """Prepare all data before any process asks for it, and find what is wrong with it."""
+def _prepare(members: Sequence[Member], say: Say) -> list[dict[str, Any]]:
+    """Prepare all data before any process asks for it, and find what is wrong with it. Returns what it is."""
     from glm_jax.analysis.sweep_group import prepare_all
 
-    prepare_all([member.config for member in members], say)
+    prepared = prepare_all([member.config for member in members], say)
+    return [{"tokenizer": data.tokenizer.digest, "sources": data.digests} for data in prepared.values()]
 
 
-def _describe(workdir: Path, path: Path, base: Config, sweep: Sweep, members: Sequence[Member]) -> None:
-    """Write sweep.json, unless it is there."""
-    target = workdir / sweep_results.DESCRIPTION
-    if target.exists():
-        return
+def _describe(path: Path, base: Config, sweep: Sweep, members: Sequence[Member]) -> dict[str, Any]:
+    """Give what sweep.json says, but its data."""
     packages = ("glm-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.stem
     description = {
@@ -139,16 +152,12 @@ def _describe(workdir: Path, path: Path, base: Config, sweep: Sweep, members: Se
         "command": " ".join(["glm-jax", *sys.argv[1:]]),
         "commit": _commit(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "rule": sweep_verdict.RULE,
-        "rule_text": sweep_verdict.__doc__,
+        **sweep_results.rule(),
         "base": _numbers(base),
         "axes": sweep,
         "members": [member.name for member in members],
     }
-    try:
-        write_atomic(target, json.dumps(description, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}): name another") from error
+    return json.loads(json.dumps(description))  # as it is read back
 
 
 def _commit() -> str | None:
@@ -205,22 +214,26 @@ class _Pool:
         started = time.monotonic()
         log = self.workdir / sweep_results.LOGS / f"{group.name.replace(' ', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w", encoding="utf-8") as errors:
-            code = self._work(group, errors)
-        if self._stopping:
-            return None
-        if code:
-            self._report(f"{group.name}: failed with exit code {code}, see {log}")
+        try:
+            with open(log, "w", encoding="utf-8") as errors:
+                code = self._work(group, errors)
+            if code and not self._stopping:
+                self._report(f"{group.name}: failed with exit code {code}, see {log}")
+                return str(log)
+            if self._stopping:
+                return None
+            with self._lock:
+                rows = sweep_results.write_tables(self.workdir)
+        except (OSError, UserError) as error:  # a full disk, say: the other groups go on
+            self._report(f"{group.name}: {error}")
             return str(log)
-        with self._lock:
-            rows = sweep_results.write_tables(self.workdir)
         names = {member.name for member in group.members}
         diverged = sum(row["status"] == "diverged" for row in rows if row["name"] in names)
         self._report(f"{group.name}: {len(names)} members in {time.monotonic() - started:.0f} s, {diverged} diverged")
         return None
 
     def _work(self, group: Group, errors: Any) -> int:
-        environment = {**os.environ, "NPROC": "1"}  # threads of XLA on the CPU
+        environment = {"JAX_PLATFORMS": "cpu", **os.environ, "NPROC": "1"}  # threads of XLA on the CPU
         process = subprocess.Popen(
             [sys.executable, "-m", "glm_jax.analysis.sweep_worker"], env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,

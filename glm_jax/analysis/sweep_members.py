@@ -120,7 +120,7 @@ def read_axes(axes: Any, where: str = "get_sweep()") -> Sweep:
 
 
 def _read_axis(name: Any, values: Any, where: str) -> dict[str, Mapping[str, Any]]:
-    if not isinstance(name, str) or not isinstance(values, Mapping | list | tuple) or not values:
+    if not _fits_a_file(name) or not isinstance(values, Mapping | list | tuple) or not values:
         raise UserError(f"{where}: the axis {name!r} is {values!r}: give it values, or labels with the keys they set")
     if isinstance(values, Mapping):
         for label, changes in values.items():
@@ -172,7 +172,7 @@ def expand(base: Config, sweep: Sweep) -> list[Member]:
     return members
 
 
-def _short_names(sweep: Sweep) -> dict[str, str]:
+def _short_names(sweep: Mapping[str, Any]) -> dict[str, str]:
     """Name each axis by the last part of its key where that tells it from the others."""
     last = [axis.rpartition(".")[2] for axis in sweep]
     return {axis: name if last.count(name) == 1 else axis for axis, name in zip(sweep, last, strict=True)}
@@ -216,10 +216,9 @@ def group(members: Sequence[Member], together: int = TOGETHER) -> list[Group]:
 
 def _group_name(members: Sequence[Member], number: int) -> str:
     first, *rest = members
-    names = dict(pair.split("=", 1) for pair in first.name.split(","))
     shared = [
-        f"{name}={label}"
-        for (axis, label), name in zip(first.labels.items(), names, strict=True)
-        if all(member.labels[axis] == label for member in rest)
+        f"{short}={first.labels[axis]}"
+        for axis, short in _short_names(first.labels).items()
+        if all(member.labels[axis] == first.labels[axis] for member in rest)
     ]
     return f"{number:02d} " + (",".join(shared) or "all")

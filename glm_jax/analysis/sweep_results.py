@@ -93,9 +93,10 @@ def read_description(workdir: Path) -> dict[str, Any]:
 
 def provenance(description: Mapping[str, Any], there: int) -> str:
     """Say in Markdown where results come from: command, commit, jax, members that are there, steps."""
-    commit = f"commit `{description['commit'][:12]}`" if description["commit"] else "no commit"
+    commit = description["commit"]
+    told = f"commit `{commit[:12]}{'+' * commit.endswith('+')}`" if commit else "no commit"  # +: of a changed tree
     return (
-        f"`{description['command']}`, {commit}, jax {description['versions']['jax']}; {there} of "
+        f"`{description['command']}`, {told}, jax {description['versions']['jax']}; {there} of "
         f"{len(description['members'])} members, {steps_text(description['base'])}"
     )
 
@@ -103,6 +104,11 @@ def provenance(description: Mapping[str, Any], there: int) -> str:
 def steps_text(base: Mapping[str, Any]) -> str:
     """Say how long the members of a sweep with this base train."""
     return f"{base['train.steps']} steps of {base['train.global_batch']} rows of {base['data.seq_length']} tokens"
+
+
+def rule() -> dict[str, Any]:
+    """Give the rule of divergence as sweep.json has it, in numbers and in words."""
+    return {"rule": sweep_verdict.RULE, "rule_text": sweep_verdict.__doc__}
 
 
 def missing(workdir: Path, members: Iterable[Member]) -> bool:
@@ -133,7 +139,7 @@ def write_tables(workdir: Path) -> list[Row]:
     description, rows = read_description(workdir), [row(result) for result in read_all(workdir)]
     write_atomic(workdir / RESULTS, json.dumps(rows, indent=1) + "\n")
     total, there = len(description["members"]), len(rows)
-    text = f"# {description['title']}\n\n{there} of {total} members are finished.\n"
+    text = f"# {description['title']}\n\n{there} of {total} members are there.\n"
     if rows:
         text += f"\n{summary(rows)}\n\n## Members\n\n{members_table(rows)}\n"
     write_atomic(workdir / TABLE, text)
@@ -166,6 +172,7 @@ def summary(rows: Sequence[Row]) -> str:
     alike: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         alike.setdefault(tuple(row["labels"][axis] for axis in axes), []).append(row)
+    skips = any(row.get("skipped") for row in rows)
     lines = []
     for labels, group in alike.items():
         finished = [row for row in group if row["status"] == "finished"]
@@ -175,8 +182,10 @@ def summary(rows: Sequence[Row]) -> str:
             spread([row["loss"] for row in finished]),
             spread([row["heldout"]["loss"] for row in finished if row["heldout"].get("loss") is not None]),
             ", ".join(f"{reason} ({reasons.count(reason)})" for reason in dict.fromkeys(reasons)),
+            *([" / ".join(str(row["skipped"]) for row in group)] if skips else []),
         ])  # fmt: skip
-    return table([*axes, "finished", "training loss", "held-out loss", "diverged"], lines)
+    header = [*axes, "finished", "training loss", "held-out loss", "diverged"]
+    return table([*header, "skipped steps, by seed"] if skips else header, lines)
 
 
 def spread(values: Sequence[float]) -> str:

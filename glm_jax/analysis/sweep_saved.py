@@ -34,6 +34,7 @@ from glm_jax.analysis.sweep_results import (
     read_all,
     read_description,
     row,
+    rule,
     steps_text,
 )
 from glm_jax.analysis.sweep_worker import result
@@ -135,7 +136,7 @@ def save(workdir: Path, folder: Path) -> int:
     Raises:
         UserError: the workdir holds no sweep or no result, or one that is damaged.
     """
-    description, results = read_description(workdir), read_all(workdir)
+    description, results = read_description(workdir) | rule(), read_all(workdir)  # by which rows are judged
     if not results:
         raise UserError(f"{workdir} has no finished member yet: wait for the first group of the sweep")
     numbers = sum(name.startswith("grad_norm") for name in results[0]["curves"]) + 4

@@ -51,7 +51,7 @@ def test_a_row_is_judged_by_the_rule_as_it_is_now(workdir: Path) -> None:
 
 def test_tables_grow_as_members_come_and_leave_the_clock_out(workdir: Path) -> None:
     assert write_tables(workdir) == []
-    assert "0 of 4 members are finished" in (workdir / "results.md").read_text()
+    assert "0 of 4 members are there" in (workdir / "results.md").read_text()
     save_member(workdir, result("pre", 1, 5.0))
     save_member(workdir, result("pre", 2, 5.2))
     save_member(workdir, result("post", 1, 7.1, "risen"))
@@ -59,7 +59,7 @@ def test_tables_grow_as_members_come_and_leave_the_clock_out(workdir: Path) -> N
     assert rows == json.loads((workdir / "results.json").read_text()) and len(rows) == 3
     assert all("run" not in row and "curves" not in row for row in rows)
     text = (workdir / "results.md").read_text()
-    assert text.startswith("# Norms\n\n3 of 4 members are finished.")
+    assert text.startswith("# Norms\n\n3 of 4 members are there.")
     assert "| pre | 2 of 2 | 5.100 ± 0.141 | 5.600 ± 0.141 |  |" in text
     assert "| post | 0 of 1 |  |  | risen (1) |" in text
     assert "| pre | 1 | finished | 5.000 | 5.500 |" in text

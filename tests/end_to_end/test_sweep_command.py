@@ -1,5 +1,6 @@
 """`glm-jax sweep` as a person runs it: listed, run, interrupted, killed and gone on with, refused."""
 
+import fcntl
 import json
 import os
 import signal
@@ -79,7 +80,7 @@ def test_a_sweep_leaves_results_curves_and_a_table(finished: Path) -> None:
     assert len(member["curves"]["loss"]) == 30 and member["run"]["members"] == 4
     assert set(member["heldout"]) >= {"loss", "loss/en", "loss/zh"}
     text = (finished / "results.md").read_text()
-    assert "8 of 8 members are finished" in text and "| post | wild | 0 of 2 |  |  | not finite (2) |" in text
+    assert "8 of 8 members are there" in text and "| post | wild | 0 of 2 |  |  | not finite (2) |" in text
     description = json.loads((finished / "sweep.json").read_text())
     assert description["rule"]["rise"] == 0.5 and description["base"]["train.steps"] == 30
     assert description["command"].startswith("glm-jax sweep --config") and "jax" in description["versions"]
@@ -121,7 +122,7 @@ def test_an_interrupted_sweep_says_so_in_a_line(ablation: Path, environment: dic
     _, said = process.communicate(timeout=60)
     assert process.returncode == 3 and "Traceback" not in said
     assert said.splitlines()[-1].startswith("stopped: the groups that are done are kept in")
-    assert "0 of 8 members are finished" in (tmp_path / "sweep" / "results.md").read_text()
+    assert "0 of 8 members are there" in (tmp_path / "sweep" / "results.md").read_text()
 
 
 def test_a_dry_run_lists_and_writes_nothing(ablation: Path, glm_jax: Cli, tmp_path: Path) -> None:
@@ -131,7 +132,25 @@ def test_a_dry_run_lists_and_writes_nothing(ablation: Path, glm_jax: Cli, tmp_pa
     assert lines[0] == f"{ablation}: 8 members in 2 groups"
     assert lines[1] == "01 norm=post: 4 members, 30 steps" and lines[2] == "  norm=post,lr=calm,seed=1"
     assert len(lines) == 1 + 2 + 8
-    assert glm_jax("sweep", "--config", ablation, "--dry-run").returncode == 0
+    assert glm_jax("sweep", "--config", ablation, "--dry-run=true").returncode == 0
+
+
+def test_one_sweep_at_a_time_and_a_group_that_fails(ablation: Path, glm_jax: Cli, tmp_path: Path) -> None:
+    workdir = tmp_path / "sweep"
+    workdir.mkdir()
+    folder = os.open(workdir, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    line = one_line(glm_jax("sweep", "--config", ablation, "--workdir", workdir, *SMALL))
+    assert "another run is using" in line and not os.listdir(workdir)
+    os.close(folder)
+    (workdir / "members").touch()  # where results should go
+    done = glm_jax("sweep", "--config", ablation, "--workdir", workdir, *SMALL)
+    assert "cannot be written to" in one_line(done)
+    (workdir / "members").unlink()
+    (workdir / "logs" / "01-norm=post.log").mkdir(parents=True)
+    done = glm_jax("sweep", "--config", ablation, "--workdir", workdir, *SMALL)
+    assert "1 of 2 groups failed" in one_line(done) and "01 norm=post: " in done.stderr
+    assert len(list((workdir / "members").iterdir())) == 4
 
 
 def test_what_is_refused(ablation: Path, experiment: Path, finished: Path, glm_jax: Cli, tmp_path: Path) -> None:
@@ -150,5 +169,16 @@ def test_what_is_refused(ablation: Path, experiment: Path, finished: Path, glm_j
     assert not (tmp_path / "sweep").exists()
     before = tables(finished)
     line = one_line(glm_jax("sweep", "--config", ablation, "--workdir", finished, *SMALL, "--config.train.steps=31"))
-    assert "holds a sweep with another base (train.steps was 30, it is 31)" in line
+    assert "holds a sweep with other base (train.steps was 30, it is 31)" in line
+    again = ablation.with_name("again.py")
+    again.write_text(ablation.read_text(encoding="utf-8").replace('"seed": (1, 2),', "").replace(
+        "    return {", '    return {"seed": (1, 2),'), encoding="utf-8")  # fmt: skip
+    line = one_line(glm_jax("sweep", "--config", again, "--workdir", finished, *SMALL))
+    assert "holds a sweep with other members" in line  # in another order, they have other names
     assert tables(finished) == before
+    description = json.loads((finished / "sweep.json").read_text())
+    (tmp_path / "moved").mkdir()
+    description["data"][0]["tokenizer"] = "another"
+    (tmp_path / "moved" / "sweep.json").write_text(json.dumps(description))
+    line = one_line(glm_jax("sweep", "--config", ablation, "--workdir", tmp_path / "moved", *SMALL))
+    assert "holds a sweep with other data (its texts or its tokenizer are not what they were)" in line
