@@ -158,7 +158,7 @@ def stability_frontier(results: Sequence[Row]) -> Figure:
                 here, min(values), above[0] if above else rates[-1] * 1.6, color=colour, alpha=0.35, linewidth=3
             )
             if not above:
-                axis.plot([here], [rates[-1] * 1.7], marker="^", color=colour, alpha=0.6, markersize=5)
+                axis.plot([here], [rates[-1] * 1.75], marker=r"$\uparrow$", color=colour, markersize=8)
             shifts = 0.04 * (np.arange(len(values)) - (len(values) - 1) / 2)
             axis.plot(here + shifts, values, marker, color=colour, markersize=5.5, markeredgecolor="white",
                       markeredgewidth=0.5, label=scheme if not _labelled(axis, scheme) else "_")  # fmt: skip

@@ -100,7 +100,7 @@ def test_the_frontier_marks_every_seed_the_gap_to_the_next_rate_and_none():
     marks = {line.get_label(): list(line.get_ydata()) for line in axis.lines if len(line.get_ydata()) == 2}
     np.testing.assert_allclose(marks["pre"], [0.001, 0.0001])  # the second seed lost its lowest rate: the tick "none"
     assert marks["deepnorm"] == [0.01, 0.01]
-    arrows = [line for line in axis.lines if line.get_marker() == "^" and len(line.get_ydata()) == 1]
+    arrows = [line for line in axis.lines if line.get_marker() == r"$\uparrow$" and len(line.get_ydata()) == 1]
     assert [to_hex(line.get_color()) for line in arrows] == [style.COLOURS[1]]  # the grid ended before deepnorm did
     bars = [collection.get_segments()[0][:, 1] for collection in axis.collections]
     np.testing.assert_allclose(bars[0], [0.0001, 0.01])
