@@ -157,7 +157,7 @@ def _describe(path: Path, base: Config, sweep: Sweep, members: Sequence[Member])
         "axes": sweep,
         "members": [member.name for member in members],
     }
-    return json.loads(json.dumps(description))  # as it is read back
+    return json.loads(json.dumps(description, default=dict))  # as it is read back; an axis may set a source's section
 
 
 def _commit() -> str | None:
@@ -213,8 +213,8 @@ class _Pool:
             return None
         started = time.monotonic()
         log = self.workdir / sweep_results.LOGS / f"{group.name.replace(' ', '-')}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
         try:
+            log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "w", encoding="utf-8") as errors:
                 code = self._work(group, errors)
             if code and not self._stopping:

@@ -7,8 +7,8 @@ def small_english(steps: int) -> Config:
     """Give 8 layers of 64 on the docstrings of Python packages: 500 pieces, rows of 64 tokens, 8 rows a batch.
 
     With so few pieces some hundred steps are enough to learn more than how frequent they are. A step takes a core some
-    0.06 s. What is not named here is a default: norm, positions, activation and Adam's
-    constants are GLM-130B's, but no shrink, no dropout, and float32.
+    0.06 s. What is not named here is a default: norm, positions, activation and Adam's constants are GLM-130B's, but
+    there is no shrink and no dropout, and it is all float32.
     """
     config = default_config()
     config.model.num_layers = 8

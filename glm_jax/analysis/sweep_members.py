@@ -85,7 +85,7 @@ class Group:
             }
             for member in self.members
         ]
-        return json.dumps({"workdir": str(workdir), "group": self.name, "members": members})
+        return json.dumps({"workdir": str(workdir), "group": self.name, "members": members}, default=dict)
 
 
 def load(path: Path) -> Sweep:
