@@ -159,7 +159,8 @@ def convert(arguments: Sequence[str]) -> int:
             orbax_to_sat(values.path, cfg, values.out, values.tensor_parallel, values.iteration, values.dtype)
             written = values.out
     except OSError as error:
-        raise UserError(f"--out {values.out} cannot be written ({error}): name another directory") from error
+        raise UserError(f"--path {values.path} cannot be brought to --out {values.out} ({error}): mend that, or name "
+                        "another directory") from error  # fmt: skip
     say(f"written: {written}")
     return 0
 
@@ -257,8 +258,8 @@ def sweep(arguments: Sequence[str]) -> int:
     if not cli_flags.parse(values, arguments, ["config"]):
         return 0
     lists = values["dry-run"].value
-    if not lists and not values.workdir:
-        raise UserError("--workdir is missing: say where results go, or --dry-run to see what they would be of")
+    if not lists:
+        cli_flags.require(values, ["workdir"])
     resolved = cli_flags.load(values)
     path = Path(config_flags.get_config_filename(values["config"]))
 

@@ -53,10 +53,19 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence
         raise UserError(f"the experiment cannot be loaded: {_one_line(error)}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]}: flags are written --name=value")
-    for name in required:
+    require(values, required)
+    return True
+
+
+def require(values: flags.FlagValues, names: Sequence[str]) -> None:
+    """Check that flags are given.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in names:
         if values[name].value in (None, ""):
             raise UserError(f"--{name} is missing: {values[name].help}")
-    return True
 
 
 def load(values: flags.FlagValues) -> Config:

@@ -13,8 +13,9 @@ All schemes have the same data, the same five learning rates, the same three see
 Xavier normal with each scheme's own depth coefficients (glm_jax/model/residual.py). Depth is the outer axis, so that a
 sweep that is stopped early has all schemes at the smaller depths.
 
-Rates, steps and pieces were chosen, and the rule written, after trials with the seed 99, which is not among these. The
-rule cannot tell a member that learns slowly from one that has stopped to: at the lowest rate, look at the curve.
+Rates, steps and pieces were chosen, and the rule written, after trials with the seed 99, which is not among these; the
+rule's last margin came later, as its file says. The rule cannot tell a member that learns slowly from one that has
+stopped to: at the lowest rate, look at the curve.
 
 Expected time: some two to three hours on two quiet cores.
 """

@@ -1,15 +1,17 @@
 """What a sweep is expanded to, and which members one program can train."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from glm_jax import config as configs
-from glm_jax.analysis import sweep_members
+from glm_jax.analysis import sweep, sweep_members
 from glm_jax.analysis.sweep_members import expand, group, read_axes
 from glm_jax.config import Config, default_config, source
 from glm_jax.errors import UserError
+from glm_jax.model import GLMConfig
 
 AXES = {
     "model.norm": ("post", "deepnorm"),
@@ -78,6 +80,7 @@ def test_a_large_group_is_cut() -> None:
         ([1, 2], "a dict of axes"),
         ({"seed": 3}, "the axis 'seed' is 3"),
         ({"seed": ()}, "the axis 'seed' is ()"),
+        ({"lr,wd": (1, 2)}, "the axis 'lr,wd'"),
         ({"seed": (1, 1)}, "repeat"),
         ({"model.norm": ("a/b",)}, "cannot name a file"),
         ({"norm": {"pre": "pre"}}, "a label with keys to set"),
@@ -131,3 +134,24 @@ def test_the_ablations_expand(path: Path) -> None:
     members = expand(configs.resolve(namespace["get_config"]()), sweep_members.load(path))
     assert 5 <= len(members) <= 240 and f"--config {path}" in namespace["__doc__"]
     assert f"({len(members)} members)" in namespace["__doc__"].splitlines()[0]
+
+
+def test_the_two_feed_forwards_have_equal_parameters() -> None:
+    path = Path("experiments/ablations/feedforward.py")
+    namespace: dict[str, Any] = {}
+    exec(compile(path.read_text(encoding="utf-8"), path, "exec"), namespace)
+    members = expand(configs.resolve(namespace["get_config"]()), sweep_members.load(path))
+    sizes = {
+        member.labels["feedforward"]: GLMConfig.from_section(member.config.model.to_dict(), 500, 64).num_parameters
+        for member in members
+    }
+    assert sizes["gelu"] - sizes["geglu"] == 8 * (33_346 - 33_432)  # as its docstring says, 0.3% of a layer's
+
+
+def test_an_axis_may_set_a_source(tmp_path: Path) -> None:
+    axes = read_axes({"text": {"a": {"data.sources.en": source(path="a.txt")}, "b": {}}})
+    members = expand(base(), axes)
+    written = json.loads(group(members)[0].to_json(tmp_path))
+    assert written["members"][0]["config"]["data"]["sources"]["en"]["path"] == "a.txt"
+    assert sweep._describe(Path("experiments/ablations/norms.py"), base(), axes, members)["members"] == [
+        "text=a", "text=b"]  # fmt: skip

@@ -86,3 +86,26 @@ def test_damaged_results(workdir: Path, text: str) -> None:
         write_tables(workdir)
     with pytest.raises(UserError, match="holds no sweep"):
         write_tables(workdir / "elsewhere")
+
+
+def test_skipped_steps_have_a_column_where_there_are_any() -> None:
+    rows = [{**result("pre", seed, 5.0), "skipped": skipped} for seed, skipped in ((1, 0), (2, 3))]
+    assert summary(rows).splitlines()[0].endswith("| diverged | skipped steps, by seed |")
+    assert summary(rows).endswith("|  | 0 / 3 |")
+    assert "skipped" not in summary([{**row, "skipped": 0} for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("commit", "told"),
+    [
+        ("0123456789abcdef", "commit `0123456789ab`,"),
+        ("0123456789abc+", "commit `0123456789ab+`,"),
+        (None, "no commit,"),
+    ],
+)
+def test_results_of_a_changed_tree_say_so(commit: str | None, told: str) -> None:
+    base = {"train.steps": 300, "train.global_batch": 8, "data.seq_length": 64}
+    description = {"command": "glm-jax sweep", "commit": commit, "versions": {"jax": "1"}, "base": base}
+    assert sweep_results.provenance({**description, "members": ["a"]}, 1) == (
+        f"`glm-jax sweep`, {told} jax 1; 1 of 1 members, 300 steps of 8 rows of 64 tokens"
+    )

@@ -7,6 +7,7 @@ from sweep_cases import tiny, write_text
 
 from glm_jax.analysis import sweep_results, sweep_saved
 from glm_jax.analysis.sweep_saved import Saved, load, save, thin
+from glm_jax.analysis.sweep_verdict import RULE
 from glm_jax.config import default_config
 from glm_jax.errors import UserError
 
@@ -33,6 +34,7 @@ def workdir(tmp_path):
         "commit": "abcdef0123456789",
         "versions": {"jax": "0.10.2"},
         "base": BASE,
+        "rule": {"decay": 0.5},
         "axes": {"k": {"a": {}, "b": {}}},
         "members": ["k=a", "k=b"],
     }
@@ -47,6 +49,7 @@ def test_what_is_saved_is_read_back(workdir, tmp_path):
     saved = load(tmp_path / "saved")
     (found,) = saved.results
     assert saved.members == 2 and found["name"] == "k=b" and "run" not in found
+    assert saved.description["rule"] == RULE  # by which rows are judged, whatever the sweep began with
     assert sorted(found["curves"]) == sorted(
         ["loss_step", "loss", "step", "grad_norm", "grad_norm/embedding", "grad_norm/blocks_0_1", "activation_rms"]
     )

@@ -82,4 +82,5 @@ def test_a_place_that_cannot_be_written_is_one_line(glm_jax: Cli, config: list[s
     out = tmp_path / "file" / "out"
     done = glm_jax("convert", "sat-to-orbax", *config, "--path", GOLDENS / "ckpt_tp1", "--out", out)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith(f"error: --out {out} cannot be written")
+    assert done.stderr.startswith("error: --path") and f"--out {out} ([Errno 20] Not a directory" in done.stderr
+    assert (tmp_path / "file").read_bytes() == b""
