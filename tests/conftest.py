@@ -1,4 +1,4 @@
-"""Shared by all tests: a persistent compilation cache, and the mesh that the mesh-bound tests run on."""
+"""Shared by all tests: a persistent compilation cache, the examples of hypothesis, and the mesh of mesh-bound tests."""
 
 import os
 from pathlib import Path
@@ -11,6 +11,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import pytest  # noqa: E402 (jax reads the environment when it is imported)
+from hypothesis import settings  # noqa: E402
+
+# The same examples in every run, so that a red test is red for everybody; .ci/nightly looks for new ones.
+settings.register_profile("pinned", derandomize=True, deadline=None)
+settings.register_profile("free", derandomize=False, deadline=None, print_blob=True)
+settings.load_profile("pinned")
 
 
 @pytest.fixture(scope="session")

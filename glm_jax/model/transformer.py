@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from glm_jax.model.attention import Attention, LayerCache
 from glm_jax.model.config import GLMConfig
@@ -263,7 +264,7 @@ def apply(
     return head(cfg, params, x)  # [B, S, V]
 
 
-def init_cache(cfg: GLMConfig, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> Cache:
+def init_cache(cfg: GLMConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> Cache:
     """Make an empty cache for `batch` rows of up to `length` tokens."""
     shape = (cfg.num_layers, batch, length, cfg.num_heads, cfg.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from glm_jax.parallel.jax_internals import varying_axes, with_first_argument, without_first_argument
 from glm_jax.parallel.mesh import AXES
 
 Array = jax.Array
@@ -52,11 +53,6 @@ class Result(NamedTuple):
     metrics: Tree  # sums of the head's
     squares: Array  # [Q], of each block's output, means summed over microbatches
     executed: Array  # int32 [2]: block runs in forward and in backward slots, counted as they run
-
-
-def varying_axes(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
-    """Say along which mesh axes the devices' copies of x may differ."""
-    return jax.typeof(x).manual_axis_type.varying
 
 
 def vary(tree: Tree, axes: tuple[str, ...] | frozenset[str] = AXES) -> Tree:
@@ -131,8 +127,7 @@ class Stage:
         if self.keep != "all":
             return block(weights, x), x
         y, pull = jax.vjp(block, weights, x)
-        pull.args_res[0] = None
-        return y, pull
+        return y, without_first_argument(pull)
 
     def _pull(self, i: Array, record: list[Array], terms: Tree, gradient: Array) -> tuple[Tree, Array]:
         """Give the gradients of block i's weights and of its input."""
@@ -141,8 +136,7 @@ class Stage:
             _, pull = jax.vjp(block, weights, record[0])
             return pull(gradient)
         pull = jax.tree.unflatten(jax.tree.structure(self.record), record)
-        pull.args_res[0] = weights
-        return pull(gradient)
+        return with_first_argument(pull, weights)(gradient)
 
     def enter(self, microbatch: Array, x: Array) -> Array:
         """Embed for the first stage, all stages together; the others go on with the x that has arrived."""

@@ -98,7 +98,7 @@ def test_gradients_are_those_of_the_whole_model():
         return -jnp.sum(rates * rows.loss_mask) / jnp.sum(rows.loss_mask)
 
     blocks = jax.jit(jax.grad(plain))(params)["blocks"]
-    squares = {"kernels": 0.0, "norms": 0.0}
+    squares = {kind: np.zeros(LAYERS) for kind in ("kernels", "norms")}
     for path, array in jax.tree_util.tree_leaves_with_path(blocks):
         kind = "kernels" if path[-1].key == "kernel" else "norms"
         squares[kind] = squares[kind] + np.square(np.asarray(array, np.float64)).reshape(LAYERS, -1).sum(1)

@@ -1,0 +1,33 @@
+"""What the pipeline takes from jax beyond its documentation; the test beside it says what is expected of it.
+
+A new version of jax may change any of them. When one does, this file and its test are all that has to follow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+Array = jax.Array
+Tree = Any
+
+
+def varying_axes(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
+    """Return the mesh axes along which the devices' copies of x may differ."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def without_first_argument(pull: Any) -> Any:
+    """Return a vjp function that no longer holds the first argument it was linearised at.
+
+    As a pytree it has the residuals alone then. `with_first_argument` makes it callable again.
+    """
+    pull.args_res[0] = None
+    return pull
+
+
+def with_first_argument(pull: Any, argument: Tree) -> Any:
+    """Return a vjp function with its first argument put back."""
+    pull.args_res[0] = argument
+    return pull

@@ -1,0 +1,44 @@
+"""GELU and its derivative, which are ours, against Python's own erfc."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.model.feedforward import gelu
+from glm_jax.parallel import mesh as meshes
+
+POINTS = np.array([-9.0, -5.0, -2.0, -0.75, -1e-3, 0.0, 0.5, 1.0, 3.0, 8.0])
+
+
+def exact(x: float) -> tuple[float, float]:
+    """Return x times the normal distribution's cdf, and its derivative by the product rule."""
+    cdf = math.erfc(-x / math.sqrt(2)) / 2
+    return x * cdf, cdf + x * math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-13), ("float32", 1e-5), ("float16", 2e-3)])
+def test_gelu_and_its_derivative(dtype: str, tolerance: float) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        points = jnp.asarray(POINTS, dtype)
+        values, pull = jax.vjp(gelu, points)
+        (slopes,) = pull(jnp.full_like(points, 3))
+        tangents = jax.jvp(gelu, (points,), (jnp.full_like(points, 3),))[1]
+    assert values.dtype == slopes.dtype == tangents.dtype == jnp.dtype(dtype)
+    expected = np.array([exact(float(x)) for x in np.asarray(points, np.float64)])
+    smallest = float(jnp.finfo(dtype).smallest_normal)  # a value below it has lost digits
+    np.testing.assert_allclose(values, expected[:, 0], rtol=tolerance, atol=smallest)
+    np.testing.assert_allclose(slopes, 3 * expected[:, 1], rtol=tolerance, atol=max(smallest, tolerance / 5))
+    np.testing.assert_array_equal(tangents, slopes)
+
+
+def test_gelu_can_be_differentiated_where_varying_axes_are_tracked() -> None:
+    mesh = meshes.build({"data": 1, "pipeline": 1, "tensor": 1})
+
+    def slope(x: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: gelu(x).sum())(x)
+
+    mapped = jax.shard_map(slope, mesh=mesh, in_specs=jax.P("tensor"), out_specs=jax.P("tensor"))
+    np.testing.assert_allclose(mapped(jnp.array([0.5, -2.0])), [exact(0.5)[1], exact(-2.0)[1]], rtol=1e-5)

@@ -1,0 +1,46 @@
+"""What the pipeline expects of jax beyond its documentation; a new version that changes it is to fail here first."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel.jax_internals import varying_axes, with_first_argument, without_first_argument
+
+
+def test_arrays_say_along_which_axes_they_vary() -> None:
+    mesh = meshes.build({"data": 1, "pipeline": 1, "tensor": 1})
+    seen = {}
+
+    def body(split: jax.Array, whole: jax.Array) -> jax.Array:
+        marked = jax.lax.pcast(whole, ("pipeline", "tensor"), to="varying")
+        for name, array in (("split", split), ("whole", whole), ("marked", marked), ("both", split * marked),
+                            ("summed", jax.lax.psum(split, "data"))):  # fmt: skip
+            seen[name] = varying_axes(array)
+        return jax.lax.psum(split * marked, mesh.axis_names)
+
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P())
+    jax.eval_shape(mapped, jnp.ones(2), jnp.ones(2))
+    assert seen == {
+        "split": {"data"},
+        "whole": set(),
+        "marked": {"pipeline", "tensor"},
+        "both": {"data", "pipeline", "tensor"},
+        "summed": set(),
+    }
+    assert varying_axes(jnp.ones(2)) == frozenset()
+
+
+def test_a_vjp_gives_its_first_argument_up_and_takes_it_back() -> None:
+    weights, x = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([0.5, -1.0])
+    y, pull = jax.vjp(lambda weights, x: jnp.sin(weights["kernel"] @ x), {"kernel": weights}, x)
+    held = without_first_argument(pull)
+    assert all(leaf.shape != (2, 2) for leaf in jax.tree.leaves(held))  # of `weights`, nothing is kept
+    leaves, structure = jax.tree.flatten(held)  # as the stash keeps it
+    other = jnp.array([[5.0, -1.0], [0.5, 2.0]])
+    pull = with_first_argument(jax.tree.unflatten(structure, leaves), {"kernel": other})
+    of_weights, of_x = pull(jnp.array([1.0, 10.0]))
+    slope = np.cos([-1.5, -2.5]) * [1.0, 10.0]  # of the sine where it was linearised, times the cotangent
+    np.testing.assert_allclose(y, np.sin([-1.5, -2.5]), rtol=1e-6)
+    np.testing.assert_allclose(of_weights["kernel"], np.outer(slope, [0.5, -1.0]), rtol=1e-6)
+    np.testing.assert_allclose(of_x, np.array([[5.0, -1.0], [0.5, 2.0]]).T @ slope, rtol=1e-6)
