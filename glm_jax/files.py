@@ -15,6 +15,10 @@ from typing import IO, Any
 
 def sync_directory(path: Path) -> None:
     """Make the names in `path` durable: a rename survives a crash only once its directory is synced."""
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -69,11 +73,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                descriptor = os.open(file, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+        for entry in (temporary, *temporary.rglob("*")):  # the names in the folders, too
+            if entry.is_file() or entry.is_dir():
+                _sync(entry)
         os.chmod(temporary, 0o755)
         try:
             os.replace(temporary, path)

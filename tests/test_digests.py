@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from glm_jax import digests
+from tests.journal import Journal
 
 CONTENTS = {"top": b"a" * 10, "deep/er/file": b"", "deep/other": b"0123456789"}
 
@@ -87,3 +88,14 @@ def test_a_list_that_speaks_of_other_files_is_found_out(folder: Path) -> None:
     assert digests.damage(folder) == "digests-0-of-1.json differs from its digest"
     os.truncate(path, 40)
     assert digests.damage(folder) == "digests-0-of-1.json is cut short"
+
+
+def test_what_is_sealed_is_on_the_disk_before_the_list_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "deep/unlisted").write_bytes(b"0")
+    journal = Journal(monkeypatch)
+    digests.seal(folder, CONTENTS)
+    ((_, target, safe),) = journal.renamed
+    assert target == folder / "digests-0-of-1.json" and safe
+    for path in (folder, folder / "deep", folder / "deep/er", *map(folder.joinpath, [*CONTENTS, target.name])):
+        assert journal.is_safe(path), path
+    assert not journal.is_safe(folder / "deep/unlisted")

@@ -22,6 +22,7 @@ from glm_jax.training.checkpoint import Checkpoints, load_params
 from glm_jax.training.engine import EngineConfig
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.step import StepConfig, TrainState, create_state
+from tests.journal import Journal
 
 CONFIG = StepConfig(EngineConfig(GLMConfig(2, 8, 2, 8, 16, max_length=8), 16, 4), OptimizerConfig(), None, seed=3)
 MESH = meshes.build(dict.fromkeys(meshes.AXES, 1))
@@ -197,6 +198,17 @@ def test_the_newest_and_every_nth_are_kept(state: TrainState, tmp_path: Path) ->
     listed = (tmp_path / "checkpoints/9/digests-0-of-1.json").stat().st_size
     assert events[-1]["bytes"] == sum(sizes) - listed
     assert all(0 < event["blocked_seconds"] <= event["seconds"] for event in events)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(monkeypatch)
+    checkpoints = save(tmp_path, state, 1, 2, keep=2)
+    names = {target.name: safe for _, target, safe in journal.renamed if target.parent == checkpoints.directory}
+    assert names == {"1": True, "2": True} and journal.is_safe(checkpoints.directory)
+    assert Checkpoints(tmp_path).restore(CONFIG, MESH, at_most=1) is not None
+    assert journal.renamed[-1][1].name == "2.left" and journal.is_safe(checkpoints.directory)
 
 
 def test_another_dtype_and_missing_training_state_are_named(workdir: Path, state: TrainState, tmp_path: Path) -> None:

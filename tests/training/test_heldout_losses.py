@@ -12,7 +12,7 @@ from glm_jax.config import default_config, resolve, source
 from glm_jax.parallel import mesh as meshes
 from glm_jax.training.evaluation import Evaluation, training_batches
 
-ONE_DEVICE = dict.fromkeys(meshes.AXES, 1)
+ONE_DEVICE: dict[str, int] = dict.fromkeys(meshes.AXES, 1)
 EOS, EOP = 1, 6
 VOCABULARY = 9000
 # Ids from, and lengths of the documents: each token of a split stands there once, so an id says whence it came.
@@ -163,10 +163,11 @@ def test_no_more_rows_than_asked_for_and_the_last_batch_may_be_part_empty() -> N
 
 def test_rows_and_blanks_are_the_same_whatever_the_run_does() -> None:
     event, batches = evaluate(build())
-    for changes in (
+    others: list[dict[str, Any]] = [
         {"seed": 5}, {"data__seed": 3}, {"data__blanks__history": ((0, {"mask": 1.0}),)},
         {"data__blanks__replacement": True}, {"data__weights": ((0, {"large": 1.0}),)}, {"data__temperature": 2.0},
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for changes in others:
         again, same = evaluate(build(**changes))
         assert again == event, changes
         for left, right in zip(batches, same, strict=True):

@@ -13,6 +13,7 @@ from glm_jax.config import Config, default_config, from_json, resolve, source, t
 from glm_jax.errors import UserError
 from glm_jax.training import interventions, recipe
 from glm_jax.training.interventions import RECORD, Record, after_spikes, effective, numbers
+from tests.journal import Journal
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 PLANNED = (
@@ -116,6 +117,17 @@ def test_a_record_that_finds_no_room_is_a_line(tmp_path: Path, monkeypatch: pyte
         record.add(20, 160, "config", {"optimizer.peak_lr": (0.5, 0.1)})
     with pytest.raises(UserError, match="No space left on device.*make room"):
         record.forget(10)
+
+
+def test_a_line_is_on_the_disk_before_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, journal = Record(tmp_path, 0), Journal(monkeypatch)
+    for step in (10, 20):
+        record.add(step, 8 * step, "config", {"optimizer.peak_lr": (1.0, 0.5)})
+        assert journal.is_safe(tmp_path / RECORD)
+    record.forget(20)
+    assert journal.renamed[0][1:] == (tmp_path / RECORD, True) and len(interventions.read(tmp_path / RECORD)) == 1
+    record.forget(20)
+    assert len(journal.renamed) == 1  # nothing to forget, nothing written
 
 
 def test_other_processes_know_the_record_and_do_not_write(tmp_path: Path) -> None:
