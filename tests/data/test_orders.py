@@ -89,15 +89,19 @@ def test_a_seed_decides_which_items_share_a_row() -> None:
 
 @pytest.mark.parametrize("options", [BlankOptions(), WHOLE])
 def test_prompts_share_rows_and_come_by_chance(options: BlankOptions) -> None:
+    places: list[list[int]] = []
+
     def rows(seed: int) -> list[tuple[int, ...]]:
         weights, shares = {"en": 1.0, "tasks": 1.0}, {"instruction": 1.0, "gmask": 0.0}
         sources: Any = {"en": Documents([100])}
         made = build(sources, weights, 64, shares, seed, options=options, instructions={"tasks": Prompts(256)})
         batch = made.at(0, 2 * made.rows_per_epoch)
+        places.append([made.locate(row).start for row in range(len(batch["tokens"]))])
         texts = [check_row(batch, row, options) for row in range(len(batch["tokens"]))]
         return [tuple(int(text[0] - FIRST) // 2 for text in row) for row in texts]
 
     first, second = rows(1), rows(2)
+    assert places[0] != places[1]
     half = len(first) // 2
     assert sorted(itertools.chain(*first[:half])) == list(range(256)) == sorted(itertools.chain(*first[half:]))
     assert first[:half] != first[half:] and set(first[:half]) == set(first[half:])  # grouped once, ordered anew
