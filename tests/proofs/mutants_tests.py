@@ -258,7 +258,11 @@ def measure(copy: Copy, path: str, limit: float) -> TestFile:
         if name.suffix == ".ini":
             continue
         data = coverage.CoverageData(basename=str(name))
-        data.read()
+        try:
+            data.read()
+        except coverage.CoverageException:  # its process was killed while it wrote
+            name.unlink()
+            continue
         for module in wanted & data.measured_files():
             for line, contexts in data.contexts_by_lineno(module).items():
                 lines.setdefault(module, {}).setdefault(line, set()).update(
