@@ -7,19 +7,18 @@ import json
 import os
 import random
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from texts import ENGLISH
 
 from glm_jax.config import default_config, resolve
 from glm_jax.data import corpus, prepare, samples, tokenizer
 from glm_jax.data.deduplicate import near_duplicates, signature
 from glm_jax.errors import UserError
 
-ENGLISH = [topics.topics[name] for name in sorted(topics.topics)[:30]]
 CHAPTER = "话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。"
 
 

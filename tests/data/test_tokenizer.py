@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from pydoc_data import topics
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from texts import ENGLISH as TEXTS
 
 from glm_jax.data import tokenizer as tokenizer_module
 from glm_jax.data.tokenizer import SPECIALS, Tokenizer, train
 from glm_jax.errors import UserError
 
-TOPICS = [topics.topics[name] for name in sorted(topics.topics)[:12]]  # English and code, of the running Python
 ENGLISH = """Return a new array of given shape and type, filled with zeros.
 
     Parameters
@@ -28,7 +27,7 @@ ENGLISH = """Return a new array of given shape and type, filled with zeros.
            [ 0.]])
 """
 CHINESE = "话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。\n"
-DOCUMENTS = [*TOPICS, CHINESE, CHINESE.replace("天下", "江山"), CHINESE[5:], CHINESE[16:].replace("，", "。")]
+DOCUMENTS = [*TEXTS, CHINESE, CHINESE.replace("天下", "江山"), CHINESE[5:], CHINESE[16:].replace("，", "。")]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def test_special_tokens_print_their_names_only_when_asked_for(tokenizer: Tokeniz
 
 
 def test_text_compresses_in_both_languages(tokenizer: Tokenizer):
-    assert len(tokenizer.encode(TOPICS[5])) < len(TOPICS[5]) / 2.5
+    assert len(tokenizer.encode(TEXTS[5])) < len(TEXTS[5]) / 2.5
     assert len(tokenizer.encode(CHINESE)) < len(CHINESE)
     assert len(tokenizer.encode("      ")) == 1  # an indentation is one piece
     assert len(tokenizer.encode(".\n\n")) == 1
