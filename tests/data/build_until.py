@@ -1,35 +1,45 @@
-"""Build a small corpus: `build_until.py FOLDER WORKERS COMMITS`.
+"""Build a small corpus: `build_until.py FOLDER WORKERS COMMITS [UNTIL]`.
 
-The process kills itself just before its rename of number COMMITS; 0: never.
+The process kills itself just before its rename of number COMMITS; 0: never. Once the cache holds a path like UNTIL,
+a glob, nothing is renamed any more, by this process or a worker, so that whoever waits for the path comes in time.
 """
 
 import itertools
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from glm_jax.config import default_config, resolve, source
 from glm_jax.data import corpus, readers
 from glm_jax.data.prepare import prepare
 
+folder, workers, commits = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+until = sys.argv[4] if len(sys.argv) > 4 else ""
+rename, count = os.replace, itertools.count(1)
+
+
+def replace(*names) -> None:
+    if next(count) == commits:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for _ in range(10_000):  # not for ever, if nobody is there to kill it
+        if not until or not list((folder / "cache").glob(until)):
+            break
+        time.sleep(0.05)
+    rename(*names)
+
+
+os.replace = replace  # here, as a worker runs this module, too
+
 
 def main() -> None:
-    folder, workers, commits = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     corpus.PART_BYTES, readers.RANGE_BYTES = 6000, 3000
     config = default_config()
     config.data.cache = str(folder / "cache")
     config.data.tokenizer.vocab_size = 400
     config.data.sources.en = source(path=str(folder / "*.jsonl"), format="jsonl")
     config.data.sources.zh = source(path=str(folder / "*.txt"))
-    rename, count = os.replace, itertools.count(1)
-
-    def replace(*names) -> None:
-        if next(count) == commits:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(*names)
-
-    os.replace = replace
     prepare(resolve(config), print, workers=workers, strict=False)
 
 

@@ -1,5 +1,7 @@
 """Sources of made-up tokens, batches of them, and a reading of batches that rebuilds their text."""
 
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,3 +91,18 @@ def check_row(batch, b, options):
         assert not blocks
         texts.append(np.array(text))
     return texts
+
+
+def least_cpu_seconds(make: Callable[[int], object], *firsts: int, turns: int = 20) -> list[float]:
+    """Give the least CPU time of making something at some numbers and those that follow each, by turns.
+
+    A busy machine takes the process off its core, which is no CPU time, and slows all turns alike.
+    """
+    make(1000)  # what the first call alone pays
+    seconds: dict[int, list[float]] = {first: [] for first in firsts}
+    for turn in range(turns):
+        for first in firsts:
+            start = time.process_time()
+            make(first + turn)  # none of them was made before
+            seconds[first].append(time.process_time() - start)
+    return [min(seconds[first]) for first in firsts]

@@ -252,6 +252,7 @@ def test_files_are_hashed_again_only_when_touched(folder: Path, monkeypatch: pyt
         return digest(file, name)
 
     monkeypatch.setattr(hashlib, "file_digest", record)
+    monkeypatch.setattr(prepare, "CLOCK", 3_600_000_000_000)  # an hour, so that a slow machine finds it fresh, too
     for name in ("en.jsonl", "zh.txt"):
         os.utime(folder / name, (1e9, 1e9))
     first, _ = run(make_config(folder))

@@ -74,7 +74,7 @@ def glm_jax(environment: dict[str, str]) -> Callable[..., subprocess.CompletedPr
             env={**environment, "JAX_NUM_CPU_DEVICES": str(devices)},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
 
     return run

@@ -75,7 +75,7 @@ def start(experiment: Path, environment: dict[str, str]) -> Iterator[Start]:
 
 def ends(process: Process) -> Ended:
     """Wait for the end; progress bars are no lines."""
-    said = process.communicate(timeout=300)[1]
+    said = process.communicate(timeout=600)[1]
     return process.returncode, [line for line in said.split("\n") if line.strip()]
 
 
@@ -89,7 +89,7 @@ def events(workdir: Path, kind: str) -> dict[int, dict[str, Any]]:
 
 def wait_for_step(workdir: Path, step: int, processes: list[Process]) -> None:
     """Wait until the metrics hold a step."""
-    metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 240
+    metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 600
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
         if metrics.exists() and f'"event": "train", "step": {step},' in metrics.read_text(encoding="utf-8"):
             return

@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-CELL_TIMEOUT = 240  # seconds
+CELL_TIMEOUT = 900  # seconds, on a busy machine, too
 MACHINE_PATH = re.compile(
     r"(?<![\w.])/(tmp|work|root|home|Users|private|opt|usr|var)/|site-packages|\.ipynb_checkpoints"
 )

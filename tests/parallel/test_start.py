@@ -102,7 +102,7 @@ def meet() -> Iterator[Meet]:
 
 def last_line(process: "subprocess.Popen[str]") -> str:
     """Wait until it ends; give what it said last."""
-    return process.communicate(timeout=120)[1].splitlines()[-1]
+    return process.communicate(timeout=600)[1].splitlines()[-1]
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -11,7 +11,7 @@ from pathlib import Path
 def test_checkpoints_pass_between_meshes_and_another_shape_is_named(tmp_path: Path) -> None:
     script = Path(__file__).parent / "checkpoint_cases.py"
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(script), str(tmp_path)], capture_output=True, text=True, timeout=500
+        [sys.executable, "-W", "error", str(script), str(tmp_path)], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
     kind, message = json.loads(done.stdout)
@@ -35,7 +35,7 @@ def test_two_processes_save_together_and_agree_on_what_is_good(tmp_path: Path) -
         )
         for index in range(2)
     ]  # fmt: skip
-    first, second = (process.communicate(timeout=300) for process in running)
+    first, second = (process.communicate(timeout=900) for process in running)
     assert [process.returncode for process in running] == [0, 0], first[1][-4000:] + second[1][-4000:]
     reasons = "another process could not write its part", "File too large"
     for (output, _), reason in zip((first, second), reasons, strict=True):

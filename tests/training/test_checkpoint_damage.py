@@ -227,7 +227,7 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> No
     own_mounts = ["unshare", "--map-root-user", "--mount"]
     allowed = shutil.which("unshare") and not subprocess.run([*own_mounts, "true"], capture_output=True).returncode
     command = [*(own_mounts if allowed else []), sys.executable, "-W", "error", str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     told = json.loads(done.stdout)
     reason = told["reason"]  # "No space left on device", or "File too large" where no disk may be mounted
