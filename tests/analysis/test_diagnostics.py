@@ -50,6 +50,7 @@ def test_a_probed_block_is_the_models_block(norm):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", SCHEMES)
 def test_forward_measures_start_at_the_embedding_and_end_before_the_head(norm):
     cfg, params, rows = started(norm)
@@ -150,6 +151,7 @@ def test_the_output_is_what_the_head_projects():
     np.testing.assert_allclose(diagnostics.rms(hidden), 1, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_deepnorm_bounds_the_update_of_kernels_with_depth_and_pre_does_not():
     deeper = {norm: diagnostics.measure(tiny(norm, 4 * LAYERS), [5, 6]) for norm in ("pre", "deepnorm")}
     growth = {norm: np.median(deeper[norm].update["kernels"] / measured(norm).update["kernels"]) for norm in deeper}

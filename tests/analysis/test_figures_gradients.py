@@ -62,6 +62,7 @@ def test_the_table_looks_behind_the_warm_up():
     assert line == "| plain | 9 (6 to 12) | 1.8 (1.2 to 2.4) | 1.33 (1.33 to 1.33) |"
 
 
+@pytest.mark.slow
 def test_the_two_paths_add_up_to_the_gradient_of_the_tied_embedding():
     cfg = tiny("deepnorm", 2)
     params, rows = diagnostics.start(cfg, np.int32(3))

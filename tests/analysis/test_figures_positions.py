@@ -1,6 +1,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 
 from glm_jax.analysis import figures_positions, style
 from glm_jax.analysis.figures_positions import alibi_bias, as_matrices, learned_similarity, rotary_similarity
@@ -28,6 +29,7 @@ def test_alibi_bias_falls_with_the_distance_by_a_slope_a_head():
     np.testing.assert_allclose(bias[1, 2], [-7 / 256, -5 / 256, 0])
 
 
+@pytest.mark.slow
 def test_learned_similarity_knows_tokens_by_both_streams():
     streams = np.array([[0, 1, 1, 1], [0, 0, 1, 0]])
     similarity = learned_similarity(STREAMS, streams, seed=0)

@@ -14,6 +14,8 @@ from glm_jax.config import Config
 from glm_jax.training import loop
 from tests.analysis.sweep_cases import tiny, write_text
 
+pytestmark = pytest.mark.slow
+
 
 def quiet(line: str) -> None:
     """Say nothing."""

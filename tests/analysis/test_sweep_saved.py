@@ -106,6 +106,7 @@ def test_damaged_files_are_told(workdir, tmp_path, name):
         load(tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_a_small_sweep_is_trained_on_the_spot(tmp_path, monkeypatch):
     texts = write_text(tmp_path).read_text().split("\n\n")
     monkeypatch.setattr(sweep_saved, "standard_docstrings", lambda: texts)

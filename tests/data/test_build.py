@@ -74,6 +74,7 @@ def uninterrupted(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     return files
 
 
+@pytest.mark.slow
 def test_a_build_killed_again_and_again_ends_byte_identical(
     corpora: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ):
@@ -86,6 +87,7 @@ def test_a_build_killed_again_and_again_ends_byte_identical(
     assert content(tmp_path / "run") == uninterrupted
 
 
+@pytest.mark.slow
 def test_with_workers_and_killed_while_they_work(corpora: Path, uninterrupted: dict[str, bytes], tmp_path: Path):
     for until in ("documents/.*.building/read/000001", "shards/.*.building/.part-*"):
         assert build(corpora, tmp_path / "run", workers=2, until=until) == -signal.SIGKILL
@@ -111,6 +113,7 @@ def fail_or_take_long(path: Path | None) -> None:
     path.touch()
 
 
+@pytest.mark.slow
 def test_workers_give_results_in_order_and_the_first_error():
     with Workers(2) as workers:
         assert workers.run("square", square, [3, 1, 2], [1, 1, 1]) == [9, 1, 4]

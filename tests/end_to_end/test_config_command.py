@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -31,6 +33,7 @@ def test_config_and_help_do_not_import_jax(experiment: Path) -> None:
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_specs_show_the_state_of_glm_130b_on_its_mesh(glm_jax: Cli) -> None:
     done = glm_jax("config", "show", "--config", "experiments/glm_130b.py", "--specs")
     assert done.returncode == 0, done.stderr

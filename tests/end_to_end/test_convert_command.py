@@ -13,6 +13,8 @@ from glm_jax import config as configs
 from glm_jax.interop import sat
 from glm_jax.model import GLMConfig
 
+pytestmark = pytest.mark.slow
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 GOLDENS = Path(__file__).parent.parent / "goldens" / "glm130b"

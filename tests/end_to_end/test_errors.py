@@ -18,6 +18,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     return errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag, said",
     [
@@ -44,6 +45,7 @@ def test_a_wrong_flag(experiment: Path, glm_jax: Cli, tmp_path: Path, flag: str,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag, said",
     [
@@ -58,6 +60,7 @@ def test_a_mesh_that_does_not_divide(experiment: Path, glm_jax: Cli, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content, said", [(b"", "empty"), (b"\n \n\n", "empty"), (b"good text\n\nbad \xff\xfe text\n", "UTF-8")]
 )
@@ -70,6 +73,7 @@ def test_a_bad_corpus(experiment: Path, glm_jax: Cli, tmp_path: Path, content: b
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_model(experiment: Path, glm_jax: Cli, tmp_path: Path) -> None:
     arguments = ["train", "--config", experiment, "--workdir", tmp_path / "run", "--config.train.steps=1",
                  "--config.train.eval_every=0"]  # fmt: skip
@@ -89,6 +93,7 @@ def test_missing_flags_files_and_commands(glm_jax: Cli, experiment: Path, tmp_pa
     assert "not the workdir of a run" in refused(glm_jax("generate", "--workdir", tmp_path, "--prompt", "[MASK]"))
 
 
+@pytest.mark.slow
 def test_a_planned_change_that_will_not_fit_the_mesh_is_refused_at_the_start(
     experiment: Path, glm_jax: Cli, tmp_path: Path
 ) -> None:
@@ -98,6 +103,7 @@ def test_a_planned_change_that_will_not_fit_the_mesh_is_refused_at_the_start(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_workdirs_that_cannot_be_used(glm_jax: Cli, experiment: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     for workdir, said in (
@@ -109,6 +115,7 @@ def test_workdirs_that_cannot_be_used(glm_jax: Cli, experiment: Path, tmp_path: 
         assert said in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content, said",
     [

@@ -7,6 +7,8 @@ import pytest
 from tests.proofs import kills
 from tests.proofs.kills import ONE, Kill
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ["--config.train.steps=20", "--config.train.eval_every=10", "--config.train.save_every=3"]
 
 

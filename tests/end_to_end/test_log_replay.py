@@ -19,6 +19,8 @@ from tests.end_to_end.runs import flags, in_process, lines, train, train_events
 from tests.proofs import kills
 from tests.proofs.kills import ONE, Kill
 
+pytestmark = pytest.mark.slow
+
 MASK, GMASK = OBJECTIVES.index("mask"), OBJECTIVES.index("gmask")
 ROWS = 8  # a step
 BEFORE, AFTER = {"gmask": 1.0, "mask": 0.0}, {"gmask": 0.5, "mask": 0.5}

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 Process = subprocess.Popen[str]
 Start = Callable[..., list[Process]]
 Ended = tuple[int, list[str]]  # exit code, lines of standard error

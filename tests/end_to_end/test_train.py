@@ -14,6 +14,8 @@ import pytest
 
 from tests.proofs import kills
 
+pytestmark = pytest.mark.slow
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 

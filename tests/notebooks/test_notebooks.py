@@ -41,6 +41,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=identity)
 def test_a_notebook_runs_in_small_mode(path, monkeypatch):
     monkeypatch.setenv("GLM_JAX_NOTEBOOK", "small")

@@ -8,6 +8,8 @@ import pytest
 
 from tests.parallel import hlo
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

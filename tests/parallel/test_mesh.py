@@ -134,6 +134,7 @@ def run_processes(count: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_process_gives() -> None:
     one, two = run_processes(1), run_processes(2)
     assert [result["stages"] for result in two] == [[[0], [1]], [[0, 1], [0, 1]]]  # across pipeline, then across data

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.2}
 

@@ -105,6 +105,7 @@ def last_line(process: "subprocess.Popen[str]") -> str:
     return process.communicate(timeout=600)[1].splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_waits_for_a_dead_process_ends(meet: Meet, victim: int) -> None:
     started = meet(*("sleep" if index == victim else "wait" for index in range(2)))
@@ -114,6 +115,7 @@ def test_one_that_waits_for_a_dead_process_ends(meet: Meet, victim: int) -> None
     assert survivor.returncode == 1 and line.startswith("error: ") and "another process is gone" in line
 
 
+@pytest.mark.slow
 def test_one_that_is_busy_when_another_dies_ends(meet: Meet) -> None:
     started = meet("sleep", "sleep")
     started[0].send_signal(signal.SIGKILL)
@@ -122,6 +124,7 @@ def test_one_that_is_busy_when_another_dies_ends(meet: Meet) -> None:
     assert line == "error: aborted, most likely because another process is gone: start all again with the same command"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_others_are_told_of_a_mistake_that_one_has_met(meet: Meet, victim: int) -> None:
     started = meet(*("fail" if index == victim else "wait" for index in range(2)))
@@ -132,6 +135,7 @@ def test_the_others_are_told_of_a_mistake_that_one_has_met(meet: Meet, victim: i
     assert told == f"error: another process has stopped (process {victim}: {reason}): mend it, then start all again"
 
 
+@pytest.mark.slow
 def test_a_mistake_that_all_have_met_is_said_by_each(meet: Meet) -> None:
     started = meet("fail", "fail")
     assert [last_line(process) for process in started] == ["error: its texts cannot be read: bring them"] * 2

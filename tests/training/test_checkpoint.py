@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_checkpoints_pass_between_meshes_and_another_shape_is_named(tmp_path: Path) -> None:
     script = Path(__file__).parent / "checkpoint_cases.py"

@@ -222,6 +222,7 @@ def test_another_dtype_and_missing_training_state_are_named(workdir: Path, state
         Checkpoints(workdir).restore(CONFIG, MESH)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     script = Path(__file__).parent / "full_disk_cases.py"
     own_mounts = ["unshare", "--map-root-user", "--mount"]

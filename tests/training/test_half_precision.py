@@ -6,11 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from glm_jax.parallel import mesh as meshes
 from glm_jax.training.precision import LossScaleConfig
 from glm_jax.training.step import TrainState, controls
 from tests.training.test_step import CONFIG, LR, Compiled, compiled, make_batch
+
+pytestmark = pytest.mark.slow
 
 SCALE = LossScaleConfig(initial=1024.0, window=3, hysteresis=2, minimum=1.0)
 HALF = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, compute="float16"), loss_scale=SCALE)

@@ -16,6 +16,8 @@ from glm_jax.parallel import mesh as meshes
 from glm_jax.training import engine
 from glm_jax.training.engine import EngineConfig
 
+pytestmark = pytest.mark.slow
+
 MODEL = GLMConfig(2, 16, 2, 24, 32, max_length=8, attention_dropout=0.0, hidden_dropout=0.0)
 CONFIG = EngineConfig(MODEL, num_tokens=32, objectives=len(OBJECTIVES))
 ALPHA = 0.25

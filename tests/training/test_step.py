@@ -147,6 +147,7 @@ def test_metrics_measure_the_residual_stream_and_carry_requests(mesh_sizes: dict
     assert len(groups) == 4 and sum(groups) ** 0.5 == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_microbatches_and_meshes_do_not_change_five_steps(mesh_sizes: dict[str, int]) -> None:
     dropping = dataclasses.replace(MODEL, attention_dropout=0.1, hidden_dropout=0.1)
     cfg = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, model=dropping))
@@ -160,6 +161,7 @@ def test_microbatches_and_meshes_do_not_change_five_steps(mesh_sizes: dict[str, 
         assert losses[0][4] < losses[0][0]
 
 
+@pytest.mark.slow
 def test_the_shrink_reaches_the_embedding_alone(mesh_sizes: dict[str, int]) -> None:
     plain, (before,) = run(CONFIG, mesh_sizes, 4, 1)
     shrunk, (after,) = run(dataclasses.replace(CONFIG, shrinks=True), mesh_sizes, 4, 1, shrink=0.0)
@@ -178,6 +180,7 @@ def in_half(compute: str) -> StepConfig:
     return dataclasses.replace(CONFIG, engine=engine, loss_scale=scale)
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_changes_only_scale_and_counters(mesh_sizes: dict[str, int]) -> None:
     made = compiled(in_half("float16"), mesh_sizes)
     state = made.state()
@@ -188,6 +191,7 @@ def test_a_step_that_overflows_changes_only_scale_and_counters(mesh_sizes: dict[
     assert after.loss_scale.scale == 2.0**39 and after.loss_scale.skipped == 1 and after.step == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute, tolerance", [("bfloat16", 0.03), ("float16", 0.005)])
 def test_half_precision_stays_near_float32(mesh_sizes: dict[str, int], compute: str, tolerance: float) -> None:
     half = run(in_half(compute), mesh_sizes, 4, 5)[1]

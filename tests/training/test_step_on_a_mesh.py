@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("mesh", ["2,1,2"])
 def test_the_step_passes_the_same_tests_on_a_mesh(mesh: str) -> None:
