@@ -64,6 +64,7 @@ def test_forward_measures_start_at_the_embedding_and_end_before_the_head(norm):
         np.testing.assert_allclose(scales.stream[0, 2 * layer + 2], np.sqrt(np.mean(np.square(x))), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_residual_and_the_branch_are_those_of_the_scheme():
     alpha = depth_coefficients("deepnorm", LAYERS).alpha
     np.testing.assert_allclose(measured("deepnorm").residual, alpha, rtol=1e-2)  # alpha times a normed stream
@@ -127,6 +128,7 @@ def test_only_one_kind_of_params_stays():
     assert sums == {"kernels": [0, 2, 0], "norms": [3, 0, 4]}  # x/bias, x/kernel, y/scale
 
 
+@pytest.mark.slow
 def test_the_update_is_that_of_one_step_along_the_sign_of_the_gradient():
     cfg, params, rows = started("pre")
     for kind, names in diagnostics.KINDS.items():

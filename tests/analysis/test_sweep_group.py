@@ -131,6 +131,7 @@ def test_block_size() -> None:
     assert block_size(15, 1 << 40) == 1
 
 
+@pytest.mark.oldest
 def test_progress_counts_the_steps(folder: Path) -> None:
     configs = members(tiny(folder, **{"train.steps": 5, "train.eval_every": 0}), {"seed": (1,)})
     told: list[int] = []

@@ -59,6 +59,7 @@ def config() -> list[str]:
     return ["--config", "experiments/glm_130b.py", *flags]
 
 
+@pytest.mark.oldest
 def test_convert_there_and_back(glm_jax: Cli, config: list[str], tmp_path: Path) -> None:
     there = glm_jax("convert", "sat-to-orbax", *config, "--path", GOLDENS / "ckpt_tp1", "--out", tmp_path / "orbax")
     assert there.returncode == 0, there.stderr

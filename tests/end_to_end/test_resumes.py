@@ -13,7 +13,7 @@ from glm_jax.training.segment import Segment
 from tests.end_to_end.runs import flags, in_process, lines, train, train_events
 from tests.proofs import kills
 
-pytestmark = in_process
+pytestmark = [in_process, pytest.mark.slow]
 
 BASE: dict[str, Any] = {"train.eval_every": 0, "train.save_every": 100, "optimizer.decay_samples": 200}
 

@@ -40,6 +40,7 @@ def finished(experiment: Path, glm_jax: Cli, tmp_path_factory: pytest.TempPathFa
     return workdir
 
 
+@pytest.mark.oldest
 def test_a_run_leaves_everything_in_its_workdir(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         "config.json",
@@ -142,6 +143,7 @@ def test_short_rows_train_and_a_damaged_checkpoint_is_passed_over(
     assert sorted(path.name for path in checkpoints.iterdir()) == ["2", "4", "4.damaged", "6"]
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("strategy", ["greedy", "sample"])
 def test_generate_fills_blanks_and_repeats_itself(finished: Path, glm_jax: Cli, strategy: str) -> None:
     arguments = ["generate", "--workdir", finished, "--prompt", "The small [MASK] of a model, [MASK].",

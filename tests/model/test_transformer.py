@@ -70,6 +70,7 @@ def test_initial_scales_follow_the_depth_coefficients(norm: Norm, value: float, 
     assert not blocks["attention"]["qkv"]["bias"].any() and (blocks["attention_norm"]["scale"] == 1).all()
 
 
+@pytest.mark.slow
 def test_largescale_initialisation_gives_whole_heads_the_gain() -> None:
     cfg = GLMConfig(8, 96, 12, 96, 128, initialisation="largescale")  # 4 ranks of 3 heads
     kernel = init(cfg, jax.random.key(0))["blocks"]["attention"]["qkv"]["kernel"]  # [L, D, N, 3, K]
@@ -130,6 +131,7 @@ def test_dropout_needs_a_key_and_repeats_with_it() -> None:
     assert (first == again).all() and not jnp.allclose(first, other) and not jnp.allclose(first, plain)
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients_with_dropout() -> None:
     params, arguments = init(SMALL, jax.random.key(0)), sample(SMALL)
 

@@ -58,6 +58,7 @@ def name(case: dict[str, Any]) -> str:
     return "x".join(map(str, case["mesh"]))
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("index", range(len(FLOAT32)), ids=[name(case) for case in FLOAT32])
 def test_losses_of_five_steps_and_first_gradients_are_those_of_one_device(index: int) -> None:
     result = results("float32")[index]
@@ -72,6 +73,7 @@ def test_five_steps_in_float64_are_those_of_one_device(index: int) -> None:
     assert result["loss"] < 1e-9 and result["later_gradient"] < 1e-9, result
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("index, bound", [(0, 0.01), (1, 0.1), (2, 0.01)], ids=["float16", "bfloat16", "zero3"])
 def test_half_precision_differs_by_rounding_alone(index: int, bound: float) -> None:
     result = results("half")[index]

@@ -142,6 +142,7 @@ def test_a_mistake_that_all_have_met_is_said_by_each(meet: Meet) -> None:
     assert [process.returncode for process in started] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_mistake_of_the_program_is_shown_and_ends_all(meet: Meet) -> None:
     started = meet("break", "wait")
     assert last_line(started[0]) == "KeyError: 'a mistake of the program'"
