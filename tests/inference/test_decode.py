@@ -20,7 +20,9 @@ def recomputed(cfg: GLMConfig, params: dict, context: list[int], blank: int, rep
     size = len(context)
     length = size + 1 + count
     tokens = np.array([*context, SOP] + [0] * count)
-    positions = jnp.asarray(row_positions(cfg, length, size, blank, repeats))
+    first = [*range(size), *([blank] * (count + 1) if repeats or cfg.position == "learned_2d" else range(size, length))]
+    second = [0] * size + list(range(1, count + 2))
+    positions = jnp.array([[first, second] if cfg.position == "learned_2d" else first])
     allowed = np.tril(np.ones((1, length, length), bool))
     allowed[:, :, :size] = True
     whole = jax.jit(apply, static_argnums=0)
