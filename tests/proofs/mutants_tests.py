@@ -33,6 +33,7 @@ ROOM_TESTS = {name: f"tests/{'data' if name == 'rows' else name}/test_*.py" for 
 ELSEWHERE = (
     ("glm_jax/parallel/*.py", "tests/training/test_step*.py"),  # the step's tests run again on a mesh
     ("glm_jax/model/layers.py", "tests/parallel/test_pipeline.py"),  # a layer's parts over the tensor axis
+    ("glm_jax/model/config.py", "tests/end_to_end/test_train.py"),  # the section of an experiment
     ("glm_jax/training/loop.py", "tests/end_to_end/test_train.py"),
     ("glm_jax/training/loop.py", "tests/end_to_end/test_resumes.py"),
     ("glm_jax/training/segment.py", "tests/end_to_end/test_resumes.py"),
@@ -310,7 +311,7 @@ def plan(mutant: Mutant, source: str, files: Iterable[TestFile]) -> tuple[list[s
 
     Returns:
         The files, the node ids to begin with, and whether any test runs the line. If none does, the files are those
-        that start processes, some of which end before coverage is written, or name the module.
+        that start processes, some of which end before coverage is written, and the module's own.
     """
     lines, inside = _statement(source, mutant.line)
     first: list[tuple[float, str, list[str]]] = []
@@ -326,7 +327,7 @@ def plan(mutant: Mutant, source: str, files: Iterable[TestFile]) -> tuple[list[s
         if hits:
             (first if tests else last).append((cost, file.path, [file.tests[test] for test in tests]))
     if not first and not last:
-        near = [file for file in files if file.names(mutant.path) < 2 or any(word in file.text for word in SPAWNS)]
+        near = [file for file in files if file.names(mutant.path) == 0 or any(word in file.text for word in SPAWNS)]
         return [file.path for file in sorted(near, key=lambda file: sum(file.seconds))], [], False
     chosen = sorted(first) + sorted(last)
     return [path for _, path, _ in chosen], [test for _, _, tests in chosen for test in tests], True
