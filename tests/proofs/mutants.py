@@ -227,7 +227,8 @@ class Proof:
         """Start nothing more, and kill what runs."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         for copy in self._all:
-            copy.stop()
+            copy.close()
+        self._pool.shutdown()
 
     def run(self, mutants: Sequence[Mutant], limits: Mapping[str, float]) -> None:
         """Run mutants, write down how each ends, and say who survives."""

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
@@ -125,6 +126,7 @@ class Copy:
     def __init__(self, root: Path, folder: Path, cache: Path) -> None:
         self.root, self.folder, self._cache = folder / "tree", folder, cache
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock, self._closed = threading.Lock(), False
         self._stamp = int(time.time()) - 10**6
         listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         for name in subprocess.run(listing, cwd=root, check=True, capture_output=True, text=True).stdout.split("\0"):
@@ -156,16 +158,18 @@ class Copy:
         flags = ["-x", "-q", "-p", "no:cacheprovider", "-p", "tests.proofs.mutants_tests", "--hypothesis-seed=0"]
         command = [sys.executable, "-m", "pytest", *flags, f"--basetemp={temporary}", *files]
         started = time.monotonic()
-        with open(self.folder / "output", "wb") as output:
-            self._process = subprocess.Popen(
+        with open(self.folder / "output", "wb") as output, self._lock:
+            if self._closed:
+                raise RuntimeError("stopped")
+            self._process = process = subprocess.Popen(
                 command, cwd=self.root, env=environment, stdout=output, stderr=output, start_new_session=True
             )
-            try:
-                code = self._process.wait(limit)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:
-                self.stop()
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            self.stop()
         elapsed = time.monotonic() - started
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(self.root / ".hypothesis", ignore_errors=True)  # examples of one mutant are not for the next
@@ -177,6 +181,12 @@ class Copy:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+
+    def close(self) -> None:
+        """Start nothing more, and kill what runs."""
+        with self._lock:
+            self._closed = True
+        self.stop()
 
     def _outcome(self, code: int | None, report: Path, elapsed: float) -> Outcome:
         if code is None:
