@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.proofs import mutants, mutants_draw, mutants_tests
 from tests.proofs.mutants_draw import Mutant
-from tests.proofs.mutants_tests import IMPORTED, TestFile
+from tests.proofs.mutants_tests import IMPORTED, Outcome, TestFile
 
 NONE: dict[tuple[str, str, str], str] = {}
 
@@ -124,6 +124,37 @@ def test_the_table_counts_time_as_killed_and_equivalents_apart() -> None:
         "- m8.py:7 AddNot: `old` -> `new`: survived",
         "- d1.py:7 AddNot: `old` -> `new`: survived, no test runs the line",
     ]
+
+
+class Fake:
+    """A copy in which runs end as they were told, and which remembers what they were."""
+
+    def __init__(self, *ends: tuple[str, str]) -> None:
+        self.ends, self.ran = list(ends), []
+
+    def run(self, files: list[str], order: list[str], limit: float) -> Outcome:
+        self.ran.append(files)
+        status, by = self.ends.pop(0)
+        return Outcome(status, by, "", 1.0, {})
+
+
+def test_a_failure_that_does_not_repeat_kills_nothing() -> None:
+    def settled(*ends: tuple[str, str]) -> tuple[str, list[str], list[list[str]]]:
+        copy: Any = Fake(*ends)
+        outcome, unsteady = mutants.settle(copy, ["a", "b"], ["a::1"], 9.0, lambda test: test == "a::1")
+        assert not copy.ends
+        return outcome.status, unsteady, copy.ran
+
+    both = ["a", "b"]
+    assert settled(("passed", "")) == ("passed", [], [both])
+    assert settled(("timeout", "")) == ("timeout", [], [both])
+    assert settled(("failed", "a::1")) == ("failed", [], [both])
+    assert settled(("failed", "b::1"), ("failed", "b::1")) == ("failed", [], [both, ["b::1"]])
+    assert settled(("failed", ""), ("failed", "")) == ("failed", [], [both, both])  # a signal names no test
+    once = ("failed", "b::1"), ("passed", "")
+    assert settled(*once, ("passed", "")) == ("passed", ["b::1"], [both, ["b::1"], both])
+    assert settled(*once, ("failed", "a::1")) == ("failed", ["b::1"], [both, ["b::1"], both])
+    assert settled(*once, *once, *once)[:2] == ("passed", ["b::1"] * 3)
 
 
 MODULE = """import x

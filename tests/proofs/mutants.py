@@ -5,10 +5,11 @@
 
 Needs the extra `mutation`. The sample is the same for the same seed and code. It is printed, then each mutant meets
 the tests of its room (and what mutants_tests.ELSEWHERE adds), those that run the changed line first, in a private copy
-of the tree. What is finished stands in FILE.jsonl, a line each: the same command goes on where it was stopped, and
-`--rerun survived` takes the survivors again, after the tests have changed. FILE.clean.jsonl holds what the tests are
-like on the clean tree; only files that changed are measured again. mutants_equivalent.txt names the mutants that no
-input can tell from the code; they are counted apart and do not run.
+of the tree; a failure that a busy machine may have brought about must repeat. What is finished stands in FILE.jsonl,
+a line each: the same command goes on where it was stopped, and `--rerun survived` takes the survivors again, after the
+tests have changed. FILE.clean.jsonl holds what the tests are like on the clean tree; only files that changed are
+measured again. mutants_equivalent.txt names the mutants that no input can tell from the code; they are counted apart
+and do not run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,9 @@ def table(entries: Sequence[Mapping[str, Any]], equivalent: Mapping[tuple[str, s
         lines += ["", f"{unfinished} not finished: they count as if they had not been drawn."]
     lines += ["", *(f"- {describe(entry)}: {entry['status']}" + ("" if entry["covered"] else ", no test runs the line")
                     for entry in left)]  # fmt: skip
+    unsteady = {test for key in sample["keys"] for test in results.get(key, {}).get("unsteady", [])}
+    if unsteady:
+        lines += ["", f"Failed once and then passed on the same mutant: {', '.join(sorted(unsteady))}."]
     return "\n".join(lines)
 
 
@@ -147,6 +152,26 @@ def draw_sample(rooms: Sequence[str], sample: int, seed: int) -> tuple[list[Muta
         "keys": [mutant.key for mutant in drawn],
         "room_of": [mutant.room for mutant in drawn],
     }
+
+
+def settle(copy: Copy, files: Sequence[str], order: Sequence[str], limit: float, steady: Callable[[str], bool]) -> Any:
+    """Run a mutant's tests; a failure of a test that is not `steady` counts only if it repeats on the same mutant.
+
+    Such are tests that do not run the changed line, or start processes, which a busy machine may delay.
+
+    Returns:
+        How it went, and the tests whose failures did not repeat. After three of these the mutant has survived.
+    """
+    unsteady: list[str] = []
+    while True:
+        outcome = copy.run(files, order, limit)
+        if outcome.status != "failed" or steady(outcome.by):
+            return outcome, unsteady
+        if copy.run([outcome.by] if "::" in outcome.by else files, order, limit).status != "passed":
+            return outcome, unsteady
+        unsteady.append(outcome.by)
+        if len(unsteady) == 3:
+            return dataclasses.replace(outcome, status="passed", by="", why=""), unsteady
 
 
 class Proof:
@@ -249,14 +274,20 @@ class Proof:
         if (mutant.path, mutant.operator, after) in self.equivalent:
             return {**entry, "status": "equivalent", "by": "", "why": "", "seconds": 0.0}
         files, order, covered = self._plan(mutant, source)
+        started = time.monotonic()
         copy.write(mutant.path, text)
         try:
-            outcome = copy.run(files, order, limit)
+            outcome, unsteady = settle(copy, files, order, limit, lambda test: test in order and not self._spawns(test))
         finally:
             copy.write(mutant.path, source)
         status = {"passed": "survived", "failed": "killed"}.get(outcome.status, outcome.status)
         return {**entry, "covered": covered, "status": status, "by": outcome.by, "why": outcome.why,
-                "seconds": round(outcome.elapsed, 1), "first": len(order), "files": files}  # fmt: skip
+                "seconds": round(time.monotonic() - started, 1), "first": len(order), "files": files,
+                "unsteady": unsteady}  # fmt: skip
+
+    def _spawns(self, test: str) -> bool:
+        text = self._files[test.split("::")[0]].text
+        return any(word in text for word in mutants_tests.SPAWNS)
 
     def _each(self, function: Any, items: Sequence[Any]) -> Iterable[Any]:
         """Give the results of `function(copy, item)` as they come; the first error ends all."""
