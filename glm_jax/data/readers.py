@@ -16,7 +16,8 @@ from glm_jax.data.json_array import Elements
 from glm_jax.errors import UserError
 
 LONGEST_RECORD = 64_000_000  # bytes; what is longer is hardly one document, and would fill the memory of a worker
-PACKAGES = {"jsonl.zst": "zstandard", "parquet": "pyarrow"}  # what a format needs beyond our own dependencies
+# What a format needs beyond our own dependencies, and the extra of setup.cfg that brings it.
+PACKAGES = {"jsonl.zst": ("zstandard", "corpora"), "parquet": ("pyarrow", "parquet")}
 RANGE_BYTES = 64_000_000  # of a file that can be cut, what one worker reads at a time
 ZSTANDARD_CHUNK = 1 << 14  # compressed bytes read at a time: a run of one character makes a thousand times as many
 
@@ -371,8 +372,8 @@ def _import_package(form: str, module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        package = PACKAGES[form]
-        raise UserError(f"reading {form} needs the package {package}: pip install {package}") from None
+        package, extra = PACKAGES[form]
+        raise UserError(f"reading {form} needs the package {package}: pip install 'glm-jax[{extra}]'") from None
 
 
 _READERS = {"text": _read_text, "jsonl": _read_jsonl, "jsonl.zst": _read_zstandard, "json": _read_json}

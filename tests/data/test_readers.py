@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import configparser
 import dataclasses
 import gzip
 import io
 import json
 import random
+import re
 import sys
 import tracemalloc
 from pathlib import Path
@@ -99,14 +101,23 @@ def test_find_files(tmp_path: Path):
         find_files(str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize(("form", "module"), [("jsonl.zst", "zstandard"), ("parquet", "pyarrow")])
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, module: str):
+@pytest.mark.parametrize(
+    ("form", "module", "extra"), [("jsonl.zst", "zstandard", "corpora"), ("parquet", "pyarrow", "parquet")]
+)
+def test_a_missing_package_is_named_with_the_extra_that_brings_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, module: str, extra: str
+):
     for name in [name for name in sys.modules if name.split(".")[0] == module] or [module]:
         monkeypatch.setitem(sys.modules, name, None)
     path = tmp_path / "file"
     path.write_bytes(b"something")
-    with pytest.raises(UserError, match=f"reading {form} needs the package {module}: pip install {module}"):
+    with pytest.raises(UserError) as caught:
         list(read(path, form))
+    assert str(caught.value) == f"reading {form} needs the package {module}: pip install 'glm-jax[{extra}]'"
+    extras = configparser.RawConfigParser()
+    extras.read(Path(__file__).parents[2] / "setup.cfg")
+    assert [re.split("[<>=]", line)[0] for line in extras["options.extras_require"][extra].split()] == [module]
+    assert f"%({extra})s" in extras["options.extras_require"]["test"].split()
 
 
 # Damage
