@@ -2,7 +2,8 @@
 
 Rooms are imported inside the commands, so that `--help` and `glm-jax config` answer at once.
 Exit codes: 0 done, 1 another process of the run is gone (one line), 2 a usage or configuration error (one line),
-3 stopped early on request with a checkpoint saved, 130 interrupted before there was anything to save.
+3 stopped early on request with a checkpoint saved, 130 interrupted before there was anything to save, 141 ended
+because nobody reads its output any more, as after `| head`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from glm_jax.errors import UserError
 Command = Callable[[Sequence[str]], int]
 
 EXPERIMENTS = Path("experiments")
+UNREAD = 141  # what a shell gives for a program that SIGPIPE has ended
 
 
 def say(line: str) -> None:
@@ -286,6 +288,20 @@ COMMANDS: dict[str, Command] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    try:
+        code = _run(arguments)
+        print(end="", flush=True)  # at the interpreter's exit nobody could answer a pipe that is not read
+        return code
+    except BrokenPipeError:  # `| head` has read enough
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except BrokenPipeError:  # what is left in its buffer would be tried again, and fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return UNREAD
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.set_verbosity(logging.ERROR)  # orbax explains itself at length
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -301,9 +317,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         say(f"error: {error}")
         return 2
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         say("interrupted; what was finished is kept, and the same command goes on from there")
         return 130

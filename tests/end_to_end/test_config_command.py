@@ -1,5 +1,6 @@
-"""`glm-jax config` shows every value and its origin, without jax."""
+"""`glm-jax config` shows every value and its origin, without jax; what is not read to its end ends in silence."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,3 +52,41 @@ def test_schedule_draws_its_timeline(glm_jax: Cli, tmp_path: Path) -> None:
     assert " ".join(done.stdout.splitlines()[0].split()) == "stage 0 F0 F1 . F2 B0 . B1 B2"
     assert "bubble 1/4 (25.0%)" in done.stdout
     assert (tmp_path / "drawn.svg").read_text().startswith("<svg ")
+
+
+UNREAD = ("--help", "train --help", "corpus --help", "config list", "config show --config {}", "schedule", "no-command")
+
+
+def test_output_that_nobody_reads_is_no_mistake(experiment: Path, environment: dict[str, str]) -> None:
+    for buffered in ("", "1"):  # a pipe that is closed is found at the end, and at the first line
+        reader, writer = os.pipe()
+        os.close(reader)
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", "glm_jax", *command.format(experiment).split()],
+                env={**environment, "PYTHONUNBUFFERED": buffered},
+                stdout=writer,
+                stderr=writer if command == "no-command" else subprocess.PIPE,
+                text=True,
+            )
+            for command in UNREAD
+        ]
+        os.close(writer)
+        said = [process.communicate()[1] for process in started]
+        assert said == [""] * (len(UNREAD) - 1) + [None]
+        assert [process.returncode for process in started] == [141] * len(UNREAD)
+
+
+def test_a_reader_of_one_line_gets_it_and_ends_the_command(environment: dict[str, str]) -> None:
+    long = ["schedule", "--stages=64", "--microbatches=512"]  # more than a pipe holds
+    buffered = {**environment, "PYTHONUNBUFFERED": ""}  # else Python itself drops what a write of a line leaves over
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    writer = subprocess.Popen([sys.executable, "-m", "glm_jax", *long], env=buffered, **pipes)
+    reader = subprocess.run(
+        ["sh", "-c", "read -r line; echo $line"], stdin=writer.stdout, capture_output=True, text=True
+    )
+    assert writer.stdout is not None and writer.stderr is not None
+    writer.stdout.close()  # the other reader's end, which holds the pipe open
+    assert (writer.stderr.read(), writer.wait()) == ("", 141)
+    assert reader.stdout.startswith("stage 0 F0 F1 F2")
+    writer.stderr.close()
