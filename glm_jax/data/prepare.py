@@ -163,7 +163,8 @@ def _key(*parts: Any) -> str:
 
 def _fetch_sample(name: str, cache: Path, report: Report) -> Path:
     fetched, cached = samples.fetch(name, cache)
-    report(f"text {name}: {fetched.stat().st_size / 1e6:.1f} MB ({'cached' if cached else 'fetched'})")
+    done, origin = "cached" if cached else "fetched", samples.SAMPLES[name].origin()
+    report(f"text {name}: {fetched.stat().st_size / 1e6:.1f} MB ({done}; {origin})")
     return fetched
 
 

@@ -39,9 +39,10 @@ class Unreachable(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample corpus: what its content depends on, and a reader of its documents."""
+    """A sample corpus: what its content depends on, the same in words, and a reader of its documents."""
 
     versions: Callable[[], dict[str, str]]
+    origin: Callable[[], str]
     documents: Callable[[], Iterator[str]]
 
 
@@ -78,6 +79,11 @@ def fetch(name: str, cache: Path) -> tuple[Path, bool]:
 def _python_versions() -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in DOCUMENTED_PACKAGES if _package_root(name)}
     return {"python": sys.version.split()[0], **versions}
+
+
+def _python_origin() -> str:
+    versions = _python_versions()
+    return ", ".join([f"Python {versions.pop('python')}", *(f"{name} {version}" for name, version in versions.items())])
 
 
 def _package_root(name: str) -> Path | None:
@@ -160,6 +166,6 @@ def _download(requirement: str, directory: Path) -> Path:
 
 
 SAMPLES = {
-    "python-docs": Sample(_python_versions, _python_documents),
-    "three-kingdoms": Sample(lambda: {"wheel": WHEEL_SHA256}, _wheel_documents),
+    "python-docs": Sample(_python_versions, _python_origin, _python_documents),
+    "three-kingdoms": Sample(lambda: {"wheel": WHEEL_SHA256}, lambda: WHEEL.replace("==", " "), _wheel_documents),
 }

