@@ -76,6 +76,9 @@ def dropout(x: Array, rate: float, keys: Array | None, places: Array) -> Array:
 
     The bits of x[b, i] follow from keys[b] and places[i] alone, so that a device that holds some rows, and some heads
     or tokens (`places`, int32 [n]), draws what one device draws for the whole. Without keys, do nothing.
+
+    A row's key is the step's, folded with the row's index in the batch; then with 0 for the embedding, or with
+    layer + 1 and 0, 1 or 2 for attention probabilities, attention's output and the feed-forward's.
     """
     if keys is None or rate == 0.0:
         return x

@@ -2,11 +2,14 @@
 
 Post-LN and DeepNorm stand here as in the paper, LN(alpha x + f(x)), not in the shifted form of the released code; their
 first norm is the one on the embedding. Matrices come in the layout of glm_jax.model.init; `layer` below is one block's.
+
+Dropout (Srivastava et al. 2014) takes its masks from the caller; `dropout_masks` draws those that training draws.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -16,6 +19,43 @@ def layer_norm(params: Any, x: np.ndarray, epsilon: float) -> np.ndarray:
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon) * params["scale"] + params[
         "bias"
     ]
+
+
+class Masks(NamedTuple):
+    """Which entries dropout keeps in one row, bool; in the order in which the row meets them."""
+
+    embedding: np.ndarray  # [S, D]
+    probabilities: np.ndarray  # [L, N, S, S]
+    attention: np.ndarray  # [L, S, D]
+    feedforward: np.ndarray  # [L, S, D]
+
+
+def drop(x: np.ndarray, kept: np.ndarray | None, rate: float) -> np.ndarray:
+    return x if kept is None else x * kept / (1 - rate)
+
+
+def dropout_masks(cfg: Any, key: jax.Array, batch: int, length: int) -> list[Masks]:
+    """Draw by the rule that model/layers.py states: keys by row, layer (0 is the embedding), sublayer and place."""
+    rows, places = np.arange(batch), {"token": np.arange(length), "head": np.arange(cfg.num_heads)}
+
+    def draw(key: jax.Array, path: tuple[int, ...], kind: str, rate: float, shape: tuple[int, ...]) -> jax.Array:
+        for index in path:
+            key = jax.random.fold_in(key, index)
+        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(places[kind])
+        return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
+
+    def row(index: jax.Array) -> tuple[jax.Array, ...]:
+        start, width, square = jax.random.fold_in(key, index), (cfg.hidden_size,), (length, length)
+        hidden, attention, layers = cfg.hidden_dropout, cfg.attention_dropout, np.arange(1, cfg.num_layers + 1)
+        return (
+            draw(start, (0,), "token", hidden, width),
+            jax.vmap(lambda layer: draw(start, (layer, 0), "head", attention, square))(layers),
+            jax.vmap(lambda layer: draw(start, (layer, 1), "token", hidden, width))(layers),
+            jax.vmap(lambda layer: draw(start, (layer, 2), "token", hidden, width))(layers),
+        )
+
+    drawn = jax.device_get(jax.jit(jax.vmap(row))(rows))
+    return [Masks(*(array[index] for array in drawn)) for index in rows]
 
 
 def slopes(heads: int) -> np.ndarray:
@@ -35,26 +75,30 @@ def alibi_distance(p: np.ndarray) -> np.ndarray:
     return distance
 
 
-def rotate(x: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """RoPE (Su et al. 2021) on [S, K]: the pair (j, j + K/2) is a complex number, turned by p 10000^(-2j/K)."""
+def rotate(x: np.ndarray, p: np.ndarray, base: float) -> np.ndarray:
+    """RoPE (Su et al. 2021) on [S, K]: the pair (j, j + K/2) is a complex number, turned by p base^(-2j/K)."""
     half = x.shape[-1] // 2
-    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * p[:, None] * 10000 ** (-np.arange(half) / half))
+    turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * p[:, None] * base ** (-np.arange(half) / half))
     return np.concatenate([turned.real, turned.imag], -1)
 
 
-def attention(cfg: Any, layer: Any, x: np.ndarray, p: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """Attention of one row: x [S, D], p [S] or [2, S], allowed [S, S] -> [S, D]."""
+def attention(
+    cfg: Any, layer: Any, x: np.ndarray, p: np.ndarray, allowed: np.ndarray, kept: np.ndarray | None
+) -> np.ndarray:
+    """Attention of one row: x [S, D], p [S] or [2, S], allowed [S, S], kept [N, S, S] -> [S, D]."""
     kernel, bias = layer["qkv"]["kernel"], layer["qkv"]["bias"]
     output = np.zeros_like(x)
     for head in range(cfg.num_heads):
         q, k, v = (x @ kernel[:, head, part] + bias[head, part] for part in range(3))
         if cfg.position == "rope":
-            q, k = rotate(q, p), rotate(k, p)
+            q, k = rotate(q, p, cfg.rope_base), rotate(k, p, cfg.rope_base)
         scores = q @ k.T / np.sqrt(q.shape[-1])
         if cfg.position == "alibi":
             scores = scores - slopes(cfg.num_heads)[head] * alibi_distance(p)
         weights = np.exp(scores - scores.max(-1, keepdims=True)) * allowed
-        output += weights / weights.sum(-1, keepdims=True) @ v @ layer["output"]["kernel"][head]
+        weights = weights / weights.sum(-1, keepdims=True)
+        weights = drop(weights, None if kept is None else kept[head], cfg.attention_dropout)
+        output += weights @ v @ layer["output"]["kernel"][head]
     return output + layer["output"]["bias"]
 
 
@@ -75,22 +119,41 @@ def pick(tree: Any, index: int) -> Any:
     return {name: pick(leaf, index) for name, leaf in tree.items()} if isinstance(tree, dict) else tree[index]
 
 
-def forward(cfg: Any, params: Any, tokens: np.ndarray, positions: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """tokens [B, S], positions [B, S] or [B, 2, S], allowed [B, S, S] -> logits [B, S, V]."""
-    return np.stack([row(cfg, params, *inputs) for inputs in zip(tokens, positions, allowed, strict=True)])
+def forward(
+    cfg: Any,
+    params: Any,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    allowed: np.ndarray,
+    masks: list[Masks] | None = None,
+) -> np.ndarray:
+    """tokens [B, S], positions [B, S] or [B, 2, S], allowed [B, S, S], a row's masks each -> logits [B, S, V]."""
+    of_rows = masks or [None] * len(tokens)
+    return np.stack([row(cfg, params, *inputs) for inputs in zip(tokens, positions, allowed, of_rows, strict=True)])
 
 
-def row(cfg: Any, params: Any, tokens: np.ndarray, p: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+def row(
+    cfg: Any, params: Any, tokens: np.ndarray, p: np.ndarray, allowed: np.ndarray, masks: Masks | None
+) -> np.ndarray:
     word = params["embedding"]["word"]
     x = word[tokens]
     if cfg.position == "learned_2d":
         x = x + params["embedding"]["position"][p[0]] + params["embedding"]["block_position"][p[1]]
     if cfg.embedding_norm:
         x = layer_norm(params["embedding"]["norm"], x, cfg.norm_epsilon)
+    x = drop(x, None if masks is None else masks.embedding, cfg.hidden_dropout)
     sublayers, before, after = [], [], []
-    for layer in (pick(params["blocks"], index) for index in range(cfg.num_layers)):
-        sublayers += [lambda x, layer=layer: attention(cfg, layer["attention"], x, p, allowed),
-                      lambda x, layer=layer: feedforward(cfg, layer["feedforward"], x)]  # fmt: skip
+    for index in range(cfg.num_layers):
+        layer = pick(params["blocks"], index)
+        probabilities, mixed, fed = (None, None, None) if masks is None else [kept[index] for kept in masks[1:]]
+
+        def attend(x: np.ndarray, layer: Any = layer, inside: Any = probabilities, kept: Any = mixed) -> np.ndarray:
+            return drop(attention(cfg, layer["attention"], x, p, allowed, inside), kept, cfg.hidden_dropout)
+
+        def feed(x: np.ndarray, layer: Any = layer, kept: Any = fed) -> np.ndarray:
+            return drop(feedforward(cfg, layer["feedforward"], x), kept, cfg.hidden_dropout)
+
+        sublayers += [attend, feed]
         before += [layer["attention_norm"], layer["feedforward_norm"]]
         after += [layer.get("attention_output_norm"), layer.get("feedforward_output_norm")]
     norms = [*before, params["final_norm"]]

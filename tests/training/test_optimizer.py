@@ -1,4 +1,6 @@
-"""What decays, clipping, and AdamW's update against numbers worked out by hand."""
+"""What decays, clipping, and AdamW's update against numbers worked out by hand and numpy_adamw.py."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import pytest
 
 from glm_jax.training import optimizer
 from glm_jax.training.optimizer import OptimizerConfig
+from tests.training import numpy_adamw
 
 
 def test_norms_and_biases_do_not_decay_and_the_embedding_does() -> None:
@@ -16,6 +19,11 @@ def test_norms_and_biases_do_not_decay_and_the_embedding_does() -> None:
         "norm": {"scale": False, "bias": False},
         "up": {"kernel": True, "bias": False},
     }
+
+
+def test_defaults_are_those_of_glm_130b() -> None:
+    """Paper, table 11."""
+    assert dataclasses.astuple(OptimizerConfig()) == (0.9, 0.95, 1e-8, 0.1, 1.0)
 
 
 def test_first_update_is_adamws_with_clipped_gradients() -> None:
@@ -30,6 +38,43 @@ def test_first_update_is_adamws_with_clipped_gradients() -> None:
     # clipped to (0.6, 0, 0.8); the first Adam direction is g / (|g| + epsilon)
     np.testing.assert_allclose(new["up"]["kernel"], [1 - 0.1 * (0.6 / 0.61 + 0.1), -2 + 0.1 * 0.2], rtol=1e-5)
     np.testing.assert_allclose(new["up"]["bias"], [0.5 - 0.1 * 0.8 / 0.81], rtol=1e-5)
+
+
+@pytest.mark.parametrize("constants", [{}, {"beta1": 0.7, "beta2": 0.4, "epsilon": 0.3, "weight_decay": 0.5}])
+def test_six_updates_and_their_moments_are_those_of_the_paper(constants: dict[str, float]) -> None:
+    """Gradients and learning rates change from step to step; some gradients are clipped and some are not."""
+    cfg, draw = OptimizerConfig(clip_norm=2.0, **constants), np.random.default_rng(0)
+    shapes = {
+        "embedding": {"word": (5, 3)},
+        "norm": {"scale": (3,), "bias": (3,)},
+        "up": {"kernel": (2, 4), "bias": (4,)},
+    }
+
+    def normal() -> dict[str, dict[str, np.ndarray]]:
+        return {part: {name: draw.normal(size=shape).astype(np.float32) for name, shape in names.items()}
+                for part, names in shapes.items()}  # fmt: skip
+
+    params = normal()
+    moments, expected = optimizer.transformation(cfg).init(params), numpy_adamw.flat(params)
+    of_expected = numpy_adamw.start(expected)
+    glm_130b = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}  # paper, table 11
+    for step, (norm, lr) in enumerate([(6.0, 0.1), (0.9, 0.2), (2.5, 0.05), (1.9, 0.1), (9.0, 0.3), (0.2, 0.1)]):
+        gradients = normal()
+        size = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradients)))
+        gradients = jax.tree.map(lambda leaf, scale=norm / size: leaf * scale, gradients)
+        expected, of_expected = numpy_adamw.update(
+            expected, numpy_adamw.flat(gradients), of_expected, lr, clip_norm=2.0, **(glm_130b | constants)
+        )
+        params, moments, norms = optimizer.update(cfg, gradients, moments, params, jnp.float32(lr))
+        assert norms["grad_norm"] == pytest.approx(norm, rel=1e-6)
+        for ours, theirs in (
+            (params, expected),
+            (moments[0].mu, of_expected.first),
+            (moments[0].nu, of_expected.second),
+        ):
+            for name, array in numpy_adamw.flat(ours).items():
+                np.testing.assert_allclose(array, theirs[name], rtol=1e-4, atol=2e-6, err_msg=f"{name}, step {step}")
+        assert moments[0].count == step + 1 == of_expected.count
 
 
 def test_small_gradients_are_not_clipped() -> None:

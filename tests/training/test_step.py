@@ -19,7 +19,8 @@ from glm_jax.training import optimizer
 from glm_jax.training.engine import EngineConfig
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.precision import LossScaleConfig
-from glm_jax.training.step import StepConfig, TrainState, compile_steps, controls, create_state
+from glm_jax.training.step import StepConfig, TrainState, at_step, compile_steps, controls, create_state, true_layers
+from tests.model import numpy_reference
 
 MODEL = GLMConfig(2, 32, 4, 48, 64, max_length=16, attention_dropout=0.0, hidden_dropout=0.0)
 LR = 1e-2
@@ -29,6 +30,8 @@ CONFIG = StepConfig(
     loss_scale=None,
     seed=3,
 )
+DROPPING = dataclasses.replace(MODEL, attention_dropout=0.1, hidden_dropout=0.2)
+WITH_DROPOUT = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, model=DROPPING))
 
 
 def make_batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
@@ -149,16 +152,50 @@ def test_metrics_measure_the_residual_stream_and_carry_requests(mesh_sizes: dict
 
 @pytest.mark.slow
 def test_microbatches_and_meshes_do_not_change_five_steps(mesh_sizes: dict[str, int]) -> None:
-    dropping = dataclasses.replace(MODEL, attention_dropout=0.1, hidden_dropout=0.1)
-    cfg = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, model=dropping))
     one = {"data": 1, "pipeline": 1, "tensor": 1}
-    for config, microbatches in ((CONFIG, 4), (cfg, 2)):
+    for config, microbatches in ((CONFIG, 4), (WITH_DROPOUT, 2)):
         losses = [
             [float(step["sums"].loss.sum()) for step in run(config, sizes, count, 5)[1]]
             for sizes, count in ((one, 1), (mesh_sizes, microbatches))
         ]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
         assert losses[0][4] < losses[0][0]
+
+
+def reference_loss(cfg: GLMConfig, params: Any, key: jax.Array) -> float:
+    """Give the summed loss of the batch in float64 numpy, with the masks that follow from a step's dropout key."""
+    batch = make_batch()
+    segments, context = batch["segments"], batch["context"]
+    seen = np.tril(np.ones((16, 16), bool)) | context[:, None]  # [B, S, S]
+    allowed = seen & (segments[:, :, None] == segments[:, None])
+    wide = jax.tree.map(lambda array: np.asarray(array, np.float64), params)
+    masks = numpy_reference.dropout_masks(cfg, key, *batch["tokens"].shape)
+    logits = numpy_reference.forward(cfg, wide, batch["tokens"], batch["positions"], allowed, masks)[..., :60]
+    chosen = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]  # [B, S]
+    return float(((np.log(np.exp(logits).sum(-1)) - chosen) * batch["loss_mask"]).sum())
+
+
+def test_dropout_follows_from_the_seed_and_the_step(mesh_sizes: dict[str, int]) -> None:
+    """At a learning rate of 0 the steps differ by their masks alone."""
+    made, found = compiled(WITH_DROPOUT, mesh_sizes), []
+    params = true_layers(WITH_DROPOUT, made.start).params
+    for first in (0, 0, 7):
+        state = at_step(made.mesh, made.state(), first, 0)
+        for step in (first, first + 1):
+            state, metrics = made.train(state, made.place(2), controls(made.mesh, 0.0, 1.0))
+            found.append((step, float(metrics["sums"].loss.sum())))
+    assert found[:2] == found[2:4]
+    keys = {step: jax.random.fold_in(jax.random.key(3), step) for step, _ in found}
+    expected = {step: reference_loss(DROPPING, params, key) for step, key in keys.items()}
+    assert [loss for _, loss in found] == pytest.approx([expected[step] for step, _ in found], rel=1e-5)
+    drawn = [*expected.values(), reference_loss(DROPPING, params, jax.random.fold_in(jax.random.key(4), 0))]
+    assert np.abs(np.subtract.outer(drawn, drawn))[np.triu_indices(5, 1)].min() > 1e-3 * drawn[0]  # so it can tell
+
+
+def test_the_seed_decides_the_first_params(mesh_sizes: dict[str, int]) -> None:
+    expected = jax.jit(model.init, static_argnums=0)(MODEL, jax.random.key(3))
+    start = compiled(CONFIG, mesh_sizes).start
+    np.testing.assert_allclose(start.params["embedding"]["word"], expected["embedding"]["word"], rtol=1e-5)
 
 
 @pytest.mark.slow
