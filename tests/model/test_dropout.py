@@ -63,6 +63,7 @@ def test_dropout_keeps_the_dtype_and_does_nothing_without_keys_or_rate() -> None
     assert dropout(x, RATE, None, places) is x and dropout(x, 0.0, keys(1), places) is x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm, position, activation", [
     ("deepnorm", "rope", "geglu"), ("sandwich", "alibi", "gelu"), ("pre", "learned_2d", "gelu_tanh"),
     ("post", "rope", "gelu"),
