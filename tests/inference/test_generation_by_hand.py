@@ -79,6 +79,7 @@ def test_the_model_is_asked_for_the_row_and_then_for_each_token(monkeypatch: pyt
         ([[1], [2], [EOP]], 3, [1, 2]),  # an end as its last token is none of the fill
         ([[1], [2], [3]], 3, [1, 2, 3]),
         ([[EOP, 5]], 1, [5]),
+        ([[1, 2, 3], [2, 1, 3], [3, 2, 1], [1, 2, 3], [2, 3, 1], [EOP, 1]], 9, [1, 2, 3, 1, 2]),  # the best each time
     ],
 )
 def test_a_fill_ends_at_an_end_or_with_its_budget_and_is_never_empty(
@@ -245,6 +246,13 @@ def test_as_many_examples_as_asked_for_and_one_that_does_not_fit_is_passed_over(
     assert len(lines) == 2 and len(calls) == 3
     assert shown(monkeypatch, 18)(200, 200) == ([], [])  # no room for a side of one token: 18 - 15 < 4
     assert len(shown(monkeypatch, 19)(200, 200)[0]) == 4
+
+
+def test_a_top_p_of_1_keeps_all_even_where_one_token_has_all_but_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax.random, "categorical", lambda key, logits: jnp.isfinite(logits).sum())
+    logits = jnp.array([90.0, 1.0, 0.0])  # in float32 the first has a probability of 1
+    assert Sampling(1.0, top_p=1.0).choose(logits, jax.random.key(0)) == 3
+    assert Sampling(1.0, top_p=0.99).choose(logits, jax.random.key(0)) == 1
 
 
 LOGITS = np.array([2.0, 1.5, 1.0, 1.0, 0.3, -0.2, -1.0, -3.0, -np.inf], np.float32)

@@ -15,6 +15,7 @@ from glm_jax.training.evaluation import Evaluation, training_batches
 ONE_DEVICE: dict[str, int] = dict.fromkeys(meshes.AXES, 1)
 EOS, EOP = 1, 6
 VOCABULARY = 9000
+GOLDEN = 5.626069391634981  # the loss of `nats` over the rows below
 # Ids from, and lengths of the documents: each token of a split stands there once, so an id says whence it came.
 SPLITS = {
     ("large", "train"): (100, [40] * 20),
@@ -86,6 +87,7 @@ def evaluate(config: Any, step: int = 7) -> tuple[dict[str, Any], list[dict[str,
         assert params == "params"
         read = {name: np.asarray(array)[0] for name, array in batch.items()}
         batches.append(read)
+        assert read["tokens"].shape == (config.train.global_batch // config.train.microbatches, 32)
         made = np.zeros(read["tokens"].shape, np.float32)  # [B, S]
         for row, place in zip(*np.nonzero(read["loss_mask"]), strict=True):
             made[row, place] = nats(int(read["targets"][row, place]), int(place))
@@ -139,6 +141,8 @@ def test_losses_are_means_over_target_tokens_and_bits_are_per_byte_of_text(blank
     assert {name: value for name, value in event.items() if name != "event"} == pytest.approx(expected, rel=1e-12)
     means = [event["loss/large"], event["loss/little"]]
     assert abs(event["loss"] - sum(means) / 2) > 0.01  # the sources' own targets weigh, not the sources
+    ends = sum(int((batch["targets"] == EOP).sum()) for batch in batches)
+    assert (ends == 0) == (blanks.get("gmask_eop") is False)  # the run's own options
     for name, mine in sums.items():  # one pass: no text twice, and most of it
         assert len(set(mine["texts"])) == len(mine["texts"])
         assert len(mine["texts"]) > 0.6 * sum(SPLITS[name, "heldout"][1])
@@ -173,6 +177,17 @@ def test_rows_and_blanks_are_the_same_whatever_the_run_does() -> None:
         for left, right in zip(batches, same, strict=True):
             assert all((left[name] == right[name]).all() for name in left)
     assert evaluate(build(), step=9)[0] == event | {"step": 9}
+
+
+def test_models_of_two_position_streams_are_evaluated_with_two() -> None:
+    for position, shape in (("learned_2d", (4, 2, 32)), ("rope", (4, 32))):
+        _, batches = evaluate(build(model__position=position))
+        assert {batch["positions"].shape for batch in batches} == {shape}
+
+
+def test_losses_are_those_of_the_rows_of_other_versions() -> None:
+    """Losses of two versions compare only over the same blanks; who draws others on purpose brings another number."""
+    assert evaluate(build())[0]["loss"] == pytest.approx(GOLDEN, rel=1e-9)
 
 
 def test_sixteen_tokens_are_enough_and_a_run_without_held_out_text_has_no_loss(

@@ -1,0 +1,199 @@
+"""The loop around the steps, with a part of a run that only counts: what is due at which step, and what follows."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glm_jax.config import Config, default_config, resolve
+from glm_jax.training import loop
+from glm_jax.training.interventions import Record
+from glm_jax.training.loop import Progress, Run
+
+
+class Counting:
+    """Stands in for a Segment: its state is the steps taken, its losses are `losses[step]`, 2 where none is named."""
+
+    def __init__(
+        self, diary: list[tuple[Any, ...]], config: Config, losses: dict[int, float], asks: dict[int, int]
+    ) -> None:
+        self.diary, self.config, self.losses, self.asks = diary, config, losses, asks
+        self.cfg = SimpleNamespace(engine=None, loss_scale=None)
+        self.mesh, self.prepared = SimpleNamespace(shape={}), SimpleNamespace(digests={})
+
+    def batch(self, samples: int, rows: int) -> tuple[int, int]:
+        return samples, rows
+
+    def train(
+        self, state: int, batch: tuple[int, int], rows: int, chosen: Any, request: int
+    ) -> tuple[int, dict[str, Any]]:
+        assert batch[1] == rows == chosen["batch"]
+        step = state + 1
+        self.diary.append(("step", step, batch[0]))
+        loss = self.losses.get(step, 2.0)
+        sums = SimpleNamespace(loss=np.array([loss, 0, 0, 0]), targets=np.array([1, 0, 0, 0]))
+        request = max(request, self.asks.get(step, 0))
+        return step, {"sums": sums, "grad_norm": np.float32(1), "tokens": 1, "requests": np.int32(request)}
+
+    def evaluate(self, state: int, step: int) -> dict[str, Any]:
+        assert state == step
+        return {"event": "evaluation", "step": step}
+
+    def close(self) -> None:
+        self.diary.append(("close",))
+
+
+class Diary:
+    """Stands in for the monitor and the checkpoints: writes down what they are told."""
+
+    def __init__(self, diary: list[tuple[Any, ...]]) -> None:
+        self.diary, self.saved = diary, {}
+
+    def log(self, event: dict[str, Any]) -> None:
+        self.diary.append((event["event"], event["step"]))
+
+    def say(self, line: str) -> None:
+        pass
+
+    def progress(self, steps: int, shown: Any = None) -> None:
+        self.diary.append(("bar", steps))
+
+    def rewind(self, step: int) -> None:
+        self.diary.append(("rewind", step))
+
+    def events(self) -> list[Any]:
+        return []
+
+    def save(self, cfg: Any, mesh: Any, state: int, run: dict[str, Any]) -> None:
+        assert state == run["step"]
+        self.diary.append(("save", run["step"], run["samples"]))
+        self.diary.append(("band", run["bands"][0][2]))  # how many values made that of the loss
+        self.saved[run["step"]] = SimpleNamespace(state=state, run=run)
+
+    def restore(self, cfg: Any, mesh: Any, at_most: int) -> Any:
+        self.diary.append(("restore", at_most))
+        steps = [step for step in self.saved if step <= at_most]
+        return self.saved[max(steps)] if steps else None
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give a function that runs to the end, from a start, and gives the diary; keys as in `train__steps=5`."""
+    monkeypatch.setattr(loop, "at_step", lambda mesh, state, step, samples, *scale: step)
+    monkeypatch.setattr(loop, "create_state", lambda cfg, mesh: 0)
+    monkeypatch.setattr(loop, "peak_flops", lambda mesh: 1.0)
+    monkeypatch.setattr(loop, "versions", dict)
+    monkeypatch.setattr(
+        loop, "train_event", lambda progress, metrics, chosen: {"event": "train", "step": progress.step}
+    )
+    meter = SimpleNamespace(waiting=nullcontext, count=lambda *_: None, restart=lambda: None, read=dict)
+    monkeypatch.setattr(loop, "Meter", lambda *_: meter)
+    monkeypatch.setattr(loop, "summary", lambda event: {"at": event["step"]})
+
+    def go(
+        start: tuple[int, int] = (0, 0), losses: dict[int, float] | None = None, asks: dict[int, int] | None = None,
+        stops: int | None = None, **changes: Any,
+    ) -> list[tuple[Any, ...]]:  # fmt: skip
+        config = default_config()
+        config.train.update(steps=10, global_batch=4, log_every=100, eval_every=0, save_every=100)
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+        config = resolve(config)
+        diary: list[tuple[Any, ...]] = []
+        book: Any = Diary(diary)
+        made: Any = object.__new__(Run)
+        made.config, made.workdir, made.say = config, tmp_path, book.say
+        made.record, made.checkpoints, made.monitor = Record(tmp_path, 0), book, book
+        made.profiler = SimpleNamespace(
+            before=lambda step: diary.append(("before", step)), after=lambda step, _: diary.append(("after", step))
+        )
+        made.stop, made._last_save = SimpleNamespace(requested=False), loop.time.monotonic()
+        monkeypatch.setattr(loop, "Segment", lambda config, prepared: Counting(diary, config, losses or {}, asks or {}))
+        monkeypatch.setattr(loop.segment, "ready", lambda *_: SimpleNamespace(digests={}))
+        part: Any = Counting(diary, config, losses or {}, asks or {})
+        progress = Progress(start[0], *start, saved=start[0] or None)  # pyright: ignore[reportArgumentType]
+        diary.append(("last", made._segments(progress, part)))
+        diary.append(("ends", progress.step, progress.samples, progress.stopping))
+        return diary
+
+    return go
+
+
+def steps_of(diary: list[tuple[Any, ...]], name: str) -> list[int]:
+    return [entry[1] for entry in diary if entry[0] == name]
+
+
+def test_logs_evaluations_and_saves_come_at_their_multiples_and_at_the_end(run: Any) -> None:
+    diary = run(train__log_every=3, train__eval_every=4, train__save_every=5)
+    assert steps_of(diary, "step") == list(range(1, 11))
+    assert [entry[2] for entry in diary if entry[0] == "step"] == list(range(0, 40, 4))  # each row once
+    assert steps_of(diary, "train") == [3, 6, 9, 10]
+    assert steps_of(diary, "evaluation") == [0, 4, 8, 10]
+    assert [entry for entry in diary if entry[0] == "save"] == [("save", 5, 20), ("save", 10, 40)]
+    assert diary[0] == ("evaluation", 0) and diary[-2:] == [("last", 10), ("ends", 10, 40, False)]
+    tenth = diary[diary.index(("step", 10, 36)) - 1 :]
+    assert [entry[:2] for entry in tenth[:7]] == [
+        ("before", 10), ("step", 10), ("after", 10), ("train", 10), ("bar", 1), ("evaluation", 10), ("save", 10)
+    ]  # fmt: skip
+    assert diary.count(("close",)) == 1
+
+
+def test_a_run_that_is_not_evaluated_or_goes_on_does_not_evaluate_its_start(run: Any) -> None:
+    assert steps_of(run(), "evaluation") == [] and steps_of(run(), "save") == [10]
+    diary = run(start=(6, 24), train__eval_every=4, train__log_every=5)
+    assert steps_of(diary, "step") == [7, 8, 9, 10] and diary[0] == ("before", 7)
+    assert steps_of(diary, "evaluation") == [8, 10] and steps_of(diary, "train") == [10]
+
+
+def test_a_request_is_met_a_step_later_and_saves(run: Any) -> None:
+    diary = run(asks={4: loop.STOP})
+    assert steps_of(diary, "step") == [1, 2, 3, 4, 5] and diary[-1] == ("ends", 5, 20, True)
+    assert steps_of(diary, "save") == [5]
+    diary = run(asks={4: loop.SAVE})
+    assert steps_of(diary, "save") == [5, 10] and diary[-1] == ("ends", 10, 40, False)
+    diary = run(asks={4: loop.SAVE, 5: loop.SAVE})  # the second was on its way when the first was met
+    assert steps_of(diary, "save") == [5, 10]
+    diary = run(asks={4: loop.STOP}, train__spike__rollbacks=1)  # steps that are watched are waited for
+    assert diary[-1] == ("ends", 4, 16, True)
+
+
+def test_steps_are_passed_over_with_their_data_to_the_last_of_the_range(run: Any) -> None:
+    diary = run(train__skip_steps=((3, 5), (9, 40)), train__eval_every=4, train__save_every=4)
+    assert [entry[1:] for entry in diary if entry[0] == "step"] == [(1, 0), (2, 4), (6, 20), (7, 24), (8, 28)]
+    assert steps_of(diary, "bar") == [1, 1, 3, 1, 1, 1, 2]
+    assert steps_of(diary, "evaluation") == [0, 8, 10] and steps_of(diary, "save") == [8, 10]
+
+
+def test_a_change_takes_effect_with_the_step_after_its_own(run: Any) -> None:
+    diary = run(interventions=((4, {"train.global_batch": 8}), (10, {"train.global_batch": 4})))
+    assert [entry[2] for entry in diary if entry[0] == "step"] == [0, 4, 8, 12, 16, 24, 32, 40, 48, 56]
+    assert diary.index(("close",)) < diary.index(("step", 5, 16)) < diary.index(("save", 10, 64))
+
+
+SPIKE = {"train__spike__window": 3, "train__spike__deviations": 1.0}
+
+
+def test_a_spike_goes_back_to_the_checkpoint_and_passes_over_the_data(run: Any) -> None:
+    diary = run(losses={7: 90.0}, train__save_every=4, train__spike__rollbacks=1, **SPIKE)
+    assert steps_of(diary, "step") == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert ("restore", 6) in diary and ("rewind", 4) in diary and ("bar", 3) in diary
+    assert steps_of(diary, "band") == [4, 5, 7]  # of steps 1 to 4, then 8, then 9 and 10
+    assert [entry for entry in diary if entry[0] == "save"] == [("save", 4, 16), ("save", 8, 32), ("save", 10, 40)]
+
+
+def test_a_spike_before_any_checkpoint_goes_back_to_the_start(run: Any) -> None:
+    diary = run(losses={5: 90.0}, train__spike__rollbacks=2, **SPIKE)
+    assert steps_of(diary, "step") == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10] and ("rewind", 0) in diary
+    assert ("bar", 5) in diary
+
+
+def test_used_up_rollbacks_are_said_once_for_steps_in_a_row(run: Any) -> None:
+    losses = {4: 90.0, 5: 91.0, 6: 92.0, 8: 93.0}
+    spike = SPIKE | {"train__spike__window": 2}
+    diary = run(losses=losses, train__spike__rollbacks=1, train__save_every=2, **spike)
+    assert steps_of(diary, "rewind") == [2] and steps_of(diary, "step") == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert steps_of(diary, "spike") == [5, 8]
+    watched_by_none = run(losses=losses, train__save_every=2, **spike)
+    assert steps_of(watched_by_none, "spike") == steps_of(watched_by_none, "rewind") == []
