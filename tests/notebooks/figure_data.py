@@ -20,6 +20,7 @@ from typing import Any
 import nbformat
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.collections import Collection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -29,6 +30,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.spines import Spine
 from matplotlib.text import Annotation, Text
+from matplotlib.ticker import FixedFormatter, FuncFormatter
 from nbclient import NotebookClient
 
 from glm_jax.analysis import style
@@ -100,6 +102,7 @@ def _axes_data(axes: Axes) -> dict[str, Any]:
             kinds.setdefault(type(child).__name__, []).append(child)
     return {
         "words": [*titles, axes.get_xlabel(), axes.get_ylabel(), *legends],
+        "ticks": [_named_ticks(axes.xaxis), _named_ticks(axes.yaxis)],
         "scales": [axes.get_xscale(), axes.get_yscale()],
         "limits": numbers([*axes.get_xlim(), *axes.get_ylim()]),
         "lines": _lines_data([child for child in children if isinstance(child, Line2D)]),
@@ -107,6 +110,12 @@ def _axes_data(axes: Axes) -> dict[str, Any]:
         "places": numbers([text.xy if isinstance(text, Annotation) else text.get_position() for text in texts]),
         **{kind: _shapes_data(shapes) for kind, shapes in sorted(kinds.items())},
     }
+
+
+def _named_ticks(axis: Axis) -> list[str]:
+    """Give the words at an axis, if the figure chose them; numbers are matplotlib's choice."""
+    chosen = isinstance(axis.get_major_formatter(), FixedFormatter | FuncFormatter)
+    return [label.get_text() for label in axis.get_ticklabels()] if chosen else []
 
 
 def _lines_data(lines: Sequence[Line2D]) -> list[dict[str, Any]]:

@@ -77,7 +77,9 @@ def test_a_notebook_gives_what_is_committed(path, monkeypatch):
     assert not [output for output in outputs(notebook) if output.output_type == "error"]
 
 
-def plot(number=2.0, bar=3.0, colour="red", label="seed", order=1, title="loss", note="here", name="run", shade=0.5):
+def plot(
+    number=2.0, bar=3.0, colour="red", label="seed", order=1, title="loss", note="here", name="run", tick="b", shade=0.5
+):
     """Draw a figure with a line, a long line, a bar, an area, marks, an image and words."""
     figure = Figure()
     axes = figure.subplots()
@@ -89,6 +91,7 @@ def plot(number=2.0, bar=3.0, colour="red", label="seed", order=1, title="loss",
     axes.imshow([[0.0, shade], [1.0, 0.25]])
     axes.text(number, 1.0, note)
     axes.set_title(title, loc="left")
+    axes.set_xticks([0.0, 1.0], ["a", tick])
     axes.legend()
     figure.suptitle(name)
     return figure_data(figure)
@@ -98,7 +101,7 @@ def test_a_change_of_what_a_figure_is_drawn_from_is_seen():
     whole = json.loads(json.dumps(plot()))
     assert differences(whole, plot()) == [] == differences(whole, plot(number=2.0 + 1e-9))
     changes = [{"number": 2.001}, {"bar": 3.001}, {"colour": "blue"}, {"label": "other"}, {"order": -1}]
-    changes += [{"title": "other"}, {"note": "there"}, {"name": "other"}, {"shade": 0.501}]
+    changes += [{"title": "other"}, {"note": "there"}, {"name": "other"}, {"tick": "c"}, {"shade": 0.501}]
     assert [change for change in changes if not differences(whole, plot(**change))] == []
 
 
