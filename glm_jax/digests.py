@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from glm_jax.files import sync_directory, write_atomic
+from glm_jax.files import sync, write_atomic
 
 UNFINISHED = "was cut off while it was saved"
 _LIST = re.compile(r"digests-(\d+)-of-(\d+)\.json")
@@ -46,7 +46,7 @@ def seal(folder: Path, names: Iterable[str], index: int = 0, count: int = 1) -> 
             entries[name] = {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
         parents.update(folder / parent for parent in Path(name).parents)
     for parent in parents:
-        sync_directory(parent)
+        sync(parent)
     write_atomic(folder / f"digests-{index}-of-{count}.json", _render(entries))
 
 

@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in `path` durable: a rename survives a crash only once its directory is synced."""
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or the names in a directory to the disk: a rename survives a crash once its directory is synced."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,7 +37,7 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         os.unlink(temporary)
         raise
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -75,13 +71,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         yield temporary
         for entry in (temporary, *temporary.rglob("*")):  # the names in the folders, too
             if entry.is_file() or entry.is_dir():
-                _sync(entry)
+                sync(entry)
         os.chmod(temporary, 0o755)
         try:
             os.replace(temporary, path)
         except OSError:
             if not path.is_dir():
                 raise
-        sync_directory(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

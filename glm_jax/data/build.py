@@ -25,7 +25,7 @@ from typing import Self, TypeVar
 from tqdm import tqdm
 
 from glm_jax.errors import UserError
-from glm_jax.files import sync_directory
+from glm_jax.files import sync
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -72,9 +72,9 @@ def made(directory: Path, make: Callable[[Path], None]) -> bool:
                 f"no room for {directory} ({error.strerror}): make some, or set data.cache; what is finished is kept"
             ) from None
         _remove_temporaries(building)
-        sync_directory(building)
+        sync(building)
         os.replace(building, directory)
-        sync_directory(directory.parent)
+        sync(directory.parent)
     return False
 
 

@@ -23,7 +23,7 @@ from etils import epath
 
 from glm_jax import digests
 from glm_jax.errors import UserError
-from glm_jax.files import sync_directory
+from glm_jax.files import sync
 from glm_jax.parallel import partition
 from glm_jax.training import checkpoint_folders
 from glm_jax.training.checkpoint_folders import disk_reason, everyone, newest_good, refusal, temporary, written_by
@@ -235,7 +235,7 @@ class Checkpoints:
         (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": names}), "utf-8")
         digests.seal(folder, written_by(folder, 0), 0, count)
         os.rename(folder, self.directory / str(step))
-        sync_directory(self.directory)
+        sync(self.directory)
 
     def _settle(self, wait: bool = True) -> None:
         """Take note of how the save under way has ended; returns at once if it has not and `wait` is False."""

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from glm_jax import digests
 from glm_jax.errors import UserError
-from glm_jax.files import sync_directory
+from glm_jax.files import sync
 from glm_jax.parallel import processes
 
 TEMPORARY = ".orbax-checkpoint-tmp"  # how orbax names what is not whole yet, so that its own tools know it too
@@ -77,7 +77,7 @@ def set_aside(directory: Path, step: int, why: str) -> None:
     suffixes = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
     paths = (directory / f"{step}.{why}{suffix}" for suffix in suffixes)
     os.rename(directory / str(step), next(path for path in paths if not path.exists()))
-    sync_directory(directory)
+    sync(directory)
 
 
 def newest_good(
