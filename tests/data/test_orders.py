@@ -11,6 +11,7 @@ from rows import FIRST, SPECIAL, Documents, build, check_row
 from glm_jax.data.blank_options import BlankOptions
 from glm_jax.data.packing import Packing, best_fit, by_number
 from glm_jax.data.streams import Stream
+from glm_jax.errors import UserError
 
 WHOLE = BlankOptions(whole_documents=True)
 ONE = {"gmask": 1.0}
@@ -74,6 +75,28 @@ def test_epochs_of_a_stream_begin_at_different_tokens() -> None:
     assert len(set(found)) > 450  # of 800 draws among 1,000: 551 are expected, with a deviation of 10
     counts = np.bincount(np.array(found) * 8 // 1000, minlength=8)
     assert ((counts - 100) ** 2 / 100).sum() < 24.3  # 99.9% point of chi-square with 7 degrees of freedom
+
+
+def test_a_source_needs_sixteen_tokens() -> None:
+    assert build({"en": Documents([9, 7])}).rows_per_epoch == 1
+    with pytest.raises(UserError, match="source en holds 15 tokens"):
+        build({"en": Documents([9, 6])})
+
+
+def test_a_long_stream_is_read_at_sixteen_blocks_side_by_side() -> None:
+    """Neighbouring rows come from 16 blocks by turns, then again from the same; another number is another order."""
+    made = build({"en": Documents([1000] * 400)}, seq_length=64, objectives=ONE)
+    located = [made.locate(row) for row in range(64)]
+    starts = [row.start for row in located]
+    assert [row.start for row in located[16:32]] == [row.stop for row in located[:16]]
+    assert starts[32:48] == [row.stop for row in located[16:32]] and min(np.diff(np.sort(starts[:16]))) > 300
+
+
+def test_blocks_have_the_number_of_rows_that_leaves_least_room() -> None:
+    """8 rows of 62 tokens are 496, 10 of 50 with 4 to spare: no other number from 6 to 16 comes nearer."""
+    stream = Stream("en", Documents([1000] * 400), {"mask": 50, "gmask": 62}, 1)
+    assert stream.blocks == 807 and stream.rows == {"mask": 10, "gmask": 8}  # 400,000 / 496 = 806.5
+    assert stream.together == 16 and stream.tokens == 400_000
 
 
 def test_a_seed_decides_which_items_share_a_row() -> None:
