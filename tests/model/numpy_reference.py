@@ -7,6 +7,7 @@ Dropout (Srivastava et al. 2014) takes its masks from the caller; `dropout_masks
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -36,26 +37,30 @@ def drop(x: np.ndarray, kept: np.ndarray | None, rate: float) -> np.ndarray:
 
 def dropout_masks(cfg: Any, key: jax.Array, batch: int, length: int) -> list[Masks]:
     """Draw by the rule that model/layers.py states: keys by row, layer (0 is the embedding), sublayer and place."""
-    rows, places = np.arange(batch), {"token": np.arange(length), "head": np.arange(cfg.num_heads)}
+    drawn = jax.device_get(_draw(cfg, key, batch, length))
+    return [Masks(*(array[index] for array in drawn)) for index in range(batch)]
 
-    def draw(key: jax.Array, path: tuple[int, ...], kind: str, rate: float, shape: tuple[int, ...]) -> jax.Array:
+
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _draw(cfg: Any, key: jax.Array, batch: int, length: int) -> Masks:
+    width, square, layers = (cfg.hidden_size,), (length, length), np.arange(1, cfg.num_layers + 1)
+
+    def draw(key: jax.Array, path: tuple[Any, ...], places: int, rate: float, shape: tuple[int, ...]) -> jax.Array:
         for index in path:
             key = jax.random.fold_in(key, index)
-        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(places[kind])
+        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(np.arange(places))
         return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
 
-    def row(index: jax.Array) -> tuple[jax.Array, ...]:
-        start, width, square = jax.random.fold_in(key, index), (cfg.hidden_size,), (length, length)
-        hidden, attention, layers = cfg.hidden_dropout, cfg.attention_dropout, np.arange(1, cfg.num_layers + 1)
-        return (
-            draw(start, (0,), "token", hidden, width),
-            jax.vmap(lambda layer: draw(start, (layer, 0), "head", attention, square))(layers),
-            jax.vmap(lambda layer: draw(start, (layer, 1), "token", hidden, width))(layers),
-            jax.vmap(lambda layer: draw(start, (layer, 2), "token", hidden, width))(layers),
+    def row(index: jax.Array) -> Masks:
+        start, hidden, attention = jax.random.fold_in(key, index), cfg.hidden_dropout, cfg.attention_dropout
+        return Masks(
+            draw(start, (0,), length, hidden, width),
+            jax.vmap(lambda layer: draw(start, (layer, 0), cfg.num_heads, attention, square))(layers),
+            jax.vmap(lambda layer: draw(start, (layer, 1), length, hidden, width))(layers),
+            jax.vmap(lambda layer: draw(start, (layer, 2), length, hidden, width))(layers),
         )
 
-    drawn = jax.device_get(jax.jit(jax.vmap(row))(rows))
-    return [Masks(*(array[index] for array in drawn)) for index in rows]
+    return jax.vmap(row)(np.arange(batch))
 
 
 def slopes(heads: int) -> np.ndarray:
@@ -87,14 +92,15 @@ def attention(
 ) -> np.ndarray:
     """Attention of one row: x [S, D], p [S] or [2, S], allowed [S, S], kept [N, S, S] -> [S, D]."""
     kernel, bias = layer["qkv"]["kernel"], layer["qkv"]["bias"]
+    distance = alibi_distance(p) if cfg.position == "alibi" else None
     output = np.zeros_like(x)
     for head in range(cfg.num_heads):
         q, k, v = (x @ kernel[:, head, part] + bias[head, part] for part in range(3))
         if cfg.position == "rope":
             q, k = rotate(q, p, cfg.rope_base), rotate(k, p, cfg.rope_base)
         scores = q @ k.T / np.sqrt(q.shape[-1])
-        if cfg.position == "alibi":
-            scores = scores - slopes(cfg.num_heads)[head] * alibi_distance(p)
+        if distance is not None:
+            scores = scores - slopes(cfg.num_heads)[head] * distance
         weights = np.exp(scores - scores.max(-1, keepdims=True)) * allowed
         weights = weights / weights.sum(-1, keepdims=True)
         weights = drop(weights, None if kept is None else kept[head], cfg.attention_dropout)
@@ -127,7 +133,10 @@ def forward(
     allowed: np.ndarray,
     masks: list[Masks] | None = None,
 ) -> np.ndarray:
-    """tokens [B, S], positions [B, S] or [B, 2, S], allowed [B, S, S], a row's masks each -> logits [B, S, V]."""
+    """tokens [B, S], positions [B, S] or [B, 2, S], allowed [B, S, S], a row's masks each -> logits [B, S, V].
+
+    The head is the word embedding, unless `params["head"]` holds another [V, D].
+    """
     of_rows = masks or [None] * len(tokens)
     return np.stack([row(cfg, params, *inputs) for inputs in zip(tokens, positions, allowed, of_rows, strict=True)])
 
@@ -136,6 +145,7 @@ def row(
     cfg: Any, params: Any, tokens: np.ndarray, p: np.ndarray, allowed: np.ndarray, masks: Masks | None
 ) -> np.ndarray:
     word = params["embedding"]["word"]
+    head = params.get("head", word)
     x = word[tokens]
     if cfg.position == "learned_2d":
         x = x + params["embedding"]["position"][p[0]] + params["embedding"]["block_position"][p[1]]
@@ -162,8 +172,8 @@ def row(
         x = layer_norm(norms[0], x, cfg.norm_epsilon)
         for f, norm in zip(sublayers, norms[1:], strict=True):
             x = layer_norm(norm, alpha * x + f(x), cfg.norm_epsilon)
-        return x @ word.T
+        return x @ head.T
     for f, norm, norm_after in zip(sublayers, before, after, strict=True):
         y = f(layer_norm(norm, x, cfg.norm_epsilon))
         x = x + (layer_norm(norm_after, y, cfg.norm_epsilon) if cfg.norm == "sandwich" else y)
-    return layer_norm(norms[-1], x, cfg.norm_epsilon) @ word.T
+    return layer_norm(norms[-1], x, cfg.norm_epsilon) @ head.T

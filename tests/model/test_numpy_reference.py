@@ -70,3 +70,16 @@ def test_logits_and_gradients(norm: Any, position: Any, activation: Any) -> None
     expected = (4 * near - far) / 3  # error of the fourth order
     products = jax.tree.map(lambda leaf, change: float(np.sum(leaf * change)), gradients, direction)
     assert sum(jax.tree.leaves(products)) == pytest.approx(expected, rel=1e-7, abs=1e-7)
+
+
+@pytest.mark.parametrize("changes", [
+    {"norm": "sandwich", "norm_epsilon": 0.3, "embedding_norm": True}, {"norm": "post", "norm_epsilon": 0.3},
+    {"rope_base": 20.0}, {"score_scaling": False}, {"pb_relax": 8.0}, {"num_layers": 5},
+])  # fmt: skip
+def test_options_mean_what_the_reference_says(changes: dict[str, Any]) -> None:
+    cfg = GLMConfig(**{"num_layers": 2, "hidden_size": 12, "num_heads": 3, "ffn_size": 10, "vocab_size": 17} | changes)
+    shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    params, inputs = jax.tree.map(lambda leaf: 0.4 * leaf, noise(shapes, 0)), sample(cfg)
+    with jax.disable_jit():
+        logits = apply(cfg, params, *map(jnp.asarray, inputs))
+    np.testing.assert_allclose(logits, numpy_reference.forward(cfg, params, *inputs), rtol=0, atol=1e-10)

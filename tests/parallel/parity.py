@@ -1,5 +1,8 @@
 """Compares the engine on a mesh of emulated devices with plain `jax.value_and_grad` on one; run in a subprocess.
 
+The plain side shares the model with the engine, but neither the optimizer (tests/training/numpy_adamw.py) nor, where
+losses and gradients are held against tests/model/numpy_reference.py as well, the model, its dropout and the shrink.
+
 `python -m tests.parallel.parity CASES.json` prints one JSON object a case; see `run_case` for the keys of a case.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -25,11 +29,16 @@ from glm_jax import model  # noqa: E402
 from glm_jax.model import GLMConfig  # noqa: E402
 from glm_jax.parallel import mesh, partition  # noqa: E402
 from glm_jax.training import engine, optimizer  # noqa: E402
+from tests.model import numpy_reference  # noqa: E402
+from tests.training import numpy_adamw  # noqa: E402
 
 SMALL = {"num_layers": 3, "hidden_size": 16, "num_heads": 8, "ffn_size": 16, "vocab_size": 48, "max_length": 16}
 LENGTH, NUM_TOKENS, STEPS = 16, 41, 5
 SHRINK, LOSS_SCALE = 0.3, 64.0
 OPTIMIZER = optimizer.OptimizerConfig()
+PAPER = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0}  # GLM-130B's, table 11
+LR = 0.01  # moves the loss
+STEP_SIZE = 1e-5  # of the finite differences, along directions of size about 1 in each entry
 
 
 def make_batch(cfg: GLMConfig, rows: int) -> dict[str, np.ndarray]:
@@ -78,6 +87,57 @@ def reference(cfg: engine.EngineConfig, params: Any, batch: dict[str, Any], key:
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
+class Independent:
+    """The same losses and slopes in float64 numpy, with masks drawn by the reference's own code."""
+
+    def __init__(self, cfg: engine.EngineConfig, batch: dict[str, np.ndarray], key: jax.Array) -> None:
+        self.cfg, self.batch, segments = cfg, batch, batch["segments"]
+        causal = np.tril(np.ones((LENGTH, LENGTH), bool))
+        self.allowed = (segments[:, :, None] == segments[:, None]) & (causal | batch["context"][:, None])  # [B, S, S]
+        drops = cfg.model.attention_dropout + cfg.model.hidden_dropout > 0
+        self.masks = numpy_reference.dropout_masks(cfg.model, key, len(segments), LENGTH) if drops else None
+
+    def rows(self, params: Any) -> np.ndarray:
+        """Give the summed loss of each row [B]."""
+        batch = self.batch
+        inputs = batch["tokens"], batch["positions"], self.allowed, self.masks
+        logits = numpy_reference.forward(self.cfg.model, params, *inputs)[..., :NUM_TOKENS]
+        chosen = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]  # [B, S]
+        return ((np.log(np.exp(logits).sum(-1)) - chosen) * batch["loss_mask"]).sum(-1)
+
+    def by_objective(self, params: Any) -> np.ndarray:
+        """Give the summed losses of the objectives [O]."""
+        return np.bincount(self.batch["objective"], self.rows(double(params)), self.cfg.objectives)
+
+    def mean(self, params: Any) -> float:
+        """Give the loss that is differentiated."""
+        rows, counts = self.rows(params), self.batch["loss_mask"].sum(-1)
+        return float(rows.sum() / counts.sum() if self.cfg.normalization == "tokens" else (rows / counts).mean())
+
+    def slope_error(self, params: Any, gradients: Any) -> float:
+        """Compare the slope along a random direction with that of `gradients`, in units of their norm.
+
+        The word embedding moves by SHRINK as much at the input as at the head, as its gradient says.
+        """
+        params, gradients, generator = double(params), double(gradients), np.random.default_rng(2)
+        direction = jax.tree.map(lambda leaf: generator.standard_normal(leaf.shape), params)
+        inside = {**direction, "embedding": {**direction["embedding"], "word": SHRINK * direction["embedding"]["word"]}}
+
+        def moved(by: float) -> float:
+            ends = jax.tree.map(lambda leaf, change: leaf + by * change, params, inside)
+            return self.mean({**ends, "head": params["embedding"]["word"] + by * direction["embedding"]["word"]})
+
+        measured = (moved(STEP_SIZE) - moved(-STEP_SIZE)) / (2 * STEP_SIZE)
+        told = sum(jax.tree.leaves(jax.tree.map(lambda leaf, change: (leaf * change).sum(), gradients, direction)))
+        norm = sum(jax.tree.leaves(jax.tree.map(lambda leaf: (leaf**2).sum(), gradients))) ** 0.5
+        return float(abs(measured - told) / norm)
+
+
+def double(tree: Any) -> Any:
+    """Give float64 numpy arrays."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
 def error(expected: Any, got: Any) -> float:
     """Give the largest difference relative to the array's largest entry."""
     expected, got = np.asarray(expected, np.float64), np.asarray(got, np.float64)
@@ -105,8 +165,17 @@ def start_params(glm: GLMConfig, dtype: str) -> Any:
 
 
 def adam(params: Any, moments: Any, gradients: Any) -> tuple[Any, Any]:
-    """Take a step of the real optimizer, at a learning rate that moves the loss."""
-    return optimizer.update(OPTIMIZER, gradients, moments, params, jnp.asarray(0.01))[:2]
+    """Take a step of the real optimizer."""
+    return optimizer.update(OPTIMIZER, gradients, moments, params, jnp.asarray(LR))[:2]
+
+
+def plain_adam(params: Any, moments: numpy_adamw.Moments | None, gradients: Any) -> tuple[Any, numpy_adamw.Moments]:
+    """Take the same step in numpy."""
+    flat = numpy_adamw.flat(params)
+    moved, moments = numpy_adamw.update(
+        flat, numpy_adamw.flat(gradients), moments or numpy_adamw.start(flat), LR, **PAPER
+    )
+    return numpy_adamw.like(params, moved), moments
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -119,8 +188,9 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The case; the largest relative errors: `loss`, of the loss sums over five optimizer steps; `gradient`, of any
         gradient of the first step, with its name in `worst`; `later_gradient`, of any gradient of any step;
-        `token_losses`, of each token's loss without dropout; and whether every device ran exactly the blocks of its
-        stage, microbatches times.
+        `token_losses`, of each token's loss without dropout; against float64 numpy, for float32 and float64,
+        `numpy_loss`, of the loss sums of the first and the last step, and `numpy_slope`, of the first gradient; and
+        whether every device ran exactly the blocks of its stage, microbatches times.
     """
     jax.config.update("jax_enable_x64", bool(case.get("x64")))
     cfg, grid, rows, microbatches = build(case)
@@ -132,28 +202,31 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     parts = mesh.place(grid, batch, microbatches)
     gradients_of = jax.jit(lambda params: engine.value_and_grad(cfg, grid, params, parts, key, SHRINK, LOSS_SCALE))
     autodiff = jax.jit(lambda params: reference(cfg, params, batch, key))
-    update, init = jax.jit(adam), jax.jit(optimizer.transformation(OPTIMIZER).init)
-    moments, placed_moments = init(params), init(placed)
+    update, moments = jax.jit(adam), None
+    placed_moments = jax.jit(optimizer.transformation(OPTIMIZER).init)(placed)
+    independent = Independent(cfg, batch, key) if cfg.compute in ("float32", "float64") else None
     token_losses = error(
         jax.jit(lambda params: losses_by_token(cfg, params, batch, None))(params),
         np.reshape(jax.jit(lambda params: engine.losses(cfg, grid, params, parts))(placed), (rows, LENGTH)),
     )
-    loss, gradient, later, worst, exact = 0.0, 0.0, 0.0, "", True
+    loss, gradient, later, worst, exact, numpy_loss, numpy_slope = 0.0, 0.0, 0.0, "", True, 0.0, 0.0
     for step in range(STEPS):
         (_, by_objective), expected = autodiff(params)
         got = gradients_of(placed)
-        errors = jax.tree.map(
-            error, expected, partition.true_layers(jax.device_get(got.gradients), axes, glm.num_layers)
-        )
+        found = partition.true_layers(jax.device_get(got.gradients), axes, glm.num_layers)
+        errors = jax.tree.map(error, expected, found)
         path, largest = max(jax.tree_util.tree_leaves_with_path(errors), key=lambda item: item[1])
         later = max(later, largest)
         if step == 0:
             gradient, worst = largest, jax.tree_util.keystr(path)
+            numpy_slope = independent.slope_error(params, found) if independent else 0.0
+        if independent and step in (0, STEPS - 1):
+            numpy_loss = max(numpy_loss, error(independent.by_objective(params), got.sums.loss))
         loss = max(loss, error(np.asarray(by_objective).T, np.stack(got.sums)))
-        held = partition.layers_held(glm.num_layers, stages)
+        held = math.ceil(glm.num_layers / stages)
         layers = np.clip(glm.num_layers - held * np.arange(stages), 0, held)
         exact &= bool((np.asarray(got.executed) == (microbatches * layers)[None, :, None, None]).all())
-        params, moments = update(params, moments, expected)
+        params, moments = plain_adam(params, moments, expected)
         placed, placed_moments = update(placed, placed_moments, got.gradients)
     return {
         "case": case,
@@ -162,6 +235,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         "worst": worst,
         "later_gradient": later,
         "token_losses": token_losses,
+        "numpy_loss": numpy_loss,
+        "numpy_slope": numpy_slope,
         "exact_slots": exact,
     }
 

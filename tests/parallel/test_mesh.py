@@ -1,12 +1,13 @@
 """Meshes, specs and placing, on one device or on shapes alone; and the run of two processes."""
 
+import dataclasses
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,6 +43,34 @@ def test_sizes_that_make_no_mesh_are_refused(sizes: tuple[int, int, int], messag
         mesh.resolve(dict(zip(mesh.AXES, sizes, strict=True)), 8)
 
 
+def test_the_nearest_divisor_is_named() -> None:
+    with pytest.raises(UserError, match=r"\(mesh.pipeline=5 x mesh.tensor=1, 5 devices\) to divide 8 devices: 4 would"):
+        mesh.resolve({"data": -1, "pipeline": 5, "tensor": 1}, 8)
+    quantities = [("data", "rows", 12), ("tensor", "heads", 10)]
+    mesh.check_divides({"data": 6, "tensor": 10}, quantities)
+    for size, told in ((4, "2 or 5"), (6, "5 or 10"), (11, "10"), (3, "2 or 5")):
+        with pytest.raises(UserError) as raised:
+            mesh.check_divides({"data": 12, "tensor": size}, quantities)
+        assert str(raised.value) == f"mesh.tensor={size} does not divide heads (10): {told} would"
+
+
+class Device(NamedTuple):
+    """What `build` asks of a device before it lays a mesh."""
+
+    process_index: int
+    platform: str = "cpu"
+
+
+def test_devices_that_make_no_mesh_are_refused() -> None:
+    sizes = {"data": 2, "pipeline": 1, "tensor": 1}
+    with pytest.raises(UserError, match="uses 2 of the 3 devices of several processes: it must use all"):
+        mesh.build(sizes, [Device(0), Device(0), Device(1)])
+    with pytest.raises(UserError, match="; on CPU, JAX_NUM_CPU_DEVICES=2 emulates them$"):
+        mesh.build(sizes, [Device(0)])
+    with pytest.raises(UserError, match="make the mesh smaller$"):
+        mesh.build(sizes, [Device(0, "gpu")])
+
+
 def test_a_mesh_larger_than_the_devices_is_refused() -> None:
     with pytest.raises(
         UserError, match="mesh.data=2 x mesh.pipeline=1 x mesh.tensor=1 needs 2 devices and there are 1"
@@ -66,12 +95,58 @@ def abstract(*shape: int) -> Any:
             r"mesh.pipeline x mesh.tensor=3 does not divide the padded vocabulary \(64\): 2 or 4 would, or a",
         ),
         ((1, 2, 1), {"zero": 3}, "mesh.zero=3 .* does not go with mesh.pipeline=2"),
+        ((1, 1, 1), {"zero": 3, "keep": "all"}, "mesh.zero=3 .* does not go with pipeline.stash=all"),
     ],
 )
 def test_a_mesh_that_the_model_does_not_fit_is_refused(shape: tuple, changes: dict, message: str) -> None:
     cfg = engine.EngineConfig(SMALL, 64, 3, **changes)
     with pytest.raises(UserError, match=message):
         engine.check(cfg, abstract(*shape), global_batch=16, microbatches=2, length=32)
+
+
+@pytest.mark.parametrize(
+    "model_changes, length, message",
+    [
+        ({"ffn_size": 50}, 32, r"mesh.tensor=4 does not divide model.ffn_size \(50\): 2 or 5 would"),
+        ({}, 30, r"mesh.tensor=4 does not divide data.seq_length \(30\): 3 or 5 would"),
+    ],
+)
+def test_all_that_tensor_splits_must_divide(model_changes: dict, length: int, message: str) -> None:
+    cfg = engine.EngineConfig(dataclasses.replace(SMALL, **model_changes), 64, 3)
+    with pytest.raises(UserError, match=message):
+        engine.check(cfg, abstract(1, 1, 4), global_batch=16, microbatches=2, length=length)
+
+
+def test_a_mesh_that_the_model_just_fits_is_taken() -> None:
+    fits = dataclasses.replace(SMALL, vocab_size=60)
+    for shape, changes in (((8, 3, 4), {}), ((8, 1, 4), {"zero": 3}), ((8, 3, 4), {"keep": "all"})):
+        cfg = engine.EngineConfig(fits, 60, 3, **changes)
+        engine.check(cfg, abstract(*shape), global_batch=16, microbatches=2, length=32)
+
+
+def test_specs_by_hand() -> None:
+    names = ("layers", None, "heads")
+    assert partition.spec(names) == jax.P("pipeline", None, "tensor")
+    assert partition.batch_spec(2) == jax.P(None, "data") and partition.batch_spec(4) == jax.P(None, "data", None, None)
+    with pytest.raises(KeyError):
+        partition.spec(("head",))
+    assert partition.state_specs({"a": ("hidden", "ffn")}, hidden=8, data=4) == {"a": jax.P("data", "tensor")}
+    assert partition.state_specs({"a": ("hidden", "ffn")}, hidden=8, data=3) == {"a": jax.P(None, "tensor")}
+    given = {"a": jax.P(("pipeline", "tensor"), "data"), "b": jax.P("pipeline", None), "c": jax.P()}
+    assert partition.without("pipeline", given) == {"a": jax.P("tensor", "data"), "b": jax.P(None, None), "c": jax.P()}
+    assert partition.without("data", given) == {"a": jax.P(("pipeline", "tensor"), None), "b": given["b"], "c": jax.P()}
+    assert (
+        partition.mesh_axes(given["a"]) == {"pipeline", "tensor", "data"} and partition.mesh_axes(given["c"]) == set()
+    )
+    assert partition.dimension(given["a"], "data") == 1 and partition.dimension(given["a"], "tensor") is None
+    assert [partition.layers_held(layers, 8) for layers in (70, 64, 65, 1)] == [9, 8, 9, 1]
+
+
+def test_parts_by_hand() -> None:
+    shapes = {"a": jax.ShapeDtypeStruct((8, 6), "float32"), "b": {"c": jax.ShapeDtypeStruct((5,), "int16")}}
+    specs = {"a": jax.P(("pipeline", "tensor"), "data"), "b": {"c": jax.P()}}
+    parts = list(partition.parts(shapes, specs, {"data": 3, "pipeline": 2, "tensor": 4}))
+    assert parts == [("a", (8, 6), specs["a"], 8), ("b/c", (5,), jax.P(), 10)]
 
 
 def test_place_cuts_rows_in_order() -> None:
@@ -86,7 +161,8 @@ def test_place_cuts_rows_in_order() -> None:
 def test_padded_layers_come_back_bit_equal() -> None:
     params, axes = model.init(SMALL, jax.random.key(0)), model.logical_axes(SMALL)
     padded = partition.pad_layers(params, axes, 2)
-    assert padded["blocks"]["attention"]["qkv"]["kernel"].shape[0] == 4
+    kernel = padded["blocks"]["attention"]["qkv"]["kernel"]
+    assert kernel.shape == (4, 32, 4, 3, 8) and not kernel[3].any()
     back = partition.true_layers(padded, axes, 3)
     jax.tree.map(np.testing.assert_array_equal, params, back)
 

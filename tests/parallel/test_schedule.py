@@ -43,6 +43,14 @@ def test_1f1b_of_two_stages_by_hand():
     assert table.ticks == 5 and table.ring == 3 and table.output_ring == 1
 
 
+def test_gpipe_of_two_stages_by_hand():
+    table = schedule.build("gpipe", 2, 2)
+    assert table.forward == ((0, -1), (1, 0), (-1, 1), (-1, -1), (-1, -1), (-1, -1))
+    assert table.backward == ((-1, -1), (-1, -1), (-1, -1), (-1, 0), (0, 1), (1, -1))
+    assert table.ticks == 6 and table.ring == 2 and table.output_ring == 2
+    assert table.makespan(3, 5) == 3 * 3 + 3 * 5
+
+
 def broken(rows, tick, stage, microbatch):
     changed = [list(row) for row in rows]
     changed[tick][stage] = microbatch
@@ -108,6 +116,50 @@ stage 1 .  F0 B0 F1 B1 F2 B2 .
 1f1b: 2 stages, 3 microbatches, 5 ticks, bubble 1/4 (25.0%), stash slots by stage 3, 1
 """
     assert schedule_drawing.ascii_timeline(schedule.build("1f1b", 2, 3)) == expected
+
+
+def test_a_tick_is_as_long_as_its_busiest_stage_and_a_backward_slot_as_two_forward_ones():
+    table = schedule.Schedule("one tick", 2, 1, ((0, schedule.IDLE),), ((schedule.IDLE, 0),), ring=1)
+    assert table.makespan(1, 2) == 2 and table.makespan(5, 2) == 5
+    assert table.bubble == 1 - Fraction(3, 2)
+
+
+def test_ascii_timeline_breaks_into_panels_by_hand():
+    text = schedule_drawing.ascii_timeline(schedule.build("1f1b", 2, 3), width=20)
+    assert text.split("\n\n")[:2] == [
+        "stage 0 F0 F1 .  F2\nstage 1 .  F0 B0 F1",
+        "stage 0 B0 .  B1 B2\nstage 1 B1 F2 B2 .",
+    ]
+    assert schedule_drawing.ascii_timeline(schedule.build("1f1b", 1, 11), width=1).startswith(
+        "stage 0 F0\n\nstage 0 B0\n\n"
+    )
+    assert "stage 0 F0  B0  F1  B1" in schedule_drawing.ascii_timeline(schedule.build("1f1b", 1, 11))  # a digit more
+
+
+def test_svg_timeline_by_hand():
+    """Two stages and one microbatch: F0 on stage 0, F0 and B0 on stage 1, B0 on stage 0."""
+    table = schedule.build("1f1b", 2, 1)
+    root = ElementTree.fromstring(schedule_drawing.svg_timeline(table))
+    assert root.attrib == {"width": str(7 * len(schedule_drawing.summary(table))), "height": "66",
+                           "font-family": "sans-serif"}  # fmt: skip
+    space = "{http://www.w3.org/2000/svg}"
+    rects = [
+        tuple(rect.get(name) for name in ("x", "y", "width", "height", "fill")) for rect in root.iter(f"{space}rect")
+    ]
+    forward, backward, idle = "#4c78a8", "#f58518", "#eeeeee"
+    assert rects == [
+        ("64", "1", "13", "19", forward), ("64", "23", "13", "19", idle),
+        ("78", "1", "13", "19", idle), ("78", "23", "13", "19", forward),
+        ("92", "1", "27", "19", idle), ("92", "23", "27", "19", backward),
+        ("120", "1", "27", "19", backward), ("120", "23", "27", "19", idle),
+    ]  # fmt: skip
+    texts = [(text.get("x"), text.get("y"), text.text) for text in root.iter(f"{space}text")]
+    assert texts == [
+        ("4", "15", "stage 0"), ("4", "37", "stage 1"), ("71", "14", "0"), ("85", "36", "0"), ("106", "36", "0"),
+        ("134", "14", "0"), ("4", "60", schedule_drawing.summary(table)),
+    ]  # fmt: skip
+    wide = ElementTree.fromstring(schedule_drawing.svg_timeline(schedule.build("1f1b", 1, 30)))
+    assert wide.get("width") == str(64 + 30 * 3 * 14 + 4)
 
 
 @settings(max_examples=20, deadline=None)

@@ -49,7 +49,7 @@ def update(
     norm = np.sqrt(sum(np.sum(gradient**2) for gradient in gradients.values()))
     count, first, second, moved = moments.count + 1, {}, {}, {}
     for name, param in params.items():
-        gradient = gradients[name] * (clip_norm / norm if norm > clip_norm else 1.0)
+        gradient = gradients[name] * min(1.0, clip_norm / (norm + 1e-6))  # the 1e-6 is that of torch and Megatron-LM
         first[name] = beta1 * moments.first[name] + (1 - beta1) * gradient
         second[name] = beta2 * moments.second[name] + (1 - beta2) * gradient**2
         direction = (first[name] / (1 - beta1**count)) / (np.sqrt(second[name] / (1 - beta2**count)) + epsilon)

@@ -49,17 +49,18 @@ def test_six_updates_and_their_moments_are_those_of_the_paper(constants: dict[st
         "norm": {"scale": (3,), "bias": (3,)},
         "up": {"kernel": (2, 4), "bias": (4,)},
     }
-
-    def normal() -> dict[str, dict[str, np.ndarray]]:
-        return {part: {name: draw.normal(size=shape).astype(np.float32) for name, shape in names.items()}
-                for part, names in shapes.items()}  # fmt: skip
-
-    params = normal()
+    is_shape = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    params = jax.tree.map(lambda shape: np.float32(draw.normal(size=shape)), shapes, is_leaf=is_shape)
     moments, expected = optimizer.transformation(cfg).init(params), numpy_adamw.flat(params)
     of_expected = numpy_adamw.start(expected)
-    glm_130b = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1}  # paper, table 11
+    glm_130b = {
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "epsilon": 1e-8,
+        "weight_decay": 0.1,
+    }  # paper table 11, but for its clipping
     for step, (norm, lr) in enumerate([(6.0, 0.1), (0.9, 0.2), (2.5, 0.05), (1.9, 0.1), (9.0, 0.3), (0.2, 0.1)]):
-        gradients = normal()
+        gradients = jax.tree.map(lambda shape: np.float32(draw.normal(size=shape)), shapes, is_leaf=is_shape)
         size = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradients)))
         gradients = jax.tree.map(lambda leaf, scale=norm / size: leaf * scale, gradients)
         expected, of_expected = numpy_adamw.update(
@@ -85,6 +86,15 @@ def test_small_gradients_are_not_clipped() -> None:
     )
     np.testing.assert_allclose(new["bias"], [-3 / 4], rtol=1e-5)
     assert jax.tree.structure(new) == jax.tree.structure(params)
+
+
+def test_the_clipping_factor_is_that_of_torch() -> None:
+    """Its 1e-6 beside the norm shows where both are as small: 3e-6 / (5e-6 + 1e-6) is a half."""
+    cfg, params = OptimizerConfig(clip_norm=3e-6), {"kernel": jnp.zeros(2)}
+    moments = optimizer.transformation(cfg).init(params)
+    gradients = {"kernel": jnp.array([3e-6, -4e-6])}
+    _, moments, _ = optimizer.update(cfg, gradients, moments, params, jnp.float32(0.1))
+    np.testing.assert_allclose(moments[0].mu["kernel"], [0.15e-6, -0.2e-6], rtol=1e-5)
 
 
 def test_group_norms_part_the_global_norm_and_leave_padding_out() -> None:

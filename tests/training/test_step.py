@@ -16,9 +16,9 @@ from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.positions import position_terms
 from glm_jax.parallel import mesh as meshes
 from glm_jax.training import optimizer
-from glm_jax.training.engine import EngineConfig
+from glm_jax.training.engine import EngineConfig, row_weights
 from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.precision import LossScaleConfig
+from glm_jax.training.precision import LossScale, LossScaleConfig
 from glm_jax.training.step import StepConfig, TrainState, at_step, compile_steps, controls, create_state, true_layers
 from tests.model import numpy_reference
 
@@ -209,6 +209,38 @@ def test_the_shrink_reaches_the_embedding_alone(mesh_sizes: dict[str, int]) -> N
     blocks = [first["plain"]["blocks"], jax.tree.map(lambda array: array * scale, first["shrunk"]["blocks"])]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *blocks)
     assert np.abs(first["plain"]["embedding"]["word"] - scale * first["shrunk"]["embedding"]["word"]).max() > 1e-4
+
+
+def test_a_batch_without_a_target_decays_and_moves_nothing_else(mesh_sizes: dict[str, int]) -> None:
+    made = compiled(CONFIG, mesh_sizes)
+    batch = make_batch() | {"loss_mask": np.zeros((8, 16), np.float32)}
+    state, metrics = made.train(made.state(), meshes.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
+    assert metrics["grad_norm"] == 0 and metrics["skipped"] == 0 and not metrics["sums"].targets.any()
+    before, after = made.start.params["embedding"]["word"], jax.device_get(state.params)["embedding"]["word"]
+    np.testing.assert_allclose(after, before * (1 - LR * 0.1), rtol=1e-5)
+    jax.tree.map(lambda array, sharding: array.sharding.is_equivalent_to(sharding, array.ndim) or pytest.fail(),
+                 state, made.shardings)  # fmt: skip
+
+
+def test_rows_weigh_alike_or_by_their_targets() -> None:
+    counts = jnp.array([0.0, 1.0, 4.0])
+    assert row_weights(CONFIG.engine, counts).tolist() == [1, 1, 1]
+    by_row = dataclasses.replace(CONFIG.engine, normalization="microbatch")
+    assert row_weights(by_row, counts).tolist() == [1, 1, 0.25]
+
+
+def test_counters_and_scale_are_set_and_what_was_skipped_stays(mesh_sizes: dict[str, int]) -> None:
+    made = compiled(CONFIG, mesh_sizes)
+    state = made.state()
+    skipped = jax.device_put(jnp.int32(5), state.loss_scale.skipped.sharding)
+    state = state._replace(loss_scale=state.loss_scale._replace(skipped=skipped))
+    kept, moved = (
+        at_step(made.mesh, state, 9, 72),
+        at_step(made.mesh, state, 9, 72, LossScale(*map(np.int32, (8, 1, 2, 3)))),
+    )
+    assert [int(number) for number in (kept.step, kept.samples, *kept.loss_scale)] == [9, 72, 1, 0, 1, 5]
+    assert [int(number) for number in moved.loss_scale] == [8, 1, 2, 5]
+    assert kept.params is state.params and kept.moments is state.moments
 
 
 def in_half(compute: str) -> StepConfig:

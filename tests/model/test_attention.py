@@ -1,0 +1,108 @@
+"""Attention's softmax by itself, in float16, where score scaling, pb_relax and the float32 softmax show."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.model import GLMConfig, apply, apply_cached, attention, init, init_cache
+from glm_jax.model.attention import attention_probabilities
+
+CFG = GLMConfig(num_layers=3, hidden_size=16, num_heads=4, ffn_size=24, vocab_size=32)  # K = 4
+LAYER = 7  # the eighth, whose factor of 8 loses no bits
+
+
+def draw(scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Give float16 queries [B, S, N, K] and keys [B, T, N, K]."""
+    random = np.random.default_rng(0)
+    return tuple(np.float16(scale * random.standard_normal((2, length, 4, 4))) for length in (3, 5))
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def probabilities(cfg: GLMConfig, queries: np.ndarray, keys: np.ndarray, **changes: Any) -> np.ndarray:
+    shown = {"allowed": np.ones((len(queries), queries.shape[1], keys.shape[1]), bool), "distance": None}
+    shown |= {"layer": jnp.int32(LAYER), "heads": jnp.arange(queries.shape[2])} | changes
+    given = attention_probabilities(cfg, jnp.asarray(queries), jnp.asarray(keys), **shown)
+    assert given.dtype == jnp.float32
+    return np.asarray(given)
+
+
+def scores_of(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    return np.einsum("bsnk,btnk->bnst", np.float64(queries), np.float64(keys)) / 2  # sqrt(K)
+
+
+@pytest.mark.parametrize("changes", [{}, {"score_scaling": False}, {"pb_relax": 16.0}, {"pb_relax": 3.0}])
+def test_scaling_cancels_out(changes: dict[str, Any]) -> None:
+    queries, keys = draw(1.5)
+    expected, tolerance = softmax(scores_of(queries, keys)), 0.03 if "pb_relax" in changes else 3e-3
+    for layer in (0, LAYER):
+        found = probabilities(dataclasses.replace(CFG, **changes), queries, keys, layer=jnp.int32(layer))
+        np.testing.assert_allclose(found, expected, atol=tolerance)
+        np.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)  # the softmax itself is float32
+
+
+def test_score_scaling_keeps_deep_layers_in_range() -> None:
+    queries, keys = draw(200.0)
+    scores = scores_of(queries, keys)
+    assert 65504 < np.abs(scores).max() < 8 * 65504  # float16's largest
+    scaled = probabilities(CFG, queries, keys)
+    np.testing.assert_array_equal(scaled.argmax(-1), scores.argmax(-1))
+    assert not np.isfinite(probabilities(CFG, queries, keys, layer=jnp.int32(0))).all()
+    assert not np.isfinite(probabilities(dataclasses.replace(CFG, score_scaling=False), queries, keys)).all()
+
+
+def test_pb_relax_subtracts_the_largest_magnitude_of_a_head_in_float16() -> None:
+    """Beside -1000, in the other row of its head, 1.0, 1.1 and 1.2 all become -999; in the other head nothing does."""
+    queries = np.float16([[[[256, 0, 0, 0]] * 2, [[0, 256, 0, 0]] * 2]])  # [B = 1, S = 2, N = 2, K]: 1 after 128 x 2
+    keys = np.zeros((1, 3, 2, 4), np.float16)
+    keys[0, :, 0, 0], keys[0, :, 0, 1] = [1.0, 1.1, 1.2], [-1000, 1.0, 1.0]
+    keys[0, :, 1, 0] = [0.5, 0.5 + 1 / 128, 0.5 + 2 / 128]  # 1 apart once multiplied by alpha
+    cfg = dataclasses.replace(CFG, pb_relax=128.0)
+    found = probabilities(cfg, queries, keys, layer=jnp.int32(0))  # without alpha, 128,000 is out of range
+    np.testing.assert_allclose(found[0, 0, 0], [1 / 3] * 3, rtol=1e-6)
+    np.testing.assert_allclose(found[0, 0, 1], [0, 0.5, 0.5], atol=1e-6)
+    np.testing.assert_allclose(found[0, 1, 0], softmax(np.arange(3.0)), rtol=1e-6)
+
+
+def test_a_query_that_sees_nothing_attends_evenly_and_others_to_what_they_see() -> None:
+    queries, keys = draw(1.0)
+    allowed = np.random.default_rng(1).random((2, 3, 5)) < 0.5
+    allowed[0, 1], allowed[1, 2] = False, True
+    found = probabilities(CFG, queries, keys, allowed=allowed)
+    scores = np.where(allowed[:, None], scores_of(queries, keys), -np.inf)
+    scores[0, :, 1] = 0
+    np.testing.assert_allclose(found, softmax(scores), atol=2e-3)
+    assert (found[0, :, 1] == np.float32(0.2)).all()
+
+
+def test_biases_are_those_of_the_heads_that_are_here() -> None:
+    """ALiBi over heads 3 and 1 of 4, whose slopes are 2^-8 and 2^-4."""
+    queries, keys = np.zeros((1, 2, 2, 4), np.float32), np.zeros((1, 3, 2, 4), np.float32)
+    distance = jnp.asarray([[[0, 16, 32], [16, 0, 48]]])
+    cfg = dataclasses.replace(CFG, position="alibi")
+    found = probabilities(cfg, queries, keys, distance=distance, heads=jnp.asarray([3, 1]))
+    expected = [softmax(-np.asarray(distance[0]) * slope) for slope in (2.0**-8, 2.0**-4)]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-6)
+
+
+def test_every_layer_is_told_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, tokens = jax.jit(init, static_argnums=0)(CFG, jax.random.key(0)), jnp.zeros((1, 2), jnp.int32)
+    layers = []
+
+    def spy(cfg: Any, *arguments: Any) -> jax.Array:
+        layers.append(int(arguments[4]))
+        return attention_probabilities(cfg, *arguments)
+
+    monkeypatch.setattr(attention, "attention_probabilities", spy)
+    row = tokens, jnp.arange(2)[None], jnp.ones((1, 2, 2), bool)
+    with jax.disable_jit():
+        apply(CFG, params, *row)
+        apply_cached(CFG, params, *row, init_cache(CFG, 1, 2), jnp.int32(0))
+    assert layers == [0, 1, 2] * 2
