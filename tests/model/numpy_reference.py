@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -42,7 +43,7 @@ def dropout_masks(cfg: Any, key: jax.Array, batch: int, length: int) -> list[Mas
 
 
 @partial(jax.jit, static_argnums=(0, 2, 3))
-def _draw(cfg: Any, key: jax.Array, batch: int, length: int) -> Masks:
+def _draw(cfg: Any, key: jax.Array, batch: int, length: int) -> tuple[jax.Array, ...]:
     width, square, layers = (cfg.hidden_size,), (length, length), np.arange(1, cfg.num_layers + 1)
 
     def draw(key: jax.Array, path: tuple[Any, ...], places: int, rate: float, shape: tuple[int, ...]) -> jax.Array:
@@ -51,16 +52,16 @@ def _draw(cfg: Any, key: jax.Array, batch: int, length: int) -> Masks:
         keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(np.arange(places))
         return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
 
-    def row(index: jax.Array) -> Masks:
+    def row(index: jax.Array) -> tuple[jax.Array, ...]:
         start, hidden, attention = jax.random.fold_in(key, index), cfg.hidden_dropout, cfg.attention_dropout
-        return Masks(
+        return (
             draw(start, (0,), length, hidden, width),
             jax.vmap(lambda layer: draw(start, (layer, 0), cfg.num_heads, attention, square))(layers),
             jax.vmap(lambda layer: draw(start, (layer, 1), length, hidden, width))(layers),
             jax.vmap(lambda layer: draw(start, (layer, 2), length, hidden, width))(layers),
         )
 
-    return jax.vmap(row)(np.arange(batch))
+    return jax.vmap(row)(jnp.arange(batch))
 
 
 def slopes(heads: int) -> np.ndarray:

@@ -18,7 +18,8 @@ LAYER = 7  # the eighth, whose factor of 8 loses no bits
 def draw(scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Give float16 queries [B, S, N, K] and keys [B, T, N, K]."""
     random = np.random.default_rng(0)
-    return tuple(np.float16(scale * random.standard_normal((2, length, 4, 4))) for length in (3, 5))
+    queries, keys = (scale * random.standard_normal((2, length, 4, 4)) for length in (3, 5))
+    return queries.astype(np.float16), keys.astype(np.float16)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -60,7 +61,9 @@ def test_score_scaling_keeps_deep_layers_in_range() -> None:
 
 def test_pb_relax_subtracts_the_largest_magnitude_of_a_head_in_float16() -> None:
     """Beside -1000, in the other row of its head, 1.0, 1.1 and 1.2 all become -999; in the other head nothing does."""
-    queries = np.float16([[[[256, 0, 0, 0]] * 2, [[0, 256, 0, 0]] * 2]])  # [B = 1, S = 2, N = 2, K]: 1 after 128 x 2
+    queries = np.array(
+        [[[[256, 0, 0, 0]] * 2, [[0, 256, 0, 0]] * 2]], np.float16
+    )  # [B = 1, S = 2, N = 2, K]: 1 after 128 x 2
     keys = np.zeros((1, 3, 2, 4), np.float16)
     keys[0, :, 0, 0], keys[0, :, 0, 1] = [1.0, 1.1, 1.2], [-1000, 1.0, 1.0]
     keys[0, :, 1, 0] = [0.5, 0.5 + 1 / 128, 0.5 + 2 / 128]  # 1 apart once multiplied by alpha

@@ -27,7 +27,7 @@ def paths(params: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
-def expected(norm: str, initialisation: str) -> dict[str, float | np.ndarray]:
+def expected(norm: str, initialisation: str) -> dict[str, np.ndarray]:
     """Give the standard deviation of each kernel and table; that of qkv by head and part, [N, 3]."""
     value, output, up, down = GAINS[norm]
     tables = {"word": (2 / (V + D)) ** 0.5, "position": (2 / (S + D)) ** 0.5, "block_position": (2 / (S + D)) ** 0.5}
@@ -47,10 +47,11 @@ def expected(norm: str, initialisation: str) -> dict[str, float | np.ndarray]:
         attention, above, below = 0.02 * DEPTH, 0.02, 0.02 * DEPTH
     kernels = {"attention/qkv": qkv, "attention/output": attention, "feedforward/up": above, "feedforward/down": below}
     names = {f"blocks/{name}/kernel": stddev for name, stddev in kernels.items()}
-    return names | {f"embedding/{name}": stddev for name, stddev in tables.items()}
+    names |= {f"embedding/{name}": stddev for name, stddev in tables.items()}
+    return {name: np.asarray(stddev) for name, stddev in names.items()}
 
 
-def close(draws: np.ndarray, stddev: float) -> bool:
+def close(draws: np.ndarray, stddev: float | np.ndarray) -> bool:
     near = abs(draws.std() / stddev - 1) < ERRORS * (2 * draws.size) ** -0.5
     return bool(near and abs(draws.mean()) < ERRORS * stddev * draws.size**-0.5)
 

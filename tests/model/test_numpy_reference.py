@@ -77,7 +77,8 @@ def test_logits_and_gradients(norm: Any, position: Any, activation: Any) -> None
     {"rope_base": 20.0}, {"score_scaling": False}, {"pb_relax": 8.0}, {"num_layers": 5},
 ])  # fmt: skip
 def test_options_mean_what_the_reference_says(changes: dict[str, Any]) -> None:
-    cfg = GLMConfig(**{"num_layers": 2, "hidden_size": 12, "num_heads": 3, "ffn_size": 10, "vocab_size": 17} | changes)
+    sizes: dict[str, Any] = {"num_layers": 2, "hidden_size": 12, "num_heads": 3, "ffn_size": 10, "vocab_size": 17}
+    cfg = GLMConfig(**sizes | changes)
     shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
     params, inputs = jax.tree.map(lambda leaf: 0.4 * leaf, noise(shapes, 0)), sample(cfg)
     with jax.disable_jit():

@@ -195,7 +195,14 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 def test_sizes_below_one_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0, it must be at least 1"):
         dataclasses.replace(SMALL, **{name: 0})
-    sizes = {"num_layers": 1, "hidden_size": 1, "num_heads": 1, "ffn_size": 1, "vocab_size": 1, "max_length": 1}
+    sizes: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": 1,
+        "num_heads": 1,
+        "ffn_size": 1,
+        "vocab_size": 1,
+        "max_length": 1,
+    }
     assert getattr(GLMConfig(**sizes, position="alibi"), name) == 1
 
 

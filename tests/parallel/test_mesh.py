@@ -119,8 +119,12 @@ def test_all_that_tensor_splits_must_divide(model_changes: dict, length: int, me
 
 def test_a_mesh_that_the_model_just_fits_is_taken() -> None:
     fits = dataclasses.replace(SMALL, vocab_size=60)
-    for shape, changes in (((8, 3, 4), {}), ((8, 1, 4), {"zero": 3}), ((8, 3, 4), {"keep": "all"})):
-        cfg = engine.EngineConfig(fits, 60, 3, **changes)
+    plain = engine.EngineConfig(fits, 60, 3)
+    for shape, cfg in (
+        ((8, 3, 4), plain),
+        ((8, 1, 4), dataclasses.replace(plain, zero=3)),
+        ((8, 3, 4), dataclasses.replace(plain, keep="all")),
+    ):
         engine.check(cfg, abstract(*shape), global_batch=16, microbatches=2, length=32)
 
 

@@ -236,7 +236,7 @@ def test_counters_and_scale_are_set_and_what_was_skipped_stays(mesh_sizes: dict[
     state = state._replace(loss_scale=state.loss_scale._replace(skipped=skipped))
     kept, moved = (
         at_step(made.mesh, state, 9, 72),
-        at_step(made.mesh, state, 9, 72, LossScale(*map(np.int32, (8, 1, 2, 3)))),
+        at_step(made.mesh, state, 9, 72, LossScale(*map(jnp.int32, (8, 1, 2, 3)))),
     )
     assert [int(number) for number in (kept.step, kept.samples, *kept.loss_scale)] == [9, 72, 1, 0, 1, 5]
     assert [int(number) for number in moved.loss_scale] == [8, 1, 2, 5]
