@@ -48,6 +48,24 @@ def test_flags_that_make_no_sense_are_said(coordinator: str, count: int, index: 
         processes.start(coordinator, count, index, 20)
 
 
+@pytest.mark.parametrize("environment", [{}, SLURM])
+def test_only_those_who_have_others_join_them(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = []
+    for name in (*SLURM, *OPEN_MPI, "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**environment, "XLA_FLAGS": "--of_ours"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *given, **more: joined.append((given, more)))
+    monkeypatch.setattr(processes, "_exit_on_abort", lambda: None)
+    processes.start(None, None, None, 25)
+    if environment:
+        assert joined == [((None, None, None), {"heartbeat_timeout_seconds": 25})]
+        assert os.environ["XLA_FLAGS"] == "--of_ours --xla_cpu_collective_timeout_seconds=25"
+    else:
+        assert joined == [] and os.environ["XLA_FLAGS"] == "--of_ours"
+
+
 # Two processes that meet, say so, and then wait for one another as the arguments say.
 SCRIPT = """
 import os, sys, time
