@@ -102,6 +102,13 @@ def test_half_of_a_short_text_can_be_masked():
         assert (starts[1:] > starts[:-1] + placed[:-1]).all()
 
 
+@pytest.mark.parametrize(("length", "longest"), [(1, 1), (2, 1), (3, 1), (4, 2), (7, 3)])
+def test_no_span_is_longer_than_half_a_short_text(length, longest):
+    options = BlankOptions(mask_ratio=0.5, mean_span=3.0)
+    drawn = [blanks.draw_lengths(length, generator(seed), options).max() for seed in range(200)]
+    assert max(drawn) == longest
+
+
 def test_every_place_is_masked_alike():
     """The first and last tokens come off lightly, as spans lie in the text whole; all others are alike."""
     source, hits = generator(0), np.zeros(60)

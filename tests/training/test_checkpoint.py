@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-pytestmark = pytest.mark.slow
+from glm_jax.training.checkpoint import Checkpoints
 
 
+@pytest.mark.slow
 def test_checkpoints_pass_between_meshes_and_another_shape_is_named(tmp_path: Path) -> None:
     script = Path(__file__).parent / "checkpoint_cases.py"
     done = subprocess.run(
@@ -25,6 +27,23 @@ def test_checkpoints_pass_between_meshes_and_another_shape_is_named(tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize(("processes", "fails", "waits"), [(1, False, 1), (1, True, 1), (2, False, 1), (2, True, 0)])
+def test_closing_waits_unless_others_may_be_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, fails: bool, waits: int
+) -> None:
+    checkpoints, waited = Checkpoints(tmp_path), []
+    monkeypatch.setattr(checkpoints, "_settle", lambda: waited.append("settled"))
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    try:
+        if fails:
+            raise RuntimeError("the run fails")
+        checkpoints.close()
+    except RuntimeError:
+        checkpoints.close()
+    assert len(waited) == waits
+
+
+@pytest.mark.slow
 def test_two_processes_save_together_and_agree_on_what_is_good(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from glm_jax.config import Config, default_config, resolve
+from glm_jax.errors import UserError
 from glm_jax.training import loop
 from glm_jax.training.interventions import Record
 from glm_jax.training.loop import Progress, Run
@@ -95,13 +96,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def go(
         start: tuple[int, int] = (0, 0), losses: dict[int, float] | None = None, asks: dict[int, int] | None = None,
-        stops: int | None = None, **changes: Any,
+        diary: list[tuple[Any, ...]] | None = None, ready: Any = lambda *_: SimpleNamespace(digests={}), **changes: Any,
     ) -> list[tuple[Any, ...]]:  # fmt: skip
         config = default_config()
         config.train.update(steps=10, global_batch=4, log_every=100, eval_every=0, save_every=100)
         config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
         config = resolve(config)
-        diary: list[tuple[Any, ...]] = []
+        diary = [] if diary is None else diary
         book: Any = Diary(diary)
         made: Any = object.__new__(Run)
         made.config, made.workdir, made.say = config, tmp_path, book.say
@@ -111,7 +112,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         )
         made.stop, made._last_save = SimpleNamespace(requested=False), loop.time.monotonic()
         monkeypatch.setattr(loop, "Segment", lambda config, prepared: Counting(diary, config, losses or {}, asks or {}))
-        monkeypatch.setattr(loop.segment, "ready", lambda *_: SimpleNamespace(digests={}))
+        monkeypatch.setattr(loop.segment, "ready", ready)
         part: Any = Counting(diary, config, losses or {}, asks or {})
         progress = Progress(start[0], *start, saved=start[0] or None)  # pyright: ignore[reportArgumentType]
         diary.append(("last", made._segments(progress, part)))
@@ -170,6 +171,20 @@ def test_a_change_takes_effect_with_the_step_after_its_own(run: Any) -> None:
     diary = run(interventions=((4, {"train.global_batch": 8}), (10, {"train.global_batch": 4})))
     assert [entry[2] for entry in diary if entry[0] == "step"] == [0, 4, 8, 12, 16, 24, 32, 40, 48, 56]
     assert diary.index(("close",)) < diary.index(("step", 5, 16)) < diary.index(("save", 10, 64))
+
+
+def test_a_change_that_does_not_fit_costs_no_steps(run: Any) -> None:
+    def refuse(*_: Any) -> None:
+        raise UserError("no such corpus")
+
+    for start, save_every in ((0, 100), (2, 100), (2, 4)):
+        diary: list[tuple[Any, ...]] = []
+        with pytest.raises(UserError, match="no such corpus"):
+            run(
+                start=(start, 4 * start), diary=diary, ready=refuse, interventions=((4, {"data.seed": 7}),),
+                train__save_every=save_every,
+            )  # fmt: skip
+        assert steps_of(diary, "step") == list(range(start + 1, 5)) and steps_of(diary, "save") == [4]
 
 
 SPIKE = {"train__spike__window": 3, "train__spike__deviations": 1.0}
