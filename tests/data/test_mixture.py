@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,6 +89,24 @@ def test_a_count_is_the_floor_of_its_integrated_weight():
     for row in range(2000):
         counts = mixture.counts(row)
         assert counts[0] == 3 * row // 10 and counts[2] == row - counts[0]
+
+
+def test_what_rounding_leaves_over_is_carried_through_every_change():
+    """400 changes a few rows apart, many to a weight of 0: a fraction lost at each would add up."""
+    generator, names = np.random.default_rng(0), ("a", "b", "c", "d")
+    weights = generator.integers(0, 4, (400, 4))
+    weights[:, 1] += 1  # so that some label has rows
+    weights[::2, 0] = 0
+    starts = np.cumsum(generator.integers(1, 6, 400)) - 1
+    starts -= starts[0]
+    history = [(int(row), dict(zip(names, map(float, those), strict=True)))
+               for row, those in zip(starts, weights, strict=True)]  # fmt: skip
+    jumps = [knot for (row, _), (_, before) in zip(history[1:], history[:-1], strict=True) for knot in [(row, before)]]
+    knots = [history[0], *itertools.chain(*zip(jumps, history[1:], strict=True))]
+    mixture = Mixture([(name, "mask") for name in names], knots, {"mask": 1.0})
+    integral = np.cumsum(weights[:-1] / weights[:-1].sum(1, keepdims=True) * np.diff(starts)[:, None], 0)
+    for row, expected in zip(starts[1:], integral, strict=True):
+        assert np.abs(mixture.counts(int(row)) - expected).max() < len(names)
 
 
 def test_a_ramp_gives_its_area():
