@@ -36,6 +36,8 @@ def gradients(norm):
     return jax.jit(jax.grad(functools.partial(diagnostics.loss, cfg)))(params, rows)
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 @pytest.mark.parametrize("norm", SCHEMES)
 def test_a_probed_block_is_the_models_block(norm):
     cfg, params, rows = started(norm)
@@ -76,6 +78,8 @@ def test_the_residual_and_the_branch_are_those_of_the_scheme():
     np.testing.assert_allclose(measured("pre").residual, measured("pre").stream[:, :-1], rtol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 def test_everything_is_float32_and_has_a_seed_axis():
     cfg = tiny("pre", LAYERS)
     scales = measured("pre")
@@ -91,6 +95,8 @@ def test_everything_is_float32_and_has_a_seed_axis():
     assert (scales.stream[0] != scales.stream[1]).all()
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 def test_gradients_are_those_of_the_whole_model():
     cfg, params, rows = started("post")
 
@@ -145,6 +151,8 @@ def test_the_update_is_that_of_one_step_along_the_sign_of_the_gradient():
         np.testing.assert_allclose(measured("pre").update[kind][0], expected, rtol=0.05)
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 def test_the_output_is_what_the_head_projects():
     cfg, params, rows = started("sandwich")
     hidden = diagnostics.output(cfg, params, rows)

@@ -166,6 +166,8 @@ PANELS_AND_MAPS = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 def test_the_same_run_gives_the_same_bytes(short: Path, tmp_path: Path) -> None:
     for suffix in (".html", ".png"):
         one, two = (report.write(short, tmp_path / f"{number}{suffix}").read_bytes() for number in (1, 2))

@@ -35,7 +35,10 @@ def recomputed(cfg: GLMConfig, params: dict, context: list[int], blank: int, rep
     return tokens[size + 1 :].tolist()
 
 
-@pytest.mark.parametrize("position", ["rope", "learned_2d", "alibi"])
+@pytest.mark.parametrize(
+    "position",
+    ["rope", *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.oldest]) for name in ("learned_2d", "alibi"))],
+)
 @pytest.mark.parametrize("repeats", [True, False])
 def test_cached_greedy_decoding_equals_recomputation(position: str, repeats: bool) -> None:
     cfg = dataclasses.replace(CONFIG, position=position)

@@ -286,6 +286,8 @@ print(json.dumps({"equal": all(np.array_equal(left, right) for left, right, _ in
 """
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 def test_loading_onto_a_mesh_gives_each_device_its_part(tmp_path: Path) -> None:
     cfg = dataclasses.replace(SMALL, num_layers=4)
     sat.save(tmp_path / "one", cfg, noise(cfg), tensor_parallel=4, iteration=0)

@@ -95,6 +95,8 @@ def test_biases_are_those_of_the_heads_that_are_here() -> None:
     np.testing.assert_allclose(found[0], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 def test_every_layer_is_told_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
     params, tokens = jax.jit(init, static_argnums=0)(CFG, jax.random.key(0)), jnp.zeros((1, 2), jnp.int32)
     layers = []

@@ -87,6 +87,8 @@ def test_float16_rotary_tables_are_those_of_the_released_code() -> None:
     assert np.abs(jitted(cfg, params, *inputs) - expected).max() > 10 * LOGITS
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_loss_and_gradients(checkpoint: str, tmp_path: Path) -> None:
     cfg, params = loaded(checkpoint)

@@ -94,6 +94,8 @@ def test_largescale_initialisation_gives_whole_heads_the_gain() -> None:
     np.testing.assert_allclose(scales, [1, 1, 0.25] * 4, rtol=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 @pytest.mark.parametrize("position", ["rope", "learned_2d", "alibi"])
 def test_cached_logits_equal_full_logits(position: str) -> None:
     cfg = dataclasses.replace(SMALL, position=position)
@@ -160,6 +162,8 @@ def test_remat_gives_the_same_gradients_with_dropout() -> None:
     assert ["remat" in program or "checkpoint" in program for program in programs] == [False, True]
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 def test_shrink_scales_the_gradient_of_the_input_path_alone() -> None:
     params, arguments = init(SMALL, jax.random.key(0)), sample(SMALL)
 

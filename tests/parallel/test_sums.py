@@ -117,6 +117,8 @@ def test_no_reduction_over_data_is_in_the_compute_dtype(stage: Any, shape: tuple
     assert len(scattered) == 13  # an array each, but for the biases of qkv and of the up projection
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 def test_metrics_of_many_microbatches_lose_no_target() -> None:
     grid, batch = mesh.build({"data": 1, "pipeline": 1, "tensor": 1}), make_batch()
     params, parts = jax.jit(lambda: model.init(GLM, jax.random.key(0)))(), mesh.place(grid, batch, ROWS)

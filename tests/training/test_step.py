@@ -114,7 +114,7 @@ def plain_step(cfg: StepConfig, state: TrainState) -> tuple[jax.Array, Any, Any]
     return loss, gradients, params
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
+@pytest.mark.parametrize("microbatches", [1, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.oldest])])
 def test_a_step_is_adamw_on_the_mean_over_all_target_tokens(mesh_sizes: dict[str, int], microbatches: int) -> None:
     loss, gradients, params = plain_step(CONFIG, compiled(CONFIG, mesh_sizes).start)
     state, (metrics,) = run(CONFIG, mesh_sizes, microbatches, 1)
@@ -175,6 +175,8 @@ def reference_loss(cfg: GLMConfig, params: Any, key: jax.Array) -> float:
     return float(((np.log(np.exp(logits).sum(-1)) - chosen) * batch["loss_mask"]).sum())
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 def test_dropout_follows_from_the_seed_and_the_step(mesh_sizes: dict[str, int]) -> None:
     """At a learning rate of 0 the steps differ by their masks alone."""
     made, found = compiled(WITH_DROPOUT, mesh_sizes), []
