@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
+from glm_jax.training import checkpoint_folders
 from glm_jax.training.checkpoint import Checkpoints
 
 
@@ -41,6 +44,24 @@ def test_closing_waits_unless_others_may_be_gone(
     except RuntimeError:
         checkpoints.close()
     assert len(waited) == waits
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_folder_that_is_still_written_to_is_removed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    folder, calls, remove = tmp_path / "1.tmp", [], shutil.rmtree
+
+    def interfere(path: Path, **options: Any) -> None:
+        remove(path, **options)
+        calls.append(path)
+        if len(calls) <= late:
+            folder.mkdir()  # as a thread does that had a file to write
+
+    folder.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", interfere)
+    checkpoint_folders.remove(folder)
+    assert calls == [folder] * (late + 1) and not folder.exists()
 
 
 @pytest.mark.slow
