@@ -71,6 +71,7 @@ class Diary:
     def save(self, cfg: Any, mesh: Any, state: int, run: dict[str, Any]) -> None:
         assert state == run["step"]
         self.diary.append(("save", run["step"], run["samples"]))
+        self.diary.append(("saved with", run["numbers"]["train.global_batch"]))
         self.diary.append(("band", run["bands"][0][2]))  # how many values made that of the loss
         self.saved[run["step"]] = SimpleNamespace(state=state, run=run)
 
@@ -171,6 +172,7 @@ def test_a_change_takes_effect_with_the_step_after_its_own(run: Any) -> None:
     diary = run(interventions=((4, {"train.global_batch": 8}), (10, {"train.global_batch": 4})))
     assert [entry[2] for entry in diary if entry[0] == "step"] == [0, 4, 8, 12, 16, 24, 32, 40, 48, 56]
     assert diary.index(("close",)) < diary.index(("step", 5, 16)) < diary.index(("save", 10, 64))
+    assert steps_of(diary, "saved with") == [8]  # what the last step was taken with, and not what would follow
 
 
 def test_a_change_that_does_not_fit_costs_no_steps(run: Any) -> None:
