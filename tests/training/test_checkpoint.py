@@ -1,6 +1,8 @@
 """A checkpoint is the same whatever mesh wrote it, and restores bit for bit under any other."""
 
+import errno
 import json
+import logging
 import os
 import shutil
 import socket
@@ -44,6 +46,20 @@ def test_closing_waits_unless_others_may_be_gone(
     except RuntimeError:
         checkpoints.close()
     assert len(waited) == waits
+
+
+def test_what_the_disk_refused_is_not_logged_and_all_else_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Checkpoints(tmp_path)
+    log = logging.getLogger("asyncio")
+    log.error("said")
+    for error in (OSError(errno.ENOSPC, "No space left on device"), ValueError("something else")):
+        try:
+            raise error
+        except (OSError, ValueError):
+            log.exception("a task has failed")
+    assert [(record.getMessage(), record.exc_info and record.exc_info[0]) for record in caplog.records] == [
+        ("said", None), ("a task has failed", ValueError)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("late", [0, 2])
