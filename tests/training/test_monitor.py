@@ -195,12 +195,11 @@ class Wandb(ModuleType):
 
 
 def test_tensorboard_lags_by_half_a_minute_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(sinks.time, "monotonic", lambda: now)
+    sizes, times = [], [1000.0, 1030.0, 1030.1, 1060.0, 1060.2]
+    monkeypatch.setattr(sinks.time, "monotonic", lambda: times[len(sizes)])
     sink = sinks.TensorBoard(tmp_path, 0)
-    sizes = []
-    for now in (1000.0, 1030.0, 1030.1, 1060.0, 1060.2):
-        sink.write({"event": "train", "step": len(sizes), "loss": 1.0})
+    for step in range(len(times)):
+        sink.write({"event": "train", "step": step, "loss": 1.0})
         sizes.append(next(tmp_path.iterdir()).stat().st_size)
     sink.close()
     assert sizes[0] == sizes[1] < sizes[2] == sizes[3] < sizes[4]
