@@ -189,6 +189,14 @@ def test_a_change_that_does_not_fit_costs_no_steps(run: Any) -> None:
         assert steps_of(diary, "step") == list(range(start + 1, 5)) and steps_of(diary, "save") == [4]
 
 
+def test_a_change_that_leaves_the_data_alone_does_not_prepare_them(run: Any) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("data are prepared again")
+
+    diary = run(interventions=((4, {"optimizer.peak_lr": 2e-3}),), ready=refuse)
+    assert steps_of(diary, "step") == list(range(1, 11)) and diary.count(("close",)) == 2
+
+
 SPIKE = {"train__spike__window": 3, "train__spike__deviations": 1.0}
 
 
