@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
+import jax
 import pytest
 
 from glm_jax.errors import UserError
@@ -32,6 +33,15 @@ OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:34911", "OMPI_COMM_W
 )
 def test_the_environment_says_whether_there_are_others(environment: dict[str, str], several: bool) -> None:
     assert processes.scheduled(environment) is several
+
+
+@pytest.mark.parametrize("count, index", [(1, 0), (2, 0), (2, 1)])
+def test_a_process_knows_whether_it_is_alone_and_the_first(
+    monkeypatch: pytest.MonkeyPatch, count: int, index: int
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    assert (processes.alone(), processes.is_first()) == (count == 1, index == 0)
 
 
 @pytest.mark.parametrize(
