@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
@@ -42,6 +44,19 @@ def test_a_process_knows_whether_it_is_alone_and_the_first(
     monkeypatch.setattr(jax, "process_count", lambda: count)
     monkeypatch.setattr(jax, "process_index", lambda: index)
     assert (processes.alone(), processes.is_first()) == (count == 1, index == 0)
+
+
+def test_who_tells_of_a_mistake_does_not_mind_those_who_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {}
+
+    def wait(**meeting: Any) -> None:
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+
+    client = SimpleNamespace(key_value_set=told.__setitem__)
+    monkeypatch.setattr(processes.multihost, "get_jax_distributed_client", lambda: client)
+    monkeypatch.setattr(processes.multihost, "get_barrier_sync_fn", lambda: wait)
+    processes._tell("no such file")
+    assert list(told.values()) == ["process 0: no such file"]
 
 
 @pytest.mark.parametrize(
