@@ -14,6 +14,7 @@ from rows import Documents, build, check_row, least_cpu_seconds
 
 import glm_jax
 from glm_jax.data.blank_options import BlankOptions
+from tests.patience import HANG
 
 
 def digest(batch):
@@ -41,7 +42,7 @@ def test_the_batch_of_a_step_is_the_same_for_any_number_of_processes(tmp_path):
         )
         for rank in range(4)
     ]
-    assert [process.wait(timeout=600) for process in running] == [0] * 4
+    assert [process.wait(timeout=HANG) for process in running] == [0] * 4
     here = batch_worker.make()
     for step in batch_worker.STEPS:
         expected = digest(here.batch_at(step, batch_worker.GLOBAL_BATCH))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import HANG
+
 EXPERIMENT = '''
 """A tiny bilingual GLM for tests."""
 from glm_jax.config import default_config, source
@@ -74,7 +76,7 @@ def glm_jax(environment: dict[str, str]) -> Callable[..., subprocess.CompletedPr
             env={**environment, "JAX_NUM_CPU_DEVICES": str(devices)},
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=HANG,
         )
 
     return run

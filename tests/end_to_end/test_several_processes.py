@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.patience import HANG
+
 pytestmark = pytest.mark.slow
 
 Process = subprocess.Popen[str]
@@ -77,7 +79,7 @@ def start(experiment: Path, environment: dict[str, str]) -> Iterator[Start]:
 
 def ends(process: Process) -> Ended:
     """Wait for the end; progress bars are no lines."""
-    said = process.communicate(timeout=600)[1]
+    said = process.communicate(timeout=HANG)[1]
     return process.returncode, [line for line in said.split("\n") if line.strip()]
 
 
@@ -91,7 +93,7 @@ def events(workdir: Path, kind: str) -> dict[int, dict[str, Any]]:
 
 def wait_for_step(workdir: Path, step: int, processes: list[Process]) -> None:
     """Wait until the metrics hold a step."""
-    metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 600
+    metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + HANG
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
         if metrics.exists() and f'"event": "train", "step": {step},' in metrics.read_text(encoding="utf-8"):
             return

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import HANG
+
 pytestmark = pytest.mark.slow
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -52,7 +54,7 @@ def start(environment: dict[str, str], ablation: Path, workdir: Path) -> subproc
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + HANG
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -121,7 +123,7 @@ def test_an_interrupted_sweep_says_so_in_a_line(ablation: Path, environment: dic
     process = start(environment, ablation, tmp_path / "sweep")
     wait_for(lambda: any((tmp_path / "sweep").glob("logs/*")))
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=300)
+    _, said = process.communicate(timeout=HANG)
     assert process.returncode == 3 and "Traceback" not in said
     assert said.splitlines()[-1].startswith("stopped: the groups that are done are kept in")
     assert "0 of 8 members are there" in (tmp_path / "sweep" / "results.md").read_text()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.patience import HANG
 from tests.proofs import kills
 
 pytestmark = pytest.mark.slow
@@ -86,14 +87,14 @@ def test_stopping_saves_and_going_on_repeats_the_uninterrupted_run(
     process = subprocess.Popen(
         [sys.executable, "-m", "glm_jax", *arguments], env=environment, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + HANG
     while time.monotonic() < deadline and process.poll() is None:
         metrics = workdir / "metrics.jsonl"
         if metrics.exists() and '"step": 2,' in metrics.read_text(encoding="utf-8"):
             process.send_signal(signal.SIGINT)
             break
         time.sleep(0.01)
-    _, said = process.communicate(timeout=600)
+    _, said = process.communicate(timeout=HANG)
     assert process.returncode == 3, said
     assert "the same command goes on from there" in said.splitlines()[-1]
     assert 2 <= max(events(workdir, "train")) < 12

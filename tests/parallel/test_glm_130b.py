@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.parallel import hlo
+from tests.patience import HANG
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,7 @@ def test_axes_of_a_collective_are_read_from_every_notation(notation: str, axes: 
 
 def test_a_whole_step_of_glm_130b_compiles_and_fits() -> None:
     command = [sys.executable, "tests/proofs/compile_130b.py", "--target", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     inside = done.stdout.split("in the tick loop ")[1].split(", outside")[0]
     assert "tensor" in inside and "data" not in inside, done.stdout

@@ -18,6 +18,7 @@ from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh, partition
 from glm_jax.training import engine
+from tests.patience import HANG
 
 ROOT = Path(__file__).parents[2]
 SMALL = GLMConfig(num_layers=3, hidden_size=32, num_heads=4, ffn_size=48, vocab_size=64, max_length=32)
@@ -209,7 +210,7 @@ def run_processes(count: int) -> list[dict[str, Any]]:
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for index in range(count)
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=600) for process in processes]
+    outputs = [process.communicate(timeout=HANG) for process in processes]
     assert [process.returncode for process in processes] == [0] * count, [error[-2000:] for _, error in outputs]
     return [json.loads(line) for line in outputs[0][0].splitlines() if line.startswith("{")]
 

@@ -15,6 +15,7 @@ import pytest
 
 from glm_jax.errors import UserError
 from glm_jax.parallel import processes
+from tests.patience import HANG
 
 SLURM = {"SLURM_STEP_NODELIST": "node[001-004]", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}
 OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2"}
@@ -145,7 +146,7 @@ def meet() -> Iterator[Meet]:
 
 def last_line(process: "subprocess.Popen[str]") -> str:
     """Wait until it ends; give what it said last. Threads of jax may log something after it."""
-    errors = process.communicate(timeout=600)[1].splitlines()
+    errors = process.communicate(timeout=HANG)[1].splitlines()
     own = [line for line in errors if line.startswith(("error: ", "KeyError: "))]
     assert own, errors
     return own[-1]

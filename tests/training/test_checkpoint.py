@@ -16,13 +16,14 @@ import pytest
 
 from glm_jax.training import checkpoint_folders
 from glm_jax.training.checkpoint import Checkpoints
+from tests.patience import HANG
 
 
 @pytest.mark.slow
 def test_checkpoints_pass_between_meshes_and_another_shape_is_named(tmp_path: Path) -> None:
     script = Path(__file__).parent / "checkpoint_cases.py"
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(script), str(tmp_path)], capture_output=True, text=True, timeout=900
+        [sys.executable, "-W", "error", str(script), str(tmp_path)], capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == 0, done.stderr[-4000:]
     kind, message = json.loads(done.stdout)
@@ -95,7 +96,7 @@ def test_two_processes_save_together_and_agree_on_what_is_good(tmp_path: Path) -
         )
         for index in range(2)
     ]  # fmt: skip
-    first, second = (process.communicate(timeout=900) for process in running)
+    first, second = (process.communicate(timeout=HANG) for process in running)
     assert [process.returncode for process in running] == [0, 0], first[1][-4000:] + second[1][-4000:]
     reasons = "another process could not write its part", "File too large"
     for (output, _), reason in zip((first, second), reasons, strict=True):

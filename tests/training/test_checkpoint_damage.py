@@ -23,6 +23,7 @@ from glm_jax.training.engine import EngineConfig
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.step import StepConfig, TrainState, create_state
 from tests.journal import Journal
+from tests.patience import HANG
 
 CONFIG = StepConfig(EngineConfig(GLMConfig(2, 8, 2, 8, 16, max_length=8), 16, 4), OptimizerConfig(), None, seed=3)
 MESH = meshes.build(dict.fromkeys(meshes.AXES, 1))
@@ -228,7 +229,7 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> No
     own_mounts = ["unshare", "--map-root-user", "--mount"]
     allowed = shutil.which("unshare") and not subprocess.run([*own_mounts, "true"], capture_output=True).returncode
     command = [*(own_mounts if allowed else []), sys.executable, "-W", "error", str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-4000:]
     told = json.loads(done.stdout)
     reason = told["reason"]  # "No space left on device", or "File too large" where no disk may be mounted

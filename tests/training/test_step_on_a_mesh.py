@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import HANG
+
 pytestmark = pytest.mark.slow
 
 
@@ -17,7 +19,7 @@ def test_the_step_passes_the_same_tests_on_a_mesh(mesh: str) -> None:
         env={**os.environ, "GLM_JAX_TEST_MESH": mesh, "JAX_NUM_CPU_DEVICES": "4"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stdout[-5000:]
     assert " passed" in done.stdout and "failed" not in done.stdout
