@@ -19,12 +19,12 @@ if __name__ == "__main__":
 
 import jax  # noqa: E402 (reads the environment)
 import numpy as np  # noqa: E402
-from jax.experimental import multihost_utils  # noqa: E402
 
 from glm_jax import model  # noqa: E402
 from glm_jax.parallel import mesh, partition, processes  # noqa: E402
 from glm_jax.training import engine  # noqa: E402
 from tests.parallel import parity  # noqa: E402
+from tests.parallel.together import together, whole  # noqa: E402
 
 MESHES = [1, 2, 4], [2, 2, 2]  # of two processes, each holds a stage; each holds a member of data
 
@@ -47,8 +47,8 @@ def run(shape: list[int]) -> None:
     local = {name: array[wanted.ravel()] for name, array in parity.make_batch(glm, rows).items()}
     batch = mesh.place(grid, local, microbatches)
     step = jax.jit(lambda params, batch: engine.value_and_grad(cfg, grid, params, batch, jax.random.key(7), 0.3, 64.0))
-    got = step(placed, batch)
-    gradients = multihost_utils.process_allgather(got.gradients, tiled=True)
+    got = together(step, placed, batch)
+    gradients = whole(grid, got.gradients)
     if INDEX == 0:
         stages = [sorted({device.process_index for device in grid.devices[:, stage].ravel()}) for stage in range(2)]
         leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(gradients)]

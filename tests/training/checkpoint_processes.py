@@ -1,6 +1,7 @@
 """One of two processes that save and restore together; test_checkpoint.py runs both.
 
-`checkpoint_processes.py PORT INDEX WORKDIR` prints, as JSON, what this process was told and what it got.
+`python -m tests.training.checkpoint_processes PORT INDEX WORKDIR` prints, as JSON, what this process was told and what
+it got.
 """
 
 import json
@@ -12,15 +13,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from glm_jax import digests
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import processes
 from glm_jax.training.checkpoint import Checkpoints
 from glm_jax.training.engine import EngineConfig
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.step import StepConfig, create_state
+from tests.parallel.together import whole
 
 CONFIG = StepConfig(EngineConfig(GLMConfig(2, 32, 2, 32, 64, max_length=8), 64, 4), OptimizerConfig(), None, seed=3)
 
@@ -31,18 +33,18 @@ def outcome(checkpoints: Checkpoints, mesh: jax.sharding.Mesh, expected: Any) ->
     """Restore the newest good one; gives its step and what this process and both together see."""
     restored = checkpoints.restore(CONFIG, mesh)
     assert restored is not None
-    params = multihost_utils.process_allgather(restored.state.params, tiled=True)
+    params = whole(mesh, restored.state.params)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     events = [(event["step"], event.get("error")) for event in checkpoints.events()]
     seen = [restored.run["step"], checkpoints.steps(), events, sorted(os.listdir(checkpoints.directory))]
-    multihost_utils.sync_global_devices("seen")  # the other may begin its next save
+    processes.wait_for_all()  # the other may begin its next save
     return seen
 
 
 def main() -> None:
     mesh = meshes.build({"data": 2, "pipeline": 1, "tensor": 1})
     state, said = create_state(CONFIG, mesh), []
-    expected = multihost_utils.process_allgather(state.params, tiled=True)
+    expected = whole(mesh, state.params)
     checkpoints = Checkpoints(Path(WORKDIR), say=said.append)
     checkpoints.save(CONFIG, mesh, state, {"step": 1})
     told: dict[str, Any] = {"saved": outcome(checkpoints, mesh, expected)}
@@ -61,7 +63,7 @@ def main() -> None:
     if INDEX == 1:
         path = checkpoints.directory / "3/params/manifest.ocdbt"
         path.write_bytes(path.read_bytes()[:-1])
-    multihost_utils.sync_global_devices("damaged")
+    processes.wait_for_all()
     told["damaged"] = outcome(checkpoints, mesh, expected)
     checkpoints.close()
     print(json.dumps({**told, "said": said}))

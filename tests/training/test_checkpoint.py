@@ -86,12 +86,12 @@ def test_two_processes_save_together_and_agree_on_what_is_good(tmp_path: Path) -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script = Path(__file__).parent / "checkpoint_processes.py"
+    command = [sys.executable, "-W", "error", "-m", "tests.training.checkpoint_processes", port]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # one process may write small files only
     running = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", str(script), port, str(index), str(tmp_path)],
+            [*command, str(index), str(tmp_path)], cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )
         for index in range(2)
