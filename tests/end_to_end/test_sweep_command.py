@@ -48,9 +48,9 @@ def finished(ablation: Path, glm_jax: Cli, tmp_path_factory: pytest.TempPathFact
     return workdir
 
 
-def start(environment: dict[str, str], ablation: Path, workdir: Path) -> subprocess.Popen[str]:
+def start(environment: dict[str, str], ablation: Path, workdir: Path, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "glm_jax", "sweep", "--config", str(ablation), "--workdir", str(workdir), *SMALL]
-    return subprocess.Popen([*command, "--parallel=1"], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, "--parallel=1", *flags], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -120,7 +120,8 @@ def test_a_killed_sweep_gives_the_same_table(
 
 
 def test_an_interrupted_sweep_says_so_in_a_line(ablation: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    process = start(environment, ablation, tmp_path / "sweep")
+    # more steps than any group takes before the signal comes, however busy the machine
+    process = start(environment, ablation, tmp_path / "sweep", "--config.train.steps=100000")
     wait_for(lambda: any((tmp_path / "sweep").glob("logs/*")))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=HANG)
