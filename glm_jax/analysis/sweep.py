@@ -190,7 +190,11 @@ class _Pool:
     def go(self) -> list[str] | None:
         """Train all groups; returns the logs of those that failed, or None when asked to stop."""
         with self._listening(), self._bar, concurrent.futures.ThreadPoolExecutor(self.parallel) as pool:
-            failed = list(pool.map(self._train, self.groups))
+            waiting = [pool.submit(self._train, group) for group in self.groups]
+            # In turns: a signal that comes just before a wait does not end it, and Python's handler runs after it.
+            while concurrent.futures.wait(waiting, timeout=1).not_done:
+                pass
+            failed = [future.result() for future in waiting]
         return None if self._stopping else [log for log in failed if log]
 
     @contextlib.contextmanager
