@@ -79,9 +79,19 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
     _exit_on_abort()
 
 
+_decided: tuple[str, int] | None = None  # the last line and the exit code of a process that is about to leave
+
+
+def _decide(line: str, code: int) -> None:
+    """Settle how this process will leave, whatever ends it: those that it tells may be gone before it is."""
+    global _decided
+    _decided = line, code
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(number: int) -> None:
-    _leave("error: aborted, most likely because another process is gone: start all again with the same command", LOST)
+    lost = "error: aborted, most likely because another process is gone: start all again with the same command"
+    _leave(*(_decided or (lost, LOST)))
 
 
 def _exit_on_abort() -> None:
@@ -115,6 +125,7 @@ def wait_for_all() -> None:
         wait = multihost.get_barrier_sync_fn()
         wait(key=key, timeout_ms=HOUR * 1000)
         if reasons := multihost.get_jax_distributed_client().key_value_dir_get(f"{key}_stopped/"):
+            _decide(_stopped(min(reasons)[1]), LOST)
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # that one may have left before the answer came
                 wait(key=f"{key}_told", timeout_ms=HOUR * 1000)
             raise Gone(min(reasons)[1])
@@ -132,15 +143,17 @@ def together(run: Callable[[], int]) -> int:
         if alone():
             raise
         if isinstance(error, UserError):
+            _decide(f"error: {error}", 2)
             _tell(str(error))
             _leave(f"error: {error}", 2)
         if isinstance(error, KeyboardInterrupt):
             _leave("interrupted; what was finished is kept, and the same command goes on from there", 130)
         if isinstance(error, Gone):
-            _leave(f"error: another process has stopped ({error}): mend it, then start all again", LOST)
+            _leave(_stopped(str(error)), LOST)
         # a collective's error is a ValueError where no jit stands around it
         if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and _GONE.search(str(error)):
             _leave(f"error: another process is gone ({_short(error)}): start all again with the same command", LOST)
+        _decide(traceback.format_exc(), LOST)
         _tell(f"{type(error).__name__}, see there")
         _leave(traceback.format_exc(), LOST)
         raise
@@ -158,6 +171,10 @@ def _tell(reason: str) -> None:
             time.sleep(1)  # the service through which the others hear ends with this process
     except jax.errors.JaxRuntimeError:
         return  # they are in a collective, which ends with an error of its own
+
+
+def _stopped(reason: str) -> str:
+    return f"error: another process has stopped ({reason}): mend it, then start all again"
 
 
 def _short(error: BaseException) -> str:

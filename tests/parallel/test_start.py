@@ -92,6 +92,17 @@ def test_only_those_who_have_others_join_them(environment: dict[str, str], monke
         assert joined == [] and os.environ["XLA_FLAGS"] == "--of_ours"
 
 
+def test_a_process_leaves_as_it_has_decided_even_if_jax_aborts_it_first() -> None:
+    """Those that it tells of a mistake may be gone before it is, at which jax aborts it."""
+    for decide, line, code in (
+        ("processes._decide('error: no such file', 2)", "error: no such file", 2),
+        ("pass", "error: aborted, most likely because another process is gone", 1),
+    ):
+        script = f"import os; from glm_jax.parallel import processes; processes._exit_on_abort(); {decide}; os.abort()"
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert ended.returncode == code and ended.stderr.startswith(line), ended.stderr
+
+
 # Two processes that meet, say so, and then wait for one another as the arguments say.
 SCRIPT = """
 import os, sys, time
@@ -110,9 +121,9 @@ def run():
     processes.wait_for_all()
     return 0
 
-port, index, act = sys.argv[1:]
-processes.HEARTBEAT = 3
-processes.start(f"127.0.0.1:{port}", 2, int(index), 3)
+port, index, act, heartbeat = sys.argv[1:]
+processes.HEARTBEAT = int(heartbeat)
+processes.start(f"127.0.0.1:{port}", 2, int(index), int(heartbeat))
 sys.exit(processes.together(run))
 """
 
@@ -122,16 +133,20 @@ Meet = Callable[..., list["subprocess.Popen[str]"]]
 
 @pytest.fixture
 def meet() -> Iterator[Meet]:
-    """Give a function that starts a process for each act, which it does once all have met, and waits until then."""
+    """Give a function that starts a process for each act, which it does once all have met, and waits until then.
+
+    A process that shows no sign of life for `heartbeat` seconds counts as gone, and so may a busy machine's: few where
+    one does go, many elsewhere.
+    """
     started: list[subprocess.Popen[str]] = []
 
-    def start(*acts: str) -> list["subprocess.Popen[str]"]:
+    def start(*acts: str, heartbeat: int = 100) -> list["subprocess.Popen[str]"]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
         for index, act in enumerate(acts):
-            command = [sys.executable, "-c", SCRIPT, port, str(index), act]
+            command = [sys.executable, "-c", SCRIPT, port, str(index), act, str(heartbeat)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             started.append(subprocess.Popen(command, env=environment, **pipes))
         for process in started:
@@ -155,7 +170,7 @@ def last_line(process: "subprocess.Popen[str]") -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_that_waits_for_a_dead_process_ends(meet: Meet, victim: int) -> None:
-    started = meet(*("sleep" if index == victim else "wait" for index in range(2)))
+    started = meet(*("sleep" if index == victim else "wait" for index in range(2)), heartbeat=3)
     started[victim].send_signal(signal.SIGKILL)
     survivor = started[1 - victim]
     line = last_line(survivor)
@@ -164,7 +179,7 @@ def test_one_that_waits_for_a_dead_process_ends(meet: Meet, victim: int) -> None
 
 @pytest.mark.slow
 def test_one_that_is_busy_when_another_dies_ends(meet: Meet) -> None:
-    started = meet("sleep", "sleep")
+    started = meet("sleep", "sleep", heartbeat=3)
     started[0].send_signal(signal.SIGKILL)
     line = last_line(started[1])
     assert started[1].returncode == 1

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,13 +49,13 @@ def busy() -> None:
         pass
 
 
-def one_round(number: int) -> dict[str, object]:
+def one_round(number: int, tests: Sequence[str]) -> dict[str, object]:
     """Run every test once; gives how each has ended."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         flags = ["-q", "-p", "no:cacheprovider", f"--basetemp={folder}/tmp", f"--junitxml={report}"]
-        subprocess.run([sys.executable, "-m", "pytest", *flags, *TESTS], cwd=ROOT, capture_output=True)
+        subprocess.run([sys.executable, "-m", "pytest", *flags, *tests], cwd=ROOT, capture_output=True)
         outcomes = {}
         for case in ElementTree.parse(report).iter("testcase"):
             bad = [found.get("message", "") for found in case if found.tag in ("failure", "error")]
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--load", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("tests", nargs="*", default=TESTS, help="as pytest takes them; all with a clock by default")
     options = parser.parse_args()
     text = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
     done = [json.loads(line) for line in text.splitlines()]
@@ -89,7 +91,7 @@ def main() -> None:
         loop.start()
     left = range(len(done), options.rounds)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, open(options.out, "a", encoding="utf-8") as out:
-        futures = [pool.submit(one_round, number) for number in left]
+        futures = [pool.submit(one_round, number, options.tests) for number in left]
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(left), desc="rounds"):
             done.append(future.result())
             out.write(json.dumps(done[-1]) + "\n")
