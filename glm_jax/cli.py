@@ -13,12 +13,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from absl import flags, logging
 from ml_collections import config_flags
 
-from glm_jax import cli_flags, config_checks
-from glm_jax import config as configs
+from glm_jax import cli_flags
+from glm_jax.config import by_key, default_values, with_changes
+from glm_jax.config.fields import closest
+from glm_jax.config.training import Schedule
 from glm_jax.errors import UserError
 
 Command = Callable[[Sequence[str]], int]
@@ -51,7 +54,7 @@ def train(arguments: Sequence[str]) -> int:
 
     if values.replay:
         planned = interventions.plan(interventions.read(Path(values.replay)))
-        resolved = configs.with_changes(resolved, {"interventions": planned})
+        resolved = with_changes(resolved, {"interventions": planned})
     processes.start(values.coordinator, values.processes, values.process, resolved.mesh.collective_timeout)
 
     from glm_jax.inference import examples
@@ -151,9 +154,8 @@ def convert(arguments: Sequence[str]) -> int:
         raise UserError("model.vocab_size is 0: say how many rows the embedding has, --config.model.vocab_size=N")
 
     from glm_jax.interop.convert import orbax_to_sat, sat_to_orbax
-    from glm_jax.model import GLMConfig
 
-    cfg = GLMConfig.from_section(resolved.model.to_dict(), 0, resolved.data.seq_length)
+    cfg = resolved.glm(0)
     try:
         if direction == "sat-to-orbax":
             written = sat_to_orbax(values.path, cfg, values.out)
@@ -212,7 +214,7 @@ def corpus(arguments: Sequence[str]) -> int:
 def schedule(arguments: Sequence[str]) -> int:
     """Draw a pipeline schedule: which stage works on which microbatch when, its bubble and its stash."""
     values = cli_flags.flag_values("schedule")
-    flags.DEFINE_enum("name", "1f1b", config_checks.SCHEDULES, "the schedule", flag_values=values)
+    flags.DEFINE_enum("name", "1f1b", get_args(Schedule), "the schedule", flag_values=values)
     flags.DEFINE_integer("stages", 4, "stages of the pipeline", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("microbatches", 8, "microbatches of a step", lower_bound=1, flag_values=values)
     flags.DEFINE_string("svg", None, "also write the drawing to this file", flag_values=values)
@@ -312,7 +314,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 0
     try:
         if arguments[0] not in COMMANDS:
-            raise UserError(f"unknown command {arguments[0]}: {configs.closest(arguments[0], list(COMMANDS))}")
+            raise UserError(f"unknown command {arguments[0]}: {closest(arguments[0], list(COMMANDS))}")
         return COMMANDS[arguments[0]](arguments[1:])
     except UserError as error:
         say(f"error: {error}")
@@ -348,11 +350,9 @@ def _show_config(arguments: Sequence[str]) -> int:
         for line in specs.table(resolved):
             print(line)
         return 0
-    defaults = dict(configs.flatten(configs.default_config()))
-    for name in resolved.data.sources:
-        defaults.update(configs.flatten(configs.source(), f"data.sources.{name}."))
+    defaults = default_values({"sources": resolved.data.sources, "instructions": resolved.data.instructions})
     overrides = config_flags.get_override_values(values["config"])
-    for key, value in configs.flatten(resolved):
+    for key, value in by_key(resolved).items():
         if key in overrides:
             origin = f"--config.{key}"
         elif key in defaults and defaults[key] == value:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from glm_jax import config as configs
-from glm_jax.config import Config
+from glm_jax.config import Experiment, default_values, resolve
+from glm_jax.config.fields import closest
 from glm_jax.errors import UserError
 
 
@@ -68,10 +68,10 @@ def require(values: flags.FlagValues, names: Sequence[str]) -> None:
             raise UserError(f"--{name} is missing: {values[name].help}")
 
 
-def load(values: flags.FlagValues) -> Config:
+def load(values: flags.FlagValues) -> Experiment:
     """Give the resolved config that the flags describe."""
     try:
-        return configs.resolve(values.config)
+        return resolve(values.config)
     except OSError as error:  # config_flags raises it only now
         raise UserError(
             f"--config {config_flags.get_config_filename(values['config'])} cannot be read: is the path right?"
@@ -86,13 +86,13 @@ def _one_line(error: Exception) -> str:
 
 def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
     """Say which `--config.KEY` does not exist, and the nearest that does."""
-    known = [key for key, _ in configs.flatten(configs.default_config())]
+    known = list(default_values({}))
     for argument in arguments:
         key = argument.split("=")[0].removeprefix("--config.")
         if not argument.startswith("--config."):
             continue
         if key.startswith("data.sources.") and key.count(".") == 3:
-            known += [f"{key.rsplit('.', 1)[0]}.{name}" for name in configs.source()]
+            known = list(default_values({"sources": [key.split(".")[2]]}))
         if key not in known:
-            return f"unknown config key {key}: {configs.closest(key, known)}"
+            return f"unknown config key {key}: {closest(key, known)}"
     return f"unknown config key: {_one_line(error)}"

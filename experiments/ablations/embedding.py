@@ -10,8 +10,7 @@ Criterion: the curves `grad_norm/embedding` and `grad_norm/blocks_*` of each mem
 step, mean and spread over three seeds. The learning rate is twice the other ablations', nearer to instability.
 """
 
-from glm_jax.analysis.sweep_base import small_english
-from glm_jax.config import Config
+from glm_jax.config import Config, small_english
 
 
 def get_config() -> Config:

@@ -9,8 +9,7 @@ Criterion: held-out loss after the last step, mean and spread over three seeds. 
 GELU two of width 258: 33,432 against 33,346 parameters a layer.
 """
 
-from glm_jax.analysis.sweep_base import small_english
-from glm_jax.config import Config
+from glm_jax.config import Config, small_english
 
 
 def get_config() -> Config:

@@ -20,8 +20,7 @@ stopped to: at the lowest rate, look at the curve.
 Expected time: some two to three hours on two quiet cores.
 """
 
-from glm_jax.analysis.sweep_base import small_english
-from glm_jax.config import Config
+from glm_jax.config import Config, small_english
 
 LEARNING_RATES = (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 

@@ -14,8 +14,7 @@ model's. It then has a loss on every token of a row, the others on their blanks 
 that advantage in signal at equal steps is part of what is compared. Instructions are docstrings to be summed up.
 """
 
-from glm_jax.analysis.sweep_base import small_english
-from glm_jax.config import Config, instructions
+from glm_jax.config import Config, instructions, small_english
 
 
 def get_config() -> Config:

@@ -9,8 +9,7 @@ Criterion: held-out loss after the last step, mean and spread over three seeds. 
 training: what ALiBi is made for, longer rows than those trained on, is not asked here.
 """
 
-from glm_jax.analysis.sweep_base import small_english
-from glm_jax.config import Config
+from glm_jax.config import Config, small_english
 
 
 def get_config() -> Config:

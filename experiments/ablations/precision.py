@@ -11,8 +11,7 @@ overflow and rounding are those of float16, speed is not. A model of this size h
 the limit: equal losses say that both methods cost nothing, and not that large models could do without.
 """
 
-from glm_jax.analysis.sweep_base import small_english
-from glm_jax.config import Config
+from glm_jax.config import Config, small_english
 
 
 def get_config() -> Config:

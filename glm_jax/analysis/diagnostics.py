@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from glm_jax.config.model import Activation, Norm
 from glm_jax.model import GLMConfig, init, visibility
 from glm_jax.model.attention import Attention
-from glm_jax.model.config import Activation, Norm
 from glm_jax.model.feedforward import FeedForward
 from glm_jax.model.layers import LayerNorm, run
 from glm_jax.model.positions import PositionTerms, position_terms

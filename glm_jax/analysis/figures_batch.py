@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from glm_jax.analysis import style
-from glm_jax.data.blank_options import OBJECTIVES, SpecialTokens
+from glm_jax.config.data import OBJECTIVES
+from glm_jax.data.blank_options import SpecialTokens
 from glm_jax.model import visibility
 
 Batch = Mapping[str, np.ndarray]

@@ -9,9 +9,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from glm_jax import config as configs
 from glm_jax.analysis import record as records
 from glm_jax.analysis.record import MARK_NAMES, Mark, Record
+from glm_jax.config import default_values
+from glm_jax.config.fields import flatten
 from glm_jax.errors import UserError
 from glm_jax.files import write_atomic
 from glm_jax.training.workdir import CONFIG
@@ -142,15 +143,12 @@ def facts(record: Record, config: dict[str, Any]) -> list[tuple[str, str]]:
 
 def differences(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """List (key, value, default) of what a config says other than the defaults; None where there is no default."""
-    defaults = dict(configs.flatten(configs.default_config()))
     data = config.get("data", {})
-    for section, entry in (("sources", configs.source()), ("instructions", configs.instructions())):
-        for name in data.get(section, {}):
-            defaults.update(configs.flatten(entry, f"data.{section}.{name}."))
-    defaults = json.loads(json.dumps(defaults))  # tuples as the workdir's file holds them
+    names = {table: data.get(table, {}) for table in ("sources", "instructions")}
+    defaults = json.loads(json.dumps(default_values(names)))  # tuples as the workdir's file holds them
     return [
         (key, value, defaults.get(key))
-        for key, value in configs.flatten(config)
+        for key, value in flatten(config)
         if key not in defaults or defaults[key] != value
     ]
 

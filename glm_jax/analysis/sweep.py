@@ -27,10 +27,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from glm_jax import config as configs
 from glm_jax.analysis import sweep_members, sweep_results
 from glm_jax.analysis.sweep_members import Group, Member, Sweep
-from glm_jax.config import Config
+from glm_jax.config import Experiment, by_key
+from glm_jax.config.fields import in_section
 from glm_jax.errors import UserError
 from glm_jax.files import write_atomic
 
@@ -40,7 +40,7 @@ FREE_KEYS = ("data.cache",)  # may differ when a sweep goes on
 Say = Callable[[str], None]
 
 
-def run(base: Config, path: Path, workdir: Path, parallel: int, say: Say) -> int:
+def run(base: Experiment, path: Path, workdir: Path, parallel: int, say: Say) -> int:
     """Train what is missing of a sweep.
 
     Args:
@@ -95,7 +95,7 @@ def _run(workdir: Path, description: dict[str, Any], groups: Sequence[Group], pa
     return DONE
 
 
-def listing(base: Config, path: Path) -> Iterator[str]:
+def listing(base: Experiment, path: Path) -> Iterator[str]:
     """Yield what a sweep would do: a line for each group, and one for each of its members.
 
     Raises:
@@ -110,9 +110,9 @@ def listing(base: Config, path: Path) -> Iterator[str]:
             yield f"  {member.name}"
 
 
-def _numbers(base: Config) -> dict[str, Any]:
-    values = json.loads(json.dumps(dict(configs.flatten(base))))
-    return {key: value for key, value in values.items() if not configs.in_section(key, FREE_KEYS)}
+def _numbers(base: Experiment) -> dict[str, Any]:
+    plain = json.loads(json.dumps(by_key(base)))
+    return {key: value for key, value in plain.items() if not in_section(key, FREE_KEYS)}
 
 
 def _check_same(workdir: Path, description: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ def _prepare(members: Sequence[Member], say: Say) -> list[dict[str, Any]]:
     return [{"tokenizer": data.tokenizer.digest, "sources": data.digests} for data in prepared.values()]
 
 
-def _describe(path: Path, base: Config, sweep: Sweep, members: Sequence[Member]) -> dict[str, Any]:
+def _describe(path: Path, base: Experiment, sweep: Sweep, members: Sequence[Member]) -> dict[str, Any]:
     """Give what sweep.json says, but its data."""
     packages = ("glm-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.stem

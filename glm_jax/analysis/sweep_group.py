@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.analysis import sweep_suffix
-from glm_jax.config import Config
+from glm_jax.config import Experiment
+from glm_jax.config.fields import to_dict
 from glm_jax.data.batches import Batches
 from glm_jax.data.prepare import Prepared, prepare
 from glm_jax.training import engine, recipe, segment
-from glm_jax.training import workdir as workdirs
 from glm_jax.training.evaluation import Evaluation, training_batches
 from glm_jax.training.step import Controls, StepConfig, TrainState, init_state, train_step
 
@@ -60,8 +60,8 @@ class Outcome:
 class Streams:
     """The batches of several members; those that read the same share them."""
 
-    def __init__(self, configs: Sequence[Config], prepared: Mapping[str, Prepared]) -> None:
-        keys = [json.dumps([config.seed, config.data.to_dict()], sort_keys=True) for config in configs]
+    def __init__(self, configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> None:
+        keys = [json.dumps([config.seed, to_dict(config.data)], sort_keys=True) for config in configs]
         unique = list(dict.fromkeys(keys))
         self.of_member = np.array([unique.index(key) for key in keys], np.int32)  # [members]
         self._batches: list[Batches] = []
@@ -82,14 +82,14 @@ class Streams:
         }
 
 
-def data_key(config: Config) -> str:
+def data_key(config: Experiment) -> str:
     """Give what the preparation of a config's data follows from, as text."""
-    data = config.data.to_dict()
+    data = to_dict(config.data)
     return json.dumps([data["sources"], data["tokenizer"], data["instructions"], data["near_duplicates"],
                        data["heldout"], data["cache"]], sort_keys=True)  # fmt: skip
 
 
-def prepare_all(configs: Sequence[Config], say: Callable[[str], None]) -> dict[str, Prepared]:
+def prepare_all(configs: Sequence[Experiment], say: Callable[[str], None]) -> dict[str, Prepared]:
     """Prepare the data of every config, each kind once; keyed by `data_key`."""
     prepared: dict[str, Prepared] = {}
     for config in configs:
@@ -105,7 +105,7 @@ def block_size(members: int, member_bytes: int) -> int:
     return max(size for size in range(1, members + 1) if members % size == 0 and size <= fitting)
 
 
-def _member_bytes(cfg: StepConfig, config: Config) -> int:
+def _member_bytes(cfg: StepConfig, config: Experiment) -> int:
     rows = config.train.global_batch // config.train.microbatches
     logits = rows * config.data.seq_length * cfg.engine.model.vocab_size
     return 4 * (3 * cfg.engine.model.num_parameters + logits)
@@ -147,7 +147,7 @@ def init_states(cfg: StepConfig, seeds: Sequence[int]) -> TrainState:
     return jax.jit(jax.vmap(lambda key: init_state(cfg, key=key)))(keys)
 
 
-def begin(configs: Sequence[Config], prepared: Mapping[str, Prepared]) -> tuple[GroupStep, TrainState, Streams]:
+def begin(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tuple[GroupStep, TrainState, Streams]:
     """Give what members that share a program are trained with: their step (see `compile_group`), states and batches.
 
     Raises:
@@ -160,15 +160,14 @@ def begin(configs: Sequence[Config], prepared: Mapping[str, Prepared]) -> tuple[
     return step, init_states(cfg, [config.seed for config in configs]), streams
 
 
-def _shared(configs: Sequence[Config], prepared: Mapping[str, Prepared]) -> tuple[StepConfig, jax.sharding.Mesh]:
+def _shared(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tuple[StepConfig, jax.sharding.Mesh]:
     first = configs[0]
     tokenizer = prepared[data_key(first)].tokenizer
-    glm = workdirs.model_config(first, tokenizer)
-    return segment.step_config(first, glm, tokenizer.size), segment.build_mesh(first)
+    return segment.step_config(first, first.glm(tokenizer.size), tokenizer.size), segment.build_mesh(first)
 
 
 def train(
-    configs: Sequence[Config], prepared: Mapping[str, Prepared], progress: Callable[[int], None]
+    configs: Sequence[Experiment], prepared: Mapping[str, Prepared], progress: Callable[[int], None]
 ) -> list[Outcome]:
     """Train members that share a program to their last step.
 
@@ -211,7 +210,7 @@ def _entropy(counts: np.ndarray) -> float:
 
 
 def _evaluate(
-    configs: Sequence[Config], prepared: Mapping[str, Prepared], states: TrainState
+    configs: Sequence[Experiment], prepared: Mapping[str, Prepared], states: TrainState
 ) -> list[dict[str, float]]:
     """Give each member's held-out losses, as the last evaluation of `glm-jax train` does."""
     if not configs[0].train.eval_every:
@@ -223,7 +222,7 @@ def _evaluate(
         own = jax.tree.map(lambda array: array[member], params)
         return engine.losses(cfg.engine, mesh, own, batch)
 
-    differ = len({json.dumps(config.data.blanks.to_dict(), sort_keys=True) for config in configs}) > 1
+    differ = len({json.dumps(to_dict(config.data.blanks), sort_keys=True) for config in configs}) > 1
     found = []
     for member, config in enumerate(configs):
         own = functools.partial(losses, member=np.int32(member))
@@ -236,7 +235,7 @@ def _evaluate(
 
 
 def _outcome(
-    config: Config,
+    config: Experiment,
     taken: Sequence[Mapping[str, Any]],
     member: int,
     heldout: Mapping[str, float],

@@ -26,8 +26,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glm_jax import config as configs
-from glm_jax.config import Config
+from glm_jax.config import Experiment, by_key, with_changes
+from glm_jax.config.fields import in_section, to_dict
 from glm_jax.errors import UserError
 from glm_jax.training import recipe
 
@@ -59,7 +59,7 @@ class Member:
     name: str
     labels: Mapping[str, str]
     changes: Mapping[str, Any]
-    config: Config
+    config: Experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Group:
                 "name": member.name,
                 "labels": dict(member.labels),
                 "changes": dict(member.changes),
-                "config": member.config.to_dict(),
+                "config": to_dict(member.config),
             }
             for member in self.members
         ]
@@ -141,7 +141,7 @@ def _fits_a_file(label: Any) -> bool:
     return isinstance(label, str) and 0 < len(label) < 40 and not set(label) & set("/,= \n\0")
 
 
-def expand(base: Config, sweep: Sweep) -> list[Member]:
+def expand(base: Experiment, sweep: Sweep) -> list[Member]:
     """Give every member of a sweep, its config checked.
 
     Args:
@@ -164,7 +164,7 @@ def expand(base: Config, sweep: Sweep) -> list[Member]:
                     raise UserError(f"the axis {axis} sets {key}, and so does one before it: leave it to one of them")
                 changes[key] = value
         try:
-            config = configs.with_changes(base, changes)
+            config = with_changes(base, changes)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         _check_plain(name, config)
@@ -178,16 +178,16 @@ def _short_names(sweep: Mapping[str, Any]) -> dict[str, str]:
     return {axis: name if last.count(name) == 1 else axis for axis, name in zip(sweep, last, strict=True)}
 
 
-def _check_plain(name: str, config: Config) -> None:
-    values = dict(configs.flatten(config))
+def _check_plain(name: str, config: Experiment) -> None:
+    found = by_key(config)
     for key, plain in PLAIN_KEYS.items():
-        if values[key] != plain:
-            raise UserError(f"{name}: {key} is {values[key]!r}, the members of a sweep are run with {plain!r}")
+        if found[key] != plain:
+            raise UserError(f"{name}: {key} is {found[key]!r}, the members of a sweep are run with {plain!r}")
     if not config.data.sources:
         raise UserError(f"{name}: data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
 
 
-def program(config: Config) -> str:
+def program(config: Experiment) -> str:
     """Give what a member's program follows from, as text; equal texts, one program.
 
     Dropout draws from the seed, which is then a part of the program.
@@ -195,8 +195,8 @@ def program(config: Config) -> str:
     drops = config.model.attention_dropout or config.model.hidden_dropout
     keys = {
         key: value
-        for key, value in configs.flatten(config)
-        if not configs.in_section(key, ARRAY_KEYS) or (key == "seed" and drops)
+        for key, value in by_key(config).items()
+        if not in_section(key, ARRAY_KEYS) or (key == "seed" and drops)
     }
     return json.dumps([keys, recipe.shrinks(config)], sort_keys=True)
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax import config as configs
 from glm_jax.analysis import sweep_group, sweep_members, sweep_verdict
 from glm_jax.analysis.sweep_results import (
     DESCRIPTION,
@@ -38,7 +37,7 @@ from glm_jax.analysis.sweep_results import (
     steps_text,
 )
 from glm_jax.analysis.sweep_worker import result
-from glm_jax.config import Config, source
+from glm_jax.config import Config, by_key, resolve, source
 from glm_jax.data.samples import docstrings
 from glm_jax.errors import UserError
 from glm_jax.files import write_atomic
@@ -189,12 +188,12 @@ def train_small(base: Config, axes: Mapping[str, Any]) -> Saved:
         changed = base.copy_and_resolve_references()
         changed.data.cache = str(Path(folder) / "cache")
         changed.data.sources = {"en": source(path=str(text), format="jsonl")}
-        resolved = configs.resolve(changed)
+        resolved = resolve(changed)
         members = sweep_members.expand(resolved, sweep)
         results = [found for group in sweep_members.group(members) for found in _train_group(group)]
     order = [member.name for member in members]
     results.sort(key=lambda found: order.index(found["name"]))
-    description = {"command": None, "commit": None, "base": dict(configs.flatten(resolved)), "axes": sweep,
+    description = {"command": None, "commit": None, "base": by_key(resolved), "axes": sweep,
                    "members": order}  # fmt: skip
     return Saved(description, results)
 

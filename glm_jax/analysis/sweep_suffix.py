@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax import config as configs
-from glm_jax.config import Config
-from glm_jax.data.blanks import OBJECTIVES, Sample, blank_one
+from glm_jax.config import Experiment, with_changes
+from glm_jax.config.data import OBJECTIVES
+from glm_jax.data.blanks import Sample, blank_one
 from glm_jax.data.prepare import Prepared
 from glm_jax.training.evaluation import heldout_batches
 
@@ -24,29 +24,29 @@ GMASK_ALONE = {"data.blanks.mask": 0.0, "data.blanks.smask": 0.0, "data.blanks.g
                "data.blanks.instruction": 0.0, "data.blanks.history": ()}  # fmt: skip
 
 
-def is_unidirectional(config: Config) -> bool:
+def is_unidirectional(config: Experiment) -> bool:
     """Say whether every training row is one [gMASK] target without context."""
     blanks = config.data.blanks
     others = blanks.mask + blanks.smask + blanks.instruction
     return blanks.gmask > 0 and not others and blanks.gmask_min_ratio == 1.0 and not blanks.history
 
 
-def applies(config: Config) -> bool:
+def applies(config: Experiment) -> bool:
     """Say whether a member has learnt to continue a text: some of its rows are [gMASK] ones."""
     return config.data.blanks.gmask > 0 and not config.data.blanks.history
 
 
-def batches(config: Config, prepared: Prepared) -> Iterator[dict[str, np.ndarray]]:
+def batches(config: Experiment, prepared: Prepared) -> Iterator[dict[str, np.ndarray]]:
     """Yield the held-out rows of all sources as batches of a microbatch's size, the same texts for every member."""
     rows = config.train.global_batch // config.train.microbatches
-    for held in heldout_batches(configs.with_changes(config, GMASK_ALONE), prepared).values():
+    for held in heldout_batches(with_changes(config, GMASK_ALONE), prepared).values():
         count = min(config.train.eval_rows, held.rows_per_epoch) // rows * rows
         for first in range(0, count, rows):
             texts = [held.text(held.locate(row)) for row in range(first, first + rows)]
             yield make_batch(texts, config, prepared)
 
 
-def make_batch(texts: list[np.ndarray], config: Config, prepared: Prepared) -> dict[str, np.ndarray]:
+def make_batch(texts: list[np.ndarray], config: Experiment, prepared: Prepared) -> dict[str, np.ndarray]:
     """Make a batch of texts, int32 [n] each; arrays as of `Batches.at`."""
     size, length = len(texts), config.data.seq_length
     two_streams = config.model.position == "learned_2d"
@@ -73,7 +73,7 @@ def make_batch(texts: list[np.ndarray], config: Config, prepared: Prepared) -> d
     return batch
 
 
-def _sample(text: np.ndarray, config: Config, prepared: Prepared, two_streams: bool) -> tuple[Sample, int]:
+def _sample(text: np.ndarray, config: Experiment, prepared: Prepared, two_streams: bool) -> tuple[Sample, int]:
     """Give the sample of a text, and its first place that counts."""
     special, end = prepared.tokenizer, config.data.blanks.gmask_eop
     half = len(text) // 2
@@ -83,7 +83,7 @@ def _sample(text: np.ndarray, config: Config, prepared: Prepared, two_streams: b
 
 
 def evaluate(
-    config: Config,
+    config: Experiment,
     prepared: Prepared,
     losses: Callable[[Mapping[str, np.ndarray]], np.ndarray],
 ) -> dict[str, float]:

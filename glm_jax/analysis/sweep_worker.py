@@ -16,18 +16,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glm_jax import config as configs
 from glm_jax.analysis import sweep_group, sweep_verdict
 from glm_jax.analysis.sweep_group import Outcome
 from glm_jax.analysis.sweep_results import number, save_member
-from glm_jax.config import Config
+from glm_jax.config import Experiment, resolve
 from glm_jax.errors import UserError
 
 
 def work(job: Mapping[str, Any]) -> None:
     """Train the group of a job and write its members' results."""
     started = time.monotonic()
-    resolved = [configs.from_json(json.dumps(member["config"])) for member in job["members"]]
+    resolved = [resolve(member["config"]) for member in job["members"]]
     prepared = sweep_group.prepare_all(resolved, lambda line: print(line, file=sys.stderr, flush=True))
     outcomes = sweep_group.train(resolved, prepared, lambda step: print(step, flush=True))
     run = {"group": job["group"], "members": len(resolved), "seconds": round(time.monotonic() - started, 1)}
@@ -36,7 +35,7 @@ def work(job: Mapping[str, Any]) -> None:
         save_member(Path(job["workdir"]), {**named, **result(config, outcome), "run": run})
 
 
-def result(config: Config, outcome: Outcome) -> dict[str, Any]:
+def result(config: Experiment, outcome: Outcome) -> dict[str, Any]:
     """Give what is saved of an outcome; the verdict is on the numbers as they are saved."""
     losses = [number(loss) for loss in outcome.losses]
     saved = [float("nan") if loss is None else loss for loss in losses]

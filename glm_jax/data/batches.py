@@ -16,15 +16,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grain
 import numpy as np
 
+from glm_jax.config.data import OBJECTIVES, BlankOptions
 from glm_jax.data import packing
-from glm_jax.data.blank_options import OBJECTIVES, BlankOptions, SpecialTokens, places, text_length
+from glm_jax.data.blank_options import SpecialTokens, places, text_length
 from glm_jax.data.blanks import Sample, make_samples
-from glm_jax.data.mixture import History, Mixture, section_history
+from glm_jax.data.mixture import History, Mixture
 from glm_jax.data.packing import Packing
 from glm_jax.data.streams import Documents, Stream
 from glm_jax.errors import UserError
@@ -63,7 +63,7 @@ class Batches:
 
     def __init__(
         self, sources: Mapping[str, Documents], weights: History, special: SpecialTokens, seq_length: int,
-        objectives: History | Mapping[str, Any], seed: int, *, options: BlankOptions | None = None,
+        objectives: History, seed: int, *, options: BlankOptions | None = None,
         sentence_ends: np.ndarray | None = None, instructions: Mapping[str, Documents] | None = None,
     ) -> None:  # fmt: skip
         """Plan everything; no text is read yet.
@@ -73,9 +73,8 @@ class Batches:
             weights: shares of an objective's rows by source, relative to the others'; may be a history over rows.
             special: ids of the special tokens, such as a Tokenizer.
             seq_length: tokens of a row, S.
-            objectives: shares of rows by objective (see OBJECTIVES); may be a history over rows, or the config's
-                section `data.blanks`, which holds either. The cuts depend on which are named: name one that may come
-                later from the start, with weight 0.
+            objectives: shares of rows by objective (see OBJECTIVES); may be a history over rows. The cuts
+                depend on which are named: name one that may come later from the start, with weight 0.
             seed: of the run; another seed gives other orders and other blanks.
             options: how rows are cut and blanks are drawn.
             sentence_ends: bool [V], which tokens end a sentence; the smask objective needs it.
@@ -85,8 +84,6 @@ class Batches:
         Raises:
             UserError: a weight for an unknown name, no weights, a source without text, or rows too short.
         """
-        if isinstance(objectives, Mapping) and "history" in objectives:
-            objectives = section_history(objectives)
         prompted = instructions or {}
         self.sources = (*sources, *prompted)
         named = _names(objectives)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from glm_jax.config.data import BlankOptions
 from glm_jax.errors import UserError
-
-# What a row is made of: three ways to blank a text, and prompts with answers.
-OBJECTIVES = ("mask", "gmask", "smask", "instruction")
 
 # A row reserves room for the spans it may draw; fewer than this share of draws need more and are drawn again.
 OVERFLOW = 1e-3
@@ -31,101 +26,6 @@ class SpecialTokens(Protocol):
     eop: int
     eos: int
     pad: int
-
-
-@dataclass(frozen=True)
-class BlankOptions:
-    """How blanks are drawn. The defaults follow the paper's text; what its code did beyond that is off.
-
-    Attributes:
-        mask_ratio: [MASK] spans are drawn until they hold at least int(mask_ratio * n) of n tokens.
-        mean_span, longest_span: span lengths follow Poisson(mean_span) restricted to 1..longest_span.
-        single_span_prob: probability that a [MASK] sample has just one span (0.02 in GLM-130B).
-        short_seq_prob: probability that a [MASK] segment holds two shorter samples instead of one, cut at a uniform
-            place (0.02 in GLM-130B, which dropped the second, as `cut_targets` does; else no text is lost).
-        shortest_seq: where `short_seq_prob` and `cut_targets` cut, the first sample keeps at least this many tokens
-            (32 in GLM-130B).
-        gmask_min_ratio: a [gMASK] target is uniform on int(gmask_min_ratio * n)..n tokens.
-        gmask_eop: a [gMASK] target ends in eop. GLM-130B's never did: it is off in experiments/glm_130b.py.
-        gmask_infill_prob: probability that a [gMASK] blank lies anywhere and not at the end (original GLM: 0.5);
-            text with a document's end inside keeps it at the end.
-        smask_ratio: whole sentences are blanked until they hold at least this share.
-        block_mask_prob: probability that an input token of a [MASK] target is replaced by `block_mask_token`
-            (original GLM: 0.1, dBLOCK).
-        two_streams: positions for learned_2d: all target tokens of any objective carry the position of their blank
-            in stream 0 and 1, 2, ... in stream 1. Else one stream, in which [gMASK] and instruction positions go on
-            counting.
-        mask_segments, gmask_segments, smask_segments: samples packed into a row (GLM-130B: 4, 1).
-        instruction_segments: instruction samples of a row, each cut to its even share (GLM-130B: 4).
-        whole_documents: rows are packed with as many whole documents (or instruction samples) as they hold, so that
-            none but those longer than a row is cut; the numbers of segments above then say nothing but how long an
-            instruction sample may be.
-        cut_targets: what GLM-130B's code did about room: 500 text tokens per 512 whatever the objective, and what
-            of the [MASK] targets does not fit is cut (a third of them).
-        replacement: each row's window is drawn at random, as GLM-130B's code did, so that an epoch misses some text
-            and repeats some.
-    """
-
-    mask_ratio: float = 0.15
-    mean_span: float = 3.0
-    longest_span: int = 39
-    single_span_prob: float = 0.0
-    short_seq_prob: float = 0.0
-    shortest_seq: int = 1
-    gmask_min_ratio: float = 0.2
-    gmask_eop: bool = True
-    gmask_infill_prob: float = 0.0
-    smask_ratio: float = 0.15
-    block_mask_prob: float = 0.0
-    block_mask_token: int = -1
-    two_streams: bool = False
-    mask_segments: int = 1
-    gmask_segments: int = 1
-    smask_segments: int = 1
-    instruction_segments: int = 4
-    whole_documents: bool = False
-    cut_targets: bool = False
-    replacement: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("single_span_prob", "short_seq_prob", "gmask_min_ratio", "gmask_infill_prob",
-                     "block_mask_prob"):  # fmt: skip
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}, it must be from 0 to 1")
-        for name in ("mask_ratio", "smask_ratio"):
-            if not 0 < getattr(self, name) <= 0.5:
-                raise UserError(f"{name} is {getattr(self, name)}, it must be above 0 and at most 0.5")
-        for name in ("longest_span", "shortest_seq", "mask_segments", "gmask_segments", "smask_segments",
-                     "instruction_segments"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, it must be at least 1")
-        if self.mean_span <= 0:
-            raise UserError(f"mean_span is {self.mean_span}, it must be above 0")
-        if self.block_mask_prob > 0 and self.block_mask_token < 0:
-            raise UserError("block_mask_prob is set: give the id of dBLOCK as block_mask_token")
-        if self.whole_documents and (self.cut_targets or self.replacement):
-            raise UserError("whole_documents does not go with cut_targets or replacement: turn one of them off")
-
-    @classmethod
-    def from_section(cls, section: Mapping[str, Any], two_streams: bool = False) -> BlankOptions:
-        """Read the options from the config's section `data.blanks`.
-
-        Args:
-            section: has every field but `two_streams`; its other keys are the objectives' shares.
-            two_streams: whether the model has two position streams (model.position is learned_2d).
-
-        Raises:
-            UserError: a value out of range.
-        """
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "two_streams"]
-        try:
-            return cls(**{name: section[name] for name in names}, two_streams=two_streams)
-        except UserError as error:
-            raise UserError(f"data.blanks: {error}") from None
-
-    def segments(self, objective: str) -> int:
-        """Give the number of samples that share a row of `objective`."""
-        return getattr(self, f"{objective}_segments")
 
 
 @functools.lru_cache

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glm_jax.data.blank_options import OBJECTIVES as OBJECTIVES  # what a batch's `objective` counts
-from glm_jax.data.blank_options import BlankOptions, SpecialTokens, masked_tokens, places, span_distribution
+from glm_jax.config.data import BlankOptions
+from glm_jax.data.blank_options import SpecialTokens, masked_tokens, places, span_distribution
 from glm_jax.errors import UserError
 
 SENTENCE_ENDS = frozenset(".?!;:。？！；：…\n")

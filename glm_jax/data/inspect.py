@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.data.blanks import OBJECTIVES
+from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.prepare import Prepared
 from glm_jax.data.tokenizer import Tokenizer
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from glm_jax.config.data import InstructionSet
 from glm_jax.data import instruction_samples, readers, samples
 from glm_jax.data.registry import DATASETS, Dataset
 from glm_jax.data.streams import shuffled
@@ -155,12 +156,12 @@ def _templates(path: str, known: Dataset | None) -> list[Template]:
 
 
 def prepare(
-    section: Mapping[str, Any], tokenizer: Tokenizer, cache: Path, report: Callable[[str], None]
+    section: Mapping[str, InstructionSet], tokenizer: Tokenizer, cache: Path, report: Callable[[str], None]
 ) -> tuple[dict[str, Instructions], dict[str, float]]:
     """Bring the config's section `data.instructions` to tokenised samples, through the cache.
 
     Args:
-        section: entries by name; see config.instructions.
+        section: entries by name.
         tokenizer: of the run.
         cache: the cache's root directory.
         report: gets one line a set.
@@ -176,17 +177,13 @@ def prepare(
     weights: dict[str, float] = {}
     for name, entry in section.items():
         try:
-            files = (
-                readers.find_files(entry["path"])
-                if entry["path"]
-                else [instruction_samples.fetch(entry["sample"], cache)]
-            )
+            files = readers.find_files(entry.path) if entry.path else [instruction_samples.fetch(entry.sample, cache)]
         except samples.Unreachable as error:
             report(f"instructions {name}: left out, {error}")
             continue
-        known = _known(name, entry["dataset"])
-        templates = _templates(entry["templates"], known)
-        cap = entry["cap"] or (known.cap if known else 0)
+        known = _known(name, entry.dataset)
+        templates = _templates(entry.templates, known)
+        cap = entry.cap or (known.cap if known else 0)
         digest = hashlib.sha256(repr((FORMAT_VERSION, cap, tokenizer.digest)).encode())
         digest.update(repr([(template.jinja, template.answer_choices) for template in templates]).encode())
         for file in files:
@@ -199,6 +196,6 @@ def prepare(
         sets[name] = Instructions(directory)
         if not len(sets[name]):
             raise UserError(f"data.instructions.{name} gives no sample: look at its records and templates")
-        weights[name] = entry["weight"] or float(len(sets[name]))
+        weights[name] = entry.weight or float(len(sets[name]))
         report(f"instructions {name}: {len(sets[name]):,} samples, {int(sets[name].lengths.sum()):,} tokens")
     return sets, weights

@@ -12,9 +12,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from glm_jax.data.blank_options import OBJECTIVES
 from glm_jax.errors import UserError
 
 # Knots of a piecewise-linear history: (row, weights from there on). A plain mapping is a history of one knot.
@@ -41,11 +39,6 @@ def temperature_weights(sizes: Mapping[str, float], temperature: float) -> dict[
     weights = {name: (size / largest) ** (1 / temperature) for name, size in sizes.items()}
     total = sum(weights.values())
     return {name: weight / total for name, weight in weights.items()}
-
-
-def section_history(section: Mapping[str, Any]) -> History:
-    """Give the objectives' history that the config's section `data.blanks` holds: its `history`, else its shares."""
-    return section["history"] or {kind: section[kind] for kind in OBJECTIVES if section[kind] > 0}
 
 
 def with_weights(history: History, constant: Mapping[str, float]) -> History:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm_jax.config import Config
+from glm_jax.config import Experiment
 from glm_jax.data import corpus, ice_tokenizer, instructions, samples, tokenizer
 from glm_jax.data.build import Workers, made
 from glm_jax.data.corpus import Input, Shards
@@ -60,7 +60,7 @@ class Prepared:
     instruction_weights: dict[str, float]
 
 
-def prepare(config: Config, report: Report, *, workers: int = 1, strict: bool = True) -> Prepared:
+def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: bool = True) -> Prepared:
     """Fetch or read the sources, remove duplicates, train the tokenizer, write shards; skip what is there.
 
     What is made does not depend on the number of workers, nor on how often it was killed and started again.
@@ -96,7 +96,7 @@ def prepare(config: Config, report: Report, *, workers: int = 1, strict: bool = 
             raise UserError("the weights of all data.sources are 0: give one a share")
         read = _tokenizer(documents, weights, data.tokenizer, cache, report)
         shards = {name: _shards(name, stage, read, cache, report, pool) for name, stage in documents.items()}
-    prompted, prompted_weights = instructions.prepare(data.instructions.to_dict(), read, cache, report)
+    prompted, prompted_weights = instructions.prepare(data.instructions, read, cache, report)
     return Prepared(
         tokenizer=read,
         shards={name: {side: Shards.open(shards[name], side) for side in corpus.SPLITS} for name in shards},
@@ -120,7 +120,7 @@ def check_undamaged(prepared: Prepared) -> None:
             )
 
 
-def fetch(config: Config, report: Report) -> None:
+def fetch(config: Experiment, report: Report) -> None:
     """Bring the sample corpora of a config into the cache.
 
     Raises:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.model.config import GLMConfig
+from glm_jax.config.model import GLMConfig
 from glm_jax.model.layers import (
     NORMAL_STDDEV,
     ONE_DEVICE,

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from glm_jax.model.config import GLMConfig
+from glm_jax.config.model import GLMConfig
 from glm_jax.model.layers import NORMAL_STDDEV, ONE_DEVICE, Affine, TensorAxis, xavier_stddev
 from glm_jax.model.residual import depth_coefficients
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glm_jax.model.config import GLMConfig
+from glm_jax.config.model import GLMConfig
 
 Array = jax.Array
 

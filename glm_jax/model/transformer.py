@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from glm_jax.config.model import GLMConfig
 from glm_jax.model.attention import Attention, LayerCache
-from glm_jax.model.config import GLMConfig
 from glm_jax.model.feedforward import FeedForward
 from glm_jax.model.layers import (
     NORMAL_STDDEV,

@@ -10,35 +10,34 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm_jax.config import Config
+from glm_jax.config import Experiment
 from glm_jax.data.batches import Batches
-from glm_jax.data.blank_options import BlankOptions
 from glm_jax.data.blanks import find_sentence_ends
-from glm_jax.data.mixture import section_history, temperature_weights, with_weights
+from glm_jax.data.mixture import temperature_weights, with_weights
 from glm_jax.data.prepare import Prepared
 from glm_jax.parallel import mesh as meshes
 
 SHORTEST_TEXT = 16  # tokens; with fewer held out, a source is not evaluated
 
 
-def training_batches(config: Config, prepared: Prepared) -> Batches:
+def training_batches(config: Experiment, prepared: Prepared) -> Batches:
     """Give the batches of a run, a pure function of the row."""
     return Batches(
         {source: splits["train"] for source, splits in prepared.shards.items()},
         with_weights(config.data.weights or _weights(config, prepared), prepared.instruction_weights),
         prepared.tokenizer,
         config.data.seq_length,
-        section_history(config.data.blanks.to_dict()),
+        config.data.blanks.objectives(),
         config.seed if config.data.seed < 0 else config.data.seed,
-        options=_options(config),
+        options=config.blank_options(),
         sentence_ends=_sentence_ends(config, prepared),
         instructions=prepared.instructions,
     )
 
 
-def heldout_batches(config: Config, prepared: Prepared) -> dict[str, Batches]:
+def heldout_batches(config: Experiment, prepared: Prepared) -> dict[str, Batches]:
     """Give the held-out rows of each source that has any; the same blanks every time, whatever the history."""
-    shares = section_history({**config.data.blanks.to_dict(), "history": (), "instruction": 0.0})
+    shares = {kind: share for kind, share in config.data.blanks.shares().items() if kind != "instruction"}
     return {
         source: Batches(
             {source: splits["heldout"]},
@@ -47,7 +46,7 @@ def heldout_batches(config: Config, prepared: Prepared) -> dict[str, Batches]:
             config.data.seq_length,
             shares,
             0,
-            options=dataclasses.replace(_options(config), replacement=False),
+            options=dataclasses.replace(config.blank_options(), replacement=False),
             sentence_ends=_sentence_ends(config, prepared),
         )
         for source, splits in prepared.shards.items()
@@ -55,7 +54,7 @@ def heldout_batches(config: Config, prepared: Prepared) -> dict[str, Batches]:
     }
 
 
-def _weights(config: Config, prepared: Prepared) -> dict[str, float]:
+def _weights(config: Experiment, prepared: Prepared) -> dict[str, float]:
     """Give the sources' weights, times what the temperature makes of their sizes."""
     if not config.data.temperature:
         return prepared.weights
@@ -64,11 +63,7 @@ def _weights(config: Config, prepared: Prepared) -> dict[str, float]:
     return {source: weight * shares[source] for source, weight in prepared.weights.items()}
 
 
-def _options(config: Config) -> BlankOptions:
-    return BlankOptions.from_section(config.data.blanks.to_dict(), config.model.position == "learned_2d")
-
-
-def _sentence_ends(config: Config, prepared: Prepared) -> np.ndarray | None:
+def _sentence_ends(config: Experiment, prepared: Prepared) -> np.ndarray | None:
     """Say which tokens end a sentence, where some rows may blank sentences."""
     blanks = config.data.blanks
     if not blanks.smask and not any("smask" in weights for _, weights in blanks.history):
@@ -79,7 +74,7 @@ def _sentence_ends(config: Config, prepared: Prepared) -> np.ndarray | None:
 class Evaluation:
     """The held-out loss of every source, always over the same rows with the same blanks."""
 
-    def __init__(self, config: Config, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
+    def __init__(self, config: Experiment, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
         self._mesh = mesh
         self._rows = config.train.global_batch // config.train.microbatches
         self._limit = config.train.eval_rows

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from glm_jax import config as configs
-from glm_jax.config import Config
+from glm_jax.config import Experiment, by_key, role, with_changes
 from glm_jax.errors import UserError
 from glm_jax.files import json_line, write_atomic
 
@@ -24,7 +23,7 @@ RECORD = "interventions.jsonl"
 Changes = Mapping[str, tuple[Any, Any]]  # dotted key -> before, after; None where the key is absent
 
 
-def effective(config: Config, step: int, skipped: Iterable[tuple[int, int]] = ()) -> Config:
+def effective(config: Experiment, step: int, skipped: Iterable[tuple[int, int]] = ()) -> Experiment:
     """Give the config that holds after `step`: with the interventions up to it.
 
     Args:
@@ -36,25 +35,25 @@ def effective(config: Config, step: int, skipped: Iterable[tuple[int, int]] = ()
     for at, values in sorted(config.interventions, key=lambda pair: pair[0]):
         if at <= step:
             changes |= values
-    changed = configs.with_changes(config, changes) if changes else config
+    changed = with_changes(config, changes) if changes else config
     skipped, ranges = list(skipped), changed.train.skip_steps
     if not skipped:
         return changed
-    return configs.with_changes(changed, {
+    return with_changes(changed, {
         "train.skip_steps": (*ranges, *(pair for pair in skipped if pair not in ranges)),
         "train.spike.rollbacks": max(0, changed.train.spike.rollbacks - len(skipped)),
     })  # fmt: skip
 
 
-def next_step(config: Config, step: int, last: int) -> int:
+def next_step(config: Experiment, step: int, last: int) -> int:
     """Give the first step after `step` at which an intervention takes effect, or `last` if that comes first."""
     return min([at for at, _ in config.interventions if at > step] + [last])
 
 
-def numbers(config: Config) -> dict[str, Any]:
+def numbers(config: Experiment) -> dict[str, Any]:
     """Give the keys that a run's numbers follow from, as they look after a trip through JSON."""
-    values = json.loads(json.dumps(dict(configs.flatten(config))))
-    return {key: value for key, value in values.items() if not configs.in_section(key, configs.OPERATIONAL_KEYS)}
+    plain = json.loads(json.dumps(by_key(config)))
+    return {key: value for key, value in plain.items() if role(key) != "operational"}
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

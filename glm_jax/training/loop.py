@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from glm_jax.config import Config
+from glm_jax.config import Experiment
 from glm_jax.data.corpus import Shards
 from glm_jax.data.prepare import Prepared, prepare
 from glm_jax.errors import UserError
@@ -24,7 +24,6 @@ from glm_jax.training import workdir as workdirs
 from glm_jax.training.checkpoint import Checkpoints
 from glm_jax.training.interventions import Record
 from glm_jax.training.monitor import Meter, Monitor, peak_flops, summary
-from glm_jax.training.precision import LossScaleConfig
 from glm_jax.training.profile import Profiler
 from glm_jax.training.segment import Segment, loss_metrics
 from glm_jax.training.sinks import import_wandb
@@ -74,7 +73,7 @@ class Progress:
 class Run:
     """One process's part of a run, from the newest good checkpoint (or the start) to the last step."""
 
-    def __init__(self, config: Config, workdir: Path, say: Say) -> None:
+    def __init__(self, config: Experiment, workdir: Path, say: Say) -> None:
         """Check everything and prepare the data.
 
         Args:
@@ -105,7 +104,7 @@ class Run:
         self.stop = StopRequest()
         self._last_save = time.monotonic()
 
-    def _prepare(self, config: Config) -> Prepared:
+    def _prepare(self, config: Experiment) -> Prepared:
         """Prepare data: the first process alone, then the others, which find most of it in the cache."""
         if not processes.is_first():
             processes.wait_for_all()
@@ -189,7 +188,7 @@ class Run:
                     self.record.add(step, progress.samples, cause, mine)
                     shown = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in mine.items())
                     self.say(f"from step {step} on ({cause}): {shown}")
-        scaling = LossScaleConfig.from_config(config)
+        scaling = config.train.scaling()
         if before is None:  # a new state, made for `part`
             rescaled = scaling != part.cfg.loss_scale
         else:
@@ -264,7 +263,7 @@ class Run:
                 previous = None  # what it asked for is done
         return None
 
-    def _request(self, config: Config) -> int:
+    def _request(self, config: Experiment) -> int:
         """Say what this process asks of all; the clock is the first one's."""
         if self.stop.requested:
             return STOP
@@ -284,7 +283,7 @@ class Run:
             self._evaluate(progress, part)  # at the end, as of every run
         return True
 
-    def _spike(self, progress: Progress, config: Config, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _spike(self, progress: Progress, config: Experiment, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         loss, norm = loss_metrics(metrics["sums"])["loss"], float(metrics["grad_norm"])
         progress.bands, reason = spike.watch(config, progress.bands, loss, norm)
         seen = {"step": progress.step, "loss": loss, "grad_norm": norm, "reason": reason}

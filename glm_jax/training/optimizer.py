@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from glm_jax.config import Config
+from glm_jax.config.training import OptimizerConfig
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer's constants; defaults are GLM-130B's. The learning rate is recipe.py's."""
-
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-
-    @classmethod
-    def from_config(cls, config: Config) -> OptimizerConfig:
-        """Read the section `optimizer`."""
-        return cls(**{field.name: config.optimizer[field.name] for field in dataclasses.fields(cls)})
 
 
 def decays(params: Any) -> Any:

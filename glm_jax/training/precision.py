@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from glm_jax.config import Config
+from glm_jax.config.training import LossScaleConfig
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class LossScaleConfig:
-    """The loss scale's constants."""
-
-    initial: float = 2.0**16
-    window: int = 2000  # good steps in a row that double the scale
-    hysteresis: int = 2  # bad steps that halve it
-    minimum: float = 1.0
-
-    @classmethod
-    def from_config(cls, config: Config) -> LossScaleConfig | None:
-        """Read the section `train.loss_scale`; None where the precision needs no scale."""
-        return cls(**config.train.loss_scale.to_dict()) if config.train.precision == "float16" else None
 
 
 class LossScale(NamedTuple):

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from glm_jax.config import Config
+from glm_jax.config import Experiment
 
 
-def batch_rows(config: Config, samples: int) -> int:
+def batch_rows(config: Experiment, samples: int) -> int:
     """Give the rows of the step that begins with `samples` rows seen.
 
     With a ramp (first batch, increment, samples) the batch grows to train.global_batch by increments that are equal
@@ -28,7 +28,7 @@ def batch_rows(config: Config, samples: int) -> int:
     return min(start + samples * increments // length * increment, full)
 
 
-def total_samples(config: Config) -> int:
+def total_samples(config: Experiment) -> int:
     """Give the samples after the last step."""
     samples, steps = 0, config.train.steps
     while steps and batch_rows(config, samples) < config.train.global_batch:
@@ -36,7 +36,7 @@ def total_samples(config: Config) -> int:
     return samples + steps * config.train.global_batch
 
 
-def learning_rate(config: Config, step: int, samples: int) -> float:
+def learning_rate(config: Experiment, step: int, samples: int) -> float:
     """Give the learning rate of `step`, which ends with `samples` rows seen.
 
     Linear from 0 at no samples to the peak at `warmup_samples`, then a cosine that reaches `min_lr` at
@@ -57,7 +57,7 @@ def learning_rate(config: Config, step: int, samples: int) -> float:
     return lr
 
 
-def embedding_shrink(config: Config, step: int) -> float:
+def embedding_shrink(config: Experiment, step: int) -> float:
     """Give alpha of the embedding gradient shrink at `step`: linear between the knots of its history."""
     cfg = config.train.embedding_shrink
     if not cfg.history:
@@ -66,13 +66,13 @@ def embedding_shrink(config: Config, step: int) -> float:
     return float(np.interp(step, steps, alphas))
 
 
-def shrinks(config: Config) -> bool:
+def shrinks(config: Experiment) -> bool:
     """Say whether any step shrinks the embedding's gradient."""
     cfg = config.train.embedding_shrink
     return any(alpha != 1.0 for _, alpha in cfg.history or ((0, cfg.alpha),))
 
 
-def pass_over(config: Config, step: int, samples: int) -> tuple[int, int]:
+def pass_over(config: Experiment, step: int, samples: int) -> tuple[int, int]:
     """Give the step and samples from which to go on after `step`: past any skipped steps that come next.
 
     A skipped step is never taken, but counts: its rows are seen as far as data and schedules are concerned.
@@ -82,7 +82,7 @@ def pass_over(config: Config, step: int, samples: int) -> tuple[int, int]:
     return step, samples
 
 
-def describe(config: Config, step: int, samples: int) -> Mapping[str, float]:
+def describe(config: Experiment, step: int, samples: int) -> Mapping[str, float]:
     """Give what `step`, which begins with `samples` rows seen, is taken with."""
     rows = batch_rows(config, samples)
     return {

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm_jax.config import Config
-from glm_jax.data.blanks import OBJECTIVES
+from glm_jax.config import Experiment
+from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.prepare import Prepared
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
@@ -20,12 +20,10 @@ from glm_jax.training import engine, recipe
 from glm_jax.training import workdir as workdirs
 from glm_jax.training.engine import EngineConfig, Sums
 from glm_jax.training.evaluation import Evaluation, training_batches
-from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.precision import LossScaleConfig
 from glm_jax.training.step import StepConfig, TrainState, compile_steps, controls
 
 
-def engine_config(config: Config, glm: GLMConfig, num_tokens: int) -> EngineConfig:
+def engine_config(config: Experiment, glm: GLMConfig, num_tokens: int) -> EngineConfig:
     """Give all that gradients depend on."""
     return EngineConfig(
         model=glm,
@@ -40,29 +38,28 @@ def engine_config(config: Config, glm: GLMConfig, num_tokens: int) -> EngineConf
     )
 
 
-def step_config(config: Config, glm: GLMConfig, num_tokens: int) -> StepConfig:
+def step_config(config: Experiment, glm: GLMConfig, num_tokens: int) -> StepConfig:
     """Give all that a step depends on; `num_tokens` are the real rows of the vocabulary."""
     return StepConfig(
         engine=engine_config(config, glm, num_tokens),
-        optimizer=OptimizerConfig.from_config(config),
-        loss_scale=LossScaleConfig.from_config(config),
+        optimizer=config.optimizer.constants(),
+        loss_scale=config.train.scaling(),
         shrinks=recipe.shrinks(config),
         seed=config.seed,
     )
 
 
-def build_mesh(config: Config) -> jax.sharding.Mesh:
+def build_mesh(config: Experiment) -> jax.sharding.Mesh:
     """Build the mesh and check that the model and the batch can be laid over it, before any data is read.
 
     Raises:
         UserError: too few devices, or a size that does not divide.
     """
-    mesh = meshes.build({axis: config.mesh[axis] for axis in meshes.AXES})
-    pieces = config.model.vocab_multiple  # what divides this divides the vocabulary, which is a multiple of it
-    glm = GLMConfig.from_section(config.model.to_dict(), pieces, config.data.seq_length)
+    mesh = meshes.build(config.mesh.sizes())
+    glm = config.glm(1)  # the smallest vocabulary: what divides it divides every other
     train = config.train
     engine.check(
-        engine_config(config, glm, pieces), mesh, train.global_batch, train.microbatches, config.data.seq_length
+        engine_config(config, glm, glm.vocab_size), mesh, train.global_batch, train.microbatches, config.data.seq_length
     )
     return mesh
 
@@ -101,9 +98,9 @@ def _together(function: Any) -> Callable[..., Any]:
 class Segment:
     """All that a run is done with while its config stays the same."""
 
-    def __init__(self, config: Config, prepared: Prepared) -> None:
+    def __init__(self, config: Experiment, prepared: Prepared) -> None:
         self.config, self.prepared = config, prepared
-        glm = workdirs.model_config(config, prepared.tokenizer)
+        glm = config.glm(prepared.tokenizer.size)
         self.cfg = step_config(config, glm, prepared.tokenizer.size)
         self.mesh = build_mesh(config)
         self.evaluation = Evaluation(config, prepared, self.mesh)
@@ -141,7 +138,7 @@ class Segment:
         self._stands = (-1, 0)
 
 
-def ready(config: Config, workdir: Path, prepare: Callable[[Config], Prepared]) -> Prepared:
+def ready(config: Experiment, workdir: Path, prepare: Callable[[Experiment], Prepared]) -> Prepared:
     """Check a config against its workdir and devices, and prepare its data.
 
     Args:

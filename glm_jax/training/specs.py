@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 
-from glm_jax.config import Config
+from glm_jax.config import Experiment
 from glm_jax.errors import UserError
-from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import partition
 from glm_jax.training import engine
@@ -18,13 +17,13 @@ from glm_jax.training.segment import step_config
 from glm_jax.training.step import init_state, state_specs
 
 
-def table(config: Config) -> Iterator[str]:
+def table(config: Experiment) -> Iterator[str]:
     """Yield a line for every array of the state: path, shape in memory, PartitionSpec, bytes on each device.
 
     Raises:
         UserError: the mesh has a size of -1, which only devices can resolve, or does not fit the model.
     """
-    sizes = {axis: config.mesh[axis] for axis in meshes.AXES}
+    sizes = config.mesh.sizes()
     if meshes.REST in sizes.values():
         raise UserError(
             f"a mesh size of {meshes.REST} depends on the devices: give a number, such as --config.mesh.data=1"
@@ -32,7 +31,7 @@ def table(config: Config) -> Iterator[str]:
     sizes = meshes.resolve(sizes, math.prod(sizes.values()))
     mesh: Any = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in meshes.AXES), meshes.AXES)
     length, train = config.data.seq_length, config.train
-    glm = GLMConfig.from_section(config.model.to_dict(), config.data.tokenizer.vocab_size, length)
+    glm = config.glm(config.data.tokenizer.vocab_size)
     cfg = step_config(config, glm, glm.vocab_size)
     engine.check(cfg.engine, mesh, train.global_batch, train.microbatches, length)
     shapes = jax.eval_shape(lambda: init_state(cfg, sizes["pipeline"]))

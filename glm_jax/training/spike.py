@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from glm_jax.config import Config
+from glm_jax.config import Experiment
 
 
 class Band(NamedTuple):
@@ -47,7 +47,7 @@ def _upper(band: Band, deviations: float) -> float:
     return band.mean + deviations * math.sqrt(band.variance)
 
 
-def watch(config: Config, bands: Bands, loss: float, grad_norm: float) -> tuple[Bands, str | None]:
+def watch(config: Experiment, bands: Bands, loss: float, grad_norm: float) -> tuple[Bands, str | None]:
     """Take in one step's values.
 
     Args:

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from glm_jax import config as configs
-from glm_jax.config import Config
+from glm_jax.config import Experiment, by_key, from_json, role, to_json
 from glm_jax.data.tokenizer import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.files import write_atomic
@@ -21,7 +20,7 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 
 
-def check(workdir: Path, config: Config) -> None:
+def check(workdir: Path, config: Experiment) -> None:
     """Check that `config` may start or go on in `workdir`; writes nothing.
 
     Raises:
@@ -30,11 +29,10 @@ def check(workdir: Path, config: Config) -> None:
     check_writable(workdir)
     if not (workdir / CONFIG).exists():
         return
-    before = dict(configs.flatten(read_config(workdir)))
-    after = dict(configs.flatten(config))
+    before = by_key(read_config(workdir))
+    after = by_key(config)
     for key in sorted(before.keys() | after.keys()):
-        frozen = any(key == name or key.startswith(f"{name}.") for name in configs.FROZEN_KEYS)
-        if frozen and before.get(key) != after.get(key):
+        if role(key) == "frozen" and before.get(key) != after.get(key):
             raise UserError(
                 f"{workdir} was made with {key}={before.get(key)!r}, this config says {after.get(key)!r}: "
                 "set it back, or name another --workdir"
@@ -95,32 +93,21 @@ def check_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def write(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
+def write(workdir: Path, config: Experiment, tokenizer: Tokenizer) -> None:
     """Write what generation needs besides a checkpoint.
 
     Raises:
         UserError: the workdir cannot be written to.
     """
     try:
-        write_atomic(workdir / CONFIG, configs.to_json(config))
+        write_atomic(workdir / CONFIG, to_json(config))
         if not (workdir / TOKENIZER).exists():
             write_atomic(workdir / TOKENIZER, tokenizer.model)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}): name another") from error
 
 
-def model_config(config: Config, tokenizer: Tokenizer) -> GLMConfig:
-    """Give the model of a resolved config with the vocabulary of its tokenizer."""
-    cfg = GLMConfig.from_section(config.model.to_dict(), tokenizer.size, config.data.seq_length)
-    if cfg.vocab_size < tokenizer.size:
-        raise UserError(
-            f"model.vocab_size {cfg.vocab_size} is less than the tokenizer's {tokenizer.size} pieces: "
-            "raise it, or set it to 0"
-        )
-    return cfg
-
-
-def read_config(workdir: Path) -> Config:
+def read_config(workdir: Path) -> Experiment:
     """Read the resolved config of a workdir.
 
     Raises:
@@ -130,7 +117,7 @@ def read_config(workdir: Path) -> Config:
     if not path.is_file():
         raise UserError(f"{workdir} is not the workdir of a run ({CONFIG} is missing): check --workdir")
     try:
-        return configs.from_json(path.read_text(encoding="utf-8"))
+        return from_json(path.read_text(encoding="utf-8"))
     except UserError as error:
         raise UserError(f"{path} does not fit this version: {error}") from error
     except (ValueError, AttributeError, TypeError) as error:  # ValueError: neither JSON nor UTF-8
@@ -156,4 +143,4 @@ def load_model(workdir: Path) -> tuple[GLMConfig, Any, Tokenizer]:
     """
     config = read_config(workdir)
     tokenizer = read_tokenizer(workdir)
-    return model_config(config, tokenizer), load_params(workdir), tokenizer
+    return config.glm(tokenizer.size), load_params(workdir), tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from glm_jax.model import GLMConfig, apply, apply_cached, init, init_cache, logical_axes, visibility
-from glm_jax.model.config import Activation, Norm
+from glm_jax.config.model import Activation, Norm
 from glm_jax.model.positions import alibi_distance, alibi_slopes
 
 SMALL = GLMConfig(num_layers=3, hidden_size=32, num_heads=4, ffn_size=48, vocab_size=64, max_length=32)

@@ -1,0 +1,209 @@
+"""An experiment: every section, and how a ConfigDict that a person wrote becomes a frozen, checked `Experiment`.
+
+An experiment's file defines `get_config()`, which starts from `default_config()` and changes what it is about. Flags
+(`--config.model.num_layers=4`) come on top. `resolve` then fills in and checks the whole. No jax in here:
+`glm-jax config` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict
+
+from glm_jax.config.data import BlankOptions, Data, InstructionSet, Source
+from glm_jax.config.fields import (
+    Definition,
+    Role,
+    Section,
+    build,
+    definitions,
+    entry_type,
+    field,
+    flatten,
+    is_section,
+    section,
+    to_dict,
+)
+from glm_jax.config.model import GLMConfig, Model
+from glm_jax.config.training import Mesh, Optimizer, Pipeline, Train
+from glm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    Config = Any  # what a person writes: `resolve` checks its keys, not a type checker
+else:
+    Config = ConfigDict
+
+Changes = Mapping[str, Any]  # values by dotted key
+
+
+@dataclass(frozen=True)
+class Experiment(Section):
+    """All that a run follows from."""
+
+    seed: int = field(1234, at_least=0, below=2**63, role="frozen", doc="of the first params, dropout and data")
+    model: Model = section(Model, role="frozen")
+    data: Data = section(Data)
+    mesh: Mesh = section(Mesh, role="operational")
+    pipeline: Pipeline = section(Pipeline, role="operational")
+    train: Train = section(Train)
+    optimizer: Optimizer = section(Optimizer)
+    interventions: tuple[tuple[int, Changes], ...] = field(
+        (),
+        role="operational",
+        example=(33_600, {"train.embedding_shrink.alpha": 0.5}),
+        doc='what changes in mid-run: ((33_600, {"train.embedding_shrink.alpha": 0.5}),) from the step after 33,600 on',
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        model, data = self.model, self.data
+        if model.position == "learned_2d" and 0 < model.max_length < data.seq_length:
+            raise ValueError(
+                f"model.max_length {model.max_length} is less than data.seq_length {data.seq_length}: "
+                "raise it, or set it to 0"
+            )
+        for table in ("sources", "instructions"):
+            for name, entry in getattr(data, table).items():
+                if not entry.path and not entry.sample:
+                    raise ValueError(f"data.{table}.{name} has neither path nor sample: give it one")
+        self._check_interventions()
+
+    def glm(self, pieces: int) -> GLMConfig:
+        """Return the model for a tokenizer of `pieces` pieces.
+
+        Raises:
+            UserError: model.vocab_size is less.
+        """
+        return self.model.glm(pieces, self.data.seq_length)
+
+    def blank_options(self) -> BlankOptions:
+        """Return how blanks are drawn, for the positions that the model has."""
+        return self.data.blanks.options(self.model.position == "learned_2d")
+
+    def _check_interventions(self) -> None:
+        """Check that every intervention names keys that may change, and leaves a config that can be."""
+        if not self.interventions:
+            return
+        bare = dataclasses.replace(self, interventions=())
+        for step, changes in sorted(self.interventions, key=lambda pair: pair[0]):
+            if step < 0:
+                raise ValueError(f"interventions name step {step}: they take effect after a step, 0 is the start")
+            for key in changes:
+                if role(key) != "numbers":
+                    raise ValueError(f"interventions at step {step} name {key}, which cannot change in mid-run")
+            bare = with_changes(bare, changes)
+
+
+def keys(
+    kind: type[Section] = Experiment, prefix: str = "", role: Role = "numbers"
+) -> Iterator[tuple[Definition, Role]]:
+    """Yield the definition of every key with its dotted name, and its role; entries of tables under NAME."""
+    for one in definitions(kind):
+        own = one.key.role or role
+        entry = entry_type(one.type)
+        if entry is not None:
+            yield from keys(entry, f"{prefix}{one.name}.NAME.", own)
+        elif is_section(one.type):
+            yield from keys(one.type, f"{prefix}{one.name}.", own)
+        else:
+            yield one._replace(name=f"{prefix}{one.name}"), own
+
+
+def role(key: str) -> Role:
+    """Return the role of a dotted key; of one that does not exist, that of the section it would be in."""
+    kind: Any = Experiment
+    found: Role = "numbers"
+    for name in key.split("."):
+        one = next((one for one in definitions(kind) if one.name == name), None) if is_section(kind) else None
+        if one is None:
+            entry = entry_type(kind)
+            if entry is None:
+                break
+            kind = entry
+            continue
+        found, kind = one.key.role or found, one.type
+    return found
+
+
+def default_config() -> Config:
+    """Return every key with its default, for an experiment's file to change: a model for a laptop."""
+    return ConfigDict(to_dict(Experiment()))
+
+
+def source(**changes: Any) -> Config:
+    """Return an entry of `data.sources`: the defaults, and `changes`, among which `path` or `sample` must be."""
+    return ConfigDict(to_dict(Source()) | changes)
+
+
+def instructions(**changes: Any) -> Config:
+    """Return an entry of `data.instructions`: the defaults, and `changes`, among which `path` or `sample` must be."""
+    return ConfigDict(to_dict(InstructionSet()) | changes)
+
+
+def resolve(config: Config | Mapping[str, Any]) -> Experiment:
+    """Fill in what an experiment left out and check every key, type and value.
+
+    Args:
+        config: what `get_config()` returned, flags applied.
+
+    Raises:
+        UserError: a key that does not exist (with the nearest that does), a value of the wrong type or out of range.
+    """
+    return build(Experiment, config.to_dict() if isinstance(config, ConfigDict) else config)
+
+
+def with_changes(experiment: Experiment, changes: Changes) -> Experiment:
+    """Return an experiment with the dotted keys of `changes` set; None takes a key away.
+
+    Raises:
+        UserError: a key that does not exist, or a value that it cannot have.
+    """
+    plain = to_dict(experiment)
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        part = plain
+        for name in path:
+            part = part.setdefault(name, {})
+            if not isinstance(part, dict):
+                raise UserError(f"unknown config key {key}: {key.rpartition('.')[0]} has no parts")
+        if value is None:
+            part.pop(last, None)
+        else:
+            part[last] = value
+    for entries in (plain["data"]["sources"], plain["data"]["instructions"]):
+        for name in [name for name, values in entries.items() if not values]:
+            del entries[name]  # all of it was taken away
+    return build(Experiment, plain)
+
+
+def by_key(experiment: Experiment) -> dict[str, Any]:
+    """Return every value by dotted key, in order."""
+    return dict(flatten(to_dict(experiment)))
+
+
+def default_values(names: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+    """Return every default by dotted key, with those of the entries of data.sources and data.instructions.
+
+    Args:
+        names: of entries, by "sources" and "instructions".
+    """
+    found = by_key(Experiment())
+    for table, entry in (("sources", Source()), ("instructions", InstructionSet())):
+        for name in names.get(table, ()):
+            found |= flatten(to_dict(entry), f"data.{table}.{name}.")
+    return found
+
+
+def to_json(experiment: Experiment) -> str:
+    """Write an experiment as the JSON of `config.json` in a workdir."""
+    return json.dumps(to_dict(experiment), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> Experiment:
+    """Read what `to_json` wrote; keys added since have their defaults."""
+    return resolve(json.loads(text))

@@ -1,0 +1,284 @@
+"""One definition for each key of a config: type, default, range, words and role stand in one line of a dataclass.
+
+A section is a frozen dataclass that inherits from `Section`. Its fields are made with `field` (a key) and `section` (a
+section inside). From these follow the checks of values, the conversion of what files and flags give, and the reference
+of keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, cast
+
+from glm_jax.errors import UserError
+
+# frozen: a workdir keeps the value it was made with. operational: how a run is carried out and reported; changes its
+# numbers by rounding at most. numbers: all else; a run may resume with another value, which is then recorded.
+Role = Literal["frozen", "operational", "numbers"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a key may hold, beyond its type.
+
+    Attributes:
+        doc: what it is, in a line; units included.
+        role: None where the section that holds it says so.
+        above, at_least, at_most, below: bounds of a number.
+        example: an entry of a tuple, for messages.
+    """
+
+    doc: str
+    role: Role | None = None
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    example: Any = None
+
+    def bounds(self) -> str:
+        """Describe the range: empty without bounds."""
+        if self.at_least == 0 and self.at_most is None and self.below is None:
+            return "not be negative"
+        pairs = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
+        words = " and ".join(f"{word} {_shown(bound)}" for word, bound in pairs if bound is not None)
+        return f"be {words}" if words else ""
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` is within the bounds."""
+        return (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+
+def _shown(bound: float) -> str:
+    power = int(bound).bit_length() - 1
+    return f"2**{power}" if power > 30 and bound == 2**power else f"{bound:g}"
+
+
+def field(
+    default: T,
+    *,
+    doc: str,
+    role: Role | None = None,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    example: Any = None,
+) -> T:
+    """Define a key of a section; see `Key`. Choices are those of a Literal in the field's type.
+
+    For a type checker this is the default itself.
+    """
+    key = Key(doc, role, above, at_least, at_most, below, example)
+    return cast(T, dataclasses.field(default=default, metadata={"key": key}))
+
+
+def section(factory: Callable[[], T], *, doc: str = "", role: Role | None = None) -> T:
+    """Define a section inside a section, or a table of sections by name (`factory` is dict)."""
+    return cast(T, dataclasses.field(default_factory=factory, metadata={"key": Key(doc, role)}))
+
+
+class Definition(NamedTuple):
+    """A key with all that is known of it; `type` is its evaluated annotation."""
+
+    name: str
+    type: Any
+    default: Any
+    key: Key
+
+
+@functools.cache
+def definitions(kind: type) -> tuple[Definition, ...]:
+    """Return the fields of a section, in order."""
+    hints = typing.get_type_hints(kind)
+    return tuple(
+        Definition(
+            one.name,
+            hints[one.name],
+            one.default_factory() if one.default_factory is not dataclasses.MISSING else one.default,
+            one.metadata["key"],
+        )
+        for one in dataclasses.fields(kind)
+        if "key" in one.metadata
+    )
+
+
+@dataclass(frozen=True)
+class Section:
+    """A frozen group of keys.
+
+    Raises:
+        ValueError: a number out of its range or not finite, or a value that is not one of its choices.
+    """
+
+    def __post_init__(self) -> None:
+        for name, kind, _, key in definitions(type(self)):
+            problem = _problem(getattr(self, name), kind, key)
+            if problem:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, it must {problem}")
+
+
+def _problem(value: Any, kind: Any, key: Key) -> str:
+    """Say what a value must do that it does not, or nothing."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        known = any(type(value) is type(choice) and value == choice for choice in choices)
+        return "" if known else f"be one of {', '.join(map(str, choices))}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "be a finite number"
+    if isinstance(value, int | float) and not isinstance(value, bool) and not key.holds(value):
+        return key.bounds()
+    return ""
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a type is a section."""
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def entry_type(kind: Any) -> type[Section] | None:
+    """Return the section that a table by name holds, or None for any other type."""
+    arguments = typing.get_args(kind)
+    return arguments[1] if len(arguments) == 2 and is_section(arguments[1]) else None
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) for every leaf of nested mappings, in order."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def in_section(key: str, sections: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of `sections` or lies in one."""
+    return any(key == name or key.startswith(f"{name}.") for name in sections)
+
+
+def to_dict(values: Section) -> dict[str, Any]:
+    """Return a section as nested dicts, as `build` takes them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Section):
+            return to_dict(value)
+        return {name: plain(inner) for name, inner in value.items()} if isinstance(value, Mapping) else value
+
+    return {name: plain(getattr(values, name)) for name, _, _, _ in definitions(type(values))}
+
+
+def closest(key: str, known: list[str]) -> str:
+    """Say which known key was probably meant, or where to find them all."""
+    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if matches:
+        return f"did you mean {matches[0]}?"
+    return "`glm-jax config show --config FILE` lists the keys"
+
+
+S = TypeVar("S", bound=Section)
+
+
+def build(kind: type[S], values: Mapping[str, Any], where: str = "", known: list[str] | None = None) -> S:
+    """Build a section from nested mappings; what they leave out keeps its default.
+
+    Args:
+        kind: the section.
+        values: by name, as files, flags and JSON give them.
+        where: the dotted prefix of the section's keys, for messages.
+        known: all dotted keys there are, for suggestions; by default those of `kind`.
+
+    Raises:
+        UserError: a key that does not exist (with the nearest that does), a value of another type or out of range.
+    """
+    known = [f"{where}{name}" for name in names(kind)] if known is None else known
+    fields = {one.name: one for one in definitions(kind)}
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{where}{name}"
+        if name not in fields:
+            unknown = next((inner for inner, _ in flatten({key: value})), key)
+            raise UserError(f"unknown config key {unknown}: {closest(unknown, known)}")
+        one = fields[name]
+        entry = entry_type(one.type)
+        if entry is not None:
+            made[name] = {label: _table_entry(entry, keys, f"{key}.{label}") for label, keys in value.items()}
+        elif is_section(one.type):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{key} is {value!r}: it is a section, set its keys")
+            made[name] = build(one.type, value, f"{key}.", known)
+        else:
+            made[name] = convert(key, value, one.type, one.key, one.default)
+    try:
+        return kind(**made)
+    except ValueError as error:
+        raise UserError(f"{where}{error}") from None
+
+
+def _table_entry(kind: type[Section], keys: Any, where: str) -> Section:
+    if not isinstance(keys, Mapping):
+        raise UserError(f"{where} is {keys!r}: give it keys, such as path and weight")
+    return build(kind, keys, f"{where}.")
+
+
+def names(kind: type) -> Iterator[str]:
+    """Yield the dotted names of all keys below a section; tables by name are left out."""
+    for name, inner, _, _ in definitions(kind):
+        if is_section(inner):
+            yield from (f"{name}.{deeper}" for deeper in names(inner))
+        elif entry_type(inner) is None:
+            yield name
+
+
+def convert(where: str, value: Any, kind: Any, key: Key, default: Any) -> Any:
+    """Return `value` in the type `kind`: an int may stand for a float, a list for a tuple.
+
+    Raises:
+        UserError: it is of another type.
+    """
+    origin = typing.get_origin(kind)
+    if kind is Any or (origin is Literal and type(value) in {type(one) for one in typing.get_args(kind)}):
+        return value
+    if origin in (tuple, Union, UnionType) and isinstance(value, list | tuple):
+        return _convert_tuple(where, value, kind, key)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(f"{where} is {value!r}, it must be of type {type(default).__name__} (such as {default!r})")
+    return value
+
+
+def _convert_tuple(where: str, value: list[Any] | tuple[Any, ...], kind: Any, key: Key) -> tuple[Any, ...]:
+    if typing.get_origin(kind) is not tuple:  # numbers that come together, or none: tuple[int, int] | tuple[()]
+        count = max(len(typing.get_args(one)) for one in typing.get_args(kind))
+        if value and (len(value) != count or any(type(entry) is not int for entry in value)):
+            raise UserError(f"{where} is {value!r}, it must hold {count} whole numbers, or nothing")
+        return tuple(value)
+    return tuple(_convert_pair(where, entry, typing.get_args(kind)[0], key) for entry in value)
+
+
+def _convert_pair(where: str, entry: Any, kind: Any, key: Key) -> tuple[int, Any]:
+    """Convert a pair of a whole number and a number, or a mapping by name."""
+    second = typing.get_args(kind)[1]
+    if isinstance(entry, list | tuple) and len(entry) == 2 and type(entry[0]) is int:
+        inner = entry[1]
+        if typing.get_origin(second) is not None:
+            if isinstance(inner, Mapping) and all(isinstance(name, str) for name in inner):
+                of = typing.get_args(second)[1]
+                return entry[0], {name: convert(f"{where} of {name}", one, of, key, 0.0) for name, one in inner.items()}
+        elif type(inner) in (int, second):
+            return entry[0], second(inner)
+    raise UserError(f"{where} holds {entry!r}: its entries are pairs such as {key.example!r}")

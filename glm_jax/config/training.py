@@ -1,0 +1,199 @@
+"""The sections `mesh`, `pipeline`, `train` and `optimizer`: on what a model is trained, how long, and by which rule."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+from glm_jax.config.fields import Section, definitions, field, section
+
+Schedule = Literal["1f1b", "gpipe"]
+Stash = Literal["layer", "stage", "all"]
+Precision = Literal["float32", "bfloat16", "float16"]
+Normalization = Literal["tokens", "microbatch"]
+
+
+@dataclass(frozen=True)
+class Mesh(Section):
+    """The section `mesh`. One of the three axes may be -1: the rest of the devices."""
+
+    data: int = field(1, at_least=-1, doc="data-parallel replicas")
+    pipeline: int = field(1, at_least=-1, doc="stages of the pipeline")
+    tensor: int = field(1, at_least=-1, doc="shards of each layer")
+    collective_timeout: float = field(
+        20.0, above=0, doc="seconds after which the other processes of a CPU run take one for dead"
+    )
+    zero: Literal[1, 3] = field(
+        1, doc="1: the state is split over `data`; 3: the blocks' weights too, without a pipeline"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for axis, size in self.sizes().items():
+            if size == 0:
+                raise ValueError(f"{axis} is 0, it must be at least 1, or -1 for the rest of the devices")
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size of each axis, in the mesh's order."""
+        return {"data": self.data, "pipeline": self.pipeline, "tensor": self.tensor}
+
+
+@dataclass(frozen=True)
+class Pipeline(Section):
+    """The section `pipeline`."""
+
+    schedule: Schedule = field("1f1b", doc="order of forward and backward slots")
+    stash: Stash = field(
+        "layer", doc="what the backward pass finds: inputs of layers or of stages, or all (nothing is recomputed)"
+    )
+
+
+@dataclass(frozen=True)
+class LossScaleConfig(Section):
+    """The section `train.loss_scale`, for float16 (paper, table 11)."""
+
+    initial: float = field(65536.0, above=0, doc="where it starts")
+    window: int = field(2000, at_least=1, doc="finite steps in a row that double it")
+    hysteresis: int = field(2, at_least=1, doc="non-finite steps that halve it")
+    minimum: float = field(1.0, above=0, doc="below which it is not halved")
+
+
+@dataclass(frozen=True)
+class EmbeddingShrink(Section):
+    """The section `train.embedding_shrink`: embedding gradient shrink (paper, section 3.2)."""
+
+    alpha: float = field(1.0, at_least=0, at_most=1, doc="the share of the gradient that stays; 1 disables")
+    history: tuple[tuple[int, float], ...] = field(
+        (), example=(6000, 0.1), doc="instead: knots over steps, ((6000, 0.1), (6500, 1.0))"
+    )
+    logits: bool = field(False, doc="also on the path through the head, which is tied")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for _, alpha in self.history:
+            if not 0 <= alpha <= 1:
+                raise ValueError(f"history holds alpha {alpha}, it must be from 0 to 1")
+        for (before, _), (after, _) in itertools.pairwise(self.history):
+            if after <= before:
+                raise ValueError(f"history names step {after} after {before}: put them in order")
+
+
+@dataclass(frozen=True)
+class Spike(Section):
+    """The section `train.spike`: what to do when the loss or the gradient norm leaves its running band."""
+
+    rollbacks: int = field(
+        0, at_least=0, doc="resume from the last checkpoint and skip the data, so often at most; 0 disables"
+    )
+    window: int = field(100, at_least=1, doc="steps of the band's running mean and deviation; it watches after as many")
+    deviations: float = field(6.0, above=0, doc="the band's width above the mean")
+
+
+@dataclass(frozen=True)
+class Train(Section):
+    """The section `train`: how long, on how much at a time, and what is watched and kept."""
+
+    steps: int = field(1000, at_least=1, doc="optimizer steps")
+    global_batch: int = field(16, at_least=1, doc="rows an optimizer step")
+    microbatches: int = field(1, at_least=1, doc="the batch is processed in this many parts, gradients summed")
+    precision: Precision = field(
+        "float32", doc="of weights and activations; master params, moments and sums are float32"
+    )
+    loss_scale: LossScaleConfig = section(LossScaleConfig)
+    embedding_shrink: EmbeddingShrink = section(EmbeddingShrink)
+    loss_normalization: Normalization = field(
+        "tokens", doc="tokens: a mean over the global batch's targets; microbatch: over row means"
+    )
+    batch_ramp: tuple[int, int, int] | tuple[()] = field(
+        (), doc="(first batch, increment, samples): grows in equal parts of the samples"
+    )
+    skip_steps: tuple[tuple[int, int], ...] = field(
+        (), example=(40_701, 40_900), doc="ranges of steps that are skipped with their data, the last included"
+    )
+    spike: Spike = section(Spike)
+    log_every: int = field(10, at_least=1, role="operational", doc="steps")
+    eval_every: int = field(
+        500, at_least=0, role="operational", doc="steps; also before the first and at the end; 0 disables"
+    )
+    eval_rows: int = field(128, at_least=1, role="operational", doc="held-out rows a source")
+    save_every: int = field(250, at_least=1, role="operational", doc="steps")
+    save_minutes: float = field(
+        0.0, at_least=0, role="operational", doc="also when so much time has passed since the last; 0 disables"
+    )
+    keep: int = field(3, at_least=1, role="operational", doc="the newest checkpoints")
+    keep_every: int = field(0, at_least=0, role="operational", doc="also those of every so many steps; 0 disables")
+    profile: tuple[int, int] | tuple[()] = field(
+        (), role="operational", doc="(first, last) steps that JAX's profiler traces into the workdir's profile/"
+    )
+    wandb: str = field("", role="operational", doc="a Weights & Biases project to report to as well")
+
+    def scaling(self) -> LossScaleConfig | None:
+        """Return the loss scale's constants, or None where the precision needs none."""
+        return self.loss_scale if self.precision == "float16" else None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.global_batch % self.microbatches:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not divisible by train.microbatches {self.microbatches}"
+            )
+        for first, last in self.skip_steps:
+            if not 1 <= first <= last:
+                raise ValueError(f"skip_steps holds ({first}, {last}): steps count from 1, the first comes first")
+        if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile is {self.profile}: steps count from 1, the first comes first")
+        self._check_batch_ramp()
+
+    def _check_batch_ramp(self) -> None:
+        if not self.batch_ramp:
+            return
+        start, increment, samples = self.batch_ramp
+        rows = self.global_batch // self.microbatches
+        for name, value in (("first batch", start), ("increment", increment)):
+            if value < 1 or value % rows:
+                raise ValueError(
+                    f"batch_ramp has the {name} {value}: it must be a multiple of the {rows} rows of a "
+                    "microbatch (train.global_batch / train.microbatches)"
+                )
+        if start > self.global_batch or (self.global_batch - start) % increment or samples < 1:
+            raise ValueError(
+                f"batch_ramp {self.batch_ramp} does not reach train.global_batch {self.global_batch}: from the "
+                "first batch, by whole increments, over a number of samples"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Section):
+    """AdamW's constants; defaults are GLM-130B's (paper, appendix B, table 11)."""
+
+    beta1: float = field(0.9, at_least=0, below=1, doc="decay of the first moment")
+    beta2: float = field(0.95, at_least=0, below=1, doc="decay of the second moment")
+    epsilon: float = field(1e-8, above=0, doc="added to the root of the second moment")
+    weight_decay: float = field(0.1, at_least=0, doc="decoupled; not on layer norms and biases")
+    clip_norm: float = field(1.0, above=0, doc="global norm to which gradients are clipped")
+
+
+@dataclass(frozen=True)
+class Optimizer(OptimizerConfig):
+    """The section `optimizer`: AdamW's constants, and its learning rate by samples seen."""
+
+    peak_lr: float = field(1e-3, above=0, doc="learning rate after the warmup")
+    min_lr: float = field(1e-4, at_least=0, doc="learning rate after the decay")
+    warmup_samples: int = field(1600, at_least=0, doc="samples of a linear rise from 0")
+    rewarm: tuple[tuple[int, int], ...] = field(
+        (), example=(22_800, 500), doc="from a step on, the rate climbs anew from 0 over so many steps"
+    )
+    decay_samples: int = field(0, at_least=0, doc="cosine to min_lr ends here; 0: with the last step")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_lr > self.peak_lr:
+            raise ValueError(f"min_lr {self.min_lr} is above optimizer.peak_lr {self.peak_lr}")
+        for first, steps in self.rewarm:
+            if first < 0 or steps < 1:
+                raise ValueError(f"rewarm holds ({first}, {steps}): give the step it begins at, and how many")
+
+    def constants(self) -> OptimizerConfig:
+        """Return what an update follows from besides the learning rate."""
+        return OptimizerConfig(**{one.name: getattr(self, one.name) for one in definitions(OptimizerConfig)})
