@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from glm_jax.config.data import BlankOptions
 from glm_jax.data.batches import Batches
-from glm_jax.data.blank_options import BlankOptions
 from glm_jax.data.corpus import Shards
 
 SPECIAL: Any = SimpleNamespace(pad=0, eos=2, mask=3, gmask=4, smask=5, sop=6, eop=7)

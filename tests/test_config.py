@@ -5,6 +5,8 @@ from ml_collections import ConfigDict
 
 from glm_jax import config as configs
 from glm_jax.config import Config
+from glm_jax.config.data import Source
+from glm_jax.config.fields import to_dict
 from glm_jax.errors import UserError
 
 
@@ -16,12 +18,12 @@ def with_source() -> Config:
 
 def test_resolve_fills_in_what_a_source_leaves_out() -> None:
     resolved = configs.resolve(with_source())
-    assert resolved.data.sources.en.to_dict() == configs.source(sample="python-docs").to_dict()
+    assert resolved.data.sources["en"] == Source(sample="python-docs")
 
 
 def test_json_gives_the_config_back() -> None:
     resolved = configs.resolve(with_source())
-    assert configs.from_json(configs.to_json(resolved)).to_dict() == resolved.to_dict()
+    assert configs.from_json(configs.to_json(resolved)) == resolved
 
 
 def test_an_int_may_stand_for_a_float_and_nothing_else_is_converted() -> None:
@@ -48,8 +50,7 @@ def test_an_int_may_stand_for_a_float_and_nothing_else_is_converted() -> None:
     ],
 )
 def test_values_out_of_range_are_refused_by_name(key: str, value: object, said: str) -> None:
-    config = configs.resolve(with_source()).copy_and_resolve_references()
-    config.unlock()
+    config = ConfigDict(to_dict(configs.resolve(with_source())))
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=said) as caught:
         configs.resolve(config)

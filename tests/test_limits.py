@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from glm_jax import cli
-from glm_jax.config import Config, default_config, instructions, resolve, source
-from glm_jax.data.blank_options import BlankOptions
+from glm_jax.config import Config, default_config, instructions, keys, resolve, source
+from glm_jax.config.data import BlankOptions
 from glm_jax.errors import UserError
 
 AT_LEAST_1 = [
@@ -16,7 +16,6 @@ AT_LEAST_1 = [
     "model.num_heads",
     "model.ffn_size",
     "model.vocab_multiple",
-    "data.seq_length",
     "data.tokenizer.vocab_size",
     "train.steps",
     "train.global_batch",
@@ -60,7 +59,7 @@ FROM_0_BELOW_1 = [
     "optimizer.beta1",
     "optimizer.beta2",
 ]
-MUCH = ("data.seq_length", "model.hidden_size")  # other rules ask for more
+MUCH = ("model.hidden_size",)  # other rules ask for more
 
 NEAR_1 = math.nextafter(1.0, 0.0)
 
@@ -93,9 +92,14 @@ EDGES: list[tuple[str, Any, Any, str]] = [
     ("train.batch_ramp", (1, 1, 1), (1, 0, 1), "increment 0"),
     ("train.batch_ramp", (1, 1, 1), (1, 1, 0), "does not reach"),
     ("train.batch_ramp", (1, 1, 1), (2, 1, 1), "does not reach"),
+    ("optimizer.min_lr", 1e-3, 1.1e-3, "above optimizer.peak_lr"),
+    ("optimizer.peak_lr", 1e-4, 0.9e-4, "above optimizer.peak_lr"),
+    ("mesh.data", -1, 0, "mesh.data is 0"),
+    ("mesh.tensor", 1, -2, "at least -1"),
+    ("data.seed", -1, -2, "from -1 to 2"),
     ("data.sources.en.weight", 0.0, -1e-9, "must not be negative"),
-    ("data.instructions.tasks.weight", 0.0, -1e-9, "negative weight or cap"),
-    ("data.instructions.tasks.cap", 0, -1, "negative weight or cap"),
+    ("data.instructions.tasks.weight", 0.0, -1e-9, "must not be negative"),
+    ("data.instructions.tasks.cap", 0, -1, "must not be negative"),
     ("interventions", ((0, {"train.steps": 5}),), ((-1, {"train.steps": 5}),), "0 is the start"),
 ]
 
@@ -135,6 +139,36 @@ def test_numbers_of_a_kind_have_its_limit(keys: list[str], taken: float, refused
         assert str(raised.value) == f"{key} is {value}, {said}"
 
 
+def every_key(*kinds: type) -> list[tuple[str, type]]:
+    """List the keys of a type, as they stand in `build`'s config."""
+    entries = {"data.sources.NAME": "data.sources.en", "data.instructions.NAME": "data.instructions.tasks"}
+    found = []
+    for definition, _ in keys():
+        name = definition.name
+        for table, entry in entries.items():
+            name = name.replace(table, entry)
+        if definition.type in kinds:
+            found.append((name, definition.type))
+    return found
+
+
+@pytest.mark.parametrize("key, kind", every_key(int, float))
+def test_no_number_may_be_minus_seven(key: str, kind: type) -> None:
+    with pytest.raises(UserError, match=rf"^{key} is -7(\.0)?, it must "):
+        build({key: kind(-7)})
+
+
+@pytest.mark.parametrize("key, kind", every_key(float))
+def test_every_float_is_finite(key: str, kind: type) -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(UserError, match=f"^{key} is {value}, it must be a finite number$"):
+            build({key: value})
+
+
+def test_the_keys_are_many() -> None:
+    assert len(every_key(int, float)) > 60 and len(every_key(float)) > 25  # or the two tests above show nothing
+
+
 def test_all_shares_at_0_are_refused_and_any_one_is_enough() -> None:
     shares = dict.fromkeys((f"data.blanks.{kind}" for kind in ("mask", "gmask", "smask", "instruction")), 0.0)
     with pytest.raises(UserError, match="all 0"):
@@ -160,17 +194,17 @@ def test_options_of_blanks_have_their_limits(name: str, taken: float, refused: f
     values: dict[str, Any] = {name: taken}
     assert getattr(BlankOptions(**values), name) == taken
     values[name] = refused
-    with pytest.raises(UserError, match=f"{name} is {refused}, it must be") as raised:
+    with pytest.raises(ValueError, match=f"{name} is {refused}, it must be") as raised:
         BlankOptions(**values)
     assert "\n" not in str(raised.value)
 
 
 def test_block_masking_needs_its_token() -> None:
     assert BlankOptions(block_mask_prob=1.0, block_mask_token=0).block_mask_token == 0
-    with pytest.raises(UserError, match="dBLOCK"):
+    with pytest.raises(ValueError, match="dBLOCK"):
         BlankOptions(block_mask_prob=1e-9)
     for quirk in ("cut_targets", "replacement"):
-        with pytest.raises(UserError, match="turn one of them off"):
+        with pytest.raises(ValueError, match="turn one of them off"):
             BlankOptions(whole_documents=True, **{quirk: True})
 
 

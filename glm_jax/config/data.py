@@ -160,7 +160,7 @@ class Data(Section):
         "", role="operational", doc="where fetched text, tokenizers and shards live; empty: the user's cache folder"
     )
     sources: Mapping[str, Source] = section(dict, doc="corpora by name")
-    seed: int = field(-1, at_least=-1, below=2**63, doc="of the order of the rows and of their blanks; -1: the run's")
+    seed: int = field(-1, at_least=-1, at_most=2**63 - 1, doc="of the order of the rows and of their blanks; -1: the run's")
     seq_length: int = field(256, at_least=16, role="frozen", doc="tokens a row, context and targets together")
     heldout: float = field(0.05, at_least=0, below=1, doc="share of the documents kept for evaluation, chosen by hash")
     near_duplicates: float = field(

@@ -45,7 +45,7 @@ Changes = Mapping[str, Any]  # values by dotted key
 class Experiment(Section):
     """All that a run follows from."""
 
-    seed: int = field(1234, at_least=0, below=2**63, role="frozen", doc="of the first params, dropout and data")
+    seed: int = field(1234, at_least=0, at_most=2**63 - 1, role="frozen", doc="of the first params, dropout and data")
     model: Model = section(Model, role="frozen")
     data: Data = section(Data)
     mesh: Mesh = section(Mesh, role="operational")

@@ -49,6 +49,8 @@ class Key:
         """Describe the range: empty without bounds."""
         if self.at_least == 0 and self.at_most is None and self.below is None:
             return "not be negative"
+        if self.at_least is not None and self.at_most is not None:
+            return f"be from {_shown(self.at_least)} to {_shown(self.at_most)}"
         pairs = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
         words = " and ".join(f"{word} {_shown(bound)}" for word, bound in pairs if bound is not None)
         return f"be {words}" if words else ""
@@ -64,8 +66,8 @@ class Key:
 
 
 def _shown(bound: float) -> str:
-    power = int(bound).bit_length() - 1
-    return f"2**{power}" if power > 30 and bound == 2**power else f"{bound:g}"
+    power = int(bound).bit_length()
+    return f"2**{power} - 1" if power > 30 and bound == 2**power - 1 else f"{bound:g}"
 
 
 def field(

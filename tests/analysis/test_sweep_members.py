@@ -11,7 +11,6 @@ from glm_jax.analysis import sweep, sweep_members
 from glm_jax.analysis.sweep_members import expand, group, read_axes
 from glm_jax.config import Config, default_config, source
 from glm_jax.errors import UserError
-from glm_jax.model import GLMConfig
 
 AXES = {
     "model.norm": ("post", "deepnorm"),
@@ -141,10 +140,7 @@ def test_the_two_feed_forwards_have_equal_parameters() -> None:
     namespace: dict[str, Any] = {}
     exec(compile(path.read_text(encoding="utf-8"), path, "exec"), namespace)
     members = expand(configs.resolve(namespace["get_config"]()), sweep_members.load(path))
-    sizes = {
-        member.labels["feedforward"]: GLMConfig.from_section(member.config.model.to_dict(), 500, 64).num_parameters
-        for member in members
-    }
+    sizes = {member.labels["feedforward"]: member.config.glm(500).num_parameters for member in members}
     assert sizes["gelu"] - sizes["geglu"] == 8 * (33_346 - 33_432)  # as its docstring says, 0.3% of a layer's
 
 

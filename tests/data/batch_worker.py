@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from rows import build
 
-from glm_jax.data.blank_options import BlankOptions
+from glm_jax.config.data import BlankOptions
 
 STEPS, GLOBAL_BATCH, WORLDS = (0, 1, 10, 10_000_000), 16, (1, 2, 4)
 

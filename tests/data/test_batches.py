@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import FIRST, SHARES, SPECIAL, Documents, build, check_row, equal, least_cpu_seconds
 
+from glm_jax.config.data import OBJECTIVES, BlankOptions
 from glm_jax.data import batches
-from glm_jax.data.blank_options import OBJECTIVES, BlankOptions
 from glm_jax.data.streams import shuffled
 from glm_jax.errors import UserError
 

@@ -12,18 +12,17 @@ from rows import FIRST, SPECIAL, Documents, build, check_row
 
 import glm_jax
 from glm_jax.config import default_config, from_json, instructions, resolve, to_json
-from glm_jax.data.blank_options import OBJECTIVES, BlankOptions
-from glm_jax.data.mixture import Mixture, section_history, with_weights
+from glm_jax.config.data import OBJECTIVES, BlankOptions, Blanks
+from glm_jax.data.mixture import Mixture, with_weights
 from glm_jax.errors import UserError
 
 
 def test_the_section_is_the_options_and_the_shares():
-    section = default_config().data.blanks
-    assert BlankOptions.from_section(section.to_dict()) == BlankOptions()
-    assert BlankOptions.from_section(section, two_streams=True) == BlankOptions(two_streams=True)
+    blanks = resolve(default_config()).data.blanks
+    assert blanks.options(False) == BlankOptions() and blanks.options(True) == BlankOptions(two_streams=True)
     fields = {field.name for field in dataclasses.fields(BlankOptions)} - {"two_streams"}
-    assert set(section) == fields | set(OBJECTIVES) | {"history"}
-    assert section_history(section.to_dict()) == {"mask": 0.3, "gmask": 0.7}
+    assert set(default_config().data.blanks) == fields | set(OBJECTIVES) | {"history"}
+    assert blanks.objectives() == blanks.shares() == {"mask": 0.3, "gmask": 0.7}
 
 
 @pytest.mark.parametrize(
@@ -40,18 +39,19 @@ def test_the_section_is_the_options_and_the_shares():
 )
 def test_the_sizes_of_the_original_glm_have_its_blanks(name, shares, gmask_min_ratio):
     resolved = resolve(runpy.run_path(f"experiments/{name}.py")["get_config"]())
-    section = resolved.data.blanks.to_dict()
-    options = BlankOptions.from_section(section, resolved.model.position == "learned_2d")
-    assert section_history(section) == shares
+    options = resolved.blank_options()
+    assert resolved.data.blanks.objectives() == shares
     assert options.two_streams and options.gmask_infill_prob == 0.5 and options.gmask_min_ratio == gmask_min_ratio
     assert options.block_mask_prob == 0.0
 
 
 def test_a_bad_value_is_named_with_its_section():
-    section = default_config().data.blanks
-    section.short_seq_prob = 2.0
-    with pytest.raises(UserError, match="data.blanks: short_seq_prob is 2.0"):
-        BlankOptions.from_section(section)
+    config = default_config()
+    config.data.blanks.short_seq_prob = 2.0
+    with pytest.raises(UserError, match="^data.blanks.short_seq_prob is 2.0, it must be from 0 to 1$"):
+        resolve(config)
+    with pytest.raises(ValueError, match="^short_seq_prob is 2.0"):
+        Blanks(short_seq_prob=2.0)
 
 
 def test_histories_stand_whole_in_the_config_and_come_back_from_json():
@@ -60,10 +60,10 @@ def test_histories_stand_whole_in_the_config_and_come_back_from_json():
     config.data.weights = ((0, {"en": 1.0}), (500, {"en": 1.0, "zh": 3.0}))
     config.data.instructions = {"reviews": instructions(sample="chinese-reviews", cap=10)}
     resolved = resolve(config)
-    assert section_history(resolved.data.blanks.to_dict()) == ((0, {"mask": 1.0}), (900, {"mask": 0.3, "gmask": 0.7}))
+    assert resolved.data.blanks.objectives() == ((0, {"mask": 1.0}), (900, {"mask": 0.3, "gmask": 0.7}))
     again = from_json(to_json(resolved))
-    assert again.to_dict() == resolved.to_dict()
-    assert again.data.weights[1] == (500, {"en": 1.0, "zh": 3.0}) and again.data.instructions.reviews.cap == 10
+    assert again == resolved
+    assert again.data.weights[1] == (500, {"en": 1.0, "zh": 3.0}) and again.data.instructions["reviews"].cap == 10
 
 
 @pytest.mark.parametrize("history", [[0, {"mask": 1.0}], [(0.5, {"mask": 1.0})], [(0, 1.0)], [(0, {"mask": "1"})], 3])
@@ -78,8 +78,8 @@ def test_a_broken_history_is_refused(history):
     ("entry", "message"),
     [
         ({"weight": 1.0}, "neither path nor sample"),
-        ({"path": "a", "cap": -1}, "a negative weight or cap"),
-        ({"path": "a", "caps": 1}, "did you mean cap"),
+        ({"path": "a", "cap": -1}, "cap is -1, it must not be negative"),
+        ({"path": "a", "caps": 1}, "did you mean data.instructions.tasks.cap"),
         (3, "give it keys"),
     ],
 )
@@ -100,11 +100,10 @@ def test_no_share_at_all_is_refused():
 
 
 def test_batches_take_the_section_as_it_stands():
-    section = resolve(default_config()).data.blanks.to_dict()
-    batch, same = build(objectives=section).at(0, 20), build().at(0, 20)
+    batch, same = build(objectives=Blanks().objectives()).at(0, 20), build().at(0, 20)
     assert all((batch[name] == same[name]).all() for name in batch)
-    section["history"] = ((0, {"smask": 1.0, "gmask": 0.0}), (8, {"smask": 1.0}), (8, {"gmask": 1.0}))
-    made = build(objectives=section, sentence_ends=np.ones(FIRST + 6000, bool))
+    history = ((0, {"smask": 1.0, "gmask": 0.0}), (8, {"smask": 1.0}), (8, {"gmask": 1.0}))
+    made = build(objectives=Blanks(history=history).objectives(), sentence_ends=np.ones(FIRST + 6000, bool))
     objectives = [OBJECTIVES[objective] for objective in made.at(0, 16)["objective"]]
     assert objectives == ["smask"] * 8 + ["gmask"] * 8
 
@@ -116,10 +115,10 @@ def test_glm_130b_follows_what_the_released_model_used():
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    section = resolve(module.get_config()).data.blanks.to_dict()
+    blanks = resolve(module.get_config()).data.blanks
     shares = {"mask": 0.285, "gmask": 0.665, "instruction": 0.05}
-    assert section_history(section) == shares
-    options = BlankOptions.from_section(section)
+    assert blanks.objectives() == shares
+    options = blanks.options(False)
     assert options == BlankOptions(
         single_span_prob=0.02, short_seq_prob=0.02, shortest_seq=32, gmask_eop=False, mask_segments=4,
         instruction_segments=4, cut_targets=True, replacement=True,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm_jax.config.data import BlankOptions
 from glm_jax.data import blank_options, blanks
-from glm_jax.data.blank_options import BlankOptions
 from glm_jax.errors import UserError
 
 SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
@@ -350,7 +350,7 @@ def test_samples_depend_on_the_generator_alone(length, seed):
     ],
 )
 def test_bad_options_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         BlankOptions(**options)
 
 

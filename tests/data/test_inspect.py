@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from glm_jax.config.data import OBJECTIVES
 from glm_jax.data import inspect
-from glm_jax.data.blanks import OBJECTIVES
 from glm_jax.data.tokenizer import Tokenizer, train
 
 TEXT = "the array has a shape and the shape has an axis, and the axis has an index into the array. "

@@ -17,8 +17,8 @@ from pyarrow import Table, parquet
 from rows import FIRST, SHARES, SPECIAL, Documents, build, check_row
 
 from glm_jax.config import instructions as entry
+from glm_jax.config.data import OBJECTIVES, BlankOptions
 from glm_jax.data import instruction_samples, instructions, samples
-from glm_jax.data.blank_options import OBJECTIVES, BlankOptions
 from glm_jax.data.blanks import instruction_sample
 from glm_jax.data.instructions import Instructions
 from glm_jax.data.registry import DATASETS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rows import FIRST, SPECIAL, Documents, build, check_row
 
-from glm_jax.data.blank_options import BlankOptions
+from glm_jax.config.data import BlankOptions
 from glm_jax.data.packing import Packing, best_fit, by_number
 from glm_jax.data.streams import Stream
 from glm_jax.errors import UserError

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows import SPECIAL, Documents, build, check_row, equal
 
+from glm_jax.config.data import OBJECTIVES, BlankOptions
 from glm_jax.data import packing
-from glm_jax.data.blank_options import BlankOptions, places
-from glm_jax.data.blanks import OBJECTIVES, draw_lengths
+from glm_jax.data.blank_options import places
+from glm_jax.data.blanks import draw_lengths
 from glm_jax.data.packing import best_fit, by_number, cut_long
 from glm_jax.errors import UserError
 

@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 from texts import ENGLISH
 
-from glm_jax.config import default_config, resolve
+from glm_jax.config import Experiment, default_config, resolve
 from glm_jax.data import corpus, prepare, samples, tokenizer
 from glm_jax.data.deduplicate import near_duplicates, signature
 from glm_jax.errors import UserError
@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make_config(folder: Path, **sources: dict[str, Any]) -> ConfigDict:
+def make_config(folder: Path, **sources: dict[str, Any]) -> Experiment:
     config = default_config()
     data: Any = config.data
     data.cache = str(folder / "cache")
@@ -52,7 +52,7 @@ def make_config(folder: Path, **sources: dict[str, Any]) -> ConfigDict:
     return resolve(config)
 
 
-def run(config: ConfigDict) -> tuple[prepare.Prepared, list[str]]:
+def run(config: Experiment) -> tuple[prepare.Prepared, list[str]]:
     lines: list[str] = []
     return prepare.prepare(config, lines.append), lines
 

@@ -13,7 +13,7 @@ import pytest
 from rows import Documents, build, check_row, least_cpu_seconds
 
 import glm_jax
-from glm_jax.data.blank_options import BlankOptions
+from glm_jax.config.data import BlankOptions
 from tests.patience import HANG
 
 

@@ -31,7 +31,7 @@ PUBLISHED = {
 
 def preset(name: str) -> GLMConfig:
     resolved = configs.resolve(runpy.run_path(f"experiments/{name}.py")["get_config"]())
-    return GLMConfig.from_section(resolved.model.to_dict(), 0, resolved.data.seq_length)
+    return resolved.glm(0)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

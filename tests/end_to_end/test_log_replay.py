@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm_jax.data.blanks import OBJECTIVES
+from glm_jax.config.data import OBJECTIVES
 from glm_jax.training.segment import Segment
 from tests.end_to_end.runs import flags, in_process, lines, train, train_events
 from tests.proofs import kills

@@ -1,7 +1,7 @@
 """model/ in float64 against numpy_reference.py, for every normalisation, position and activation."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 import numpy_reference
 import pytest
 
-from glm_jax.config_checks import ACTIVATIONS, NORMS, POSITIONS
+from glm_jax.config.model import Activation, Norm, Position
 from glm_jax.model import GLMConfig, apply, init, visibility
 
 STEP = 1e-4  # of the finite differences, along directions of size about 1 in each entry
@@ -39,9 +39,9 @@ def noise(tree: Any, seed: int) -> Any:
     return jax.tree.map(lambda leaf: random.standard_normal(leaf.shape), tree)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize("position", get_args(Position))
+@pytest.mark.parametrize("activation", get_args(Activation))
 def test_logits_and_gradients(norm: Any, position: Any, activation: Any) -> None:
     cfg = GLMConfig(2, 12, 3, 10, 17, 9, norm=norm, position=position, activation=activation,
                     embedding_norm=activation == "gelu")  # fmt: skip

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm_jax.config.model import Activation, Model, Norm
+from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig, apply, apply_cached, init, init_cache, logical_axes, visibility
-from glm_jax.config.model import Activation, Norm
 from glm_jax.model.positions import alibi_distance, alibi_slopes
 
 SMALL = GLMConfig(num_layers=3, hidden_size=32, num_heads=4, ffn_size=48, vocab_size=64, max_length=32)
@@ -211,13 +212,15 @@ def test_sizes_below_one_are_refused(name: str) -> None:
 
 
 def test_a_section_leaves_vocabulary_and_length_to_the_data() -> None:
-    section = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "ffn_size": 8, "vocab_size": 0, "max_length": 0}
-    read = GLMConfig.from_section(section | {"vocab_multiple": 64, "norm": "pre"}, pieces=129, seq_length=40)
+    section = Model(1, 8, 2, 8, vocab_multiple=64, norm="pre")
+    read = section.glm(pieces=129, seq_length=40)
     assert (read.vocab_size, read.max_length, read.norm) == (192, 40, "pre")
-    assert GLMConfig.from_section(section | {"vocab_multiple": 64}, 128, 40).vocab_size == 128
-    given = section | {"vocab_multiple": 64, "vocab_size": 100, "max_length": 50}
-    read = GLMConfig.from_section(given, pieces=129, seq_length=40)
-    assert (read.vocab_size, read.max_length) == (100, 50)
+    assert section.glm(128, 40).vocab_size == 128
+    given = dataclasses.replace(section, vocab_size=130, max_length=50)
+    read = given.glm(pieces=129, seq_length=40)
+    assert (read.vocab_size, read.max_length) == (130, 50)
+    with pytest.raises(UserError, match="model.vocab_size 130 is less than the tokenizer's 131 pieces"):
+        given.glm(131, 40)
 
 
 def test_defaults_are_those_of_glm_130b() -> None:

@@ -72,17 +72,16 @@ def lower(options: argparse.Namespace) -> Any:
     """Lower the train_step of the experiment, with the changes on the command line."""
     import jax
 
-    from glm_jax import config as configs
-    from glm_jax.model import GLMConfig
+    from glm_jax.config import resolve
     from glm_jax.parallel import mesh, partition
     from glm_jax.training import segment, step
 
     config = experiment(options)
-    config = configs.resolve(config)
+    config = resolve(config)
     length = config.data.seq_length
-    glm = GLMConfig.from_section(config.model.to_dict(), NUM_TOKENS, length)
+    glm = config.glm(NUM_TOKENS)
     cfg = segment.step_config(config, glm, NUM_TOKENS)
-    grid = mesh.build({axis: config.mesh[axis] for axis in mesh.AXES}, devices(options.target))
+    grid = mesh.build(config.mesh.sizes(), devices(options.target))
 
     def describe(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

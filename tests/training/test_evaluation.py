@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from glm_jax.config import default_config, instructions, resolve, source
-from glm_jax.data.blank_options import OBJECTIVES
+from glm_jax.config import default_config, instructions, resolve, source, with_changes
+from glm_jax.config.data import OBJECTIVES
+from glm_jax.config.fields import flatten
 from glm_jax.data.prepare import prepare
 from glm_jax.training.evaluation import heldout_batches, training_batches
 
@@ -36,9 +37,7 @@ def config(tmp_path_factory):
 
 def changed(config, **data):
     """Give the config with other keys of its section data."""
-    made = config.copy_and_resolve_references().unlock()
-    made.data.update(data)
-    return resolve(made)
+    return with_changes(config, dict(flatten({"data": data})))
 
 
 def test_training_rows_follow_the_shares_the_options_and_the_instructions(config):

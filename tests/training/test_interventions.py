@@ -148,7 +148,7 @@ def test_a_record_is_a_plan(tmp_path: Path) -> None:
     record.add(30, 240, "config", {key: (after, None) for key, (_, after) in added.items()})
     planned = build(interventions=interventions.plan(interventions.read(tmp_path / RECORD)))
     after = effective(planned, 10)
-    assert after.optimizer.rewarm == ((10, 4),) and after.data.sources.zh.weight == 2.0
+    assert after.optimizer.rewarm == ((10, 4),) and after.data.sources["zh"].weight == 2.0
     assert effective(planned, 20).train.skip_steps == ((21, 22),)
     assert effective(planned, 9).optimizer.rewarm == config.optimizer.rewarm == ()
     assert "zh" in effective(planned, 29).data.sources and "zh" not in effective(planned, 30).data.sources

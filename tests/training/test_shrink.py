@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glm_jax import model
-from glm_jax.data.blanks import OBJECTIVES
+from glm_jax.config.data import OBJECTIVES
 from glm_jax.model import GLMConfig
 from glm_jax.model.transformer import embed, head, position_terms, stage
 from glm_jax.parallel import mesh as meshes

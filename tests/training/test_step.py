@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from glm_jax import model
-from glm_jax.data.blanks import OBJECTIVES
+from glm_jax.config.data import OBJECTIVES
 from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.positions import position_terms
 from glm_jax.parallel import mesh as meshes
