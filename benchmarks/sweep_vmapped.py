@@ -2,7 +2,7 @@
 
     python benchmarks/sweep_vmapped.py [--steps 100] [--rounds 2] [--warm-steps 30]
 
-Cold, both sides start processes of `glm_jax.analysis.sweep_worker` with nothing compiled before, and the text is
+Cold, both sides start processes of `glm_jax.sweeps.worker` with nothing compiled before, and the text is
 prepared before the clock starts: one process with all members, which computes on one core as in a sweep, or twelve
 with a member each, one after the other, each of which may use all cores. Neither saves a checkpoint. Warm, a process
 has both programs compiled and takes steps with them in turn. The medians of the rounds are compared. The last lines are
@@ -48,7 +48,7 @@ def seconds(jobs: Sequence[str], environment: dict[str, str]) -> float:
     """Run a worker process for each job, one after the other. Returns the time of all."""
     started = time.perf_counter()
     for job in jobs:
-        command = [sys.executable, "-m", "glm_jax.analysis.sweep_worker"]
+        command = [sys.executable, "-m", "glm_jax.sweeps.worker"]
         subprocess.run(command, input=job, text=True, check=True, env=environment, capture_output=True)
     return time.perf_counter() - started
 
@@ -70,7 +70,7 @@ def stepper(configs: Sequence[Any], prepared: Any) -> Callable[[], None]:
     import jax
     import numpy as np
 
-    from glm_jax.analysis import sweep_group
+    from glm_jax.sweeps import group as sweep_group
 
     step, states, streams = sweep_group.begin(configs, prepared)
     batches = streams.at(1)
@@ -87,7 +87,7 @@ def stepper(configs: Sequence[Any], prepared: Any) -> Callable[[], None]:
 
 def warm(configs: Sequence[Any], steps: int) -> tuple[float, float]:
     """Time single steps in turn. Returns the medians, in seconds, of a step of all members: together, one by one."""
-    from glm_jax.analysis import sweep_group
+    from glm_jax.sweeps import group as sweep_group
 
     prepared = sweep_group.prepare_all(configs, lambda line: None)
     takes = [stepper(configs, prepared), stepper(configs[:1], prepared)]
@@ -107,7 +107,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="times that both sides are run, cold")
     parser.add_argument("--warm-steps", type=int, default=30, help="steps to time of either side, warm")
     arguments = parser.parse_args()
-    from glm_jax.analysis import sweep_group, sweep_members
+    from glm_jax.sweeps import group as sweep_group
+    from glm_jax.sweeps import members as sweep_members
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -2,6 +2,6 @@
 
 import sys
 
-from glm_jax.cli import main
+from glm_jax.cli.main import main
 
 sys.exit(main())

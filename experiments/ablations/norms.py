@@ -5,7 +5,7 @@
 Question: GLM-130B's authors found Pre-LN, Post-LN and Sandwich-LN unstable at scale and settled on DeepNorm. Do the
 schemes differ at a scale that a laptop runs, and how does the highest stable learning rate move with depth?
 
-Criterion, the same for all 240: glm_jax/analysis/sweep_verdict.py says which members diverged. The stability frontier
+Criterion, the same for all 240: glm_jax/sweeps/verdict.py says which members diverged. The stability frontier
 of a scheme at a depth is, for each seed, the highest learning rate of the grid up to which no member diverged. Among
 the others, held-out loss says how well a member did.
 

@@ -6,7 +6,7 @@ Question: GLM-130B reads its context in both directions, and gives 5% of its row
 continue a text better when it may read the first half in both directions? Does the text lose by the instructions?
 
 Criterion: `loss/second_half`, the held-out loss on the second half of a text given the first, mean and spread over
-three seeds (glm_jax/analysis/sweep_suffix.py): all members predict the same tokens from the same tokens before them.
+three seeds (glm_jax/sweeps/second_half.py): all members predict the same tokens from the same tokens before them.
 Held-out `loss` is each member's own objective, and cannot be compared between them.
 
 Unidirectional is [gMASK] over whole texts: nothing but the blank itself is context, and every row is a causal language

@@ -23,7 +23,7 @@ class Source(Section):
     """An entry of `data.sources`; `path` or `sample` must be set."""
 
     path: str = field("", doc="a file, a directory or a glob; takes the place of the sample")
-    sample: str = field("", doc="the name of a sample corpus, see glm_jax/data/samples.py")
+    sample: str = field("", doc="the name of a sample corpus, see glm_jax/data/corpora/samples.py")
     format: Format = field("text", doc="of the files; text: a blank line ends a document, json: an array")
     normalise: str = field("", doc=r"any of nfc, nfkc (Unicode's forms) and newlines (\r\n to \n), with commas between")
     language: str = field("en", doc="of the text")
@@ -44,8 +44,10 @@ class InstructionSet(Section):
     """An entry of `data.instructions`; `path` or `sample` must be set."""
 
     path: str = field("", doc="a file, a directory or a glob of .jsonl, .jsonl.zst or .parquet records")
-    sample: str = field("", doc="the name of an example set, see glm_jax/data/instruction_samples.py")
-    dataset: str = field("", doc="which of GLM-130B's data sets it is, see glm_jax/data/registry.py; empty: another")
+    sample: str = field("", doc="the name of an example set, see glm_jax/data/instructions/samples.py")
+    dataset: str = field(
+        "", doc="which of GLM-130B's data sets it is, see glm_jax/data/instructions/registry.py; empty: another"
+    )
     templates: str = field(
         "", doc="PromptSource's templates.yaml or .jinja files, or with `dataset` the folder of all its templates; "
         "empty: records have `text` and `target`",
@@ -160,7 +162,9 @@ class Data(Section):
         "", role="operational", doc="where fetched text, tokenizers and shards live; empty: the user's cache folder"
     )
     sources: Mapping[str, Source] = section(dict, doc="corpora by name")
-    seed: int = field(-1, at_least=-1, at_most=2**63 - 1, doc="of the order of the rows and of their blanks; -1: the run's")
+    seed: int = field(
+        -1, at_least=-1, at_most=2**63 - 1, doc="of the order of the rows and of their blanks; -1: the run's"
+    )
     seq_length: int = field(256, at_least=16, role="frozen", doc="tokens a row, context and targets together")
     heldout: float = field(0.05, at_least=0, below=1, doc="share of the documents kept for evaluation, chosen by hash")
     near_duplicates: float = field(

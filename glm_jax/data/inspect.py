@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config.data import OBJECTIVES
-from glm_jax.data.prepare import Prepared
-from glm_jax.data.tokenizer import Tokenizer
+from glm_jax.data.corpora.prepare import Prepared
+from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 
 BAR = 40  # characters of the longest bar
 COLOURS = [f"\x1b[{code}m" for code in (31, 32, 33, 34, 35, 36)]  # of blanks, by turns

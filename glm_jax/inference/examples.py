@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from glm_jax.data.tokenizer import Tokenizer
+from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.inference.fill import fill
 from glm_jax.model import GLMConfig

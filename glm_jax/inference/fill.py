@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from glm_jax.data.tokenizer import Tokenizer
+from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.inference.decode import generate
 from glm_jax.inference.strategies import GREEDY, Sampling

@@ -16,13 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from glm_jax import digests
 from glm_jax.errors import UserError
-from glm_jax.files import atomic_directory
 from glm_jax.interop import sat
 from glm_jax.interop.layout import ParamPath, Rule, axis_sizes, rules, tile_shape, tiles
 from glm_jax.interop.shards import Parameter, latest_iteration, open_parameters
 from glm_jax.model import GLMConfig
+from glm_jax.storage import digests
+from glm_jax.storage.files import atomic_directory
 
 ITEM = "params"  # the item of a checkpoint that holds params
 SPLIT_PARTS = 8  # stored chunks end where this many tensor-parallel ranks would

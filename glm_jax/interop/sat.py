@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.errors import UserError
-from glm_jax.files import atomic_directory
 from glm_jax.interop.layout import (
     ParamPath,
     Rule,
@@ -30,6 +29,7 @@ from glm_jax.interop.layout import (
 from glm_jax.interop.shards import RANK_FILE, Parameter, gather, infer_config, open_parameters, open_ranks
 from glm_jax.interop.torch_archive import TensorStream, write_archive
 from glm_jax.model import GLMConfig
+from glm_jax.storage.files import atomic_directory
 
 Array = jax.Array
 

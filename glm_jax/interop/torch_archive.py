@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from glm_jax.errors import UserError
-from glm_jax.files import open_atomic
+from glm_jax.storage.files import open_atomic
 
 MAP_BYTES = 32 * 2**20  # the longest stretch of a file that is mapped at a time
 ALIGNMENT = 64  # of each record's first byte, as torch aligns them

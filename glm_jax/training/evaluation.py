@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from glm_jax.config import Experiment
-from glm_jax.data.batches import Batches
-from glm_jax.data.blanks import find_sentence_ends
-from glm_jax.data.mixture import temperature_weights, with_weights
-from glm_jax.data.prepare import Prepared
+from glm_jax.data.corpora.prepare import Prepared
+from glm_jax.data.rows.batches import Batches
+from glm_jax.data.rows.blanks import find_sentence_ends
+from glm_jax.data.rows.mixture import temperature_weights, with_weights
 from glm_jax.parallel import mesh as meshes
 
 SHORTEST_TEXT = 16  # tokens; with fewer held out, a source is not evaluated

@@ -16,7 +16,7 @@ from typing import Any
 
 from glm_jax.config import Experiment, by_key, role, with_changes
 from glm_jax.errors import UserError
-from glm_jax.files import json_line, write_atomic
+from glm_jax.storage.files import json_line, write_atomic
 
 RECORD = "interventions.jsonl"
 

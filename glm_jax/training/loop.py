@@ -15,20 +15,20 @@ from typing import Any
 import jax
 
 from glm_jax.config import Experiment
-from glm_jax.data.corpus import Shards
-from glm_jax.data.prepare import Prepared, prepare
+from glm_jax.data.corpora.corpus import Shards
+from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.errors import UserError
 from glm_jax.parallel import processes
 from glm_jax.training import interventions, precision, recipe, segment, spike
-from glm_jax.training import workdir as workdirs
-from glm_jax.training.checkpoint import Checkpoints
 from glm_jax.training.interventions import Record
 from glm_jax.training.monitor import Meter, Monitor, peak_flops, summary
 from glm_jax.training.profile import Profiler
 from glm_jax.training.segment import Segment, loss_metrics
-from glm_jax.training.sinks import import_wandb
 from glm_jax.training.spike import Bands
 from glm_jax.training.step import TrainState, at_step, create_state
+from glm_jax.workdir import folder as workdirs
+from glm_jax.workdir.checkpoints import Checkpoints
+from glm_jax.workdir.events import import_wandb
 
 DONE, STOPPED = 0, 3  # exit codes
 GO_ON, SAVE, STOP = 0, 1, 2  # what a process may ask of all; the largest request holds

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
+from glm_jax.engine.passes import EngineConfig
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig
-from glm_jax.training.engine import EngineConfig
-from glm_jax.training.sinks import METRICS, Event, Jsonl, Sink, TensorBoard, WeightsAndBiases
+from glm_jax.workdir.events import METRICS, Event, Jsonl, Sink, TensorBoard, WeightsAndBiases
 
 # Dense half-precision peaks in FLOP/s a device, from the makers' data sheets, by the start of jax's device_kind.
 PEAK_FLOPS = {

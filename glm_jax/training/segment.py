@@ -12,15 +12,16 @@ import numpy as np
 
 from glm_jax.config import Experiment
 from glm_jax.config.data import OBJECTIVES
-from glm_jax.data.prepare import Prepared
+from glm_jax.data.corpora.prepare import Prepared
+from glm_jax.engine import passes
+from glm_jax.engine.passes import EngineConfig, Sums
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import processes
-from glm_jax.training import engine, recipe
-from glm_jax.training import workdir as workdirs
-from glm_jax.training.engine import EngineConfig, Sums
+from glm_jax.training import recipe
 from glm_jax.training.evaluation import Evaluation, training_batches
 from glm_jax.training.step import StepConfig, TrainState, compile_steps, controls
+from glm_jax.workdir import folder as workdirs
 
 
 def engine_config(config: Experiment, glm: GLMConfig, num_tokens: int) -> EngineConfig:
@@ -58,7 +59,7 @@ def build_mesh(config: Experiment) -> jax.sharding.Mesh:
     mesh = meshes.build(config.mesh.sizes())
     glm = config.glm(1)  # the smallest vocabulary: what divides it divides every other
     train = config.train
-    engine.check(
+    passes.check(
         engine_config(config, glm, glm.vocab_size), mesh, train.global_batch, train.microbatches, config.data.seq_length
     )
     return mesh

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax import model
+from glm_jax.engine import passes
+from glm_jax.engine.passes import EngineConfig
 from glm_jax.parallel import partition
-from glm_jax.training import engine, optimizer, precision
-from glm_jax.training.engine import EngineConfig
+from glm_jax.training import optimizer, precision
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.precision import LossScale, LossScaleConfig
 
@@ -76,7 +77,7 @@ def init_state(cfg: StepConfig, stages: int = 1, key: Array | None = None) -> Tr
 
 def state_specs(cfg: StepConfig, mesh: Mesh) -> TrainState:
     """Give the PartitionSpec of every array of the state: moments lie as their params do, scalars everywhere."""
-    specs = engine.state_specs(cfg.engine.model, mesh)
+    specs = passes.state_specs(cfg.engine.model, mesh)
     state = jax.eval_shape(lambda: init_state(cfg))
     return _map_params(cfg, state, lambda _: specs, lambda _: jax.P())
 
@@ -136,7 +137,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if drops else None
     scale = state.loss_scale.scale
     shrink = controls.shrink if cfg.shrinks else None
-    passed = engine.value_and_grad(cfg.engine, mesh, state.params, batch, key, shrink, scale)
+    passed = passes.value_and_grad(cfg.engine, mesh, state.params, batch, key, shrink, scale)
     params, moments, norms = optimizer.update(cfg.optimizer, passed.gradients, state.moments, state.params, controls.lr)
     finite = jnp.isfinite(norms["grad_norm"])
     params, moments = jax.tree.map(
@@ -172,5 +173,5 @@ def compile_steps(
         donate_argnums=0,
         out_shardings=(shardings, whole),
     )
-    evaluate = jax.jit(lambda params, batch: engine.losses(cfg.engine, mesh, params, batch), out_shardings=whole)
+    evaluate = jax.jit(lambda params, batch: passes.losses(cfg.engine, mesh, params, batch), out_shardings=whole)
     return train, evaluate

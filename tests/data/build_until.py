@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from glm_jax.config import default_config, resolve, source
-from glm_jax.data import corpus, readers
-from glm_jax.data.prepare import prepare
+from glm_jax.data.corpora import corpus, readers
+from glm_jax.data.corpora.prepare import prepare
 
 folder, workers, commits = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 until = sys.argv[4] if len(sys.argv) > 4 else ""

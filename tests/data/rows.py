@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from glm_jax.config.data import OBJECTIVES
-from glm_jax.data.batches import Batches
+from glm_jax.data.rows.batches import Batches
 
 SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
 FIRST = 10

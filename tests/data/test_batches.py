@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from rows import FIRST, SHARES, SPECIAL, Documents, build, check_row, equal, least_cpu_seconds
 
 from glm_jax.config.data import OBJECTIVES, BlankOptions
-from glm_jax.data import batches
-from glm_jax.data.streams import shuffled
+from glm_jax.data.rows import batches
+from glm_jax.data.rows.streams import shuffled
 from glm_jax.errors import UserError
 
 option_sets = st.sampled_from(

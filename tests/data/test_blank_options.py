@@ -13,7 +13,7 @@ from rows import FIRST, SPECIAL, Documents, build, check_row
 import glm_jax
 from glm_jax.config import default_config, from_json, instructions, resolve, to_json
 from glm_jax.config.data import OBJECTIVES, BlankOptions, Blanks
-from glm_jax.data.mixture import Mixture, with_weights
+from glm_jax.data.rows.mixture import Mixture, with_weights
 from glm_jax.errors import UserError
 
 

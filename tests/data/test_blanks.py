@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_jax.config.data import BlankOptions
-from glm_jax.data import blank_options, blanks
+from glm_jax.data.rows import blanks
+from glm_jax.data.rows import room as blank_options
 from glm_jax.errors import UserError
 
 SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)

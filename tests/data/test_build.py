@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from glm_jax.data.build import WorkerDied, Workers, made
+from glm_jax.data.corpora.build import WorkerDied, Workers, made
 from glm_jax.errors import UserError
-from glm_jax.files import atomic_directory
+from glm_jax.storage.files import atomic_directory
 
 SCRIPT = Path(__file__).parent / "build_until.py"
 

@@ -18,11 +18,11 @@ from array_record.python.array_record_module import ArrayRecordReader
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.data import corpus, readers
-from glm_jax.data.build import Workers
-from glm_jax.data.corpus import Input, Shards, read_documents, split, write_documents, write_shards
-from glm_jax.data.deduplicate import digest_of, distinct, near_duplicates, shingles, signature
-from glm_jax.data.tokenizer import Tokenizer, train
+from glm_jax.data.corpora import corpus, readers
+from glm_jax.data.corpora.build import Workers
+from glm_jax.data.corpora.corpus import Input, Shards, read_documents, split, write_documents, write_shards
+from glm_jax.data.corpora.deduplicate import digest_of, distinct, near_duplicates, shingles, signature
+from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
 from glm_jax.errors import UserError
 
 WORDS = [

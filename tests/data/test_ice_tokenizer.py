@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from glm_jax.data import ice_tokenizer, tokenizer
-from glm_jax.data.ice_tokenizer import IceTokenizer, extend, read_model
-from glm_jax.data.tokenizer import Tokenizer
+from glm_jax.data.tokenizers import ice as ice_tokenizer
+from glm_jax.data.tokenizers import sentencepiece as tokenizer
+from glm_jax.data.tokenizers.ice import IceTokenizer, extend, read_model
+from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 
 TEXTS = ["hello world, this is a small model.", "天下大势，分久必合，合久必分。", "Hello! What? 12:34; a b c d e f g"]

@@ -7,7 +7,7 @@ import pytest
 
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.data import inspect
-from glm_jax.data.tokenizer import Tokenizer, train
+from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
 
 TEXT = "the array has a shape and the shape has an axis, and the axis has an index into the array. "
 

@@ -18,11 +18,13 @@ from rows import FIRST, SHARES, SPECIAL, Documents, build, check_row
 
 from glm_jax.config import instructions as entry
 from glm_jax.config.data import OBJECTIVES, BlankOptions
-from glm_jax.data import instruction_samples, instructions, samples
-from glm_jax.data.blanks import instruction_sample
-from glm_jax.data.instructions import Instructions
-from glm_jax.data.registry import DATASETS
-from glm_jax.data.templates import Template
+from glm_jax.data.corpora import samples
+from glm_jax.data.instructions import prompts as instructions
+from glm_jax.data.instructions import samples as instruction_samples
+from glm_jax.data.instructions.prompts import Instructions
+from glm_jax.data.instructions.registry import DATASETS
+from glm_jax.data.instructions.templates import Template
+from glm_jax.data.rows.blanks import instruction_sample
 from glm_jax.errors import UserError
 
 INSTRUCTION = OBJECTIVES.index("instruction")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_jax.data.mixture import STAIR, Mixture, temperature_weights
+from glm_jax.data.rows.mixture import STAIR, Mixture, temperature_weights
 from glm_jax.errors import UserError
 
 KINDS = ("mask", "gmask")

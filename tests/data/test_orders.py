@@ -9,8 +9,8 @@ import pytest
 from rows import FIRST, SPECIAL, Documents, build, check_row
 
 from glm_jax.config.data import BlankOptions
-from glm_jax.data.packing import Packing, best_fit, by_number
-from glm_jax.data.streams import Stream
+from glm_jax.data.rows.packing import Packing, best_fit, by_number
+from glm_jax.data.rows.streams import Stream
 from glm_jax.errors import UserError
 
 WHOLE = BlankOptions(whole_documents=True)

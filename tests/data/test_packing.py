@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from rows import SPECIAL, Documents, build, check_row, equal
 
 from glm_jax.config.data import OBJECTIVES, BlankOptions
-from glm_jax.data import packing
-from glm_jax.data.blank_options import places
-from glm_jax.data.blanks import draw_lengths
-from glm_jax.data.packing import best_fit, by_number, cut_long
+from glm_jax.data.rows import packing
+from glm_jax.data.rows.blanks import draw_lengths
+from glm_jax.data.rows.packing import best_fit, by_number, cut_long
+from glm_jax.data.rows.room import places
 from glm_jax.errors import UserError
 
 WHOLE = BlankOptions(whole_documents=True)

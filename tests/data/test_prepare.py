@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from texts import ENGLISH
 
 from glm_jax.config import Experiment, default_config, resolve
-from glm_jax.data import corpus, prepare, samples, tokenizer
-from glm_jax.data.deduplicate import near_duplicates, signature
+from glm_jax.data.corpora import corpus, prepare, samples
+from glm_jax.data.corpora.deduplicate import near_duplicates, signature
+from glm_jax.data.tokenizers import sentencepiece
 from glm_jax.errors import UserError
 
 CHAPTER = "话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。及秦灭之后，楚、汉分争，又并入于汉。"
@@ -276,8 +277,8 @@ def test_the_tokenizer_sees_each_source_by_its_weight(folder: Path, monkeypatch:
         seen.extend(documents)
         raise UserError("enough")
 
-    monkeypatch.setattr(tokenizer, "train", record)
-    monkeypatch.setattr(tokenizer, "TRAINING_BYTES", 3000)
+    monkeypatch.setattr(sentencepiece, "train", record)
+    monkeypatch.setattr(sentencepiece, "TRAINING_BYTES", 3000)
     with pytest.raises(UserError, match="enough"):
         run(make_config(folder))
     sizes = {"en": 0, "zh": 0}

@@ -21,9 +21,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glm_jax.data import json_array, readers
-from glm_jax.data.json_array import Elements
-from glm_jax.data.readers import Damaged, find_files, lines_before, normaliser, ranges, read
+from glm_jax.data.corpora import json_array, readers
+from glm_jax.data.corpora.json_array import Elements
+from glm_jax.data.corpora.readers import Damaged, find_files, lines_before, normaliser, ranges, read
 from glm_jax.errors import UserError
 
 GZIP = gzip.compress(b"a", mtime=0)  # without the time of day, which would make each collection's test names differ

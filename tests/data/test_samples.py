@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from glm_jax.data import samples
+from glm_jax.data.corpora import samples
 from glm_jax.errors import UserError
 
 CHAPTERS = [

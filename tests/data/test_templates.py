@@ -2,7 +2,7 @@
 
 import pytest
 
-from glm_jax.data.templates import Template, most_frequent, read_templates
+from glm_jax.data.instructions.templates import Template, most_frequent, read_templates
 from glm_jax.errors import UserError
 
 PROMPTSOURCE = """

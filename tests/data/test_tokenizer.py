@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from texts import ENGLISH as TEXTS
 
-from glm_jax.data import tokenizer as tokenizer_module
-from glm_jax.data.tokenizer import SPECIALS, Tokenizer, train
+from glm_jax.data.tokenizers import sentencepiece as tokenizer_module
+from glm_jax.data.tokenizers.sentencepiece import SPECIALS, Tokenizer, train
 from glm_jax.errors import UserError
 
 ENGLISH = """Return a new array of given shape and type, filled with zeros.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from glm_jax import cli
+from glm_jax.cli import main
 from tests.proofs import kills
 
 # ml_collections loads an experiment by it
@@ -19,7 +19,7 @@ def flags(changes: dict[str, Any]) -> list[str]:
 
 def train(experiment: Path, workdir: Path, changes: dict[str, Any], *more: str) -> None:
     """Train to the last step, from the newest checkpoint."""
-    assert cli.main(["train", f"--config={experiment}", f"--workdir={workdir}", *flags(changes), *more]) == 0
+    assert main.main(["train", f"--config={experiment}", f"--workdir={workdir}", *flags(changes), *more]) == 0
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

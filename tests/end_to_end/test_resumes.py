@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from glm_jax import cli
+from glm_jax.cli import main
 from glm_jax.training.segment import Segment
 from tests.end_to_end.runs import flags, in_process, lines, train, train_events
 from tests.proofs import kills
@@ -107,7 +107,7 @@ def test_a_stop_at_the_step_of_an_intervention_loses_nothing_of_it(
         return hand_out(part, samples, rows)
 
     monkeypatch.setattr(Segment, "batch", batch)
-    stopped = cli.main(["train", f"--config={experiment}", f"--workdir={tmp_path / 'parts'}", *flags(planned)])
+    stopped = main.main(["train", f"--config={experiment}", f"--workdir={tmp_path / 'parts'}", *flags(planned)])
     assert stopped == 3 and checkpoints(tmp_path / "parts") == [4]
     train(experiment, tmp_path / "parts", planned)
     assert train_events(tmp_path / "parts") == train_events(tmp_path / "whole")

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from glm_jax.data.tokenizer import Tokenizer, train
+from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
 from glm_jax.errors import UserError
 from glm_jax.inference.examples import heldout
 from glm_jax.inference.fill import Piece, fill

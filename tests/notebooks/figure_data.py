@@ -33,7 +33,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FixedFormatter, FuncFormatter
 from nbclient import NotebookClient
 
-from glm_jax.analysis import style
+from glm_jax.figures import style
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 DATA = FOLDER / "figures.json"

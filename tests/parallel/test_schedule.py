@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glm_jax.errors import UserError
-from glm_jax.parallel import schedule, schedule_drawing
+from glm_jax.parallel.pipeline import drawing, schedule
 
 NAMES = st.sampled_from(sorted(schedule.SCHEDULES))
 
@@ -128,7 +128,7 @@ stage 1 .  F0 B0 F1 B1 F2 B2 .
 
 1f1b: 2 stages, 3 microbatches, 5 ticks, bubble 1/4 (25.0%), stash slots by stage 3, 1
 """
-    assert schedule_drawing.ascii_timeline(schedule.build("1f1b", 2, 3)) == expected
+    assert drawing.ascii_timeline(schedule.build("1f1b", 2, 3)) == expected
 
 
 def test_a_tick_is_as_long_as_its_busiest_stage_and_a_backward_slot_as_two_forward_ones():
@@ -138,24 +138,24 @@ def test_a_tick_is_as_long_as_its_busiest_stage_and_a_backward_slot_as_two_forwa
 
 
 def test_ascii_timeline_breaks_into_panels_by_hand():
-    text = schedule_drawing.ascii_timeline(schedule.build("1f1b", 2, 3), width=20)
+    text = drawing.ascii_timeline(schedule.build("1f1b", 2, 3), width=20)
     assert text.split("\n\n")[:2] == [
         "stage 0 F0 F1 .  F2\nstage 1 .  F0 B0 F1",
         "stage 0 B0 .  B1 B2\nstage 1 B1 F2 B2 .",
     ]
-    assert schedule_drawing.ascii_timeline(schedule.build("1f1b", 1, 11), width=1).startswith(
+    assert drawing.ascii_timeline(schedule.build("1f1b", 1, 11), width=1).startswith(
         "stage 0 F0\n\nstage 0 B0\n\n"
     )
-    ten, eleven = (schedule_drawing.ascii_timeline(schedule.build("gpipe", stages, 1)) for stages in (10, 11))
+    ten, eleven = (drawing.ascii_timeline(schedule.build("gpipe", stages, 1)) for stages in (10, 11))
     assert ten.startswith("stage 0 F0 .") and eleven.startswith("stage 0  F0 .")  # as wide as the last stage needs
-    assert "stage 0 F0  B0  F1  B1" in schedule_drawing.ascii_timeline(schedule.build("1f1b", 1, 11))  # a digit more
+    assert "stage 0 F0  B0  F1  B1" in drawing.ascii_timeline(schedule.build("1f1b", 1, 11))  # a digit more
 
 
 def test_svg_timeline_by_hand():
     """Two stages and one microbatch: F0 on stage 0, F0 and B0 on stage 1, B0 on stage 0."""
     table = schedule.build("1f1b", 2, 1)
-    root = ElementTree.fromstring(schedule_drawing.svg_timeline(table))
-    assert root.attrib == {"width": str(7 * len(schedule_drawing.summary(table))), "height": "66",
+    root = ElementTree.fromstring(drawing.svg_timeline(table))
+    assert root.attrib == {"width": str(7 * len(drawing.summary(table))), "height": "66",
                            "font-family": "sans-serif"}  # fmt: skip
     space = "{http://www.w3.org/2000/svg}"
     rects = [
@@ -171,9 +171,9 @@ def test_svg_timeline_by_hand():
     texts = [(text.get("x"), text.get("y"), text.text) for text in root.iter(f"{space}text")]
     assert texts == [
         ("4", "15", "stage 0"), ("4", "37", "stage 1"), ("71", "14", "0"), ("85", "36", "0"), ("106", "36", "0"),
-        ("134", "14", "0"), ("4", "60", schedule_drawing.summary(table)),
+        ("134", "14", "0"), ("4", "60", drawing.summary(table)),
     ]  # fmt: skip
-    wide = ElementTree.fromstring(schedule_drawing.svg_timeline(schedule.build("1f1b", 1, 30)))
+    wide = ElementTree.fromstring(drawing.svg_timeline(schedule.build("1f1b", 1, 30)))
     assert wide.get("width") == str(64 + 30 * 3 * 14 + 4)
 
 
@@ -181,12 +181,12 @@ def test_svg_timeline_by_hand():
 @given(NAMES, st.integers(1, 8), st.integers(1, 16), st.integers(20, 200))
 def test_timelines_show_every_job_once(name, stages, microbatches, width):
     table = schedule.build(name, stages, microbatches)
-    text = schedule_drawing.ascii_timeline(table, width)
+    text = drawing.ascii_timeline(table, width)
     cells = [cell for line in text.splitlines() if line.startswith("stage") for cell in line.split()[2:]]
     jobs = [f"{kind}{m}" for kind in "FB" for m in range(microbatches)] * stages
     assert sorted(cell for cell in cells if cell != ".") == sorted(jobs)
     assert max(map(len, text.splitlines()[:stages])) <= max(width, 20)
-    root = ElementTree.fromstring(schedule_drawing.svg_timeline(table))
+    root = ElementTree.fromstring(drawing.svg_timeline(table))
     fills = [shape.get("fill") for shape in root.iter("{http://www.w3.org/2000/svg}rect")]
-    for colour in (schedule_drawing.FORWARD_COLOUR, schedule_drawing.BACKWARD_COLOUR):
+    for colour in (drawing.FORWARD_COLOUR, drawing.BACKWARD_COLOUR):
         assert fills.count(colour) == stages * microbatches

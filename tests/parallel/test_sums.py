@@ -14,14 +14,15 @@ import pytest
 from jax import lax
 
 from glm_jax import model
+from glm_jax.engine import passes
 from glm_jax.model import GLMConfig
-from glm_jax.parallel import mesh, partition, pipeline, schedule, zero
-from glm_jax.parallel.stage import Functions, Keep, Weights
-from glm_jax.training import engine
+from glm_jax.parallel import mesh, partition, zero
+from glm_jax.parallel.pipeline import run, schedule
+from glm_jax.parallel.pipeline.stage import Functions, Keep, Weights
 from tests.model import numpy_reference
 
 GLM = GLMConfig(3, 16, 2, 16, 16, max_length=16)
-HALF = engine.EngineConfig(GLM, 16, 3, compute="bfloat16")
+HALF = passes.EngineConfig(GLM, 16, 3, compute="bfloat16")
 ROWS, LENGTH = 64, 16
 REDUCTIONS = ("psum", "psum_invariant", "reduce_scatter", "psum_scatter", "pmax", "pmin")
 
@@ -47,7 +48,7 @@ def test_microbatches_are_added_up_in_float32(keep: Keep, name: str) -> None:
 
     def local(weights: Weights, batch: Any) -> Any:
         table = schedule.build(name, 1, ROWS)
-        result = pipeline.value_and_grad(functions, table, weights, batch, 2, keep, jnp.float32(1))
+        result = run.value_and_grad(functions, table, weights, batch, 2, keep, jnp.float32(1))
         return jax.tree.map(lambda array: lax.psum(array, mesh.AXES), result)
 
     grid = mesh.build({"data": 1, "pipeline": 1, "tensor": 1})
@@ -104,7 +105,7 @@ def test_no_reduction_over_data_is_in_the_compute_dtype(stage: Any, shape: tuple
     params = jax.eval_shape(lambda: partition.pad_layers(model.init(GLM, jax.random.key(0)), axes, shape[1]))
     batch = {name: array.reshape(4, 16, *array.shape[1:]) for name, array in make_batch().items()}
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batch)
-    pass_over = lambda params, batch: engine.value_and_grad(cfg, grid, params, batch, jax.random.key(0))  # noqa: E731
+    pass_over = lambda params, batch: passes.value_and_grad(cfg, grid, params, batch, jax.random.key(0))  # noqa: E731
     reductions, halves = [], 0
     for equation in equations(jax.make_jaxpr(pass_over)(params, shapes).jaxpr):
         over = equation.params.get("axes", equation.params.get("axis_name", ()))
@@ -122,7 +123,7 @@ def test_no_reduction_over_data_is_in_the_compute_dtype(stage: Any, shape: tuple
 def test_metrics_of_many_microbatches_lose_no_target() -> None:
     grid, batch = mesh.build({"data": 1, "pipeline": 1, "tensor": 1}), make_batch()
     params, parts = jax.jit(lambda: model.init(GLM, jax.random.key(0)))(), mesh.place(grid, batch, ROWS)
-    got = jax.jit(lambda params: engine.value_and_grad(HALF, grid, params, parts))(params)
+    got = jax.jit(lambda params: passes.value_and_grad(HALF, grid, params, parts))(params)
     assert got.sums.targets.tolist() == [ROWS * (LENGTH - 1) - 1, 0, 0]
     causal = np.tril(np.ones((ROWS, LENGTH, LENGTH), bool))
     wide = jax.tree.map(lambda array: np.asarray(array, np.float64), params)

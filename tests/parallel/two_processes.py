@@ -21,8 +21,8 @@ import jax  # noqa: E402 (reads the environment)
 import numpy as np  # noqa: E402
 
 from glm_jax import model  # noqa: E402
+from glm_jax.engine import passes  # noqa: E402
 from glm_jax.parallel import mesh, partition, processes  # noqa: E402
-from glm_jax.training import engine  # noqa: E402
 from tests.parallel import parity  # noqa: E402
 from tests.parallel.together import together, whole  # noqa: E402
 
@@ -35,7 +35,7 @@ def run(shape: list[int]) -> None:
     cfg, grid, rows, microbatches = parity.build(case)
     glm, axes = cfg.model, model.logical_axes(cfg.model)
     params = partition.pad_layers(parity.start_params(glm, "float32"), axes, grid.shape["pipeline"])
-    shardings = partition.shardings(grid, engine.state_specs(glm, grid))
+    shardings = partition.shardings(grid, passes.state_specs(glm, grid))
     placed = jax.tree.map(
         lambda leaf, sharding: jax.make_array_from_callback(
             leaf.shape, sharding, lambda index: np.asarray(leaf)[index]
@@ -46,7 +46,7 @@ def run(shape: list[int]) -> None:
     wanted = mesh.local_rows(grid, rows, microbatches)  # [M, B/M of this process]
     local = {name: array[wanted.ravel()] for name, array in parity.make_batch(glm, rows).items()}
     batch = mesh.place(grid, local, microbatches)
-    step = jax.jit(lambda params, batch: engine.value_and_grad(cfg, grid, params, batch, jax.random.key(7), 0.3, 64.0))
+    step = jax.jit(lambda params, batch: passes.value_and_grad(cfg, grid, params, batch, jax.random.key(7), 0.3, 64.0))
     got = together(step, placed, batch)
     gradients = whole(grid, got.gradients)
     if INDEX == 0:

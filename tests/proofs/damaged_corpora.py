@@ -24,7 +24,7 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from glm_jax.data import corpus
+from glm_jax.data.corpora import corpus
 
 RECORDS = 3000  # a file
 DAMAGE = {

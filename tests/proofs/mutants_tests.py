@@ -40,8 +40,8 @@ ELSEWHERE = (
     ("glm_jax/training/loop.py", "tests/end_to_end/test_train.py"),
     ("glm_jax/training/loop.py", "tests/end_to_end/test_resumes.py"),
     ("glm_jax/training/segment.py", "tests/end_to_end/test_resumes.py"),
-    ("glm_jax/training/workdir.py", "tests/end_to_end/test_resumes.py"),
-    ("glm_jax/training/sinks.py", "tests/end_to_end/test_train.py"),
+    ("glm_jax/workdir/folder.py", "tests/end_to_end/test_resumes.py"),
+    ("glm_jax/workdir/events.py", "tests/end_to_end/test_train.py"),
 )
 SPAWNS = ("subprocess", "multiprocessing")
 IMPORTED = -1  # stands for the test in the map of lines: the line runs while the file is imported

@@ -8,7 +8,7 @@ import pytest
 from glm_jax.config import default_config, instructions, resolve, source, with_changes
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.config.fields import flatten
-from glm_jax.data.prepare import prepare
+from glm_jax.data.corpora.prepare import prepare
 from glm_jax.training.evaluation import heldout_batches, training_batches
 
 

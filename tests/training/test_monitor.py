@@ -18,11 +18,10 @@ import pytest
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
+from glm_jax.engine.passes import EngineConfig
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
-from glm_jax.training import sinks
-from glm_jax.training.engine import EngineConfig
 from glm_jax.training.monitor import (
     Meter,
     Monitor,
@@ -33,6 +32,7 @@ from glm_jax.training.monitor import (
     summary,
 )
 from glm_jax.training.profile import Profiler
+from glm_jax.workdir import events as sinks
 
 GLM_130B = GLMConfig(70, 12288, 96, 32768, 150528)
 

@@ -10,11 +10,11 @@ import pytest
 
 from glm_jax import model
 from glm_jax.config.data import OBJECTIVES
+from glm_jax.engine import passes
+from glm_jax.engine.passes import EngineConfig
 from glm_jax.model import GLMConfig
 from glm_jax.model.transformer import embed, head, position_terms, stage
 from glm_jax.parallel import mesh as meshes
-from glm_jax.training import engine
-from glm_jax.training.engine import EngineConfig
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ def test_alpha_multiplies_the_gradient_of_its_paths_alone(mesh_sizes: dict[str, 
     params = model.init(MODEL, jax.random.key(0))
     entry, tied = by_path(params, {name: jnp.asarray(array) for name, array in batch.items()})
     cfg = dataclasses.replace(CONFIG, shrink_logits=logits)
-    found = jax.jit(lambda batch: engine.value_and_grad(cfg, mesh, params, batch, None, ALPHA).gradients)(
+    found = jax.jit(lambda batch: passes.value_and_grad(cfg, mesh, params, batch, None, ALPHA).gradients)(
         meshes.place(mesh, batch, 2)
     )
     expected = ALPHA * entry + (ALPHA if logits else 1.0) * tied

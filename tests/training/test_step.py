@@ -12,11 +12,11 @@ import pytest
 
 from glm_jax import model
 from glm_jax.config.data import OBJECTIVES
+from glm_jax.engine.passes import EngineConfig, row_weights
 from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.positions import position_terms
 from glm_jax.parallel import mesh as meshes
 from glm_jax.training import optimizer
-from glm_jax.training.engine import EngineConfig, row_weights
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.precision import LossScale, LossScaleConfig
 from glm_jax.training.step import StepConfig, TrainState, at_step, compile_steps, controls, create_state, true_layers

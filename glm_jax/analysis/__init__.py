@@ -1,1 +1,0 @@
-"""What is looked at after a run: its report, and figures."""

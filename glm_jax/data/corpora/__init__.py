@@ -1,0 +1,1 @@
+"""Files of text to tokenised shards, before any training."""

@@ -1,0 +1,365 @@
+"""From files to tokenised shards: distinct documents in hash order, the split, ArrayRecord files of token ids.
+
+A corpus passes two stages, each a directory (prepare.py names them by their content) of as many parts as its size asks
+for. A part holds the documents whose digests lie in one range, so that parts are made independently of one another and
+the corpus is in hash order, whichever files its documents came from.
+
+    documents   part-00000-of-0000N/{documents.jsonl, sides.npy}; skipped.jsonl; index.json
+    shards      part-00000-of-0000N/{train,heldout}.array_record, {train,heldout}-lengths.npy; index.json
+
+While the documents stage is being made, read/<number>/ holds what a file, or a range of it, gave, by part. Everything
+is written under a temporary name first, so a stage that was killed goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from glm_jax.data.corpora.build import Workers
+from glm_jax.data.corpora.deduplicate import digest_of, distinct, near_duplicates, signature
+from glm_jax.data.corpora.readers import Damaged, lines_before, normaliser, ranges, read
+from glm_jax.data.tokenizers.sentencepiece import Tokenizer
+from glm_jax.errors import UserError
+from glm_jax.storage.files import atomic_directory, write_atomic
+
+SPLITS = ("train", "heldout")
+DUPLICATE = len(SPLITS)  # what sides.npy says of a document in neither split
+ALWAYS_HELD_OUT = 10  # a corpus of at least this many documents has a held-out one
+PART_BYTES = 64_000_000  # of text, about; a worker holds one part in memory
+MOST_PARTS = 512  # a worker has a file open for each
+EXPANSION = {"jsonl.zst": 4, "parquet": 4}  # text bytes a file byte, roughly
+PLACES = 1000  # damaged records that the index lists a reason; skipped.jsonl lists all
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a source is read from.
+
+    Attributes:
+        files: in the order they are read in.
+        form, field, normalise: as in config.data.sources.
+        where: what the user calls it.
+    """
+
+    files: tuple[Path, ...]
+    form: str
+    field: str = "text"
+    normalise: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class _ReadJob:
+    source: Input
+    file: Path
+    range: tuple[int, int]  # of its bytes
+    parts: int
+    strict: bool
+    directory: Path
+
+
+@dataclass(frozen=True)
+class _PartJob:
+    files: tuple[Path, ...]  # what was read for this part
+    signatures: bool
+    directory: Path
+
+
+@dataclass(frozen=True)
+class _ShardJob:
+    documents: Path
+    tokenizer: Tokenizer
+    dtype: str
+    directory: Path
+
+
+def write_documents(
+    directory: Path, source: Input, heldout: float, threshold: float, workers: Workers, *, strict: bool
+) -> None:
+    """Write the documents stage into a `directory` that may hold pieces of it; see the module's docstring.
+
+    The index gives per split `documents` and `bytes` (of UTF-8 text), `dropped` by kind of duplicate, and `skipped`:
+    by reason, the count of damaged records, and file and line of the first PLACES.
+
+    Args:
+        heldout: expected share of held-out documents.
+        threshold: similarity from which documents count as one; 0: exact copies only. Above 0 it takes some 2 kB of
+            memory a document.
+        strict: stop at the first damaged record instead of counting it.
+
+    Raises:
+        UserError: there is no document; a damaged record, when strict.
+    """
+    if not (directory / "index.json").exists():
+        found = [(file, bounds) for file in source.files for bounds in ranges(file, source.form)]
+        sizes = [stop - start for _, (start, stop) in found]
+        text_bytes = sum(sizes) * EXPANSION.get(source.form, 1)
+        parts = max(1, min(MOST_PARTS, -(-text_bytes // PART_BYTES)))
+        reads = [
+            _ReadJob(source, file, bounds, parts, strict, directory / "read" / f"{number:06d}")
+            for number, (file, bounds) in enumerate(found)
+        ]
+        workers.run(f"read {source.where}", _read, reads, sizes)
+        files = [job.directory for job in reads]
+        names = [_part_name(part, parts) for part in range(parts)]
+        merges = [
+            _PartJob(tuple(file / f"{name}.jsonl" for file in files), threshold > 0, directory / name) for name in names
+        ]
+        workers.run(f"sort {source.where}", _merge, merges, [text_bytes // parts] * parts)
+        _finish_documents(directory, files, heldout, threshold, source.where)
+    shutil.rmtree(directory / "read", ignore_errors=True)
+    for part in _parts(directory):
+        for name in ("numbers.npz", "dropped.json"):
+            (part / name).unlink(missing_ok=True)
+
+
+def _read(job: _ReadJob) -> None:
+    """Share the documents of one range of a file out to the parts they belong to."""
+    if job.directory.is_dir():
+        if not job.strict or not (job.directory / "skipped.jsonl").stat().st_size:
+            return
+        shutil.rmtree(job.directory)  # left by a build that was not strict: meet the damage again
+    source, file = job.source, job.file
+    before: int | None = None  # lines before the range, counted when a message needs them
+    normalise = normaliser(source.normalise)
+    name = str(file).encode("utf-8", "backslashreplace").decode()  # a file's name need not be UTF-8
+    with atomic_directory(job.directory) as temporary, contextlib.ExitStack() as stack:
+        skipped = stack.enter_context(_open_text(temporary / "skipped.jsonl"))
+        opened: dict[int, TextIO] = {}
+        for record in read(file, source.form, source.field, job.range):
+            if isinstance(record, Damaged):
+                before = lines_before(file, job.range[0]) if before is None else before
+                line = before + record.line
+                if job.strict:
+                    raise UserError(f"{file}, line {line}: {record.message}")
+                _write_line(skipped, {"reason": record.reason, "file": name, "line": line})
+                continue
+            text = normalise(record)
+            part = int.from_bytes(digest_of(text)[:8], "big") * job.parts >> 64
+            if part not in opened:
+                path = temporary / f"{_part_name(part, job.parts)}.jsonl"
+                opened[part] = stack.enter_context(_open_text(path))
+            _write_line(opened[part], text)
+
+
+def _merge(job: _PartJob) -> None:
+    """Bring the documents of one part into hash order, each once."""
+    if job.directory.is_dir():
+        return
+    kept, dropped = distinct(_read_lines(path for path in job.files if path.exists()))
+    numbers = {
+        # Not the first bytes of the digest: they order the documents.
+        "places": np.array([int.from_bytes(document.digest[16:24], "big") for document in kept], np.uint64),
+        "sizes": np.array([len(document.text.encode()) for document in kept], np.int64),
+    }
+    if job.signatures:
+        numbers["signatures"] = np.array([signature(document.text) for document in kept], np.uint32)
+    with atomic_directory(job.directory) as temporary:
+        with _open_text(temporary / "documents.jsonl") as file:
+            for document in kept:
+                _write_line(file, {"text": document.text})
+        np.savez(temporary / "numbers.npz", **numbers)
+        (temporary / "dropped.json").write_text(json.dumps(dropped))
+
+
+def _finish_documents(directory: Path, files: list[Path], heldout: float, threshold: float, where: str) -> None:
+    """Drop near duplicates, split what is left, and write the index, which says that all is done."""
+    parts = _parts(directory)
+    numbers = [_load_numbers(part) for part in parts]
+    skipped, lines = _skipped(files)
+    counts = [len(part["sizes"]) for part in numbers]
+    if not sum(counts):
+        damaged = sum(reason["count"] for reason in skipped.values())
+        said = f"; {damaged:,} damaged records were skipped" if damaged else ""
+        raise UserError(f"corpus {where} is empty: it needs at least one line of text{said}")
+    near = np.zeros(sum(counts), bool)
+    if threshold:
+        near[:] = list(near_duplicates((row for part in numbers for row in part["signatures"]), threshold))
+    sides = np.full(sum(counts), DUPLICATE, np.uint8)
+    sides[~near] = split(np.concatenate([part["places"] for part in numbers])[~near], heldout)
+    for part, own in zip(parts, np.split(sides, np.cumsum(counts)[:-1]), strict=True):
+        buffer = io.BytesIO()
+        np.save(buffer, own)
+        write_atomic(part / "sides.npy", buffer.getvalue())
+    sizes = np.concatenate([part["sizes"] for part in numbers])
+    exact = sum(json.loads((part / "dropped.json").read_text()) for part in parts)
+    write_atomic(directory / "skipped.jsonl", lines)
+    _write_index(
+        directory,
+        {
+            "documents": {name: int((sides == side).sum()) for side, name in enumerate(SPLITS)},
+            "bytes": {name: int(sizes[sides == side].sum()) for side, name in enumerate(SPLITS)},
+            "dropped": {"exact": exact, "near": int(near.sum())},
+            "skipped": skipped,
+        },
+    )
+
+
+def _load_numbers(part: Path) -> dict[str, np.ndarray]:
+    with np.load(part / "numbers.npz") as archive:
+        return dict(archive)
+
+
+def _skipped(files: list[Path]) -> tuple[dict[str, Any], str]:
+    """Give the damaged records by reason, and the lines of all of them."""
+    lines = "".join((file / "skipped.jsonl").read_text(encoding="utf-8") for file in files)
+    skipped: dict[str, Any] = {}
+    for record in map(json.loads, filter(None, lines.split("\n"))):
+        reason = skipped.setdefault(record["reason"], {"count": 0, "places": []})
+        reason["count"] += 1
+        if reason["count"] <= PLACES:
+            reason["places"].append({"file": record["file"], "line": record["line"]})
+    return skipped, lines
+
+
+def split(places: np.ndarray, heldout: float) -> np.ndarray:
+    """Split documents by their own digest: a document stays on its side when others come and go.
+
+    Args:
+        places: uint64 [documents], from the digests.
+        heldout: the expected share of held-out ones. Above 0, a corpus of ALWAYS_HELD_OUT documents or more
+            has one at least; at least one document is for training.
+
+    Returns:
+        Indices into SPLITS, uint8 [documents].
+    """
+    limit = int(heldout * 2**64)
+    if heldout and len(places) >= ALWAYS_HELD_OUT:
+        limit = max(limit, int(places.min()) + 1)
+    limit = min(limit, int(places.max()))
+    return (places < np.uint64(limit)).astype(np.uint8)
+
+
+def read_documents(directory: Path, split_name: str) -> Iterator[str]:
+    """Yield the documents of one split of a documents stage, one at a time, in hash order."""
+    for part in _parts(directory):
+        yield from _part_documents(part, split_name)
+
+
+def _part_documents(part: Path, split_name: str) -> Iterator[str]:
+    sides = np.load(part / "sides.npy")
+    lines = _read_lines([part / "documents.jsonl"])
+    for document, side in zip(lines, sides.tolist(), strict=True):
+        if side == SPLITS.index(split_name):
+            yield document["text"]
+
+
+def write_shards(directory: Path, documents: Path, tokenizer: Tokenizer, source: str, workers: Workers) -> None:
+    """Tokenise a documents stage into a `directory` that may hold parts: a record is one document's ids, then eos.
+
+    The index gives what the documents' index says, `tokens` per split (eos included), `source`, `tokenizer` (digest)
+    and `dtype` of the records (little-endian).
+
+    Args:
+        documents: a directory that `write_documents` filled.
+        source: the source's name, for the index.
+    """
+    parts = _parts(documents)
+    dtype = "<u2" if tokenizer.size <= 1 << 16 else "<u4"
+    jobs = [_ShardJob(part, tokenizer, dtype, directory / part.name) for part in parts]
+    sizes = [(part / "documents.jsonl").stat().st_size for part in parts]
+    tokens = workers.run(f"tokenise {source}", _write_shard, jobs, sizes)
+    index = read_index(documents)
+    index |= {"tokens": dict(zip(SPLITS, map(sum, zip(*tokens, strict=True)), strict=True))}
+    index |= {"source": source, "tokenizer": tokenizer.digest, "dtype": dtype}
+    _write_index(directory, index)
+
+
+def _write_shard(job: _ShardJob) -> tuple[int, ...]:
+    """Tokenise one part; give its tokens by split."""
+    if not job.directory.is_dir():
+        with atomic_directory(job.directory) as temporary:
+            for name in SPLITS:
+                lengths = _write_records(temporary / f"{name}.array_record", name, job)
+                np.save(temporary / f"{name}-lengths.npy", np.array(lengths, np.int64))
+    return tuple(int(np.load(job.directory / f"{name}-lengths.npy").sum()) for name in SPLITS)
+
+
+def _write_records(path: Path, split_name: str, job: _ShardJob) -> list[int]:
+    """Write one split of a part, unless it is empty; give the lengths."""
+    texts = _part_documents(job.documents, split_name)
+    first = next(texts, None)
+    if first is None:
+        return []
+    # One record a group: any document is then read without its neighbours.
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    lengths = []
+    for text in itertools.chain([first], texts):
+        ids = np.append(job.tokenizer.encode(text), job.tokenizer.eos)  # [S]
+        writer.write(ids.astype(job.dtype).tobytes())
+        lengths.append(len(ids))
+    writer.close()
+    return lengths
+
+
+def _part_name(part: int, parts: int) -> str:
+    return f"part-{part:05d}-of-{parts:05d}"
+
+
+def _parts(directory: Path) -> list[Path]:
+    return sorted(directory.glob("part-*"))
+
+
+def _open_text(path: Path) -> TextIO:
+    return open(path, "w", encoding="utf-8", newline="\n")
+
+
+def _write_line(file: TextIO, value: Any) -> None:
+    file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _read_lines(paths: Iterable[Path]) -> Iterator[Any]:
+    for path in paths:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            yield from map(json.loads, file)
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """Read the index of a documents or shards directory."""
+    return json.loads((directory / "index.json").read_text(encoding="utf-8"))
+
+
+def _write_index(directory: Path, index: dict[str, Any]) -> None:
+    write_atomic(directory / "index.json", json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+
+
+class Shards:
+    """The tokenised documents of one split, read lazily: `shards[i]` is int32 [S], eos last. Picklable.
+
+    Attributes:
+        lengths: int64 [documents], tokens a document, eos included.
+    """
+
+    def __init__(self, paths: list[Path], lengths: np.ndarray, dtype: str):
+        from grain.sources import ArrayRecordDataSource  # takes a second, which the processes of a build need not wait
+
+        self.lengths = lengths
+        self._dtype = np.dtype(dtype)
+        self._records = ArrayRecordDataSource([str(path) for path in paths]) if paths else None
+
+    @classmethod
+    def open(cls, directory: Path, split_name: str) -> Shards:
+        """Open the split "train" or "heldout" of a directory that `write_shards` filled; it may be empty."""
+        parts = _parts(directory)
+        lengths = [np.load(part / f"{split_name}-lengths.npy") for part in parts]
+        paths = [path for part in parts if (path := part / f"{split_name}.array_record").exists()]
+        return cls(paths, np.concatenate(lengths), read_index(directory)["dtype"])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if self._records is None or not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        return np.frombuffer(self._records[index], self._dtype).astype(np.int32)  # [S]

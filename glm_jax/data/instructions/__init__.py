@@ -1,0 +1,1 @@
+"""Prompts with answers: data sets, templates and samples."""

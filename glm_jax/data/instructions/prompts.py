@@ -1,0 +1,202 @@
+"""Instruction samples: records and prompts in, tokenised prompts with answers out, read at random.
+
+GLM-130B's multi-task instruction pre-training (section 2.3 of arXiv 2210.02414): 5% of the rows hold prompted samples
+of labelled data sets. A sample becomes one document, `prompt [MASK] answer eos`, which blanks.instruction_sample
+assembles. No text encodes to [MASK], so the first one in a document divides it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from glm_jax.config.data import InstructionSet
+from glm_jax.data.corpora import readers, samples
+from glm_jax.data.instructions import samples as instruction_samples
+from glm_jax.data.instructions.registry import DATASETS, Dataset
+from glm_jax.data.instructions.templates import Template, read_templates
+from glm_jax.data.rows.streams import shuffled
+from glm_jax.errors import UserError
+from glm_jax.storage.files import atomic_directory
+
+FORMAT_VERSION = 1  # raised when the same records give other tokens
+SEED = 0  # which of a set's prompted samples are taken under its cap: the same in every run
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer."""
+
+    mask: int
+    eos: int
+    digest: str
+
+    def encode(self, text: str, /) -> np.ndarray: ...
+
+
+class Instructions:
+    """The tokenised samples of one set, memory-mapped: `documents[i]` is int32 [n], prompt [MASK] answer eos.
+
+    Attributes:
+        lengths: int64 [documents], tokens of each.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Open a directory that `write` filled."""
+        self.lengths: np.ndarray = np.load(directory / "lengths.npy")
+        self._starts = np.cumsum(self.lengths) - self.lengths
+        self._path = directory / "tokens.bin"
+        self._tokens = np.memmap(self._path, "<i4", "r") if len(self.lengths) else np.zeros(0, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int, /) -> np.ndarray:
+        start = self._starts[index]
+        return np.array(self._tokens[start : start + self.lengths[index]], np.int32)
+
+
+def encode(text: str, target: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Tokenise a prompt and its answer, each by itself: int32 [n], prompt [MASK] answer eos."""
+    return np.concatenate(
+        [tokenizer.encode(text), [tokenizer.mask], tokenizer.encode(target), [tokenizer.eos]], dtype=np.int32
+    )
+
+
+def write(directory: Path, prompts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> None:
+    """Tokenise prompts and answers into an empty directory, for `Instructions`; those without an answer stay out."""
+    lengths = []
+    with open(directory / "tokens.bin", "wb") as file:
+        for text, target in prompts:
+            if target:
+                document = encode(text, target, tokenizer)
+                file.write(document.astype("<i4").tobytes())
+                lengths.append(len(document))
+    np.save(directory / "lengths.npy", np.array(lengths, np.int64))
+
+
+def read_records(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where it stands, record) of .jsonl, .jsonl.zst and .parquet files, in order.
+
+    Raises:
+        UserError: another kind of file, a damaged record, or a missing package.
+    """
+    for file in files:
+        form = next((form for form in ("jsonl", "jsonl.zst", "parquet") if file.name.endswith(f".{form}")), None)
+        if form is None:
+            raise UserError(f"{file} is no file of records: give .jsonl, .jsonl.zst or .parquet")
+        for located in readers.read_records(file, form):
+            if isinstance(located, readers.Damaged):
+                raise UserError(f"{file}, line {located.line}: {located.message}")
+            line, record = located
+            yield f"{file}, line {line}", record
+
+
+def prompted(files: Sequence[Path], templates: Sequence[Template], cap: int) -> Iterator[tuple[str, str]]:
+    """Yield (prompt, answer) of records under their templates.
+
+    Every pair of a record and a template is one sample; of more than `cap` pairs as many are taken, by a fixed chance.
+    The files are read twice, and nothing of them is held in memory.
+
+    Args:
+        files: of records.
+        templates: none means that records have `text` and `target`.
+        cap: 0 means all.
+
+    Raises:
+        UserError: damaged records, or such as the templates fail on.
+    """
+    kinds = max(1, len(templates))
+    pairs = sum(1 for _ in read_records(files)) * kinds
+    chosen = None
+    if cap and pairs > cap:
+        chosen = np.sort([shuffled(k, pairs, SEED) for k in range(cap)])
+    for index, (where, record) in enumerate(read_records(files)):
+        first = index * kinds
+        if chosen is None:
+            mine = range(kinds)
+        else:
+            mine = chosen[slice(*np.searchsorted(chosen, [first, first + kinds]))] - first
+        for kind in map(int, mine):
+            if templates:
+                try:
+                    sample = templates[kind].render(record, seed=first + kind)
+                except UserError as error:
+                    raise UserError(f"{where}: {error}") from None
+            else:
+                sample = _plain(where, record)
+            if sample is not None:
+                yield sample
+
+
+def _plain(where: str, record: Mapping[str, Any]) -> tuple[str, str]:
+    text, target = record.get("text"), record.get("target")
+    if not isinstance(text, str) or not isinstance(target, str):
+        raise UserError(f"{where}: no text in fields 'text' and 'target': add them or give templates")
+    return text, target
+
+
+def _known(name: str, dataset: str) -> Dataset | None:
+    if dataset and dataset not in DATASETS:
+        known = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0)[0]
+        raise UserError(f"data.instructions.{name}.dataset is {dataset!r}: did you mean {known}? Empty for another")
+    return DATASETS.get(dataset)
+
+
+def _templates(path: str, known: Dataset | None) -> list[Template]:
+    """Read the templates at `path`, or of a known data set in PromptSource's folder there."""
+    if not path:
+        return []
+    root = Path(path).expanduser()
+    inside = root / known.folder if known else root
+    return read_templates(inside if inside.is_dir() else root)
+
+
+def prepare(
+    section: Mapping[str, InstructionSet], tokenizer: Tokenizer, cache: Path, report: Callable[[str], None]
+) -> tuple[dict[str, Instructions], dict[str, float]]:
+    """Bring the config's section `data.instructions` to tokenised samples, through the cache.
+
+    Args:
+        section: entries by name.
+        tokenizer: of the run.
+        cache: the cache's root directory.
+        report: gets one line a set.
+
+    Returns:
+        The sets for batches.Batches, and their weights: where an entry gives none, its number of samples. An example
+        set that cannot be fetched is reported and left out.
+
+    Raises:
+        UserError: files that are not there or are damaged, an unknown example set, or a set without samples.
+    """
+    sets: dict[str, Instructions] = {}
+    weights: dict[str, float] = {}
+    for name, entry in section.items():
+        try:
+            files = readers.find_files(entry.path) if entry.path else [instruction_samples.fetch(entry.sample, cache)]
+        except samples.Unreachable as error:
+            report(f"instructions {name}: left out, {error}")
+            continue
+        known = _known(name, entry.dataset)
+        templates = _templates(entry.templates, known)
+        cap = entry.cap or (known.cap if known else 0)
+        digest = hashlib.sha256(repr((FORMAT_VERSION, cap, tokenizer.digest)).encode())
+        digest.update(repr([(template.jinja, template.answer_choices) for template in templates]).encode())
+        for file in files:
+            with open(file, "rb") as stream:
+                digest.update(file.suffix.encode() + hashlib.file_digest(stream, "sha256").digest())
+        directory = cache / "instructions" / digest.hexdigest()[:32]
+        if not directory.is_dir():
+            with atomic_directory(directory) as temporary:
+                write(temporary, prompted(files, templates, cap), tokenizer)
+        sets[name] = Instructions(directory)
+        if not len(sets[name]):
+            raise UserError(f"data.instructions.{name} gives no sample: look at its records and templates")
+        weights[name] = entry.weight or float(len(sets[name]))
+        report(f"instructions {name}: {len(sets[name]):,} samples, {int(sets[name].lengths.sum()):,} tokens")
+    return sets, weights

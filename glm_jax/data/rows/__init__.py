@@ -1,0 +1,1 @@
+"""Shards to training rows: a pure function of the row's number."""

@@ -1,0 +1,148 @@
+"""GLM-130B's own tokenizer: the official ice_text.model, its numbering and its way with newlines and blanks.
+
+Ids (icetk and SwissArmyTransformer, as the released model uses them):
+
+    0 to 19,999    image tokens, which text never gives; 0 pads
+    20,000 on      the pieces of ice_text.model, 130,000 of them: unk 20,000, eos 20,002, newline 20,004
+    150,000 on     [MASK] [gMASK] [sMASK] eod sop eop ENC dBLOCK, a tab, runs of 2 to 80 spaces, 256 bytes
+
+The model's own normalisation changes text (full-width punctuation becomes half-width, and each text loses a leading
+space), so decoding does not give back every text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from glm_jax.data.tokenizers.sentencepiece import MASKS, Tokenizer, read_bytes
+from glm_jax.errors import UserError
+
+IMAGE_TOKENS = 20_000
+NEWLINE, TAB = "<n>", "<|tab|>"
+LONGEST_RUN = 80  # of spaces that have a token
+BLANKS = [f"<|blank_{length}|>" for length in range(2, LONGEST_RUN + 1)]
+CONTROLS = (*MASKS, "<eod>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
+
+# Types of pieces and fields of sentencepiece_model.proto
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
+_PIECES, _TRAINER_SPEC, _BYTE_FALLBACK = 1, 2, 35
+
+
+def read_model(path: str | Path, *, pinned: bool) -> bytes:
+    """Read a tokenizer's model: one of ours as it is, ice_text.model with the special pieces that GLM-130B added.
+
+    Args:
+        path: the file.
+        pinned: as the inference code of 2022 read ice_text.model: newlines, tabs and runs of spaces are lost, and what
+            has no piece is unk. Otherwise as it was read from March 2023 on: nothing of these is lost.
+
+    Raises:
+        UserError: it is not there, or is neither of the two.
+    """
+    model, processor = read_bytes(path)
+    if processor.unk_id() != processor.piece_to_id("<dBLOCK>"):
+        return model  # has the special pieces already
+    if processor.unk_id() != processor.piece_to_id(MASKS[0]):
+        if pinned:
+            raise UserError(f"data.tokenizer.pinned is for ice_text.model, {path} is not: set it to False")
+        return model
+    if processor.unk_id() == processor.piece_to_id(NEWLINE) or processor.eos_id() < 0:
+        raise UserError(f"{path} has neither [MASK] nor <n>: it is no tokenizer of ours and not ice_text.model")
+    return extend(model, pinned=pinned)
+
+
+def extend(model: bytes, *, pinned: bool) -> bytes:
+    """Append GLM-130B's special pieces to ice_text.model; see `read_model`."""
+    blanks = _CONTROL if pinned else _USER_DEFINED  # control pieces never match text
+    pieces = [(name, _CONTROL) for name in CONTROLS] + [(name, blanks) for name in (TAB, *BLANKS)]
+    if not pinned:
+        pieces += [(f"<0x{byte:02X}>", _BYTE) for byte in range(256)]
+    # Appended fields of a protocol buffer add to its lists and override its values.
+    model += b"".join(_message(_PIECES, _piece(name, kind)) for name, kind in pieces)
+    if not pinned:
+        model += _message(_TRAINER_SPEC, _varint(_BYTE_FALLBACK << 3) + b"\x01")
+    return model
+
+
+def _piece(name: str, kind: int) -> bytes:
+    return _message(1, name.encode()) + b"\x15" + bytes(4) + b"\x18" + bytes([kind])  # name, score 0, type
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    """Write an integer as the protocol buffers do: seven bits a byte, lowest first."""
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*encoded, value])
+
+
+class IceTokenizer(Tokenizer):
+    """GLM-130B's tokenizer, made from what `read_model` gives; see the module's docstring and Tokenizer.
+
+    Whether it is the pinned one is said by the model itself. The other attributes are Tokenizer's.
+
+    Attributes:
+        eod, enc, dblock: ids of the special tokens that only this tokenizer has.
+    """
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self.digest = hashlib.sha256(model).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.size = IMAGE_TOKENS + self._processor.get_piece_size()
+        self.pad, self.unk, self.eos = 0, self._id("<unk>"), self._id("</s>")
+        self.mask, self.gmask, self.smask, self.eod, self.sop, self.eop, self.enc, self.dblock = map(self._id, CONTROLS)
+        self._names = {self._id(piece): piece.strip("<>") for piece in CONTROLS} | {self.eos: "eos"}
+        self._keeps_blanks = not self._processor.is_control(self._id(TAB) - IMAGE_TOKENS)
+        lengths = [0] * IMAGE_TOKENS + [len(self._bytes_of(token)) for token in range(self._processor.get_piece_size())]
+        self.token_bytes = np.array(lengths, np.int32)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
+        return IceTokenizer, (self.model,)
+
+    def _id(self, piece: str) -> int:
+        return IMAGE_TOKENS + self._processor.piece_to_id(piece)
+
+    def _bytes_of(self, token: int) -> bytes:
+        piece = self._processor.id_to_piece(token)
+        restored = _restore(piece)
+        return restored.encode() if restored != piece else super()._bytes_of(token)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Give the ids of `text` as int32 [S]; a space is put before it, and [MASK] written in it stays text."""
+        if self._keeps_blanks:
+            text = text.replace("\n", NEWLINE).replace("\t", TAB)
+            text = re.sub(f" {{2,{LONGEST_RUN}}}", lambda run: BLANKS[len(run[0]) - 2], text)
+        return np.array(self._processor.encode(text), np.int32) + np.int32(IMAGE_TOKENS)
+
+    def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
+        """Give the text of `ids`; image tokens print nothing, nor do special tokens unless `specials`.
+
+        What stands between special tokens is decoded by itself, less its first space.
+        """
+        parts: list[str] = []
+        run: list[int] = []
+        for token in [*map(int, ids), self.eos]:
+            if token not in self._names:
+                run += [token - IMAGE_TOKENS] * (token >= IMAGE_TOKENS)
+                continue
+            parts += [_restore(self._processor.decode(run)), self._names[token] if specials else ""]
+            run = []
+        return "".join(parts[:-1])
+
+
+def _restore(text: str) -> str:
+    """Put newlines, tabs and spaces where their pieces are."""
+    text = text.replace(NEWLINE, "\n").replace(TAB, "\t")
+    return re.sub(r"<\|blank_(\d+)\|>", lambda run: " " * int(run[1]), text)

@@ -1,0 +1,178 @@
+"""SentencePiece with GLM's special tokens: training on any text, and an encoding that loses nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from glm_jax.errors import UserError
+
+# Ids 0 to 7, in this order. None of them ever matches text, so a literal "[MASK]" stays text.
+PAD, UNK, EOS = "pad", "unk", "eos"
+MASKS = ("[MASK]", "[gMASK]", "[sMASK]")
+SOP, EOP = "sop", "eop"  # start and end of a piece (a target)
+SPECIALS = (PAD, UNK, EOS, *MASKS, SOP, EOP)
+SMALLEST_VOCABULARY = len(SPECIALS) + 256 + 2  # the specials, the byte pieces, and something to learn
+
+TRAINING_BYTES = 10_000_000  # text the trainer looks at; more changes few pieces and costs time and memory
+SENTENCE_CHARACTERS = 2000  # documents are cut to about this before training; pieces do not cross the cuts
+CHARACTER_COVERAGE = 0.9995  # share of the characters of the text that get pieces; the rest is spelt in bytes
+UNTRAINABLE = "\0\t\u2581\u2585"  # the trainer drops or reinterprets them; encoding spells them in bytes
+WORD_START = "\u2581"  # what SentencePiece writes for a space, hence not encodable as itself
+
+
+def train(documents: Iterable[str], vocab_size: int) -> bytes:
+    """Train a unigram model with byte fallback; the same documents give the same bytes.
+
+    Whitespace is kept as it is, and runs of it get pieces of their own. At most half of the learned
+    pieces are single characters, so that a text with thousands of them (Chinese) still gets words.
+
+    Args:
+        documents: text in the proportions that the pieces should serve. Only the first TRAINING_BYTES are
+            used: shuffle first.
+        vocab_size: number of pieces with specials and byte pieces. A small text may give fewer.
+
+    Returns:
+        The serialised SentencePiece model.
+
+    Raises:
+        UserError: the vocabulary is too small for the special and byte pieces, or there is no text.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"data.tokenizer.vocab_size is {vocab_size}, it must be at least {SMALLEST_VOCABULARY}: "
+            "special and byte pieces come first"
+        )
+    sentences = _keep_frequent(list(_sentences(documents)), (vocab_size - len(SPECIALS) - 256) // 2)
+    if not any(sentence.strip() for sentence in sentences):
+        raise UserError("there is no text to train a tokenizer on")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, model_type="unigram", vocab_size=vocab_size,
+        hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True, max_sentence_length=1 << 30,
+        pad_id=0, unk_id=1, eos_id=2, bos_id=-1, pad_piece=PAD, unk_piece=UNK, eos_piece=EOS,
+        control_symbols=[*MASKS, SOP, EOP],
+        num_threads=2,  # fixed: the order of float sums depends on it
+        minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def _sentences(documents: Iterable[str]) -> Iterator[str]:
+    """Cut the first TRAINING_BYTES of text into runs of lines of about SENTENCE_CHARACTERS each."""
+    left = TRAINING_BYTES
+    for document in documents:
+        start = 0
+        while start < len(document):
+            end = start + SENTENCE_CHARACTERS
+            newline = document.rfind("\n", start, end)
+            if end < len(document) and newline > start:
+                end = newline  # the newline begins the next sentence, where the trainer does not trim it
+            yield document[start:end]
+            left -= len(document[start:end].encode())
+            if left <= 0:
+                return
+            start = end
+
+
+def _keep_frequent(sentences: Sequence[str], limit: int) -> list[str]:
+    """Cut sentences at the characters that get no piece, so that at most `limit` distinct ones are left.
+
+    The trainer's own coverage option stops at 98%, which a small vocabulary of Chinese passes.
+    """
+    counts: Counter[str] = Counter()
+    for sentence in sentences:
+        counts.update(sentence)
+    for character in UNTRAINABLE:
+        counts.pop(character, None)
+    ranked = sorted(counts, key=lambda character: (-counts[character], character))
+    covered = np.cumsum([counts[character] for character in ranked])
+    enough = int(np.searchsorted(covered, CHARACTER_COVERAGE * counts.total())) + 1
+    cuts = dict.fromkeys(map(ord, [*UNTRAINABLE, *ranked[min(limit, enough) :]]), "\0")
+    return [part for sentence in sentences for part in sentence.translate(cuts).split("\0") if part]
+
+
+def read_bytes(path: str | Path) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
+    """Read a SentencePiece model. Raises UserError when it is not there or is no such model."""
+    try:
+        model = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+    try:
+        return model, sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError:
+        raise UserError(f"{path} is not a SentencePiece model") from None
+
+
+class Tokenizer:
+    """A trained model. `decode(encode(text)) == text` for any valid Unicode text.
+
+    Attributes:
+        model: the serialised SentencePiece model.
+        digest: sha256 of `model`, hexadecimal.
+        size: number of pieces.
+        pad, unk, eos, mask, gmask, smask, sop, eop: ids of the special tokens.
+        token_bytes: int32 [size], the UTF-8 bytes of text that each id stands for; 0 for special tokens.
+    """
+
+    def __init__(self, model: bytes):
+        self.model = model
+        self.digest = hashlib.sha256(model).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.size: int = self._processor.get_piece_size()
+        self.pad, self.unk, self.eos, self.mask, self.gmask, self.smask, self.sop, self.eop = (
+            self._processor.piece_to_id(piece) for piece in SPECIALS
+        )
+        self._text = [self._bytes_of(token) for token in range(self.size)]
+        self.token_bytes = np.array([len(text) for text in self._text], np.int32)
+        self._word_start = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in WORD_START.encode()]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a model file: one of ours, or the official one as ice_tokenizer.read_model gives it.
+
+        Raises:
+            UserError: it is not there or is no such model.
+        """
+        from glm_jax.data.tokenizers.ice import IceTokenizer  # it stands on this module
+
+        model, processor = read_bytes(path)
+        if processor.piece_to_id("<dBLOCK>") != processor.unk_id():
+            return IceTokenizer(model)
+        if processor.unk_id() in (processor.piece_to_id(MASKS[0]), processor.piece_to_id(SOP)):
+            raise UserError(f"{path} has no [MASK] and sop pieces: it was not trained by glm-jax")
+        return Tokenizer(model)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
+        return Tokenizer, (self.model,)
+
+    def _bytes_of(self, token: int) -> bytes:
+        piece = self._processor.id_to_piece(token)
+        if self._processor.is_byte(token):
+            return bytes([int(piece[1:-1], 16)])  # "<0x0A>"
+        if self._processor.is_control(token) or self._processor.is_unknown(token):
+            return b""
+        return piece.replace(WORD_START, " ").encode()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Give the ids of `text` as int32 [S]; special tokens written in the text stay text."""
+        ids: list[int] = []
+        for index, part in enumerate(text.split(WORD_START)):
+            ids += self._word_start * (index > 0) + self._processor.encode(part)
+        return np.array(ids, np.int32)
+
+    def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
+        """Give the text of `ids`; special tokens print nothing unless `specials`, then their names.
+
+        Bytes that are not UTF-8, as when a character is cut off, become U+FFFD.
+        """
+        names = {self._processor.piece_to_id(piece): piece.encode() for piece in SPECIALS} if specials else {}
+        return b"".join(names.get(int(token), self._text[token]) for token in ids).decode("utf-8", "replace")

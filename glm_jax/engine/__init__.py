@@ -1,0 +1,1 @@
+"""GLM on a mesh: the model's functions bound to the pipeline."""

@@ -1,0 +1,224 @@
+"""`glm-jax report`: a run's curves and events on one page that needs nothing else, or in one picture."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from glm_jax.config import default_values
+from glm_jax.config.fields import flatten
+from glm_jax.errors import UserError
+from glm_jax.storage.files import write_atomic
+from glm_jax.workdir import history as records
+from glm_jax.workdir.folder import CONFIG
+from glm_jax.workdir.history import MARK_NAMES, Mark, Record
+
+PAGE = "report.html"
+PANELS_A_ROW = 2
+
+STYLE = """
+:root { color-scheme: light dark; --faint: #8886; --page: #fff; --text: #262626; }
+@media (prefers-color-scheme: dark) { :root { --page: #16181c; --text: #d8d8d8; } }
+body { max-width: 1200px; margin: 0 auto; padding: 1.5rem; background: var(--page); color: var(--text);
+       font: 15px/1.45 sans-serif; }
+h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .6rem; }
+.facts { display: flex; flex-wrap: wrap; gap: .8rem 2.4rem; margin: 1rem 0; }
+.facts div { display: flex; flex-direction: column-reverse; }
+.facts dt { font-size: .8rem; opacity: .75; } .facts dd { margin: 0; font-size: 1.25rem; }
+.marks { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; font-size: .85rem; }
+.marks span::before { content: ""; display: inline-block; height: 1em; margin-right: .5em; vertical-align: -.15em;
+                      border-left: 2px var(--dashes) var(--colour); }
+.curves { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem 1.6rem; margin-top: 1rem; }
+figure { margin: 0; min-width: 0; } .wide { grid-column: 1 / -1; }
+figure svg { width: 100%; height: auto; display: block; } svg * { stroke-linejoin: round; stroke-linecap: butt; }
+figcaption { font-size: .8rem; opacity: .8; padding-left: .5rem; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--faint); }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+code { font-size: .92em; overflow-wrap: anywhere; }
+""".strip()
+
+
+def write(workdir: Path, out: Path | None = None) -> Path:
+    """Draw the record of a run.
+
+    Args:
+        workdir: of the run, which may still be going on.
+        out: the file to write, an .html page or a .png picture; by default report.html in the workdir.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        UserError: the record is missing or damaged, the file cannot be written, or matplotlib is not installed.
+    """
+    path = out or workdir / PAGE
+    if path.suffix.lower() not in (".html", ".htm", ".png"):
+        raise UserError(f"--out {path} is neither a page nor a picture: end its name in .html or .png")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError("report needs matplotlib: pip install 'glm-jax[plots]'") from error
+    record = records.read(workdir)
+    config = _read_config(workdir)
+    name = workdir.absolute().name
+    made = picture(record, config, name) if path.suffix.lower() == ".png" else page(record, config, name)
+    try:
+        write_atomic(path, made)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another file with --out") from error
+    return path
+
+
+def page(record: Record, config: dict[str, Any], name: str) -> str:
+    """Give the page: facts, curves, events, and what the config says other than the defaults."""
+    from glm_jax.figures import curves, style
+
+    figures = []
+    for panel in curves.panels(record):
+        drawn, (axis,) = style.figure(1, 1, width=11.6 if panel.wide else 5.7, height=3.4 if panel.wide else 2.7)
+        panel.draw(axis)
+        kind = ' class="wide"' if panel.wide else ""
+        caption = f"<figcaption>{escape(panel.caption)}</figcaption>" if panel.caption else ""
+        figures.append(f"<figure{kind}>{style.svg(drawn)}{caption}</figure>")
+    terms = [f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts(record, config)]
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta name="viewport" content="width=device-width"><title>{escape(name)}</title>',
+        f"<style>{STYLE}</style></head><body>",
+        f"<h1>{escape(name)}</h1>",
+        f'<dl class="facts">{"".join(terms)}</dl>',
+        _marks_legend(record),
+        f'<div class="curves">{"".join(figures)}</div>',
+        _events_table(record.marks),
+        _config_table(config),
+        "</body></html>",
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def picture(record: Record, config: dict[str, Any], name: str) -> bytes:
+    """Give the curves as one PNG, the facts as its head."""
+    from glm_jax.figures import curves, style
+
+    panels = curves.panels(record)
+    rows = -(-len(panels) // PANELS_A_ROW)
+    drawn, axes = style.figure(max(rows, 1), PANELS_A_ROW)
+    for axis, panel in zip(axes, panels, strict=False):
+        panel.draw(axis)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    head = "   ".join(f"{key}: {value}" for key, value in facts(record, config))
+    keys = curves.mark_keys(record)
+    if keys:
+        drawn.legend(handles=keys, loc="outside lower left", ncols=len(keys), frameon=False)
+    drawn.suptitle("\n".join([name, *textwrap.wrap(head, 150)]), fontsize=9, x=0.01, ha="left")
+    return style.png(drawn)
+
+
+def facts(record: Record, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Give the head of a report as (name, value): how far the run is and how well it does."""
+    train, heldout = record.last("train"), record.last("evaluation")
+    total = config.get("train", {}).get("steps")
+    step = f"{record.last_step:,}" + (f" of {total:,}" if total else "")
+    found = [("step", step)]
+    if "samples" in train:
+        found.append(("samples", f"{train['samples']:,}"))
+    if tokens := record.tokens():
+        found.append(("tokens, about", _short(tokens)))
+    if "loss" in train:
+        found.append(("training loss", f"{train['loss']:.4f}"))
+    for key, value in sorted(heldout.items()):  # all before the sources
+        if key == "loss" or key.startswith("loss/"):
+            found.append((" ".join(["held-out loss", *key.split("/")[1:]]), f"{value:.4f}"))
+    versions = record.last("start").get("versions", {})
+    found += [(package, version) for package, version in versions.items()]
+    return found
+
+
+def differences(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """List (key, value, default) of what a config says other than the defaults; None where there is no default."""
+    data = config.get("data", {})
+    names = {table: data.get(table, {}) for table in ("sources", "instructions")}
+    defaults = json.loads(json.dumps(default_values(names)))  # tuples as the workdir's file holds them
+    return [
+        (key, value, defaults.get(key))
+        for key, value in flatten(config)
+        if key not in defaults or defaults[key] != value
+    ]
+
+
+def _read_config(workdir: Path) -> dict[str, Any]:
+    """Read the workdir's config as plain values, which may be of another version; empty if there is none."""
+    path = workdir / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: bring it back, or take it away") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: bring it back, or take it away")
+    return config
+
+
+def _marks_legend(record: Record) -> str:
+    from glm_jax.figures.curves import MARK_STYLES
+
+    spans = []
+    for kind in record.kinds():
+        colour, dashes = MARK_STYLES[kind]
+        border = "dashed" if dashes == "dashdot" else dashes
+        spans.append(f'<span style="--colour: {colour}; --dashes: {border}">{escape(MARK_NAMES[kind])}</span>')
+    return f'<div class="marks">{"".join(spans)}</div>' if spans else ""
+
+
+def _events_table(marks: Iterable[Mark]) -> str:
+    rows = [
+        [
+            _cell(str(mark.number), number=True),
+            _cell(f"{mark.step:,}", number=True),
+            _cell("" if mark.samples is None else f"{mark.samples:,}", number=True),
+            _cell(MARK_NAMES[mark.kind] + (f" ({mark.cause})" if mark.kind == "intervention" and mark.cause else "")),
+            "<td>" + "<br>".join(f"<code>{escape(line)}</code>" for line in mark.lines) + "</td>",
+        ]
+        for mark in marks
+    ]
+    return _table("Events", ["", "step", "samples", "event", "what"], rows, numbers=3)
+
+
+def _config_table(config: dict[str, Any]) -> str:
+    rows = [
+        [f"<td><code>{escape(key)}</code></td>", _code(value), _code(default)]
+        for key, value, default in differences(config)
+    ]
+    return _table("Config, where it differs from the defaults", ["key", "value", "default"], rows)
+
+
+def _table(title: str, heads: list[str], rows: list[list[str]], numbers: int = 0) -> str:
+    """Give a table under its title, the first `numbers` columns of which hold numbers; empty without rows."""
+    if not rows:
+        return ""
+    classes = [' class="number"'] * numbers + [""] * (len(heads) - numbers)
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(classes, heads, strict=True))
+    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    return f"<h2>{escape(title)}</h2>\n<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+
+
+def _cell(text: str, number: bool = False) -> str:
+    return f'<td class="number">{escape(text)}</td>' if number else f"<td>{escape(text)}</td>"
+
+
+def _code(value: Any) -> str:
+    return "<td></td>" if value is None else f"<td><code>{escape(json.dumps(value, ensure_ascii=False))}</code></td>"
+
+
+def _short(count: int) -> str:
+    """Write a large count with three digits: 12.3 billion."""
+    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if count >= size:
+            return f"{count / size:.3g} {word}"
+    return f"{count:,}"

@@ -1,0 +1,357 @@
+"""Figures and tables of trained sweeps: loss curves, final losses, the stability frontier.
+
+Every function takes the results of `sweep_saved.Saved`, whatever part of the sweep they are: what is not there is not
+drawn, and a table says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from glm_jax.figures import style
+from glm_jax.sweeps.frontier import frontier
+from glm_jax.sweeps.results import Row, spread, table
+
+MARKERS = "osD^vP"
+DEPTH, SCHEME, RATE, SEED = "model.num_layers", "model.norm", "lr", "seed"  # axes of the sweep of layer norms
+NATS = "loss, nats a target token"
+NOTHING = "learnt nothing"  # as sweep_verdict.py has it
+
+
+def labels(results: Sequence[Row], axis: str) -> list[str]:
+    """Give the labels of an axis that are there, in their order; numbers ascending."""
+    found = list(dict.fromkeys(result["labels"][axis] for result in results))
+    return sorted(found, key=float) if all(map(_is_number, found)) else found
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
+
+
+def heldout(result: Row) -> float | None:
+    """Give the held-out loss of a member that finished; None of a diverged one, or where none was held out."""
+    return result["heldout"].get("loss") if result["status"] == "finished" else None
+
+
+def where(results: Sequence[Row], chosen: Mapping[str, str]) -> list[Row]:
+    """Give the results that have these labels."""
+    return [result for result in results if all(result["labels"][axis] == label for axis, label in chosen.items())]
+
+
+def loss_curves(results: Sequence[Row], lines: str, rows: str = "", columns: str = "", title: str = "") -> Figure:
+    """Draw the moving average of every member's loss; a cross ends a diverged member at the step of its divergence.
+
+    Args:
+        lines: the axis whose labels have a colour each: a row of shades if they are numbers.
+        rows, columns: axes whose labels have a row or a column of panels each, if any.
+        title: of the whole.
+    """
+    down = labels(results, rows) if rows else [""]
+    across = labels(results, columns) if columns else [""]
+    made, axes = style.figure(len(down), len(across), *((2.9, 2.4) if columns else (5.8, 3.0)))
+    names = labels(results, lines)
+    colours = dict(zip(names, _colours(names), strict=True))
+    low, high = _span(results)
+    last = max(result["curves"]["loss_step"][-1] for result in results)
+    for axis, (row, column) in zip(axes, itertools.product(down, across), strict=True):
+        panel = {rows: row} if rows else {}
+        panel |= {columns: column} if columns else {}
+        for name in names:
+            for number, result in enumerate(where(results, panel | {lines: name})):
+                _curve(axis, result, colours[name], name if number == 0 else "_")
+        _guess(axis, where(results, panel))
+        axis.set(xlim=(0, last), ylim=(low, high))
+        if not where(results, panel):
+            axis.text(0.5, 0.5, "not yet", transform=axis.transAxes, ha="center", alpha=0.6, color=style.INK)
+        told = ", ".join(part for part in (column, f"{row} layers" if rows == DEPTH else row) if part)
+        style.finish(axis, "step", NATS, told, legend=False)
+        if len(axes) > 1:
+            axis.label_outer()
+    legend(made, axes, title)
+    return made
+
+
+def _colours(names: Sequence[str]) -> list:
+    """Give shades of one scale for numbers, unlike colours for names."""
+    if all(map(_is_number, names)) and len(names) > 1:
+        return list(matplotlib.colormaps[style.MAP](np.linspace(0, 0.9, len(names))))
+    return list(itertools.islice(itertools.cycle(style.COLOURS), len(names)))
+
+
+def _span(results: Sequence[Row]) -> tuple[float, float]:
+    """Give limits that show all finite losses up to a nat above a uniform guess."""
+    losses = np.concatenate([result["curves"]["loss"] for result in results])
+    ceiling = max(result["uniform"] for result in results) + 1
+    losses = losses[np.isfinite(losses)]
+    return float(losses.min()) - 0.1, float(min(losses.max(), ceiling)) + 0.1
+
+
+def _curve(axis: Axes, result: Row, colour: object, label: str) -> None:
+    steps, losses = result["curves"]["loss_step"], result["curves"]["loss"]
+    diverged = result["status"] == "diverged"
+    axis.plot(steps, losses, color=colour, linewidth=1.0, alpha=0.9, label=label, linestyle="--" if diverged else "-")
+    if diverged and np.isfinite(losses).any():
+        place = np.interp(result["step"], steps, losses)
+        axis.plot([result["step"]], [place], "x", color=colour, markersize=4.5)
+
+
+def _guess(axis: Axes, results: Sequence[Row]) -> None:
+    """Mark the loss of guessing by frequency."""
+    if results:
+        unigram = statistics.fmean(result["unigram"] for result in results)
+        axis.axhline(unigram, color=style.INK, linewidth=0.8, linestyle=":", label="guess by frequency")
+
+
+def legend(made: Figure, axes: Sequence[Axes], title: str) -> None:
+    """Put one legend of what all panels draw under them, and the title above."""
+    found: dict[str, Artist] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            if isinstance(handle, Line2D) and handle.get_linestyle() == "--":
+                solid = {"color": handle.get_color(), "linewidth": handle.get_linewidth()}
+                handle = Line2D([], [], **solid)  # dashes tell that a member diverged, not which label it has
+            found.setdefault(label, handle)
+    last = found.pop("guess by frequency", None)
+    if last is not None:
+        found["guess by frequency"] = last
+    if title:
+        made.suptitle(title, fontsize=11, color=style.INK)
+    made.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(6, len(found)), frameon=False,
+                fontsize=8)  # fmt: skip
+
+
+def stability_frontier(results: Sequence[Row]) -> Figure:
+    """Draw, for each depth and scheme, the highest rate up to which nothing diverged: a mark a seed.
+
+    The bar goes from the lowest seed's rate to the first rate of the grid above the highest seed's: so much is open
+    between seeds and between points of the grid. An arrow in its place says that the grid ends before the scheme does.
+    """
+    found, rates = frontier(results), [float(rate) for rate in labels(results, RATE)]
+    depths, schemes = labels(results, DEPTH), labels(results, SCHEME)
+    none = rates[0] ** 2 / rates[1]  # where marks stand whose lowest rate diverged
+    made, (axis,) = style.figure(1, 1, 6.4, 3.6)
+    for place, scheme in enumerate(schemes):
+        colour, marker = style.COLOURS[place], MARKERS[place]
+        for x, depth in enumerate(depths):
+            seeds = found.get((depth, scheme))
+            if not seeds:
+                continue
+            here = x + 0.19 * (place - (len(schemes) - 1) / 2)
+            values = [none if value is None else value for value in seeds.values()]
+            above = [rate for rate in rates if rate > max(values)]
+            axis.vlines(
+                here, min(values), above[0] if above else rates[-1] * 1.6, color=colour, alpha=0.35, linewidth=3
+            )
+            if not above:
+                axis.plot([here], [rates[-1] * 1.75], marker=r"$\uparrow$", color=colour, markersize=8)
+            shifts = 0.04 * (np.arange(len(values)) - (len(values) - 1) / 2)
+            axis.plot(here + shifts, values, marker, color=colour, markersize=5.5, markeredgecolor="white",
+                      markeredgewidth=0.5, label=scheme if not _labelled(axis, scheme) else "_")  # fmt: skip
+    axis.set_yscale("log")
+    axis.set(xlim=(-0.6, len(depths) - 0.4), ylim=(none / 1.6, rates[-1] * 2.4))
+    ticks = {none: "none", **{rate: f"{rate:g}" for rate in rates}}
+    axis.yaxis.set_major_locator(FixedLocator(list(ticks)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _nearest(ticks, value)))
+    axis.set_xticks(range(len(depths)), depths)
+    style.finish(axis, "layers", "highest stable peak learning rate", legend=False)
+    axis.grid(visible=False, axis="x")
+    legend(made, [axis], "Stability frontier: a mark a seed")
+    return made
+
+
+def _nearest(ticks: Mapping[float, str], value: float) -> str:
+    return ticks[min(ticks, key=lambda tick: abs(math.log(tick / value)))]
+
+
+def _labelled(axis: Axes, label: str) -> bool:
+    return label in axis.get_legend_handles_labels()[1]
+
+
+def loss_against_rate(results: Sequence[Row]) -> Figure:
+    """Draw held-out loss after the last step against the learning rate: a panel a depth, a mark a seed.
+
+    Lines join the means over the seeds that finished. A diverged member is a cross at the top.
+    """
+    depths, schemes = labels(results, DEPTH), labels(results, SCHEME)
+    made, axes = style.figure(1, len(depths), 3.1 if len(depths) > 1 else 4.6, 3.1)
+    known = [value for result in results if (value := heldout(result)) is not None]
+    low, top = min(known, default=0.0), max(known, default=1.0)
+    step = 0.04 * (top - low or 1.0)
+    for axis, depth in zip(axes, depths, strict=True):
+        for place, scheme in enumerate(schemes):
+            mine = where(results, {DEPTH: depth, SCHEME: scheme})
+            if mine:
+                _losses_of_scheme(axis, mine, scheme, place, top + step * (1.5 + place))
+        axis.set_xscale("log")
+        rates = [float(rate) for rate in labels(results, RATE)]
+        axis.xaxis.set_major_locator(FixedLocator(rates))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.tick_params(axis="x", labelrotation=45)
+        axis.set_ylim(low - step, top + step * (2.5 + len(schemes)))
+        style.finish(axis, "peak learning rate", f"held-out {NATS}", f"{depth} layers", legend=False)
+        axis.label_outer()
+    legend(made, axes, "Held-out loss; × diverged")
+    return made
+
+
+def _losses_of_scheme(axis: Axes, mine: Sequence[Row], scheme: str, place: int, height: float) -> None:
+    colour, means = style.COLOURS[place], {}
+    for rate in labels(mine, RATE):
+        here = where(mine, {RATE: rate})
+        losses = [value for result in here if (value := heldout(result)) is not None]
+        x = float(rate) * 1.06 ** (place - 1.5)  # side by side
+        axis.plot([x] * len(losses), losses, MARKERS[place], color=colour, markersize=3.2, alpha=0.75)
+        diverged = [number for number, result in enumerate(here) if result["status"] == "diverged"]
+        crosses = [x * 1.1 ** (number - (len(here) - 1) / 2) for number in diverged]
+        axis.plot(crosses, [height] * len(crosses), "x", color=colour, markersize=4)
+        if losses:
+            means[x] = statistics.fmean(losses)
+    axis.plot(list(means), list(means.values()), "-", marker=MARKERS[place], markersize=3.2, color=colour,
+              linewidth=1.3, label=scheme)  # fmt: skip
+
+
+def final_losses(results: Sequence[Row], axis: str, title: str = "") -> Figure:
+    """Draw held-out loss after the last step by the labels of an axis: a mark a seed, a bar at the mean.
+
+    Members that share a seed have the same batches; a thin line joins them.
+    """
+    made, (panel,) = style.figure(1, 1, 4.6, 3.0)
+    names = labels(results, axis)
+    for seed, marker in zip(labels(results, SEED), itertools.cycle(MARKERS), strict=False):
+        of_seed = {result["labels"][axis]: heldout(result) for result in where(results, {SEED: seed})}
+        values = [math.nan if (value := of_seed.get(name)) is None else value for name in names]
+        panel.plot(range(len(names)), values, color=style.INK, alpha=0.3, linewidth=0.8)
+        panel.plot(range(len(names)), values, marker, markersize=5, color=style.COLOURS[0], label=f"seed {seed}")
+    for place, name in enumerate(names):
+        losses = [value for result in where(results, {axis: name}) if (value := heldout(result)) is not None]
+        if losses:
+            panel.hlines(statistics.fmean(losses), place - 0.22, place + 0.22, color=style.COLOURS[1], linewidth=2)
+    panel.set_xticks(range(len(names)), names)
+    panel.set_xlim(-0.5, len(names) - 0.5)
+    style.finish(panel, "", f"held-out {NATS}", title, legend=False)
+    panel.grid(visible=False, axis="x")
+    legend(made, [panel], "")
+    return made
+
+
+def paired_table(results: Sequence[Row], axis: str) -> str:
+    """Write held-out losses by the labels of an axis, and their differences from the first label's at equal seeds.
+
+    Means over seeds with the spread of the sample. Equal seeds have equal batches, so that differences spread less.
+    """
+    names = labels(results, axis)
+    lost = {(r["labels"][axis], r["labels"][SEED]): value for r in results if (value := heldout(r)) is not None}
+    lines = []
+    for name in names:
+        mine = {seed: value for (label, seed), value in lost.items() if label == name}
+        pairs = [value - lost[names[0], seed] for seed, value in mine.items() if (names[0], seed) in lost]
+        diverged = sum(result["status"] == "diverged" for result in where(results, {axis: name}))
+        difference = "" if name == names[0] else spread(pairs)
+        lines.append([name, str(len(mine)), str(diverged), spread(list(mine.values())), difference])
+    return table([axis, "finished", "diverged", "held-out loss", f"less that of {names[0]}, by seed"], lines)
+
+
+def with_margin(results: Sequence[Row], margin: float) -> list[Row]:
+    """Judge "learnt nothing" by another margin below a guess by frequency, in nats, than sweep_verdict.LEARNT.
+
+    A member that newly diverges so has no step. Other kinds of divergence stay as they are.
+    """
+
+    def judged(result: Row) -> Row:
+        if result["status"] == "diverged" and result["reason"] != NOTHING:
+            return result
+        if result["loss"] <= result["unigram"] - margin:
+            return {**result, "status": "finished", "step": None, "reason": None}
+        return {**result, "status": "diverged", "reason": NOTHING}
+
+    return [judged(result) for result in results]
+
+
+def reasons_table(results: Sequence[Row], axis: str) -> str:
+    """Write, for each label of an axis, how many members finished, and how many diverged for which reason."""
+    reasons = list(dict.fromkeys(result["reason"] for result in results if result["reason"]))
+    lines = []
+    for name in labels(results, axis):
+        mine = [result["reason"] for result in where(results, {axis: name})]
+        lines.append([name, *(str(mine.count(reason)) for reason in (None, *reasons))])
+    return table([axis, "finished", *reasons], lines)
+
+
+def claims_table(results: Sequence[Row], schemes: Sequence[str], scheme: str = "deepnorm") -> str:
+    """Set a scheme against the others, depth by depth: is the highest stable rate its own, and the lowest loss?
+
+    A scheme's highest stable rate is the median over seeds, of two the lower. Its best loss is the lowest of the grid
+    by the mean over seeds, at a rate where all seeds finished. A difference of two means that is within the root of
+    the sum of their squared spreads is none. A depth is open until all `schemes` are there.
+    """
+    lines = []
+    for depth in labels(results, DEPTH):
+        rates = {name: _median_rate(results, depth, name) for name in schemes}
+        best = {name: _best(results, depth, name) for name in schemes}
+        complete = all(rate is not None for rate in rates.values())
+        cells = [_claim_cell(rates[name], best[name]) for name in schemes]
+        judged = [_judge_rate(rates, scheme), _judge_loss(best, scheme)] if complete else ["open", "open"]
+        lines.append([depth, *cells, *judged])
+    asked = [f"highest rate is {scheme}'s", f"lowest loss is {scheme}'s"]
+    return table(["layers", *(f"{name}: rate, loss" for name in schemes), *asked], lines)
+
+
+def _median_rate(results: Sequence[Row], depth: str, scheme: str) -> float | None:
+    """Give the median of the seeds' highest stable rates, 0 for none; None while members are missing."""
+    seeds = frontier(results).get((depth, scheme))
+    return statistics.median_low(value or 0.0 for value in seeds.values()) if seeds else None
+
+
+def _best(results: Sequence[Row], depth: str, scheme: str) -> list[float]:
+    """Give the held-out losses of the seeds at the rate with the lowest mean; none if no rate has all seeds."""
+    by_rate = []
+    for rate in labels(results, RATE):
+        here = where(results, {DEPTH: depth, SCHEME: scheme, RATE: rate})
+        losses = [value for result in here if (value := heldout(result)) is not None]
+        if losses and len(losses) == len(here):
+            by_rate.append(losses)
+    return min(by_rate, key=statistics.fmean, default=[])
+
+
+def _claim_cell(rate: float | None, losses: Sequence[float]) -> str:
+    if rate is None:
+        return "not yet"
+    return ", ".join([f"{rate:g}" if rate else "none", *([spread(losses)] if losses else [])])
+
+
+def _judge_rate(rates: Mapping[str, float | None], scheme: str) -> str:
+    mine = rates[scheme] or 0.0
+    highest = max(value or 0.0 for value in rates.values())
+    best = [name for name, value in rates.items() if (value or 0.0) == highest]
+    if mine < highest:
+        return f"no: {' and '.join(best)}"
+    return "yes" if best == [scheme] else f"no more than {' and '.join(name for name in best if name != scheme)}"
+
+
+def _judge_loss(best: Mapping[str, Sequence[float]], scheme: str) -> str:
+    others = {name: losses for name, losses in best.items() if name != scheme and losses}
+    if not best[scheme] or not others:
+        return "open"
+    rival = min(others, key=lambda name: statistics.fmean(others[name]))
+    difference = statistics.fmean(best[scheme]) - statistics.fmean(others[rival])
+    spreads = [statistics.stdev(losses) for losses in (best[scheme], others[rival]) if len(losses) > 1]
+    if abs(difference) <= math.hypot(*spreads):
+        return f"within the spread of {rival}"
+    return "yes" if difference < 0 else f"no: {rival} by {difference:.3f}"

@@ -1,0 +1,1 @@
+"""The pipeline: schedules, stages, and the loop that runs them."""

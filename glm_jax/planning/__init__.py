@@ -1,0 +1,1 @@
+"""A run worked out without a device."""

@@ -1,0 +1,132 @@
+"""Digests of a folder's files, beside them, so that a bit that flips on a disk cannot go unseen.
+
+A folder is sealed by one or more processes, each of which lists the files that it answers for in its own
+`digests-<i>-of-<n>.json`. The folder is whole when all n lists are there and every listed file is as it was. Files that
+no list names are of no account: what reads a sealed folder finds its files through listed ones, and a stray file of
+the file system or a note of the operator must not cost a good checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from glm_jax.storage.files import sync, write_atomic
+
+UNFINISHED = "was cut off while it was saved"
+_LIST = re.compile(r"digests-(\d+)-of-(\d+)\.json")
+
+
+class _Damage(Exception):
+    """What is wrong with a folder, as the end of a sentence that begins with its name."""
+
+
+def files(folder: Path) -> list[str]:
+    """List the files in `folder` and below, by their sorted relative paths; lists of digests are left out."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in paths if not _LIST.fullmatch(str(path)))
+
+
+def seal(folder: Path, names: Iterable[str], index: int = 0, count: int = 1) -> None:
+    """Bring the named files to the disk, then write their sizes and sha256 as list `index` of `count`.
+
+    Raises:
+        OSError: a file cannot be read, or the list cannot be written; no list is left then.
+    """
+    entries, parents = {}, {folder}
+    for name in names:
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            entries[name] = {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
+        parents.update(folder / parent for parent in Path(name).parents)
+    for parent in parents:
+        sync(parent)
+    write_atomic(folder / f"digests-{index}-of-{count}.json", _render(entries))
+
+
+def is_sealed(folder: Path) -> bool:
+    """Say whether all lists are there; what they list is not looked at."""
+    try:
+        return bool(_lists(folder))
+    except (OSError, _Damage):
+        return False
+
+
+def size(folder: Path) -> int:
+    """Add up the listed sizes of a sealed folder, in bytes."""
+    return sum(entry["bytes"] for path in _lists(folder) for entry in _read(path).values())
+
+
+def damage(folder: Path, under: str = "", index: int = 0, count: int = 1) -> str | None:
+    """Say what is wrong with a folder, or None if all that was looked at is whole.
+
+    Args:
+        folder: sealed, or cut off before it was.
+        under: look only at the files whose relative path begins so.
+        index, count: look at the part `index` of `count` of those files; all lists are looked at in any case.
+    """
+    try:
+        entries: dict[str, Any] = {}
+        for path in _lists(folder):
+            entries |= _read(path)
+        names = sorted(name for name in entries if name.startswith(under))
+        if under and not names:
+            return f"holds no {under.rstrip('/')}"
+        for name in names[index::count]:
+            _check(folder, name, entries[name])
+    except _Damage as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+def _lists(folder: Path) -> list[Path]:
+    """Give the paths of all lists, one a process that sealed the folder."""
+    counts = {int(match[2]) for match in map(_LIST.fullmatch, os.listdir(folder)) if match}
+    if not counts:
+        raise _Damage(UNFINISHED)
+    paths = [folder / f"digests-{index}-of-{max(counts)}.json" for index in range(max(counts))]
+    for path in paths:
+        if not path.exists():
+            raise _Damage(f"{path.name} is missing")
+    return paths
+
+
+def _render(entries: dict[str, Any]) -> str:
+    """Write a list with a digest of itself."""
+    body = json.dumps(entries, sort_keys=True)
+    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "files": entries}, indent=1) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a list; it must be what `_render` wrote to the last byte, for a spoilt name would hide a file."""
+    content = path.read_bytes()
+    try:
+        entries = json.loads(content)["files"]
+        whole = _render(entries).encode() == content
+    except (ValueError, KeyError, TypeError):  # ValueError: neither JSON nor UTF-8
+        whole = False
+    if not whole:
+        raise _Damage(f"{path.name} " + ("differs from its digest" if content.endswith(b"}\n") else "is cut short"))
+    return entries
+
+
+def _check(folder: Path, name: str, entry: dict[str, Any]) -> None:
+    try:
+        with open(folder / name, "rb") as file:
+            if os.fstat(file.fileno()).st_size < entry["bytes"]:
+                raise _Damage(f"{name} is cut short")
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise _Damage(f"{name} is missing") from error
+    except OSError as error:
+        raise _Damage(f"{name} cannot be read ({error.strerror})") from error
+    if digest != entry["sha256"]:
+        raise _Damage(f"{name} differs from its digest")

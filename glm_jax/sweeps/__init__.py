@@ -1,0 +1,1 @@
+"""Training many models together: members, groups, verdicts and results."""

@@ -1,0 +1,68 @@
+"""The stability frontier of a sweep over learning rates: the highest rate up to which nothing diverged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from glm_jax.sweeps.results import Row, spread, table
+
+Settings = tuple[str, ...]  # labels of the axes but the learning rate's and the seed's
+
+
+def settings(row: Mapping[str, Any], rate: str = "lr") -> Settings:
+    """Give the labels of a row but those of its learning rate and its seed."""
+    return tuple(label for axis, label in row["labels"].items() if axis not in (rate, "seed"))
+
+
+def frontier(rows: Sequence[Row], rate: str = "lr") -> dict[Settings, dict[str, float | None]]:
+    """Give, for each setting and seed, the highest learning rate of the grid up to which no member diverged.
+
+    Args:
+        rows: of results.json; a setting whose rates are not all there yet is left out.
+        rate: the axis of the learning rates, its labels numbers.
+
+    Returns:
+        setting -> seed -> the rate; None where the lowest one diverged already.
+    """
+    rates = sorted({row["labels"][rate] for row in rows}, key=float)
+    found: dict[Settings, dict[str, dict[str, bool]]] = {}
+    for row in rows:
+        seeds = found.setdefault(settings(row, rate), {})
+        seeds.setdefault(row["labels"]["seed"], {})[row["labels"][rate]] = row["status"] == "finished"
+    return {
+        setting: {seed: _highest(rates, stable) for seed, stable in seeds.items()}
+        for setting, seeds in found.items()
+        if all(len(stable) == len(rates) for stable in seeds.values())
+    }
+
+
+def _highest(rates: Sequence[str], stable: Mapping[str, bool]) -> float | None:
+    highest = None
+    for rate in rates:
+        if not stable[rate]:
+            break
+        highest = float(rate)
+    return highest
+
+
+def frontier_table(rows: Sequence[Row], rate: str = "lr") -> str:
+    """Write a line for each setting: the frontier of each seed, and held-out loss by rate with its spread over seeds.
+
+    In place of a loss stands how many of the seeds diverged, where some did, before the loss of the others.
+    """
+    rates = sorted({row["labels"][rate] for row in rows}, key=float)
+    axes = [axis for axis in rows[0]["labels"] if axis not in (rate, "seed")]
+    lines = []
+    for setting, seeds in frontier(rows, rate).items():
+        highest = " / ".join("none" if value is None else f"{value:g}" for value in seeds.values())
+        mine = [row for row in rows if settings(row, rate) == setting]
+        lines.append([*setting, highest, *(_cell([row for row in mine if row["labels"][rate] == r]) for r in rates)])
+    return table([*axes, "highest stable rate, by seed", *(f"loss at {r}" for r in rates)], lines)
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    losses = [row["heldout"]["loss"] for row in rows if row["status"] == "finished" and row["heldout"].get("loss")]
+    diverged = sum(row["status"] == "diverged" for row in rows)
+    parts = [f"{diverged} diverged"] if diverged else []
+    return "; ".join(parts + [spread(losses)] * bool(losses))

@@ -1,0 +1,255 @@
+"""Members of a sweep trained together: one program takes a step of all of them.
+
+The program is `training.step.train_step` under `jax.lax.map` over members: blocks of them by vmap, one block after the
+other. A block is as large as the processor's cache has use for: tiny members fill one block, those of some millions of
+parameters go one by one, which is faster than streaming all of them through memory at every operation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax.config import Experiment
+from glm_jax.config.fields import to_dict
+from glm_jax.data.corpora.prepare import Prepared, prepare
+from glm_jax.data.rows.batches import Batches
+from glm_jax.engine import passes
+from glm_jax.sweeps import second_half
+from glm_jax.training import recipe, segment
+from glm_jax.training.evaluation import Evaluation, training_batches
+from glm_jax.training.step import Controls, StepConfig, TrainState, init_state, train_step
+
+Array = jax.Array
+GroupStep = Callable[[TrainState, Any, Any, Any], tuple[TrainState, dict[str, Any]]]
+
+CACHED = 8 << 20  # bytes of a block's state and logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a member's training gave.
+
+    Attributes:
+        losses: of every step's batch, nats a target token [T].
+        metrics: others of the train step's event by name, [n] each, at `steps`; NaN where there is none. Of
+            `activation_rms` the largest of all layers.
+        steps: [n], from 1.
+        heldout: held-out losses after the last step, as `glm-jax train` gives them, and what sweep_suffix.py adds
+            where members have different blanks; empty where not evaluated.
+        uniform, unigram: nats a target token that guessing costs, see sweep_verdict.py.
+        skipped: steps whose gradients were not finite.
+    """
+
+    losses: np.ndarray
+    metrics: Mapping[str, np.ndarray]
+    steps: np.ndarray
+    heldout: Mapping[str, float]
+    uniform: float
+    unigram: float
+    skipped: int
+
+
+class Streams:
+    """The batches of several members; those that read the same share them."""
+
+    def __init__(self, configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> None:
+        keys = [json.dumps([config.seed, to_dict(config.data)], sort_keys=True) for config in configs]
+        unique = list(dict.fromkeys(keys))
+        self.of_member = np.array([unique.index(key) for key in keys], np.int32)  # [members]
+        self._batches: list[Batches] = []
+        for key in unique:
+            config = configs[keys.index(key)]
+            self._batches.append(training_batches(config, prepared[data_key(config)]))
+        train = configs[0].train
+        self._rows, self._microbatches = train.global_batch, train.microbatches
+
+    def at(self, step: int) -> dict[str, np.ndarray]:
+        """Give the batches of `step`, from 1: arrays [streams, M, B/M, ...]."""
+        batches = [stream.at((step - 1) * self._rows, self._rows) for stream in self._batches]
+        return {
+            name: np.stack([batch[name] for batch in batches]).reshape(
+                len(batches), self._microbatches, -1, *batches[0][name].shape[1:]
+            )
+            for name in batches[0]
+        }
+
+
+def data_key(config: Experiment) -> str:
+    """Give what the preparation of a config's data follows from, as text."""
+    data = to_dict(config.data)
+    return json.dumps([data["sources"], data["tokenizer"], data["instructions"], data["near_duplicates"],
+                       data["heldout"], data["cache"]], sort_keys=True)  # fmt: skip
+
+
+def prepare_all(configs: Sequence[Experiment], say: Callable[[str], None]) -> dict[str, Prepared]:
+    """Prepare the data of every config, each kind once; keyed by `data_key`."""
+    prepared: dict[str, Prepared] = {}
+    for config in configs:
+        key = data_key(config)
+        if key not in prepared:
+            prepared[key] = prepare(config, say)
+    return prepared
+
+
+def block_size(members: int, member_bytes: int) -> int:
+    """Give the members of a block: the most that divide `members` and whose bytes the cache holds, at least one."""
+    fitting = max(1, CACHED // member_bytes)
+    return max(size for size in range(1, members + 1) if members % size == 0 and size <= fitting)
+
+
+def _member_bytes(cfg: StepConfig, config: Experiment) -> int:
+    rows = config.train.global_batch // config.train.microbatches
+    logits = rows * config.data.seq_length * cfg.engine.model.vocab_size
+    return 4 * (3 * cfg.engine.model.num_parameters + logits)
+
+
+def compile_group(cfg: StepConfig, mesh: jax.sharding.Mesh, streams: np.ndarray, block: int) -> GroupStep:
+    """Bind the step of all members, which takes over the memory of their state.
+
+    Args:
+        cfg, mesh: as in `train_step`; the seed of `cfg` counts for dropout alone.
+        streams: which of the batches each member reads, int32 [members].
+        block: members under one vmap; divides their number.
+
+    Returns:
+        (states [members, ...], batches [streams, M, B/M, ...], learning rates [members], alphas [members]) -> the
+        states and the metrics after the step, both [members, ...].
+    """
+    requests = jnp.zeros(mesh.size, jnp.int32)
+
+    def one(state: TrainState, batches: Any, stream: Array, lr: Array, shrink: Array) -> Any:
+        batch = {name: array[stream] for name, array in batches.items()}
+        return train_step(cfg, mesh, state, batch, Controls(lr, shrink, requests))
+
+    def step(states: TrainState, batches: Any, lrs: Array, shrinks: Array) -> Any:
+        taken = (states, jnp.asarray(streams), lrs, shrinks)
+
+        def member(values: Any) -> Any:
+            state, stream, lr, shrink = values
+            return one(state, batches, stream, lr, shrink)
+
+        return jax.lax.map(member, taken, batch_size=block if block > 1 else None)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def init_states(cfg: StepConfig, seeds: Sequence[int]) -> TrainState:
+    """Make the state of each seed as a run of its own does: arrays [members, ...]."""
+    keys = jnp.stack([jax.random.key(seed) for seed in seeds])  # [members]
+    return jax.jit(jax.vmap(lambda key: init_state(cfg, key=key)))(keys)
+
+
+def begin(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tuple[GroupStep, TrainState, Streams]:
+    """Give what members that share a program are trained with: their step (see `compile_group`), states and batches.
+
+    Raises:
+        UserError: a model or a batch that does not fit.
+    """
+    cfg, mesh = _shared(configs, prepared)
+    streams = Streams(configs, prepared)
+    block = block_size(len(configs), _member_bytes(cfg, configs[0]))
+    step = compile_group(cfg, mesh, streams.of_member, block)
+    return step, init_states(cfg, [config.seed for config in configs]), streams
+
+
+def _shared(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tuple[StepConfig, jax.sharding.Mesh]:
+    first = configs[0]
+    tokenizer = prepared[data_key(first)].tokenizer
+    return segment.step_config(first, first.glm(tokenizer.size), tokenizer.size), segment.build_mesh(first)
+
+
+def train(
+    configs: Sequence[Experiment], prepared: Mapping[str, Prepared], progress: Callable[[int], None]
+) -> list[Outcome]:
+    """Train members that share a program to their last step.
+
+    Args:
+        configs: resolved, with equal `sweep_members.program`.
+        prepared: by `data_key`.
+        progress: told the steps that are done, after each.
+
+    Raises:
+        UserError: a model or a batch that does not fit.
+    """
+    first = configs[0]
+    step, states, streams = begin(configs, prepared)
+    counts = np.zeros((streams.of_member.max() + 1, states.params["embedding"]["word"].shape[1]))  # [streams, V]
+    taken: list[dict[str, Any]] = []
+    for number in range(1, first.train.steps + 1):
+        batches = streams.at(number)
+        for stream, targets in enumerate(batches["targets"]):
+            np.add.at(counts[stream], targets, batches["loss_mask"][stream])
+        chosen = [recipe.describe(config, number, (number - 1) * first.train.global_batch) for config in configs]
+        lrs, shrinks = (np.array([c[key] for c in chosen], np.float32) for key in ("lr", "embedding_shrink"))
+        states, metrics = step(states, batches, lrs, shrinks)
+        if taken:  # at most one step ahead of the device
+            taken[-1] = jax.device_get(taken[-1])
+            progress(number - 1)
+        taken.append(metrics)
+    taken[-1] = jax.device_get(taken[-1])
+    progress(first.train.steps)
+    heldout = _evaluate(configs, prepared, states)
+    uniform = math.log(prepared[data_key(first)].tokenizer.size)
+    return [
+        _outcome(first, taken, member, heldout[member], uniform, _entropy(counts[stream]))
+        for member, stream in enumerate(streams.of_member)
+    ]
+
+
+def _entropy(counts: np.ndarray) -> float:
+    shares = counts[counts > 0] / max(counts.sum(), 1.0)
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _evaluate(
+    configs: Sequence[Experiment], prepared: Mapping[str, Prepared], states: TrainState
+) -> list[dict[str, float]]:
+    """Give each member's held-out losses, as the last evaluation of `glm-jax train` does."""
+    if not configs[0].train.eval_every:
+        return [{} for _ in configs]
+    cfg, mesh = _shared(configs, prepared)
+
+    @jax.jit
+    def losses(params: Any, batch: Any, member: Array) -> Array:
+        own = jax.tree.map(lambda array: array[member], params)
+        return passes.losses(cfg.engine, mesh, own, batch)
+
+    differ = len({json.dumps(to_dict(config.data.blanks), sort_keys=True) for config in configs}) > 1
+    found = []
+    for member, config in enumerate(configs):
+        own = functools.partial(losses, member=np.int32(member))
+        data = prepared[data_key(config)]
+        event = Evaluation(config, data, mesh).run(own, states.params, config.train.steps)
+        if differ:
+            event |= second_half.evaluate(config, data, functools.partial(own, states.params))
+        found.append({name: value for name, value in event.items() if name not in ("event", "step")})
+    return found
+
+
+def _outcome(
+    config: Experiment,
+    taken: Sequence[Mapping[str, Any]],
+    member: int,
+    heldout: Mapping[str, float],
+    uniform: float,
+    unigram: float,
+) -> Outcome:
+    of_step = [segment.loss_metrics(jax.tree.map(lambda array: array[member], step["sums"])) for step in taken]
+    every = config.train.log_every
+    steps = np.array([step for step in range(1, len(taken) + 1) if step % every == 0 or step in (1, len(taken))])
+    names = [name for name, value in taken[0].items() if name != "requests" and getattr(value, "ndim", 0) == 1]
+    metrics = {name: np.array([taken[step - 1][name][member] for step in steps]) for name in names}  # [n] each
+    metrics["activation_rms"] = np.array([taken[step - 1]["activation_rms"][member].max() for step in steps])  # [n]
+    for name in sorted({name for losses in of_step for name in losses} - {"loss"}):
+        metrics[name] = np.array([of_step[step - 1].get(name, np.nan) for step in steps])  # [n]
+    losses = np.array([losses["loss"] for losses in of_step])  # [T]
+    return Outcome(losses, metrics, steps, heldout, uniform, unigram, int(taken[-1]["skipped"][member]))

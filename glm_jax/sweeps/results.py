@@ -1,0 +1,204 @@
+"""What a sweep leaves in its workdir, and the tables made of it.
+
+    sweep.json              the sweep: base config, axes, rule of divergence, steps; written once
+    members/<name>.json     the result of a member with its curves, written whole when its group is done
+    logs/<group>.log        what a group's process said
+    results.json, results.md    all results that are there, rewritten as groups end
+
+A member's `curves` hold `loss` at every step, and the other metrics of a step at those that `step` lists; its `run`
+says what the clock had to do with it, which the tables leave out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glm_jax.errors import UserError
+from glm_jax.storage.files import write_atomic
+from glm_jax.sweeps import verdict as sweep_verdict
+from glm_jax.sweeps.members import Member
+
+DESCRIPTION, MEMBERS, LOGS = "sweep.json", "members", "logs"
+RESULTS, TABLE = "results.json", "results.md"
+DIGITS = 9  # significant digits of a saved number: what a float32 needs to be read back as it was
+
+Row = dict[str, Any]
+
+
+def member_path(workdir: Path, name: str) -> Path:
+    """Say where a member's result is."""
+    return workdir / MEMBERS / f"{name}.json"
+
+
+def number(value: float) -> float | None:
+    """Give a number as it is saved: rounded to DIGITS, None where it is not finite."""
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def save_member(workdir: Path, result: Mapping[str, Any]) -> None:
+    """Write a member's result, whole or not at all."""
+    write_atomic(member_path(workdir, result["name"]), json.dumps(result, allow_nan=False) + "\n")
+
+
+def read_member(path: Path) -> Row:
+    """Read a member's result; in its curves NaN stands for what was not finite.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        curves = result["curves"]
+        result["curves"] = {name: np.array(values, np.float64) for name, values in curves.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged: delete it, and the same sweep makes it again") from error
+    return result
+
+
+def read_all(workdir: Path) -> list[Row]:
+    """Read the results of a sweep, its members in their order, those that are there.
+
+    Raises:
+        UserError: the folder holds no sweep, or a result is damaged.
+    """
+    description = read_description(workdir)
+    paths = [member_path(workdir, name) for name in description["members"]]
+    return [read_member(path) for path in paths if path.exists()]
+
+
+def read_description(workdir: Path) -> dict[str, Any]:
+    """Read sweep.json.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    path = workdir / DESCRIPTION
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(description["members"], list):
+            return description
+    except FileNotFoundError:
+        raise UserError(f"{workdir} holds no sweep ({DESCRIPTION} is missing): check the path") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is damaged: bring it back, or name another --workdir")
+
+
+def provenance(description: Mapping[str, Any], there: int) -> str:
+    """Say in Markdown where results come from: command, commit, jax, members that are there, steps."""
+    commit = description["commit"]
+    told = f"commit `{commit[:12]}{'+' * commit.endswith('+')}`" if commit else "no commit"  # +: of a changed tree
+    return (
+        f"`{description['command']}`, {told}, jax {description['versions']['jax']}; {there} of "
+        f"{len(description['members'])} members, {steps_text(description['base'])}"
+    )
+
+
+def steps_text(base: Mapping[str, Any]) -> str:
+    """Say how long the members of a sweep with this base train."""
+    return f"{base['train.steps']} steps of {base['train.global_batch']} rows of {base['data.seq_length']} tokens"
+
+
+def rule() -> dict[str, Any]:
+    """Give the rule of divergence as sweep.json has it, in numbers and in words."""
+    return {"rule": sweep_verdict.RULE, "rule_text": sweep_verdict.__doc__}
+
+
+def missing(workdir: Path, members: Iterable[Member]) -> bool:
+    """Say whether one of the members has no result yet, or a damaged one."""
+    for member in members:
+        try:
+            read_member(member_path(workdir, member.name))
+        except UserError:
+            return True
+    return False
+
+
+def row(result: Mapping[str, Any]) -> Row:
+    """Give a result without its curves and what the clock had to do with it, judged by the rule as it is now."""
+    verdict = judge_again(result)
+    judged = {"status": verdict.status, "step": verdict.step, "reason": verdict.reason}
+    return {name: value for name, value in result.items() if name not in ("curves", "run")} | judged
+
+
+def judge_again(result: Mapping[str, Any]) -> sweep_verdict.Verdict:
+    """Apply the rule of divergence to a saved curve."""
+    losses = np.array(result["curves"]["loss"], np.float64)  # None, as saved, becomes NaN
+    return sweep_verdict.judge(losses, result["warmup"], result["uniform"], result["unigram"])
+
+
+def write_tables(workdir: Path) -> list[Row]:
+    """Rewrite results.json and results.md from the members that are there. Returns the rows."""
+    description, rows = read_description(workdir), [row(result) for result in read_all(workdir)]
+    write_atomic(workdir / RESULTS, json.dumps(rows, indent=1) + "\n")
+    total, there = len(description["members"]), len(rows)
+    text = f"# {description['title']}\n\n{there} of {total} members are there.\n"
+    if rows:
+        text += f"\n{summary(rows)}\n\n## Members\n\n{members_table(rows)}\n"
+    write_atomic(workdir / TABLE, text)
+    return rows
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Write a Markdown table."""
+    every = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in every)
+
+
+def members_table(rows: Sequence[Row]) -> str:
+    """Write a line for each member: its labels, what became of it, its losses."""
+    axes = list(rows[0]["labels"])
+    lines = [
+        [*(row["labels"][axis] for axis in axes), _status(row), _shown(row["loss"]), _shown(row["heldout"].get("loss"))]
+        for row in rows
+    ]
+    return table([*axes, "status", "training loss", "held-out loss"], lines)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Write a line for each combination of labels but the seed's: how many finished, and how well.
+
+    Losses are means over the finished seeds with their spread (standard deviation of the sample, where two or more
+    finished), in nats a target token.
+    """
+    axes = [axis for axis in rows[0]["labels"] if axis != "seed"]
+    alike: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        alike.setdefault(tuple(row["labels"][axis] for axis in axes), []).append(row)
+    skips = any(row.get("skipped") for row in rows)
+    lines = []
+    for labels, group in alike.items():
+        finished = [row for row in group if row["status"] == "finished"]
+        reasons = [row["reason"] for row in group if row["status"] == "diverged"]
+        lines.append([
+            *labels, f"{len(finished)} of {len(group)}",
+            spread([row["loss"] for row in finished]),
+            spread([row["heldout"]["loss"] for row in finished if row["heldout"].get("loss") is not None]),
+            ", ".join(f"{reason} ({reasons.count(reason)})" for reason in dict.fromkeys(reasons)),
+            *([" / ".join(str(row["skipped"]) for row in group)] if skips else []),
+        ])  # fmt: skip
+    header = [*axes, "finished", "training loss", "held-out loss", "diverged"]
+    return table([*header, "skipped steps, by seed"] if skips else header, lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Write the mean of values and their spread; nothing for none."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def _status(row: Row) -> str:
+    return "finished" if row["status"] == "finished" else f"diverged at {row['step']}: {row['reason']}"
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

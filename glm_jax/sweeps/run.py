@@ -1,0 +1,261 @@
+"""`glm-jax sweep`: the members of an ablation, trained in groups by processes, their results gathered in a workdir.
+
+Each process trains one group on one core: small models gain nothing from a second one, and a result then does not
+depend on how many processes there are. A group is done when all its members have a result; a sweep that was
+interrupted or killed does the groups that are not, with the same members side by side as before, so that the numbers
+are those of a sweep that was never stopped.
+"""
+
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from glm_jax.config import Experiment, by_key
+from glm_jax.config.fields import in_section
+from glm_jax.errors import UserError
+from glm_jax.storage.files import write_atomic
+from glm_jax.sweeps import members as sweep_members
+from glm_jax.sweeps import results
+from glm_jax.sweeps.members import Group, Member, Sweep
+
+DONE, STOPPED = 0, 3  # exit codes
+FREE_KEYS = ("data.cache",)  # may differ when a sweep goes on
+
+Say = Callable[[str], None]
+
+
+def run(base: Experiment, path: Path, workdir: Path, parallel: int, say: Say) -> int:
+    """Train what is missing of a sweep.
+
+    Args:
+        base: resolved, the config that members change.
+        path: of the ablation's file, which says how.
+        workdir: made if need be; goes on if it holds the same sweep.
+        parallel: processes at a time.
+        say: told one line at a time.
+
+    Returns:
+        The exit code: 0, or 3 if asked to stop.
+
+    Raises:
+        UserError: anything about the sweep, its data or the workdir that does not fit, before any training; or a
+            group whose process failed, after the others are done.
+    """
+    from glm_jax.workdir.folder import check_writable, lock  # jax, which `listing` does without
+
+    sweep = sweep_members.load(path)
+    members = sweep_members.expand(base, sweep)
+    groups = sweep_members.group(members)
+    check_writable(workdir)
+    description = _describe(path, base, sweep, members)
+    _check_same(workdir, description)
+    description["data"] = _prepare(members, say)
+    with lock(workdir):
+        try:
+            return _run(workdir, description, groups, parallel, say)
+        except OSError as error:
+            raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}): make room, and the same "
+                            "command goes on") from error  # fmt: skip
+
+
+def _run(workdir: Path, description: dict[str, Any], groups: Sequence[Group], parallel: int, say: Say) -> int:
+    _check_same(workdir, description)
+    if not (workdir / results.DESCRIPTION).exists():
+        write_atomic(workdir / results.DESCRIPTION, json.dumps(description, indent=1) + "\n")
+    waiting = [group for group in groups if results.missing(workdir, group.members)]
+    for member in (member for group in waiting for member in group.members):
+        results.member_path(workdir, member.name).unlink(missing_ok=True)  # its group is done again as a whole
+    results.write_tables(workdir)
+    if len(waiting) < len(groups):
+        say(f"{len(groups) - len(waiting)} of {len(groups)} groups are done; going on with the others")
+    failed = _Pool(workdir, waiting, parallel, say).go()
+    if failed is None:
+        say(f"stopped: the groups that are done are kept in {workdir}; the same command goes on from there")
+        return STOPPED
+    if failed:
+        raise UserError(f"{len(failed)} of {len(waiting)} groups failed, the first is {failed[0]}: mend what its log "
+                        "says, and the same command tries them again")  # fmt: skip
+    say(f"done: {workdir / results.TABLE}")
+    return DONE
+
+
+def listing(base: Experiment, path: Path) -> Iterator[str]:
+    """Yield what a sweep would do: a line for each group, and one for each of its members.
+
+    Raises:
+        UserError: anything about the sweep that does not fit.
+    """
+    groups = sweep_members.group(sweep_members.expand(base, sweep_members.load(path)))
+    members = sum(len(group.members) for group in groups)
+    yield f"{path}: {members} members in {len(groups)} groups"
+    for group in groups:
+        yield f"{group.name}: {len(group.members)} members, {group.steps} steps"
+        for member in group.members:
+            yield f"  {member.name}"
+
+
+def _numbers(base: Experiment) -> dict[str, Any]:
+    plain = json.loads(json.dumps(by_key(base)))
+    return {key: value for key, value in plain.items() if not in_section(key, FREE_KEYS)}
+
+
+def _check_same(workdir: Path, description: dict[str, Any]) -> None:
+    """Check that the workdir holds no other sweep, and none on other texts; the rule judges old curves as well."""
+    if not (workdir / results.DESCRIPTION).exists():
+        return
+    before = results.read_description(workdir)
+    for what in ("base", "axes", "members", "data"):
+        value = description.get(what, before.get(what))  # data are known once they are prepared
+        if before.get(what) == value:
+            continue
+        hint = ""
+        if what == "base":
+            now, old = description[what], before.get(what, {})
+            key = min(key for key in now.keys() | old.keys() if now.get(key) != old.get(key))
+            hint = f" ({key} was {old.get(key)!r}, it is {now.get(key)!r})"
+        if what == "data":
+            hint = " (its texts or its tokenizer are not what they were)"
+        raise UserError(f"{workdir} holds a sweep with other {what}{hint}: set it back, or name another --workdir")
+
+
+def _prepare(members: Sequence[Member], say: Say) -> list[dict[str, Any]]:
+    """Prepare all data before any process asks for it, and find what is wrong with it. Returns what it is."""
+    from glm_jax.sweeps.group import prepare_all
+
+    prepared = prepare_all([member.config for member in members], say)
+    return [{"tokenizer": data.tokenizer.digest, "sources": data.digests} for data in prepared.values()]
+
+
+def _describe(path: Path, base: Experiment, sweep: Sweep, members: Sequence[Member]) -> dict[str, Any]:
+    """Give what sweep.json says, but its data."""
+    packages = ("glm-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.stem
+    description = {
+        "title": docstring.partition("\n")[0].rstrip("."),
+        "file": str(path),
+        "command": " ".join(["glm-jax", *sys.argv[1:]]),
+        "commit": _commit(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        **results.rule(),
+        "base": _numbers(base),
+        "axes": sweep,
+        "members": [member.name for member in members],
+    }
+    return json.loads(json.dumps(description, default=dict))  # as it is read back; an axis may set a source's section
+
+
+def _commit() -> str | None:
+    """Give the commit of the working tree, with a + where files differ from it; None without one."""
+    folder = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else None
+
+
+@dataclasses.dataclass
+class _Pool:
+    """Processes that take groups in turn."""
+
+    workdir: Path
+    groups: Sequence[Group]
+    parallel: int
+    say: Say
+
+    def __post_init__(self) -> None:
+        self._stopping = False
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        total = sum(group.steps * len(group.members) for group in self.groups)
+        self._bar = tqdm(total=total, unit="step", disable=not self.groups, smoothing=0.05, mininterval=1)
+
+    def go(self) -> list[str] | None:
+        """Train all groups; returns the logs of those that failed, or None when asked to stop."""
+        with self._listening(), self._bar, concurrent.futures.ThreadPoolExecutor(self.parallel) as pool:
+            waiting = [pool.submit(self._train, group) for group in self.groups]
+            # In turns: a signal that comes just before a wait does not end it, and Python's handler runs after it.
+            while concurrent.futures.wait(waiting, timeout=1).not_done:
+                pass
+            failed = [future.result() for future in waiting]
+        return None if self._stopping else [log for log in failed if log]
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._stopping = True
+        for process in tuple(self._running):
+            process.kill()
+
+    def _train(self, group: Group) -> str | None:
+        """Train one group in a process of its own; returns its log if that failed."""
+        if self._stopping:
+            return None
+        started = time.monotonic()
+        log = self.workdir / results.LOGS / f"{group.name.replace(' ', '-')}.log"
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "w", encoding="utf-8") as errors:
+                code = self._work(group, errors)
+            if code and not self._stopping:
+                self._report(f"{group.name}: failed with exit code {code}, see {log}")
+                return str(log)
+            if self._stopping:
+                return None
+            with self._lock:
+                rows = results.write_tables(self.workdir)
+        except (OSError, UserError) as error:  # a full disk, say: the other groups go on
+            self._report(f"{group.name}: {error}")
+            return str(log)
+        names = {member.name for member in group.members}
+        diverged = sum(row["status"] == "diverged" for row in rows if row["name"] in names)
+        self._report(f"{group.name}: {len(names)} members in {time.monotonic() - started:.0f} s, {diverged} diverged")
+        return None
+
+    def _work(self, group: Group, errors: Any) -> int:
+        environment = {"JAX_PLATFORMS": "cpu", **os.environ, "NPROC": "1"}  # threads of XLA on the CPU
+        process = subprocess.Popen(
+            [sys.executable, "-m", "glm_jax.sweeps.worker"], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
+        )  # fmt: skip
+        self._running.add(process)
+        try:
+            if self._stopping:
+                process.kill()
+            assert process.stdin is not None and process.stdout is not None
+            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+                stdin.write(group.to_json(self.workdir))
+            for _ in process.stdout:
+                self._bar.update(len(group.members))
+            return process.wait()
+        finally:
+            self._running.discard(process)
+
+    def _report(self, line: str) -> None:
+        with self._bar.external_write_mode():
+            self.say(line)

@@ -1,0 +1,226 @@
+"""Results of sweeps small enough to be committed, with the curves that notebooks draw.
+
+    python -m glm_jax.sweeps.saved runs/norms experiments/ablations/results/norms
+
+The folder holds three files, whatever part of the sweep there is so far:
+
+    sweep.json, results.json    as they are in the sweep's workdir; docs/ablations.md is written from them
+    curves.json                 of each member the moving average of its loss (sweep_verdict.smooth), its gradient
+                                norms and the rms of its activations, at some tens of steps, to DIGITS digits
+
+Where nothing is saved, `train_small` trains a few small members in the process that asks, and gives the same form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from glm_jax.config import Config, by_key, resolve, source
+from glm_jax.data.corpora.samples import docstrings
+from glm_jax.errors import UserError
+from glm_jax.storage.files import write_atomic
+from glm_jax.sweeps import group as sweep_group
+from glm_jax.sweeps import members as sweep_members
+from glm_jax.sweeps import verdict
+from glm_jax.sweeps.results import (
+    DESCRIPTION,
+    RESULTS,
+    Row,
+    provenance,
+    read_all,
+    read_description,
+    row,
+    rule,
+    steps_text,
+)
+from glm_jax.sweeps.worker import result
+
+CURVES = "curves.json"
+DIGITS = 4  # significant
+LARGEST = 800_000  # bytes that curves.json is meant to have with all members
+NUMBER = 8  # bytes of a number in it, with its comma
+FEWEST, MOST = 20, 200  # points of a curve
+
+# Modules of the standard library with long docstrings, for a text that every Python has.
+MODULES = ("argparse", "calendar", "configparser", "datetime", "difflib", "doctest", "fractions", "functools",
+           "gettext", "inspect", "locale", "optparse", "pathlib", "pdb", "pickletools", "random", "shutil",
+           "statistics", "string", "subprocess", "tarfile", "textwrap", "threading", "typing", "zipfile")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """Results of a sweep.
+
+    Attributes:
+        description: as in sweep.json; its `command` and `commit` are None where the members were trained on the spot.
+        results: a row of results.json each, those members that are there, in their order; with `curves` by name: `loss`
+            [n], the moving average, at `loss_step`, and the others [m] at `step`. NaN is what was not finite.
+    """
+
+    description: Mapping[str, Any]
+    results: list[Row]
+
+    @property
+    def members(self) -> int:
+        """Give the members of the whole sweep."""
+        return len(self.description["members"])
+
+    def renamed(self, axis: str, name: str, names: Mapping[str, str]) -> Saved:
+        """Give those results whose label of `axis` is in `names`, under the axis `name` with the labels it gives."""
+        kept = [found for found in self.results if found["labels"][axis] in names]
+        labels = [
+            {name if key == axis else key: names[label] if key == axis else label for key, label in old.items()}
+            for old in (found["labels"] for found in kept)
+        ]
+        results = [{**found, "labels": new} for found, new in zip(kept, labels, strict=True)]
+        return dataclasses.replace(self, results=results)
+
+    def origin(self) -> str:
+        """Say in Markdown where the results come from, and how much of the sweep there is."""
+        there = len(self.results)
+        if not self.description["command"]:
+            return (
+                f"**No saved results: {there} small members, trained just now**, "
+                f"{steps_text(self.description['base'])}, on docstrings of Python's standard library. They show that "
+                "the figures work, and no more than that."
+            )
+        state = "complete" if there == self.members else "incomplete"
+        return f"**Saved results, {state}:** {provenance(self.description, there)}.{self._coverage()}"
+
+    def _coverage(self) -> str:
+        """Say which labels of the first axis are there in part or not at all; nothing of a complete sweep."""
+        if len(self.results) == self.members:
+            return ""
+        axis, values = next(iter(self.description["axes"].items()))
+        each = self.members // len(values)
+        counts = {label: sum(found["labels"][axis] == label for found in self.results) for label in values}
+        told = ", ".join(f"{label}: {count} of {each}" for label, count in counts.items())
+        return f" By {axis}: {told}."
+
+
+def thin(full: Mapping[str, Any], points: int) -> dict[str, list[float | None]]:
+    """Take at most about `points` points of each curve of a member's result that the figures draw."""
+    curves = full["curves"]
+    losses = np.array(curves["loss"], np.float64)  # [T], None becomes NaN
+    kept = {"loss_step": np.arange(1, len(losses) + 1), "loss": verdict.smooth(losses)}
+    shown = {name: _thinned(values, points) for name, values in kept.items()}
+    for name in ["step", *sorted(name for name in curves if name.startswith("grad_norm")), "activation_rms"]:
+        shown[name] = _thinned(np.array(curves[name], np.float64), points)
+    return shown
+
+
+def _thinned(values: np.ndarray, points: int) -> list[float | None]:
+    """Take every n-th value counted from the last, and the first one; rounded, None for what is not finite."""
+    every = -(-len(values) // points)
+    places = sorted({0, *range(len(values) - 1, 0, -every)})
+    return [_rounded(values[place]) for place in places]
+
+
+def _rounded(value: float) -> float | None:
+    if not np.isfinite(value):
+        return None
+    return int(value) if float(value).is_integer() and abs(value) < 1e6 else float(f"{value:.{DIGITS}g}")
+
+
+def save(workdir: Path, folder: Path) -> int:
+    """Write what there is of a sweep. Returns the number of members.
+
+    Raises:
+        UserError: the workdir holds no sweep or no result, or one that is damaged.
+    """
+    description, results = read_description(workdir) | rule(), read_all(workdir)  # by which rows are judged
+    if not results:
+        raise UserError(f"{workdir} has no finished member yet: wait for the first group of the sweep")
+    numbers = sum(name.startswith("grad_norm") for name in results[0]["curves"]) + 4
+    points = LARGEST // (NUMBER * numbers * len(description["members"]))
+    points = min(MOST, max(FEWEST, points))
+    lines = [f"{json.dumps(found['name'])}: {_compact(thin(found, points))}" for found in results]
+    write_atomic(folder / CURVES, "{\n" + ",\n".join(lines) + "\n}\n")
+    write_atomic(folder / RESULTS, json.dumps([row(found) for found in results], indent=1) + "\n")
+    write_atomic(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
+    return len(results)
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def load(folder: Path) -> Saved:
+    """Read what `save` wrote.
+
+    Raises:
+        UserError: the folder holds no sweep, or a file that is damaged.
+    """
+    description = read_description(folder)
+    try:
+        rows = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        curves = json.loads((folder / CURVES).read_text(encoding="utf-8"))
+        return Saved(description, [{**found, "curves": _arrays(curves[found["name"]])} for found in rows])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} has damaged results or curves: write them again from the sweep's workdir") from error
+
+
+def _arrays(curves: Mapping[str, list[float | None]]) -> dict[str, np.ndarray]:
+    return {name: np.array(values, np.float64) for name, values in curves.items()}
+
+
+def train_small(base: Config, axes: Mapping[str, Any]) -> Saved:
+    """Train the members of a small sweep here and now, on docstrings of the standard library; nothing is kept.
+
+    Args:
+        base: not resolved; its sources are replaced.
+        axes: as of an ablation's `get_sweep`.
+
+    Raises:
+        UserError: a key or a value that does not fit.
+    """
+    sweep = sweep_members.read_axes(axes)
+    with TemporaryDirectory() as folder:
+        text = Path(folder) / "text.jsonl"
+        text.write_text("".join(json.dumps({"text": doc}) + "\n" for doc in standard_docstrings()), encoding="utf-8")
+        changed = base.copy_and_resolve_references()
+        changed.data.cache = str(Path(folder) / "cache")
+        changed.data.sources = {"en": source(path=str(text), format="jsonl")}
+        resolved = resolve(changed)
+        members = sweep_members.expand(resolved, sweep)
+        results = [found for group in sweep_members.group(members) for found in _train_group(group)]
+    order = [member.name for member in members]
+    results.sort(key=lambda found: order.index(found["name"]))
+    description = {"command": None, "commit": None, "base": by_key(resolved), "axes": sweep,
+                   "members": order}  # fmt: skip
+    return Saved(description, results)
+
+
+def _train_group(group: sweep_members.Group) -> list[Row]:
+    members = [member.config for member in group.members]
+    prepared = sweep_group.prepare_all(members, lambda line: None)
+    outcomes = sweep_group.train(members, prepared, lambda step: None)
+    results = []
+    for member, outcome in zip(group.members, outcomes, strict=True):
+        full = result(member.config, outcome)
+        named = {"name": member.name, "labels": dict(member.labels), "changes": dict(member.changes)}
+        results.append({**named, **row(full), "curves": _arrays(thin(full, MOST))})
+    return results
+
+
+def standard_docstrings() -> list[str]:
+    """Give the docstrings of MODULES, some hundred kilobytes."""
+    specs = [importlib.util.find_spec(name) for name in MODULES]
+    paths = [Path(spec.origin) for spec in specs if spec and spec.origin]
+    return [text for path in paths for text in docstrings(path.read_text(encoding="utf-8"))]
+
+
+if __name__ == "__main__":
+    try:
+        print(f"{save(Path(sys.argv[1]), Path(sys.argv[2]))} members in {sys.argv[2]}")
+    except UserError as mistake:
+        sys.exit(f"error: {mistake}")

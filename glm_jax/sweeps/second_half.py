@@ -1,0 +1,103 @@
+"""A yardstick for members with different objectives: the loss on the second half of a text, given the first.
+
+Every member predicts the same tokens from the same tokens before them. One that was trained on [gMASK] suffixes sees
+the first half as context, all of it at once; one that was trained on whole texts as targets alone, and so is
+unidirectional, reads it from left to right, as it was trained, and its loss there does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from glm_jax.config import Experiment, with_changes
+from glm_jax.config.data import OBJECTIVES
+from glm_jax.data.corpora.prepare import Prepared
+from glm_jax.data.rows.blanks import Sample, blank_one
+from glm_jax.training.evaluation import heldout_batches
+
+NAME = "loss/second_half"
+
+GMASK_ALONE = {"data.blanks.mask": 0.0, "data.blanks.smask": 0.0, "data.blanks.gmask": 1.0,
+               "data.blanks.instruction": 0.0, "data.blanks.history": ()}  # fmt: skip
+
+
+def is_unidirectional(config: Experiment) -> bool:
+    """Say whether every training row is one [gMASK] target without context."""
+    blanks = config.data.blanks
+    others = blanks.mask + blanks.smask + blanks.instruction
+    return blanks.gmask > 0 and not others and blanks.gmask_min_ratio == 1.0 and not blanks.history
+
+
+def applies(config: Experiment) -> bool:
+    """Say whether a member has learnt to continue a text: some of its rows are [gMASK] ones."""
+    return config.data.blanks.gmask > 0 and not config.data.blanks.history
+
+
+def batches(config: Experiment, prepared: Prepared) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the held-out rows of all sources as batches of a microbatch's size, the same texts for every member."""
+    rows = config.train.global_batch // config.train.microbatches
+    for held in heldout_batches(with_changes(config, GMASK_ALONE), prepared).values():
+        count = min(config.train.eval_rows, held.rows_per_epoch) // rows * rows
+        for first in range(0, count, rows):
+            texts = [held.text(held.locate(row)) for row in range(first, first + rows)]
+            yield make_batch(texts, config, prepared)
+
+
+def make_batch(texts: list[np.ndarray], config: Experiment, prepared: Prepared) -> dict[str, np.ndarray]:
+    """Make a batch of texts, int32 [n] each; arrays as of `Batches.at`."""
+    size, length = len(texts), config.data.seq_length
+    two_streams = config.model.position == "learned_2d"
+    batch: dict[str, Any] = {
+        "tokens": np.full((size, length), prepared.tokenizer.pad, np.int32),  # [B, S]
+        "targets": np.full((size, length), prepared.tokenizer.pad, np.int32),  # [B, S]
+        "positions": np.zeros((size, 2, length) if two_streams else (size, length), np.int32),
+        "segments": np.zeros((size, length), np.int32),  # [B, S]
+        "context": np.zeros((size, length), bool),  # [B, S]
+        "loss_mask": np.zeros((size, length), np.float32),  # [B, S]
+        "objective": np.full(size, OBJECTIVES.index("gmask"), np.int32),  # [B]
+        "source": np.zeros(size, np.int32),  # [B]
+    }
+    for b, text in enumerate(texts):
+        sample, counted = _sample(text, config, prepared, two_streams)
+        stop = len(sample)
+        batch["tokens"][b, :stop] = sample.tokens
+        batch["targets"][b, :stop] = sample.targets
+        streams = [sample.positions, sample.block_positions]
+        batch["positions"][b, ..., :stop] = streams if two_streams else streams[0]
+        batch["segments"][b, :stop] = 1
+        batch["context"][b, : sample.context] = True
+        batch["loss_mask"][b, counted:stop] = 1
+    return batch
+
+
+def _sample(text: np.ndarray, config: Experiment, prepared: Prepared, two_streams: bool) -> tuple[Sample, int]:
+    """Give the sample of a text, and its first place that counts."""
+    special, end = prepared.tokenizer, config.data.blanks.gmask_eop
+    half = len(text) // 2
+    start = 0 if is_unidirectional(config) else half
+    sample = blank_one(text, start, len(text), special.gmask, special, two_streams, end)
+    return sample, sample.context + half - start
+
+
+def evaluate(
+    config: Experiment,
+    prepared: Prepared,
+    losses: Callable[[Mapping[str, np.ndarray]], np.ndarray],
+) -> dict[str, float]:
+    """Give `loss/second_half` in nats a token; empty where it does not apply, or nothing is held out.
+
+    Args:
+        config, prepared: of the member.
+        losses: gives the loss of every target token, [1, B, S], of a batch with arrays [1, B, ...].
+    """
+    if not applies(config):
+        return {}
+    nats, targets = 0.0, 0.0
+    for batch in batches(config, prepared):
+        placed = {name: array[None] for name, array in batch.items()}
+        nats += float(np.asarray(losses(placed), np.float64).sum())
+        targets += float(batch["loss_mask"].sum())
+    return {NAME: nats / targets} if targets else {}

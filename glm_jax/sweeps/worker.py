@@ -1,0 +1,75 @@
+"""One process of a sweep: trains a group that comes as JSON on standard input, and writes its members' results.
+
+    python -m glm_jax.sweeps.worker < group.json
+
+Standard output has the steps done, a line each; when nobody reads it any more, the process ends.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from glm_jax.config import Experiment, resolve
+from glm_jax.errors import UserError
+from glm_jax.sweeps import group
+from glm_jax.sweeps import verdict as sweep_verdict
+from glm_jax.sweeps.group import Outcome
+from glm_jax.sweeps.results import number, save_member
+
+
+def work(job: Mapping[str, Any]) -> None:
+    """Train the group of a job and write its members' results."""
+    started = time.monotonic()
+    resolved = [resolve(member["config"]) for member in job["members"]]
+    prepared = group.prepare_all(resolved, lambda line: print(line, file=sys.stderr, flush=True))
+    outcomes = group.train(resolved, prepared, lambda step: print(step, flush=True))
+    run = {"group": job["group"], "members": len(resolved), "seconds": round(time.monotonic() - started, 1)}
+    for member, config, outcome in zip(job["members"], resolved, outcomes, strict=True):
+        named = {key: member[key] for key in ("name", "labels", "changes")}
+        save_member(Path(job["workdir"]), {**named, **result(config, outcome), "run": run})
+
+
+def result(config: Experiment, outcome: Outcome) -> dict[str, Any]:
+    """Give what is saved of an outcome; the verdict is on the numbers as they are saved."""
+    losses = [number(loss) for loss in outcome.losses]
+    saved = [float("nan") if loss is None else loss for loss in losses]
+    smooth, warmup = sweep_verdict.smooth(saved), math.ceil(config.optimizer.warmup_samples / config.train.global_batch)
+    uniform, unigram = float(f"{outcome.uniform:.9g}"), float(f"{outcome.unigram:.9g}")
+    verdict = sweep_verdict.judge(saved, warmup, uniform, unigram)
+    metrics = {name: [number(value) for value in values] for name, values in outcome.metrics.items()}
+    return {
+        "status": verdict.status,
+        "step": verdict.step,
+        "reason": verdict.reason,
+        "loss": number(smooth[-1]),
+        "heldout": {name: number(value) for name, value in outcome.heldout.items()},
+        "skipped": outcome.skipped,
+        "warmup": warmup,
+        "uniform": uniform,
+        "unigram": unigram,
+        "curves": {"loss": losses, "step": [int(step) for step in outcome.steps], **metrics},
+    }
+
+
+def main() -> int:
+    """Do the job on standard input."""
+    try:
+        work(json.load(sys.stdin))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the sweep is gone: what it starts next does this group again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The folders of a workdir's checkpoints: which there are, which of them are good, and which may go.
+
+Here stands also what the processes of a run agree on, for all must come to the same verdict on a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from glm_jax.errors import UserError
+from glm_jax.parallel import processes
+from glm_jax.storage import digests
+from glm_jax.storage.files import sync
+
+TEMPORARY = ".orbax-checkpoint-tmp"  # how orbax names what is not whole yet, so that its own tools know it too
+MESSAGE_BYTES = 512  # of what one process tells the others
+
+
+def temporary(directory: Path, step: int) -> Path:
+    """Give the folder that becomes that of `step` once it is whole."""
+    return directory / f"{step}{TEMPORARY}"
+
+
+def folders(directory: Path) -> list[int]:
+    """List the steps that have a folder, oldest first."""
+    names = [path.name for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+
+def sealed(directory: Path) -> list[int]:
+    """List the steps that were saved whole, oldest first; whether they still are is not looked at."""
+    return [step for step in folders(directory) if digests.is_sealed(directory / str(step))]
+
+
+def sweep(directory: Path) -> None:
+    """Remove what saves and removals that were cut off have left."""
+    for folder in directory.glob(f"*{TEMPORARY}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder that threads of tensorstore may still try to write to, after a write that failed."""
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
+        if not folder.exists():
+            return
+
+
+def prune(directory: Path, keep: int, keep_every: int) -> None:
+    """Remove all but the newest `keep` and those that `keep_every` divides (0: none).
+
+    What cannot be removed now is tried again after the next save: the save at hand is good all the same.
+    """
+    for step in sealed(directory)[:-keep]:
+        if keep_every == 0 or step % keep_every:
+            with contextlib.suppress(OSError):
+                # renamed first, so that a removal that is cut off does not look like a damaged checkpoint
+                os.rename(directory / str(step), temporary(directory, step))
+                shutil.rmtree(temporary(directory, step))
+
+
+def set_aside(directory: Path, step: int, why: str) -> None:
+    """Rename the folder of a step to `<step>.<why>`, or `<step>.<why>.2` and so on where that is taken."""
+    suffixes = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+    paths = (directory / f"{step}.{why}{suffix}" for suffix in suffixes)
+    os.rename(directory / str(step), next(path for path in paths if not path.exists()))
+    sync(directory)
+
+
+def newest_good(
+    directory: Path, steps: Sequence[int], under: str, say: Callable[[str], None]
+) -> tuple[int | None, list[int]]:
+    """Find the newest step whose files are as they were; the same in all processes, which share the reading.
+
+    Args:
+        directory: of the checkpoints.
+        steps: to choose from, oldest first; those that process 0 gives count.
+        under: look only at files whose path in the step's folder begins so.
+        say: told of each damaged one.
+
+    Returns:
+        It, or None if there are no steps; and the newer ones, which are damaged.
+
+    Raises:
+        UserError: there are steps, and all are damaged.
+    """
+    damaged: dict[int, str] = {}
+    candidates = list(steps)
+    while (step := int(everyone(str(candidates.pop() if candidates else -1))[0])) >= 0:
+        part = digests.damage(directory / str(step), under, jax.process_index(), jax.process_count())
+        told = [damage for damage in everyone(part or "") if damage]
+        if not told:
+            return step, list(damaged)
+        damaged[step] = told[0]
+        say(f"checkpoint {step} is passed over: {_sentence(told[0])}")
+    if damaged:
+        listed = "; ".join(f"{step}: {_sentence(damage)}" for step, damage in damaged.items())
+        raise UserError(
+            f"no checkpoint in {directory} is good ({listed}): bring one back, or remove the folder to start anew"
+        )
+    return None, []
+
+
+def _sentence(damage: str) -> str:
+    return f"it {damage}" if damage == digests.UNFINISHED else damage
+
+
+def everyone(text: str) -> list[str]:
+    """Give what every process says here, in their order, cut to MESSAGE_BYTES; a collective if there are several."""
+    if jax.process_count() == 1:
+        return [text]
+    processes.wait_for_all()  # one may have many files to read or remove first, and a collective is not patient
+    row = np.zeros(MESSAGE_BYTES, np.uint8)
+    said = np.frombuffer(text.encode()[:MESSAGE_BYTES], np.uint8)
+    row[: said.size] = said
+    rows = multihost_utils.process_allgather(row)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(rows)]
+
+
+def disk_reason(error: BaseException | None) -> str | None:
+    """Give why the disk refused, such as "No space left on device"; None for an error of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # as tensorstore tells it, in a ValueError
+    return os.strerror(int(code[1])) if code else None
+
+
+def refusal(write: Callable[[], Any]) -> str | None:
+    """Run `write`; returns why the disk refused, or None if it did not. Errors of another kind pass."""
+    try:
+        write()
+    except (OSError, ValueError, RuntimeError) as error:
+        if (reason := disk_reason(error)) is None:
+            raise
+        return reason
+    return None
+
+
+def written_by(folder: Path, index: int) -> list[str]:
+    """List the files that a process wrote: those that orbax names after it, and for process 0 all others too."""
+    owners = ((name, re.search(r"(?:^|[/.])process_(\d+)(?:/|$)", name)) for name in digests.files(folder))
+    return [name for name, owner in owners if index == (int(owner[1]) if owner else 0)]

@@ -1,0 +1,342 @@
+"""Checkpoints by orbax: one layout on disk whatever the mesh that wrote it, sealed with digests of every file."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import itertools
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from glm_jax.errors import UserError
+from glm_jax.parallel import partition
+from glm_jax.storage import digests
+from glm_jax.storage.files import sync
+from glm_jax.training.step import StepConfig, TrainState, init_state, pad_layers, state_specs, true_layers
+from glm_jax.workdir import checkpoint_folders
+from glm_jax.workdir.checkpoint_folders import disk_reason, everyone, newest_good, refusal, temporary, written_by
+
+CHUNK_BYTES = 32 * 2**20
+PATIENCE = 3600  # seconds that the processes of a run wait for one another's part of a checkpoint
+HANDLERS = {"params": ocp.StandardCheckpointHandler, "training": ocp.StandardCheckpointHandler,
+            "run": ocp.JsonCheckpointHandler}  # fmt: skip
+
+_saves = itertools.count()  # the same in all processes, for all save together
+
+
+class Restored(NamedTuple):
+    """A state on the mesh and the numbers that were saved beside it."""
+
+    state: TrainState
+    run: dict[str, Any]
+
+
+class _Outcome(NamedTuple):
+    reason: str | None  # why the disk refused; None: it is all there
+    seconds: float
+    bytes: int
+
+
+class _Save(NamedTuple):
+    step: int
+    blocked: float  # seconds
+    outcome: Future[_Outcome]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, in `checkpoints/<step>/`.
+
+    Each holds `params`, `training` (the rest of the TrainState), `run` (JSON: step, samples, that is the data position,
+    and whatever else the caller gives) and the digests of all files. A save goes on in the background while the next
+    steps run: orbax writes to a temporary folder, every process seals what it wrote, process 0 the rest, and only then
+    the folder gets its name. So a save that was cut off leaves nothing that could be mistaken for a checkpoint.
+    In a run of several processes all must make the same calls, save for `events`, `steps` and `latest_step`.
+    """
+
+    def __init__(
+        self, workdir: Path, keep: int = 3, keep_every: int = 0, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Remove what cut-off saves have left, if there is any.
+
+        Args:
+            workdir: of the run; nothing is made in it before the first save.
+            keep: how many of the newest checkpoints stay. Older ones go once a newer one is whole on disk.
+            keep_every: a step that this divides stays for good; 0 for none.
+            say: told one line at a time, in the thread that calls.
+        """
+        self.directory = (workdir / "checkpoints").resolve()
+        self._keep, self._keep_every, self._say = keep, keep_every, say
+        self._handler = ocp.StandardCheckpointHandler()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._save: _Save | None = None
+        self._events: list[dict[str, Any]] = []
+        self._unsaved: str | None = None
+        _hush()
+        if jax.process_index() == 0:
+            checkpoint_folders.sweep(self.directory)
+
+    def steps(self) -> list[int]:
+        """List the steps that were saved whole, oldest first; whether they still are is not looked at."""
+        return checkpoint_folders.sealed(self.directory)
+
+    def latest_step(self) -> int | None:
+        """Give the newest of `steps`, or None."""
+        return max(self.steps(), default=None)
+
+    def save(self, cfg: StepConfig, mesh: jax.sharding.Mesh, state: TrainState, run: dict[str, Any]) -> None:
+        """Save the state under `run["step"]`; returns when the arrays are copied, the writing goes on behind.
+
+        A save that the disk refuses is told to `say`, and changes nothing else: see `events` and `unsaved`.
+        """
+        started = time.monotonic()
+        self._settle()
+        step, record = int(run["step"]), json.dumps(run)
+        if _is_padded(cfg, mesh):
+            state = jax.jit(lambda state: true_layers(cfg, state), out_shardings=_disk_shardings(cfg, mesh))(state)
+        reason, commits = self._make_folder(step), []
+        if reason is None:
+            reason = refusal(lambda: commits.extend(self._copy(step, state)))
+        key = f"glm_jax_checkpoint_{next(_saves)}"
+        outcome = self._thread.submit(self._finish, step, record, commits, reason, started, key)
+        self._save = _Save(step, time.monotonic() - started, outcome)
+
+    def restore(self, cfg: StepConfig, mesh: jax.sharding.Mesh, at_most: int | None = None) -> Restored | None:
+        """Restore the newest good step onto the mesh, each device reading its own part.
+
+        Every file is compared with its digest first. Checkpoints that are damaged or were cut off are told to `say`
+        and passed over; once a good one is found they are set aside as `<step>.damaged`.
+
+        Args:
+            cfg, mesh: may differ from those of the run that saved, as long as the arrays keep their shapes.
+            at_most: go back to this step or one before it. The run goes on from there, and must do so after a restart
+                too: newer checkpoints are set aside as `<step>.left`.
+
+        Returns:
+            None where there is no checkpoint (up to `at_most`) at all.
+
+        Raises:
+            UserError: no checkpoint is good, and then all stay as they are; or the newest good one has arrays of other
+                shapes or dtypes than this config.
+        """
+        self._settle()
+        folders = checkpoint_folders.folders(self.directory)
+        newer = [step for step in folders if at_most is not None and step > at_most]
+        step, damaged = newest_good(self.directory, folders[: len(folders) - len(newer)], "", self._say)
+        restored = None if step is None else self._read(cfg, mesh, step)
+        if jax.process_index() == 0:
+            for other in damaged:
+                checkpoint_folders.set_aside(self.directory, other, "damaged")
+            for other in newer:
+                checkpoint_folders.set_aside(self.directory, other, "left")
+        everyone("")  # nobody lists the folder before it is tidy
+        return restored
+
+    def events(self) -> list[dict[str, Any]]:
+        """Give what has happened since the last call, for the log.
+
+        Returns:
+            {"event": "checkpoint", "step", "seconds" (from the call to the end), "blocked_seconds" (of the call),
+            "bytes"} for a save that has ended, {"event": "checkpoint", "step", "error"} for one that failed.
+        """
+        self._settle(wait=False)
+        events, self._events = self._events, []
+        return events
+
+    def unsaved(self) -> str | None:
+        """Say why the last save that has ended is not on the disk, or None if it is; after `close`, the last save."""
+        return self._unsaved
+
+    def close(self) -> None:
+        """Wait until everything is written.
+
+        Not so while an error ends a run of several processes: what is in flight then waits for others, which may be
+        what is gone.
+        """
+        if jax.process_count() > 1 and sys.exc_info()[0] is not None:
+            return
+        try:
+            self._settle()
+        finally:
+            self._thread.shutdown()
+
+    def _make_folder(self, step: int) -> str | None:
+        """Make the temporary folder, by process 0; all processes get the same answer, why it could not be or None."""
+
+        def make() -> None:
+            checkpoint_folders.sweep(self.directory)
+            if (self.directory / str(step)).exists():  # of a line of the run that was left
+                checkpoint_folders.set_aside(self.directory, step, "left")
+            for item in HANDLERS:
+                (temporary(self.directory, step) / item).mkdir(parents=True)
+
+        reason = refusal(make) if jax.process_index() == 0 else None
+        return everyone(reason or "")[0] or None
+
+    def _copy(self, step: int, state: TrainState) -> Iterator[Any]:
+        """Copy the arrays off the devices; gives what orbax calls futures, done when they are written."""
+        rest = {name: value for name, value in state._asdict().items() if name != "params"}
+        for item, tree in (("params", state.params), ("training", rest)):
+            args = ocp.args.StandardSave(tree, save_args=_in_chunks(tree))
+            saving = self._handler.async_save(epath.Path(temporary(self.directory, step) / item), args=args)
+            # in the thread, for a notebook's own may have an event loop already
+            yield from self._thread.submit(asyncio.run, saving).result() or []
+
+    def _finish(
+        self, step: int, record: str, commits: Sequence[Any], reason: str | None, started: float, key: str
+    ) -> _Outcome:
+        """Wait for this process's arrays and seal them; process 0 then completes the folder. Runs in the thread.
+
+        The processes meet at two barriers, whatever has failed in which, and never by a collective, which could
+        mix with those of the steps that run meanwhile.
+        """
+        wait_for_all = ocp.multihost.get_barrier_sync_fn()
+        index, count = jax.process_index(), jax.process_count()
+        folder, final = temporary(self.directory, step), self.directory / str(step)
+
+        reasons = [reason, *(refusal(commit.result) for commit in commits)]  # all, so that nothing writes any more
+        reason = next(filter(None, reasons), None)
+        if index:
+            reason = reason or refusal(lambda: digests.seal(folder, written_by(folder, index), index, count))
+        wait_for_all(key=f"{key}_written", timeout_ms=PATIENCE * 1000)
+        if index == 0:
+            reason = reason or refusal(lambda: self._complete(step, record))
+            if reason:
+                checkpoint_folders.remove(folder)
+        wait_for_all(key=f"{key}_complete", timeout_ms=PATIENCE * 1000)
+        if reason is None and not digests.is_sealed(final):
+            reason = "another process could not write its part"
+        outcome = _Outcome(reason, time.monotonic() - started, 0 if reason else digests.size(final))
+        if index == 0 and reason is None:
+            checkpoint_folders.prune(self.directory, self._keep, self._keep_every)
+        return outcome
+
+    def _complete(self, step: int, record: str) -> None:
+        """Write what is left, seal it, and give the folder its name."""
+        folder, count = temporary(self.directory, step), jax.process_count()
+        if len(list(folder.glob("digests-*.json"))) < count - 1:
+            raise OSError(errno.EIO, "another process could not write its part")
+        for item in ("params", "training"):
+            self._handler.finalize(epath.Path(folder / item))
+        names = {item: f"{handler.__module__}.{handler.__qualname__}" for item, handler in HANDLERS.items()}
+        (folder / "run" / "metadata").write_text(record, "utf-8")
+        (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": names}), "utf-8")
+        digests.seal(folder, written_by(folder, 0), 0, count)
+        os.rename(folder, self.directory / str(step))
+        sync(self.directory)
+
+    def _settle(self, wait: bool = True) -> None:
+        """Take note of how the save under way has ended; returns at once if it has not and `wait` is False."""
+        if self._save is None or not (wait or self._save.outcome.done()):
+            return
+        (step, blocked, outcome), self._save = self._save, None
+        reason, seconds, size = outcome.result()
+        event: dict[str, Any] = {"event": "checkpoint", "step": step}
+        if reason is None:
+            event |= {"seconds": seconds, "blocked_seconds": blocked, "bytes": size}
+        else:
+            event["error"] = reason
+            latest = self.latest_step()
+            kept = "there is none yet" if latest is None else f"the newest is still that of step {latest}"
+            self._say(f"checkpoint {step} could not be saved ({reason}): the run goes on, {kept}")
+        self._events.append(event)
+        self._unsaved = reason
+
+    def _read(self, cfg: StepConfig, mesh: jax.sharding.Mesh, step: int) -> Restored:
+        folder = epath.Path(self.directory / str(step))
+        if not (folder / "training").exists():
+            raise UserError(f"{folder} holds params alone, a run cannot go on from it: name another --workdir")
+        target = jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+            jax.eval_shape(lambda: init_state(cfg)),
+            _disk_shardings(cfg, mesh),
+        )
+        rest = {name: value for name, value in target._asdict().items() if name != "params"}
+        items = {"params": target.params, "training": rest}
+        for item, tree in items.items():
+            self._check_fits(folder / item, tree)
+        for item, tree in items.items():
+            items[item] = self._handler.restore(folder / item, args=ocp.args.StandardRestore(tree))
+        state = TrainState(params=items["params"], **items["training"])
+        if _is_padded(cfg, mesh):
+            placed = partition.shardings(mesh, state_specs(cfg, mesh))
+            stages = mesh.shape["pipeline"]
+            state = jax.jit(lambda state: pad_layers(cfg, state, stages), out_shardings=placed)(state)
+        return Restored(state, json.loads((folder / "run" / "metadata").read_text("utf-8")))
+
+    def _check_fits(self, item: epath.Path, target: Any) -> None:
+        """Compare shapes and dtypes, of which orbax changes the latter without a word."""
+        stored, wanted = (
+            {"/".join(path): f"{np.dtype(leaf.dtype)} {list(leaf.shape)}" for path, leaf in flat.items()}
+            for flat in map(ocp.tree.to_flat_dict, (self._handler.metadata(item).tree, target))
+        )
+        for name in sorted(stored.keys() | wanted.keys()):
+            there, here = stored.get(name, "missing"), wanted.get(name, "nothing")
+            if there != here:
+                raise UserError(
+                    f"{item.parent} does not fit this config: {item.name}/{name} is {there}, this config wants {here}: "
+                    "set the config back, or name another --workdir"
+                )
+
+
+def load_params(workdir: Path, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> Any:
+    """Load the newest good params of a workdir onto one device, as generation needs them; changes nothing on disk.
+
+    Args:
+        workdir: of a run, or what `convert sat-to-orbax` was given.
+        say: told of every damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: the workdir holds no checkpoint, or none with good params.
+    """
+    directory = (workdir / "checkpoints").resolve()
+    if not directory.is_dir():
+        raise UserError(f"{workdir} holds no checkpoints: train there first, or name another --workdir")
+    step, _ = newest_good(directory, checkpoint_folders.folders(directory), "params/", say)
+    if step is None:
+        raise UserError(f"{workdir} holds no finished checkpoint yet")
+    item, handler = epath.Path(directory / str(step) / "params"), ocp.StandardCheckpointHandler()
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), handler.metadata(item).tree
+    )
+    return handler.restore(item, args=ocp.args.StandardRestore(target))
+
+
+@functools.cache
+def _hush() -> None:
+    """Keep orbax, asyncio and tensorstore from printing what the disk refused: `say` tells of it, in one line."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not (record.exc_info and disk_reason(record.exc_info[1])))
+    hook = sys.unraisablehook
+    # writes that end after another has failed find their event loop closed
+    sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
+
+
+def _is_padded(cfg: StepConfig, mesh: jax.sharding.Mesh) -> bool:
+    return cfg.engine.model.num_layers % mesh.shape["pipeline"] != 0
+
+
+def _disk_shardings(cfg: StepConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """Give the shardings of a state with its true layers, which padded stages do not divide."""
+    specs = state_specs(cfg, mesh)
+    if _is_padded(cfg, mesh):
+        specs = partition.without("pipeline", specs)
+    return partition.shardings(mesh, specs)
+
+
+def _in_chunks(tree: Any) -> Any:
+    """Ask for small chunks on disk, so that a reader need not hold a whole array of a large model."""
+    return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)

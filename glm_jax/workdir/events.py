@@ -1,0 +1,198 @@
+"""Where a run's events go: metrics.jsonl, TensorBoard files, Weights & Biases.
+
+A sink has `write(event)`, `rewind(step)`, which forgets what came after a step that the run goes back to, and
+`close()`. They raise OSError when the disk is full; the next write then tries again.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
+
+from glm_jax.errors import UserError
+from glm_jax.storage.files import json_line, write_atomic
+
+Event = Mapping[str, Any]
+
+METRICS = "metrics.jsonl"
+FLUSH_SECONDS = 30.0  # how far TensorBoard may lag behind
+
+
+class Sink(Protocol):
+    """What the monitor asks of a sink."""
+
+    name: str
+
+    def write(self, event: Event) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def scalars(event: Event) -> Iterator[tuple[str, float]]:
+    """Yield (name, number) of what can be drawn: `<event>/<key>`, for a list one a layer, `<event>/<key>/layer_03`."""
+    for key, value in event.items():
+        name = f"{event['event']}/{key}"
+        if key in ("event", "step"):
+            continue
+        if isinstance(value, list):
+            digits = max(2, len(str(len(value) - 1)))
+            yield from ((f"{name}/layer_{layer:0{digits}d}", number) for layer, number in enumerate(value))
+        elif isinstance(value, int | float):
+            yield name, value
+
+
+class Jsonl:
+    """One event a line, null for what is not finite. Lines that find no room on the disk wait for the next write."""
+
+    name = METRICS
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path, self._pending = path, b""
+        drop_after(path, step)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+
+    def write(self, event: Event) -> None:
+        self._pending += json_line(event).encode("ascii")
+        self._drain()
+
+    def rewind(self, step: int) -> None:
+        self._drain()
+        self._file.close()
+        try:
+            drop_after(self._path, step)
+        finally:
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+
+    def close(self) -> None:
+        with self._file:
+            self._drain()
+
+    def _drain(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Keep the events of metrics.jsonl up to `step`; lines that were cut off go too. Another file takes its place."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    write_atomic(path, "".join(kept))
+
+
+class TensorBoard:
+    """Scalars in event files, written in this thread: tensorboardX's own writer waits for ever once a disk was full."""
+
+    name = "tensorboard/"
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._folder, self._writer, self._flushed = folder, None, 0.0
+        self._purge = step + 1
+
+    def write(self, event: Event) -> None:
+        try:
+            writer = self._writer or self._open()
+            message = _message(event["step"])
+            for name, value in scalars(event):
+                message.summary.MergeFrom(summary.scalar(name, value))
+            writer.write(message.SerializeToString())
+            self._purge = event["step"] + 1  # a file begun because this one fails forgets nothing that it holds
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                writer.flush()
+                self._flushed = time.monotonic()
+        except OSError:  # a reader stops at half a record, so what follows goes to another file
+            self._abandon()
+            raise
+
+    def rewind(self, step: int) -> None:
+        self.close()
+        self._purge = step + 1
+
+    def close(self) -> None:
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.close()
+
+    def _open(self) -> RecordWriter:
+        """Begin a file that tells TensorBoard to forget the steps from `_purge` on, which earlier files hold."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(self._folder.iterdir()))  # two files may be begun in one second
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{number}"
+        self._writer = writer = RecordWriter(str(self._folder / name))
+        for content in ({"file_version": "brain.Event:2"}, {"session_log": {"status": "START"}}):
+            writer.write(_message(self._purge, **content).SerializeToString())
+        return writer
+
+    def _abandon(self) -> None:
+        try:
+            self.close()
+        except OSError:  # the same full disk
+            self._writer = None
+
+
+def _message(step: int, **content: Any) -> Any:
+    return event_pb2.Event(wall_time=time.time(), step=step, **content)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def import_wandb() -> ModuleType:
+    """Give the package wandb, which nothing else needs.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError("train.wandb names a project, but wandb is not installed: pip install wandb") from error
+    return wandb
+
+
+class WeightsAndBiases:
+    """A run of a Weights & Biases project. Without its server it reports into the workdir's wandb/, to be synced."""
+
+    name = "wandb"
+
+    def __init__(self, workdir: Path, project: str) -> None:
+        wandb = import_wandb()
+        identity = workdir / "wandb_id"  # in the workdir, so that a run that goes on elsewhere stays one run
+        if not identity.exists():
+            write_atomic(identity, secrets.token_hex(8))
+        options = {
+            "project": project,
+            "name": workdir.absolute().name,
+            "dir": str(workdir),
+            "id": identity.read_text(encoding="ascii"),
+            "resume": "allow",
+        }
+        try:
+            self._run = wandb.init(**options)
+        except wandb.Error:  # no network, or nobody is logged in
+            self._run = wandb.init(**options, mode="offline")
+        self._run.define_metric("*", step_metric="step")  # wandb's own steps cannot go back, ours can
+
+    def write(self, event: Event) -> None:
+        self._run.log({"step": event["step"], **dict(scalars(event))})
+
+    def rewind(self, step: int) -> None:
+        """Keep what was reported: its curves show both passes."""
+
+    def close(self) -> None:
+        self._run.finish()

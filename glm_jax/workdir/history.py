@@ -1,0 +1,177 @@
+"""What a workdir holds of a run's course: its events, and the marks of what was done to it or befell it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from glm_jax.errors import UserError
+from glm_jax.training import interventions
+from glm_jax.workdir.events import METRICS
+
+Kind = Literal["intervention", "spike", "failure", "restart"]
+
+MARK_NAMES: dict[Kind, str] = {
+    "intervention": "intervention",
+    "spike": "spike, gone back from",
+    "failure": "failed checkpoint",
+    "restart": "restart",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """Something that happened at a step, numbered in order of steps from 1."""
+
+    number: int
+    step: int
+    samples: int | None
+    kind: Kind
+    cause: str  # in a word or two
+    lines: tuple[str, ...]  # what it was: changes `key: before → after`, or a message
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A value's course: steps [n], int64, ascending, and values [n], float64, where not finite NaN."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+class Record:
+    """A run's events by kind, in order, and its marks."""
+
+    def __init__(self, events: list[dict[str, Any]], changes: list[dict[str, Any]]) -> None:
+        self.events: dict[str, list[dict[str, Any]]] = {}
+        for event in events:
+            self.events.setdefault(event["event"], []).append(event)
+        found = sorted([*_operator_marks(changes), *_run_marks(events)], key=lambda mark: mark.step)
+        self.marks = [dataclasses.replace(mark, number=number) for number, mark in enumerate(found, 1)]
+
+    def kinds(self) -> list[Kind]:
+        """List the kinds of marks that there are."""
+        present = {mark.kind for mark in self.marks}
+        return [kind for kind in MARK_NAMES if kind in present]
+
+    @property
+    def first_step(self) -> int:
+        """The first step that anything is known of."""
+        return min(events[0]["step"] for events in self.events.values())
+
+    @property
+    def last_step(self) -> int:
+        """The last step that anything is known of."""
+        return max(events[-1]["step"] for events in self.events.values())
+
+    def last(self, kind: str) -> Mapping[str, Any]:
+        """Give the last event of a kind; empty if there is none."""
+        return self.events.get(kind, [{}])[-1]
+
+    def names(self, kind: str, pattern: str) -> list[str]:
+        """List the keys of a kind's events that match a pattern such as loss/*, in order of appearance."""
+        seen = dict.fromkeys(key for event in self.events.get(kind, []) for key in event)
+        return [key for key in seen if fnmatch.fnmatchcase(key, pattern)]
+
+    def series(self, kind: str, key: str) -> Series | None:
+        """Give the course of one key's numbers; None if none of them is finite."""
+        pairs = [
+            (event["step"], event[key])
+            for event in self.events.get(kind, [])
+            if isinstance(event.get(key), int | float)
+        ]
+        steps, values = np.array([step for step, _ in pairs], np.int64), np.array([value for _, value in pairs], float)
+        finite = np.isfinite(values)
+        return Series(steps, np.where(finite, values, np.nan)) if finite.any() else None
+
+    def layers(self, key: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Give the course of a train event's value by layer, as steps [n] and values [n, L]; None if there is none."""
+        found = [event for event in self.events.get("train", []) if isinstance(event.get(key), list)]
+        found = [event for event in found if len(event[key]) == len(found[-1][key])]
+        values = np.array([event[key] for event in found], float)  # [n, L]
+        if not np.isfinite(values).any():
+            return None
+        return np.array([event["step"] for event in found]), np.where(np.isfinite(values), values, np.nan)
+
+    def tokens(self) -> int:
+        """Give about how many tokens were trained on: each logged step stands for those since the one before."""
+        total, before = 0, 0
+        for event in self.events.get("train", []):
+            total += event.get("tokens", 0) * (event["step"] - before)
+            before = event["step"]
+        return total
+
+
+def read(workdir: Path) -> Record:
+    """Read the record of a run.
+
+    Raises:
+        UserError: there is none, or a line of it is damaged; a last line that was cut off is passed over.
+    """
+    path = workdir / METRICS
+    if not path.exists():
+        raise UserError(f"{workdir} has no {METRICS}: check --workdir, or train in it first")
+    events = list(_lines(path))
+    if not events:
+        raise UserError(f"{path} has no events yet: wait until the run has logged its first")
+    changes = workdir / interventions.RECORD
+    return Record(events, interventions.read(changes) if changes.exists() else [])
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend it, or name another --workdir") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            event = None
+        if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("step"), int):
+            yield {key: _not_finite_again(value) for key, value in event.items()}
+        elif number < len(lines):
+            raise UserError(f"line {number} of {path} is damaged: take it out, and ask for the report again")
+
+
+def _not_finite_again(value: Any) -> Any:
+    """Give NaN for the null that a number is written as which is not finite, by itself or in a list."""
+    if isinstance(value, list):
+        return [_not_finite_again(entry) for entry in value]
+    return math.nan if value is None else value
+
+
+def _operator_marks(changes: list[dict[str, Any]]) -> Iterator[Mark]:
+    for event in changes:
+        kind = "spike" if event.get("cause") == "spike" else "intervention"
+        lines = []
+        if "seen" in event:
+            seen = event["seen"]
+            values = [f"{key} {_number(seen[key])}" for key in ("loss", "grad_norm") if key in seen]
+            lines.append(f"seen at step {seen.get('step', '?')}: " + ", ".join([*values, seen.get("reason", "")]))
+        for key, (before, after) in event.get("changes", {}).items():
+            lines.append(f"{key}: {_value(before)} → {_value(after)}")
+        yield Mark(0, event["step"], event.get("samples"), kind, event.get("cause", ""), tuple(lines))
+
+
+def _run_marks(events: list[dict[str, Any]]) -> Iterator[Mark]:
+    for event in events:
+        if event["event"] == "checkpoint" and "error" in event:
+            yield Mark(0, event["step"], event.get("samples"), "failure", "checkpoint failed", (str(event["error"]),))
+        if event["event"] == "start" and event["step"] > 0:
+            yield Mark(0, event["step"], event.get("samples"), "restart", "restart", ())
+
+
+def _value(value: Any) -> str:
+    return "absent" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _number(value: Any) -> str:
+    return "not finite" if value is None else f"{value:.4g}" if isinstance(value, int | float) else str(value)

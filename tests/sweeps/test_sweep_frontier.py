@@ -1,0 +1,84 @@
+"""The stability frontier by hand, and the page that shows it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glm_jax.errors import UserError
+from glm_jax.sweeps.frontier import frontier, frontier_table
+from glm_jax.sweeps.page import section, write_page
+
+
+def row(norm: str, lr: str, seed: str, loss: float | None) -> dict[str, Any]:
+    """Give a row of results.json; no loss, diverged."""
+    return {
+        "labels": {"model.norm": norm, "lr": lr, "seed": seed}, "status": "diverged" if loss is None else "finished",
+        "step": 9, "reason": "risen", "loss": loss, "heldout": {"loss": loss},
+    }  # fmt: skip
+
+
+ROWS = [
+    row("pre", "0.001", "1", 5.0), row("pre", "0.01", "1", 4.0), row("pre", "0.1", "1", None),
+    row("pre", "0.001", "2", 5.2), row("pre", "0.01", "2", 4.2), row("pre", "0.1", "2", 4.5),
+    row("post", "0.001", "1", None), row("post", "0.01", "1", 4.0), row("post", "0.1", "1", None),
+    row("deepnorm", "0.01", "1", 4.0),
+]  # fmt: skip
+
+
+def test_the_frontier_ends_at_the_first_rate_that_diverged() -> None:
+    assert frontier(ROWS) == {("pre",): {"1": 0.01, "2": 0.1}, ("post",): {"1": None}}  # deepnorm is not complete
+
+
+def test_the_frontier_as_a_table() -> None:
+    lines = frontier_table(ROWS).splitlines()
+    assert lines[0].startswith("| model.norm | highest stable rate, by seed | loss at 0.001 | loss at 0.01 |")
+    assert lines[2] == "| pre | 0.01 / 0.1 | 5.100 ± 0.141 | 4.100 ± 0.141 | 1 diverged; 4.500 |"
+    assert lines[3] == "| post | none | 1 diverged | 4.000 | 1 diverged |"
+    assert len(lines) == 4
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    description = {
+        "title": "Norms", "members": ["a"] * 12, "command": "glm-jax sweep --config norms.py",
+        "commit": "0123456789abcdef",
+        "versions": {"jax": "0.10.2"}, "base": {"train.steps": 300, "train.global_batch": 8, "data.seq_length": 64},
+    }  # fmt: skip
+    for name in ("norms", "objectives"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sweep.json").write_text(json.dumps(description))
+        (tmp_path / name / "results.json").write_text(json.dumps(ROWS))
+    halves = [
+        {**ROWS[0], "labels": {"objective": kind, "seed": "1"}, "heldout": {"loss": 5.0, "loss/second_half": half}}
+        for kind, half in (("one", 4.25), ("other", 4.75))
+    ]
+    (tmp_path / "objectives" / "results.json").write_text(json.dumps(halves))
+    return tmp_path
+
+
+def test_a_page_has_its_tables_rewritten_and_the_rest_kept(results: Path) -> None:
+    page = results / "page.md"
+    places = "".join(f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\nkept\n" for name in ("norms", "objectives"))
+    page.write_text(f"# Title\n{places}")
+    assert write_page(page, results) == ["norms", "objectives"]
+    text = page.read_text()
+    assert "old" not in text and text.count("kept") == 2 and text.startswith("# Title\n<!-- norms: begin -->\n")
+    assert "`glm-jax sweep --config norms.py`, commit `0123456789ab`, jax 0.10.2; 10 of 12 members, 300 steps" in text
+    assert "| pre | 0.01 / 0.1 |" in text and "| other | 1 of 1 | 5.000 | 4.750 |  |" in text
+    write_page(page, results)
+    assert page.read_text() == text
+
+
+def test_a_page_without_a_place(results: Path) -> None:
+    page = results / "page.md"
+    page.write_text("<!-- norms: begin -->\n<!-- norms: end -->\n")
+    with pytest.raises(UserError, match="one place for objectives"):
+        write_page(page, results)
+    assert page.read_text() == "<!-- norms: begin -->\n<!-- norms: end -->\n"
+    with pytest.raises(UserError, match="cannot be read"):
+        write_page(results / "nowhere.md", results)
+    (results / "norms" / "results.json").unlink()
+    with pytest.raises(UserError, match=r"results\.json cannot be read"):
+        section(results / "norms")

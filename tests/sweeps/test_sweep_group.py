@@ -1,0 +1,140 @@
+"""Members trained together against the same members trained by `glm-jax train`'s loop, one by one."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.sweeps.sweep_cases import tiny, write_text
+
+from glm_jax.config import Config
+from glm_jax.sweeps import group as sweep_group
+from glm_jax.sweeps import members as sweep_members
+from glm_jax.sweeps.group import Outcome, block_size
+from glm_jax.training import loop
+
+pytestmark = pytest.mark.slow
+
+
+def quiet(line: str) -> None:
+    """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    write_text(folder)
+    return folder
+
+
+def members(base: Config, axes: dict[str, Any]) -> list[Config]:
+    (group,) = sweep_members.group(sweep_members.expand(base, sweep_members.read_axes(axes)))
+    return [member.config for member in group.members]
+
+
+def together(configs: list[Config]) -> list[Outcome]:
+    return sweep_group.train(configs, sweep_group.prepare_all(configs, quiet), lambda step: None)
+
+
+def alone(config: Config, workdir: Path) -> list[dict[str, Any]]:
+    """Train by the loop; gives the events of metrics.jsonl."""
+    assert loop.Run(config, workdir, quiet).go() == loop.DONE
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_equal(outcome: Outcome, events: list[dict[str, Any]]) -> None:
+    """Compare every step's loss and norms, and the last held-out losses."""
+    steps = [event for event in events if event["event"] == "train"]
+    assert [event["step"] for event in steps] == outcome.steps.tolist() == list(range(1, len(outcome.losses) + 1))
+    np.testing.assert_allclose(outcome.losses, [event["loss"] for event in steps], rtol=1e-6)
+    for name in ("grad_norm", "update_norm", "grad_norm/embedding", "lr", "loss_scale"):
+        np.testing.assert_allclose(outcome.metrics[name], [event[name] for event in steps], rtol=1e-4, err_msg=name)
+    largest = [max(event["activation_rms"]) for event in steps]
+    np.testing.assert_allclose(outcome.metrics["activation_rms"], largest, rtol=1e-4)
+    heldout = [event for event in events if event["event"] == "evaluation"][-1]
+    assert set(outcome.heldout) - {"loss/second_half"} == {"loss", "loss/en", "bits_per_byte/en"}
+    for name, value in outcome.heldout.items():
+        assert name == "loss/second_half" or value == pytest.approx(heldout[name], rel=1e-6), name
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rates and seeds": ({}, {"optimizer.peak_lr": (1e-3, 1e-2), "seed": (1, 2)}),
+    "shares": ({"train.steps": 10, "train.eval_every": 10}, {"data.blanks.mask": (0.3, 0.0)}),
+    "alphas in float16": (
+        {"train.precision": "float16", "train.microbatches": 2, "train.steps": 10, "train.eval_every": 10},
+        {"train.embedding_shrink.alpha": (0.5, 0.1)},
+    ),
+    "dropout": (
+        {"model.hidden_dropout": 0.1, "train.steps": 10, "train.eval_every": 10},
+        {"optimizer.peak_lr": (1e-3, 1e-2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_together_equals_alone(folder: Path, tmp_path: Path, case: str) -> None:
+    changes, axes = CASES[case]
+    configs = members(tiny(folder, **changes), axes)
+    outcomes = together(configs)
+    for number, (config, outcome) in enumerate(zip(configs, outcomes, strict=True)):
+        check_equal(outcome, alone(config, tmp_path / str(number)))
+    assert len({outcome.losses[-1] for outcome in outcomes}) == len(configs)
+    assert all(("loss/second_half" in outcome.heldout) == (case == "shares") for outcome in outcomes)
+
+
+def test_blocks_of_members_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = {"train.steps": 12, "train.eval_every": 0}
+    configs = members(tiny(folder, **short), {"optimizer.peak_lr": (1e-3, 1e-2, 3e-2, 1e-1)})
+    whole = together(configs)
+    for block in (1, 2):
+        monkeypatch.setattr(sweep_group, "block_size", lambda members, size, block=block: block)
+        for one, other in zip(whole, together(configs), strict=True):
+            np.testing.assert_allclose(one.losses, other.losses, rtol=1e-6)
+            assert one.heldout == {} == other.heldout
+
+
+def test_a_diverged_member_does_not_disturb_the_others(folder: Path) -> None:
+    short = {"train.steps": 12, "train.eval_every": 0, "optimizer.warmup_samples": 0}
+    calm = {"calm": {"optimizer.peak_lr": 1e-3}}
+    (lonely,) = together(members(tiny(folder, **short), {"lr": calm}))
+    both = together(members(tiny(folder, **short), {"lr": {**calm, "wild": {"optimizer.peak_lr": 1e30}}}))
+    assert not np.isfinite(both[1].losses[-1])
+    np.testing.assert_allclose(both[0].losses, lonely.losses, rtol=1e-6)
+
+
+def test_what_guessing_costs(folder: Path) -> None:
+    short = {"train.steps": 12, "train.eval_every": 0, "data.blanks.mask": 0.0}
+    (config,) = members(tiny(folder, **short), {"seed": (1,)})
+    (outcome,) = together([config])
+    assert outcome.uniform == math.log(300)
+    prepared = sweep_group.prepare_all([config], quiet)
+    streams = sweep_group.Streams([config], prepared)
+    targets = [(streams.at(step)["targets"], streams.at(step)["loss_mask"]) for step in range(1, 13)]
+    tokens = np.concatenate([tokens[mask > 0] for tokens, mask in targets])
+    shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    assert outcome.unigram == pytest.approx(-sum(share * math.log(share) for share in shares))
+
+
+def test_members_share_what_they_read(folder: Path) -> None:
+    axes = {"seed": (1, 2), "optimizer.peak_lr": (1e-3, 1e-2), "data.blanks.gmask": (0.7, 0.0)}
+    configs = members(tiny(folder), axes)
+    streams = sweep_group.Streams(configs, sweep_group.prepare_all(configs, quiet))
+    assert streams.of_member.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert streams.at(1)["tokens"].shape == (4, 1, 4, 32)
+
+
+def test_block_size() -> None:
+    assert block_size(12, 1) == 12
+    assert block_size(15, sweep_group.CACHED // 4) == 3
+    assert block_size(7, sweep_group.CACHED // 4) == 1
+    assert block_size(15, 1 << 40) == 1
+
+
+@pytest.mark.oldest
+def test_progress_counts_the_steps(folder: Path) -> None:
+    configs = members(tiny(folder, **{"train.steps": 5, "train.eval_every": 0}), {"seed": (1,)})
+    told: list[int] = []
+    sweep_group.train(configs, sweep_group.prepare_all(configs, quiet), told.append)
+    assert told == [1, 2, 3, 4, 5]

@@ -1,0 +1,67 @@
+"""The rule of divergence, by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from glm_jax.sweeps.verdict import Verdict, judge, smooth
+
+UNIFORM, UNIGRAM, WARMUP = 7.6, 6.0, 10
+NAN, INF = float("nan"), float("inf")
+
+
+def falling(steps: int = 100, last: float = 4.0) -> list[float]:
+    return np.linspace(7.6, last, steps).tolist()
+
+
+def verdict(losses: list[float]) -> Verdict:
+    return judge(losses, WARMUP, UNIFORM, UNIGRAM)
+
+
+def test_the_moving_average_is_corrected_for_its_start_and_leaves_out_what_is_not_finite() -> None:
+    assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    # weights 0.05 * 0.95 and 0.05, over their sum
+    assert smooth([2.0, 4.0])[1] == pytest.approx((0.95 * 2 + 4) / 1.95)
+    averages = smooth([NAN, 2.0, INF, 2.0])
+    assert math.isnan(averages[0]) and averages[1:] == pytest.approx([2.0, 2.0, 2.0])
+
+
+def test_a_falling_curve_finishes() -> None:
+    assert verdict(falling()) == Verdict() and Verdict().status == "finished"
+
+
+def test_a_run_of_losses_that_are_not_finite() -> None:
+    losses = falling()
+    losses[40:44] = [NAN, INF, NAN, NAN]  # steps 41 to 44: four are forgiven
+    assert verdict(losses) == Verdict()
+    losses[44] = NAN
+    assert verdict(losses) == Verdict(41, "not finite") and verdict(losses).status == "diverged"
+    assert verdict([NAN] * 100) == Verdict(1, "not finite")
+
+
+def test_above_a_uniform_guess_counts_after_the_warm_up_alone() -> None:
+    early = [9.0] * 3 + falling()
+    assert smooth(early)[2] > UNIFORM + 0.5 > smooth(early)[WARMUP] and verdict(early) == Verdict()
+    constant = [UNIFORM + 0.6] * 100
+    assert verdict(constant) == Verdict(WARMUP + 1, "above a uniform guess")
+    assert verdict([UNIFORM + 0.4] * 100).reason == "learnt nothing"
+
+
+def test_risen_at_the_end_counts_and_risen_between_does_not() -> None:
+    fall, high = falling(200, 3.0), [5.0] * 100
+    # After the fall m is a little above 3: it passes its lowest by 0.5 when 2 * (1 - 0.95 ** n) passes about 0.5.
+    averages = smooth(fall + high)
+    lowest = averages.min()
+    last = int(np.flatnonzero(averages <= lowest + 0.5)[-1]) + 1
+    assert 200 < last < 210
+    assert verdict(fall + high) == Verdict(last, "risen")
+    assert verdict(fall + high + [3.0] * 100) == Verdict()
+
+
+def test_no_better_than_the_frequencies() -> None:
+    losses = falling(100, 6.3) + [6.2] * 100
+    lowest = int(smooth(losses).argmin()) + 1
+    assert verdict(losses) == Verdict(lowest, "learnt nothing")
+    assert verdict(falling(100, 6.3) + [5.95] * 100).reason == "learnt nothing"
+    assert verdict(falling(100, 6.3) + [5.85] * 100) == Verdict()

@@ -1,0 +1,69 @@
+"""Saves a state under one mesh of eight emulated devices and restores it under others; test_checkpoint.py runs it."""
+
+import os
+import sys
+
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from glm_jax.engine.passes import EngineConfig
+from glm_jax.model import GLMConfig
+from glm_jax.parallel import mesh as meshes
+from glm_jax.training.optimizer import OptimizerConfig
+from glm_jax.training.step import StepConfig, TrainState, create_state, true_layers
+from glm_jax.workdir.checkpoints import Checkpoints, load_params
+
+GLM = GLMConfig(7, 32, 4, 48, 64, max_length=16)  # 7 layers: 4 stages of 2, one of them padding
+CONFIG = StepConfig(EngineConfig(GLM, 60, 4), OptimizerConfig(), None, seed=3)
+MESHES = [(1, 4, 2), (2, 2, 2), (8, 1, 1), (1, 1, 1)]
+
+
+def build(sizes: tuple[int, ...]) -> jax.sharding.Mesh:
+    return meshes.build(dict(zip(meshes.AXES, sizes, strict=True)))
+
+
+def whole(state: TrainState) -> TrainState:
+    return jax.device_get(true_layers(CONFIG, state))
+
+
+def main(workdir: Path) -> None:
+    for written in MESHES:
+        folder = workdir / "x".join(map(str, written))
+        mesh = build(written)
+        state = create_state(CONFIG, mesh)
+        # moments that differ from one another, and padding that must not reach the disk
+        noise = jax.tree.map(lambda array: array + array.dtype.type(1), state.moments)
+        state = state._replace(moments=noise, step=state.step + 5)
+        checkpoints = Checkpoints(folder)
+        checkpoints.save(CONFIG, mesh, state, {"step": 5, "samples": 40})
+        checkpoints.close()
+        expected = whole(state)
+        for read in MESHES:
+            checkpoints = Checkpoints(folder)
+            restored = checkpoints.restore(CONFIG, build(read))
+            checkpoints.close()
+            assert restored is not None
+            jax.tree.map(np.testing.assert_array_equal, whole(restored.state), expected)
+            assert restored.run == {"step": 5, "samples": 40}
+        params = load_params(folder)
+        assert {leaf.shape[0] for leaf in jax.tree.leaves(params["blocks"])} == {GLM.num_layers}
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), expected.params)
+    other = dataclasses.replace(
+        CONFIG, engine=dataclasses.replace(CONFIG.engine, model=dataclasses.replace(GLM, ffn_size=64))
+    )
+    checkpoints = Checkpoints(workdir / "1x1x1")
+    try:
+        checkpoints.restore(other, build((1, 1, 1)))
+    except Exception as error:  # noqa: BLE001 (its type and text are what is asserted)
+        print(json.dumps([type(error).__name__, str(error)]))
+    checkpoints.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

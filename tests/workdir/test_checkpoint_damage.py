@@ -1,0 +1,243 @@
+"""What can befall a checkpoint on a disk is noticed, named and passed over for the newest good one."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.engine.passes import EngineConfig
+from glm_jax.errors import UserError
+from glm_jax.model import GLMConfig
+from glm_jax.parallel import mesh as meshes
+from glm_jax.storage import digests
+from glm_jax.training.optimizer import OptimizerConfig
+from glm_jax.training.step import StepConfig, TrainState, create_state
+from glm_jax.workdir.checkpoints import Checkpoints, load_params
+from tests.journal import Journal
+from tests.patience import HANG
+
+CONFIG = StepConfig(EngineConfig(GLMConfig(2, 8, 2, 8, 16, max_length=8), 16, 4), OptimizerConfig(), None, seed=3)
+MESH = meshes.build(dict.fromkeys(meshes.AXES, 1))
+
+
+@pytest.fixture(scope="module")
+def state() -> TrainState:
+    return create_state(CONFIG, MESH)
+
+
+def save(workdir: Path, state: TrainState, *steps: int, keep: int = 3, keep_every: int = 0) -> Checkpoints:
+    """Save the state under each of the steps, its params shifted by the step."""
+    checkpoints = Checkpoints(workdir, keep, keep_every)
+    for step in steps:
+        params = jax.tree.map(lambda leaf, step=step: leaf + step, state.params)
+        moved = state._replace(step=jnp.int32(step), params=params)
+        checkpoints.save(CONFIG, MESH, moved, {"step": step, "samples": 8 * step, "note": ["a", None]})
+    checkpoints.close()
+    return checkpoints
+
+
+@pytest.fixture(scope="module")
+def saved(state: TrainState, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("saved")
+    assert save(workdir, state, 1, 2).steps() == [1, 2]
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved: Path, tmp_path: Path) -> Path:
+    """Give a copy of a workdir with the checkpoints 1 and 2, to be damaged."""
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+DAMAGES: dict[Callable[[Path], None], str] = {
+    flip: "differs from its digest",
+    cut: "is cut short",
+    Path.unlink: "is missing",
+}
+
+
+def kind(path: Path) -> str:
+    """Name a file's kind: orbax calls data files after their contents."""
+    return "/".join("*" if len(part) == 32 else part for part in path.parts)
+
+
+def test_every_kind_of_file_is_answered_for(workdir: Path) -> None:
+    folder = workdir / "checkpoints/2"
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    tree = ["_METADATA", "_sharding", "array_metadatas/process_0", "d/*", "manifest.ocdbt", "ocdbt.process_0/d/*",
+            "ocdbt.process_0/manifest.ocdbt"]  # fmt: skip
+    assert {kind(name) for name in names} == {
+        *("_CHECKPOINT_METADATA", "digests-0-of-1.json", "run/metadata"),
+        *(f"{item}/{name}" for item in ("params", "training") for name in tree),
+    }
+    for name, (damage, words) in itertools.product(names, DAMAGES.items()):
+        content = (folder / name).read_bytes()
+        damage(folder / name)
+        if name.name == "digests-0-of-1.json" and damage is Path.unlink:
+            assert digests.damage(folder) == "was cut off while it was saved"
+        else:
+            assert digests.damage(folder) == f"{name} {words}"
+        (folder / name).write_bytes(content)
+    assert digests.damage(folder) is None
+
+
+@pytest.mark.parametrize(
+    "pattern, damage, words",
+    [
+        ("params/ocdbt.process_0/d/*", flip, "{} differs from its digest"),
+        ("training/_METADATA", cut, "{} is cut short"),
+        ("run/metadata", Path.unlink, "{} is missing"),
+        ("digests-*.json", flip, "{} differs from its digest"),
+        ("digests-*.json", Path.unlink, "it was cut off while it was saved"),
+    ],
+)
+def test_the_newest_good_one_is_restored(
+    workdir: Path, state: TrainState, pattern: str, damage: Callable[[Path], None], words: str
+) -> None:
+    folder, said = workdir / "checkpoints/2", []
+    path = max(folder.glob(pattern), key=lambda path: path.stat().st_size)
+    damage(path)
+    checkpoints = Checkpoints(workdir, say=said.append)
+    restored = checkpoints.restore(CONFIG, MESH)
+    assert restored is not None and restored.run == {"step": 1, "samples": 8, "note": ["a", None]}
+    assert restored.state.step == 1
+    jax.tree.map(
+        lambda leaf, start: np.testing.assert_array_equal(leaf, start + 1), restored.state.params, state.params
+    )
+    assert said == ["checkpoint 2 is passed over: " + words.format(path.relative_to(folder))]
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2.damaged"] and checkpoints.steps() == [1]
+    checkpoints.close()
+    # the run goes on and comes to the same step, which may be damaged again
+    save(workdir, state, 2)
+    flip(workdir / "checkpoints/2/params/_METADATA")
+    assert Checkpoints(workdir).restore(CONFIG, MESH) is not None
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2.damaged", "2.damaged.2"]
+
+
+def test_if_none_is_good_all_stay_and_are_named(workdir: Path) -> None:
+    flip(workdir / "checkpoints/1/run/metadata")
+    (workdir / "checkpoints/2/params/_METADATA").unlink()
+    said: list[str] = []
+    with pytest.raises(UserError) as caught:
+        Checkpoints(workdir, say=said.append).restore(CONFIG, MESH)
+    assert str(caught.value) == (
+        f"no checkpoint in {workdir}/checkpoints is good (2: params/_METADATA is missing; 1: run/metadata differs from "
+        "its digest): bring one back, or remove the folder to start anew"
+    )
+    assert len(said) == 2 and sorted(os.listdir(workdir / "checkpoints")) == ["1", "2"]
+
+
+def test_what_a_cut_off_save_leaves_is_passed_over(workdir: Path, tmp_path: Path) -> None:
+    shutil.copytree(workdir / "checkpoints/2", workdir / "checkpoints/3")
+    (workdir / "checkpoints/3/digests-0-of-1.json").unlink()
+    for name in ("4.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-1"):
+        shutil.copytree(workdir / "checkpoints/2/params", workdir / "checkpoints" / name / "params")
+    said: list[str] = []
+    checkpoints = Checkpoints(workdir, say=said.append)
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2", "3"]
+    assert checkpoints.steps() == [1, 2] and checkpoints.latest_step() == 2
+    restored = checkpoints.restore(CONFIG, MESH)
+    assert restored is not None and restored.run["step"] == 2
+    assert said == ["checkpoint 3 is passed over: it was cut off while it was saved"]
+    empty = Checkpoints(tmp_path / "empty")
+    assert empty.restore(CONFIG, MESH) is None and empty.latest_step() is None and empty.unsaved() is None
+    assert not (tmp_path / "empty").exists()
+
+
+def test_going_back_leaves_the_newer_ones_aside(workdir: Path) -> None:
+    checkpoints = Checkpoints(workdir)
+    restored = checkpoints.restore(CONFIG, MESH, at_most=1)
+    assert restored is not None and restored.run["step"] == 1
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2.left"]
+    assert checkpoints.restore(CONFIG, MESH, at_most=0) is None and checkpoints.steps() == []
+
+
+def test_generation_passes_over_damage_and_changes_nothing(
+    workdir: Path, state: TrainState, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workdir / "checkpoints/2/training/_METADATA").unlink()  # which generation does not read
+    params = load_params(workdir)
+    np.testing.assert_array_equal(params["embedding"]["word"], state.params["embedding"]["word"] + 2)
+    assert capsys.readouterr() == ("", "")
+    flip(workdir / "checkpoints/2/params/manifest.ocdbt")
+    params = load_params(workdir)
+    np.testing.assert_array_equal(params["embedding"]["word"], state.params["embedding"]["word"] + 1)
+    line = "checkpoint 2 is passed over: params/manifest.ocdbt differs from its digest\n"
+    assert capsys.readouterr() == ("", line)
+    flip(workdir / "checkpoints/1/params/manifest.ocdbt")
+    with pytest.raises(UserError, match="no checkpoint in .* is good"):
+        load_params(workdir)
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2"]
+
+
+def test_the_newest_and_every_nth_are_kept(state: TrainState, tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, state, *range(1, 10), keep=2, keep_every=4)
+    assert checkpoints.steps() == [4, 8, 9]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["4", "8", "9"]
+    events = checkpoints.events()
+    assert [event["step"] for event in events] == list(range(1, 10)) and checkpoints.events() == []
+    sizes = [path.stat().st_size for path in (tmp_path / "checkpoints/9").rglob("*") if path.is_file()]
+    listed = (tmp_path / "checkpoints/9/digests-0-of-1.json").stat().st_size
+    assert events[-1]["bytes"] == sum(sizes) - listed
+    assert all(0 < event["blocked_seconds"] <= event["seconds"] for event in events)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(monkeypatch)
+    checkpoints = save(tmp_path, state, 1, 2, keep=2)
+    names = {target.name: safe for _, target, safe in journal.renamed if target.parent == checkpoints.directory}
+    assert names == {"1": True, "2": True} and journal.is_safe(checkpoints.directory)
+    assert Checkpoints(tmp_path).restore(CONFIG, MESH, at_most=1) is not None
+    assert journal.renamed[-1][1].name == "2.left" and journal.is_safe(checkpoints.directory)
+
+
+def test_another_dtype_and_missing_training_state_are_named(workdir: Path, state: TrainState, tmp_path: Path) -> None:
+    half = state._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params))
+    with pytest.raises(UserError, match=r"does not fit this config: params/blocks/\S+ is bfloat16 \[.*wants float32"):
+        save(tmp_path, half, 1).restore(CONFIG, MESH)
+    shutil.rmtree(workdir / "checkpoints/2/training")
+    (workdir / "checkpoints/2/digests-0-of-1.json").unlink()
+    digests.seal(workdir / "checkpoints/2", digests.files(workdir / "checkpoints/2"))
+    with pytest.raises(UserError, match="2 holds params alone"):
+        Checkpoints(workdir).restore(CONFIG, MESH)
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+    script = Path(__file__).parent / "full_disk_cases.py"
+    own_mounts = ["unshare", "--map-root-user", "--mount"]
+    allowed = shutil.which("unshare") and not subprocess.run([*own_mounts, "true"], capture_output=True).returncode
+    command = [*(own_mounts if allowed else []), sys.executable, "-W", "error", str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = json.loads(done.stdout)
+    reason = told["reason"]  # "No space left on device", or "File too large" where no disk may be mounted
+    assert told["said"] == [
+        f"checkpoint {step} could not be saved ({reason}): the run goes on, the newest is still that of step 1"
+        for step in (2, 3)
+    ]
+    outcomes = [(event["step"], event.get("error")) for event in told["events"]]
+    assert outcomes == [(1, None), (2, reason), (3, reason), (4, None)]
+    assert told["unsaved"] == reason
+    assert done.stderr == "", "orbax's own traceback is of no use to anybody"
