@@ -50,7 +50,7 @@ def train(arguments: Sequence[str]) -> int:
     resolved = cli_flags.load(values)
 
     from glm_jax.parallel import processes
-    from glm_jax.training import interventions
+    from glm_jax.workdir import interventions
 
     if values.replay:
         planned = interventions.plan(interventions.read(Path(values.replay)))

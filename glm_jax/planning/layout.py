@@ -14,7 +14,7 @@ from glm_jax.errors import UserError
 from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import partition
 from glm_jax.training.segment import step_config
-from glm_jax.training.step import init_state, state_specs
+from glm_jax.training.state import init_state, state_specs
 
 
 def table(config: Experiment) -> Iterator[str]:

@@ -26,7 +26,8 @@ from glm_jax.engine import passes
 from glm_jax.sweeps import second_half
 from glm_jax.training import recipe, segment
 from glm_jax.training.evaluation import Evaluation, training_batches
-from glm_jax.training.step import Controls, StepConfig, TrainState, init_state, train_step
+from glm_jax.training.state import StepConfig, TrainState, init_state
+from glm_jax.training.step import Controls, train_step
 
 Array = jax.Array
 GroupStep = Callable[[TrainState, Any, Any, Any], tuple[TrainState, dict[str, Any]]]

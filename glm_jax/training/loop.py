@@ -20,15 +20,15 @@ from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.errors import UserError
 from glm_jax.parallel import processes
 from glm_jax.training import interventions, precision, recipe, segment, spike
-from glm_jax.training.interventions import Record
 from glm_jax.training.monitor import Meter, Monitor, peak_flops, summary
 from glm_jax.training.profile import Profiler
 from glm_jax.training.segment import Segment, loss_metrics
 from glm_jax.training.spike import Bands
-from glm_jax.training.step import TrainState, at_step, create_state
+from glm_jax.training.state import TrainState, at_step, create_state, disk_targets, from_disk, to_disk
 from glm_jax.workdir import folder as workdirs
-from glm_jax.workdir.checkpoints import Checkpoints
+from glm_jax.workdir.checkpoints import Checkpoints, Restored
 from glm_jax.workdir.events import import_wandb
+from glm_jax.workdir.interventions import Record
 
 DONE, STOPPED = 0, 3  # exit codes
 GO_ON, SAVE, STOP = 0, 1, 2  # what a process may ask of all; the largest request holds
@@ -155,13 +155,13 @@ class Run:
     def _start(self) -> tuple[Progress, Segment]:
         """Give the state of the newest good checkpoint, or a new one, and what it goes on with."""
         part = self._first
-        restored = self.checkpoints.restore(part.cfg, part.mesh)
+        restored = self.checkpoints.restore(disk_targets(part.cfg, part.mesh))
         if restored is None:
             self.record = Record(self.workdir, 0, primary=processes.is_first())
             self.say(f"model: {part.cfg.engine.model.num_parameters:,} parameters, mesh {dict(part.mesh.shape)}")
             progress, before = Progress(create_state(part.cfg, part.mesh)), None
         else:
-            progress, before = self._restored(restored), restored.run["numbers"]
+            progress, before = self._restored(part, restored), restored.run["numbers"]
             self.record = Record(self.workdir, progress.step, primary=processes.is_first())
             self.say(f"going on from step {progress.step}, sample {progress.samples:,}")
             kept = restored.run["sources"]
@@ -169,10 +169,12 @@ class Run:
                 self.say(f"the text of {name} is not what it was: rows from here on are drawn from what it is now")
         return progress, self._next_segment(progress, part, before)
 
-    def _restored(self, restored: Any) -> Progress:
+    def _restored(self, part: Segment, restored: Restored) -> Progress:
         run = restored.run
         bands = Bands.from_json(run["bands"])
-        return Progress(restored.state, run["step"], run["samples"], bands, saved=run["step"])
+        return Progress(
+            from_disk(part.cfg, part.mesh, restored.items), run["step"], run["samples"], bands, saved=run["step"]
+        )
 
     def _next_segment(self, progress: Progress, part: Segment, before: Mapping[str, Any] | None) -> Segment:
         """Give what holds after `progress`, and write down what has changed against the numbers `before`."""
@@ -301,8 +303,8 @@ class Run:
     def _go_back(self, progress: Progress, part: Segment, seen: dict[str, Any]) -> Segment:
         """Restore the last good checkpoint before a spike and pass over the data from there to it."""
         del progress.state  # makes room for the one that takes its place
-        restored = self.checkpoints.restore(part.cfg, part.mesh, at_most=seen["step"] - 1)
-        back = self._restored(restored) if restored else Progress(create_state(part.cfg, part.mesh))
+        restored = self.checkpoints.restore(disk_targets(part.cfg, part.mesh), at_most=seen["step"] - 1)
+        back = self._restored(part, restored) if restored else Progress(create_state(part.cfg, part.mesh))
         self.record.forget(back.step)
         skipped, known = (back.step + 1, seen["step"]), self.record.skipped()
         before, after = (
@@ -353,7 +355,7 @@ class Run:
             "sources": part.prepared.digests,
             "versions": versions(),
         }
-        self.checkpoints.save(part.cfg, part.mesh, progress.state, run)
+        self.checkpoints.save(to_disk(part.cfg, part.mesh, progress.state), run)
         progress.saved, self._last_save = progress.step, time.monotonic()
 
 

@@ -20,7 +20,8 @@ from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import processes
 from glm_jax.training import recipe
 from glm_jax.training.evaluation import Evaluation, training_batches
-from glm_jax.training.step import StepConfig, TrainState, compile_steps, controls
+from glm_jax.training.state import StepConfig, TrainState
+from glm_jax.training.step import compile_steps, controls
 from glm_jax.workdir import folder as workdirs
 
 

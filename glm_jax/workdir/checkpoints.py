@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from glm_jax.errors import UserError
-from glm_jax.parallel import partition
 from glm_jax.storage import digests
 from glm_jax.storage.files import sync
-from glm_jax.training.step import StepConfig, TrainState, init_state, pad_layers, state_specs, true_layers
 from glm_jax.workdir import checkpoint_folders
 from glm_jax.workdir.checkpoint_folders import disk_reason, everyone, newest_good, refusal, temporary, written_by
 
@@ -38,9 +36,9 @@ _saves = itertools.count()  # the same in all processes, for all save together
 
 
 class Restored(NamedTuple):
-    """A state on the mesh and the numbers that were saved beside it."""
+    """The trees of a checkpoint on the mesh, by name, and the numbers that were saved beside them."""
 
-    state: TrainState
+    items: dict[str, Any]
     run: dict[str, Any]
 
 
@@ -59,10 +57,11 @@ class _Save(NamedTuple):
 class Checkpoints:
     """The checkpoints of one workdir, in `checkpoints/<step>/`.
 
-    Each holds `params`, `training` (the rest of the TrainState), `run` (JSON: step, samples, that is the data position,
-    and whatever else the caller gives) and the digests of all files. A save goes on in the background while the next
-    steps run: orbax writes to a temporary folder, every process seals what it wrote, process 0 the rest, and only then
-    the folder gets its name. So a save that was cut off leaves nothing that could be mistaken for a checkpoint.
+    Each holds named trees (of a run: `params`, and `training`, the rest of its state), `run` (JSON: step, samples, that
+    is the data position, and whatever else the caller gives) and the digests of all files. Writing goes on in the
+    background while the next steps run: orbax writes to a temporary folder, every process seals what it wrote, process
+    0 the rest, and only then the folder gets its name. So a save that was cut off leaves nothing that could be mistaken
+    for a checkpoint.
     In a run of several processes all must make the same calls, save for `events`, `steps` and `latest_step`.
     """
 
@@ -96,31 +95,30 @@ class Checkpoints:
         """Give the newest of `steps`, or None."""
         return max(self.steps(), default=None)
 
-    def save(self, cfg: StepConfig, mesh: jax.sharding.Mesh, state: TrainState, run: dict[str, Any]) -> None:
-        """Save the state under `run["step"]`; returns when the arrays are copied, the writing goes on behind.
+    def save(self, items: Mapping[str, Any], run: dict[str, Any]) -> None:
+        """Save trees of arrays, by name, under `run["step"]`; return once they are copied, before they are written.
 
         A save that the disk refuses is told to `say`, and changes nothing else: see `events` and `unsaved`.
         """
         started = time.monotonic()
         self._settle()
         step, record = int(run["step"]), json.dumps(run)
-        if _is_padded(cfg, mesh):
-            state = jax.jit(lambda state: true_layers(cfg, state), out_shardings=_disk_shardings(cfg, mesh))(state)
-        reason, commits = self._make_folder(step), []
+        reason, commits = self._make_folder(step, items), []
         if reason is None:
-            reason = refusal(lambda: commits.extend(self._copy(step, state)))
+            reason = refusal(lambda: commits.extend(self._copy(step, items)))
         key = f"glm_jax_checkpoint_{next(_saves)}"
         outcome = self._thread.submit(self._finish, step, record, commits, reason, started, key)
         self._save = _Save(step, time.monotonic() - started, outcome)
 
-    def restore(self, cfg: StepConfig, mesh: jax.sharding.Mesh, at_most: int | None = None) -> Restored | None:
-        """Restore the newest good step onto the mesh, each device reading its own part.
+    def restore(self, targets: Mapping[str, Any], at_most: int | None = None) -> Restored | None:
+        """Restore the newest good step, each device reading its own part.
 
         Every file is compared with its digest first. Checkpoints that are damaged or were cut off are told to `say`
         and passed over; once a good one is found they are set aside as `<step>.damaged`.
 
         Args:
-            cfg, mesh: may differ from those of the run that saved, as long as the arrays keep their shapes.
+            targets: trees of jax.ShapeDtypeStruct with shardings, by name. Config and mesh may differ from those of the
+                run that saved, as long as the arrays keep their shapes.
             at_most: go back to this step or one before it. The run goes on from there, and must do so after a restart
                 too: newer checkpoints are set aside as `<step>.left`.
 
@@ -135,7 +133,7 @@ class Checkpoints:
         folders = checkpoint_folders.folders(self.directory)
         newer = [step for step in folders if at_most is not None and step > at_most]
         step, damaged = newest_good(self.directory, folders[: len(folders) - len(newer)], "", self._say)
-        restored = None if step is None else self._read(cfg, mesh, step)
+        restored = None if step is None else self._read(targets, step)
         if jax.process_index() == 0:
             for other in damaged:
                 checkpoint_folders.set_aside(self.directory, other, "damaged")
@@ -172,23 +170,22 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
 
-    def _make_folder(self, step: int) -> str | None:
+    def _make_folder(self, step: int, items: Iterable[str]) -> str | None:
         """Make the temporary folder, by process 0; all processes get the same answer, why it could not be or None."""
 
         def make() -> None:
             checkpoint_folders.sweep(self.directory)
             if (self.directory / str(step)).exists():  # of a line of the run that was left
                 checkpoint_folders.set_aside(self.directory, step, "left")
-            for item in HANDLERS:
+            for item in (*items, "run"):
                 (temporary(self.directory, step) / item).mkdir(parents=True)
 
         reason = refusal(make) if jax.process_index() == 0 else None
         return everyone(reason or "")[0] or None
 
-    def _copy(self, step: int, state: TrainState) -> Iterator[Any]:
+    def _copy(self, step: int, items: Mapping[str, Any]) -> Iterator[Any]:
         """Copy the arrays off the devices; gives what orbax calls futures, done when they are written."""
-        rest = {name: value for name, value in state._asdict().items() if name != "params"}
-        for item, tree in (("params", state.params), ("training", rest)):
+        for item, tree in items.items():
             args = ocp.args.StandardSave(tree, save_args=_in_chunks(tree))
             saving = self._handler.async_save(epath.Path(temporary(self.directory, step) / item), args=args)
             # in the thread, for a notebook's own may have an event loop already
@@ -254,27 +251,21 @@ class Checkpoints:
         self._events.append(event)
         self._unsaved = reason
 
-    def _read(self, cfg: StepConfig, mesh: jax.sharding.Mesh, step: int) -> Restored:
+    def _read(self, targets: Mapping[str, Any], step: int) -> Restored:
         folder = epath.Path(self.directory / str(step))
-        if not (folder / "training").exists():
-            raise UserError(f"{folder} holds params alone, a run cannot go on from it: name another --workdir")
-        target = jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-            jax.eval_shape(lambda: init_state(cfg)),
-            _disk_shardings(cfg, mesh),
-        )
-        rest = {name: value for name, value in target._asdict().items() if name != "params"}
-        items = {"params": target.params, "training": rest}
-        for item, tree in items.items():
+        for item, tree in targets.items():
+            if not (folder / item).exists():
+                raise UserError(
+                    f"{folder} holds params alone, a run cannot go on from it: name another --workdir"
+                    if item == "training"
+                    else f"{folder} holds no {item}: name another --workdir"
+                )
             self._check_fits(folder / item, tree)
-        for item, tree in items.items():
-            items[item] = self._handler.restore(folder / item, args=ocp.args.StandardRestore(tree))
-        state = TrainState(params=items["params"], **items["training"])
-        if _is_padded(cfg, mesh):
-            placed = partition.shardings(mesh, state_specs(cfg, mesh))
-            stages = mesh.shape["pipeline"]
-            state = jax.jit(lambda state: pad_layers(cfg, state, stages), out_shardings=placed)(state)
-        return Restored(state, json.loads((folder / "run" / "metadata").read_text("utf-8")))
+        items = {
+            item: self._handler.restore(folder / item, args=ocp.args.StandardRestore(tree))
+            for item, tree in targets.items()
+        }
+        return Restored(items, json.loads((folder / "run" / "metadata").read_text("utf-8")))
 
     def _check_fits(self, item: epath.Path, target: Any) -> None:
         """Compare shapes and dtypes, of which orbax changes the latter without a word."""
@@ -323,18 +314,6 @@ def _hush() -> None:
     hook = sys.unraisablehook
     # writes that end after another has failed find their event loop closed
     sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
-
-
-def _is_padded(cfg: StepConfig, mesh: jax.sharding.Mesh) -> bool:
-    return cfg.engine.model.num_layers % mesh.shape["pipeline"] != 0
-
-
-def _disk_shardings(cfg: StepConfig, mesh: jax.sharding.Mesh) -> TrainState:
-    """Give the shardings of a state with its true layers, which padded stages do not divide."""
-    specs = state_specs(cfg, mesh)
-    if _is_padded(cfg, mesh):
-        specs = partition.without("pipeline", specs)
-    return partition.shardings(mesh, specs)
 
 
 def _in_chunks(tree: Any) -> Any:

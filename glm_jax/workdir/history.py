@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from glm_jax.errors import UserError
-from glm_jax.training import interventions
+from glm_jax.workdir import interventions
 from glm_jax.workdir.events import METRICS
 
 Kind = Literal["intervention", "spike", "failure", "restart"]

@@ -75,6 +75,7 @@ def lower(options: argparse.Namespace) -> Any:
     from glm_jax.config import resolve
     from glm_jax.parallel import mesh, partition
     from glm_jax.training import segment, step
+    from glm_jax.training.state import init_state, state_specs
 
     config = experiment(options)
     config = resolve(config)
@@ -86,8 +87,8 @@ def lower(options: argparse.Namespace) -> Any:
     def describe(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    shapes = jax.eval_shape(lambda: step.init_state(cfg, grid.shape["pipeline"]))
-    shardings = partition.shardings(grid, step.state_specs(cfg, grid))
+    shapes = jax.eval_shape(lambda: init_state(cfg, grid.shape["pipeline"]))
+    shardings = partition.shardings(grid, state_specs(cfg, grid))
     state = jax.tree.map(lambda leaf, place: describe(leaf.shape, leaf.dtype, place), shapes, shardings)
     rows = (options.microbatches, config.train.global_batch // options.microbatches)
     wholes = {"tokens": "i4", "targets": "i4", "positions": "i4", "segments": "i4", "context": "?", "loss_mask": "f4"}

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.sweeps.sweep_cases import tiny, write_text
 
 from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.sweeps import second_half
 from glm_jax.sweeps.group import prepare_all
+from tests.sweeps.sweep_cases import tiny, write_text
 
 CAUSAL = {"data.blanks.mask": 0.0, "data.blanks.gmask": 1.0, "data.blanks.gmask_min_ratio": 1.0}
 GMASK, SOP, EOP, PAD = 4, 6, 7, 0

@@ -10,7 +10,8 @@ import pytest
 
 from glm_jax.parallel import mesh as meshes
 from glm_jax.training.precision import LossScaleConfig
-from glm_jax.training.step import TrainState, controls
+from glm_jax.training.state import TrainState
+from glm_jax.training.step import controls
 from tests.training.test_step import CONFIG, LR, Compiled, compiled, make_batch
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,10 @@ import pytest
 
 from glm_jax.config import Config, default_config, from_json, resolve, source, to_json
 from glm_jax.errors import UserError
-from glm_jax.training import interventions, recipe
-from glm_jax.training.interventions import RECORD, Record, after_spikes, effective, numbers
+from glm_jax.training import recipe
+from glm_jax.training.interventions import after_spikes, changes, effective, next_step, numbers
+from glm_jax.workdir import interventions
+from glm_jax.workdir.interventions import RECORD, Record
 from tests.journal import Journal
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -35,8 +37,8 @@ def test_interventions_hold_from_the_step_after_theirs_in_the_order_of_steps() -
     config = build(optimizer__peak_lr=1.0, interventions=PLANNED)
     for step, peak in ((9, 1.0), (10, 0.25), (19, 0.25), (20, 0.5), (99, 0.5)):
         assert effective(config, step).optimizer.peak_lr == peak
-    assert [interventions.next_step(config, step, 100) for step in (0, 9, 10, 19, 20)] == [10, 10, 20, 20, 100]
-    assert interventions.next_step(config, 0, 5) == 5
+    assert [next_step(config, step, 100) for step in (0, 9, 10, 19, 20)] == [10, 10, 20, 20, 100]
+    assert next_step(config, 0, 5) == 5
     assert effective(config, 20).train.skip_steps == ((30, 31),)
     assert effective(config, 3) == config
     assert numbers(effective(from_json(to_json(config)), 25)) == numbers(effective(config, 25))
@@ -49,7 +51,7 @@ def test_spikes_pass_over_their_steps_and_use_up_rollbacks() -> None:
     assert effective(config, 20, [(1, 1)] * 5).train.spike.rollbacks == 0
     assert numbers(after) == after_spikes(numbers(config), [(11, 13), (15, 19)])
     assert numbers(after) == after_spikes(numbers(after), [(11, 13), (15, 19)])  # known already
-    assert interventions.changes(numbers(config), numbers(after)) == {
+    assert changes(numbers(config), numbers(after)) == {
         "train.skip_steps": ([[3, 4]], [[3, 4], [11, 13], [15, 19]]),
         "train.spike.rollbacks": (3, 1),
     }
@@ -57,7 +59,7 @@ def test_spikes_pass_over_their_steps_and_use_up_rollbacks() -> None:
 
 def test_how_a_run_is_carried_out_is_no_change() -> None:
     config = build(train__log_every=3, mesh__data=2, interventions=PLANNED)
-    assert interventions.changes(numbers(config), numbers(build())) == {}
+    assert changes(numbers(config), numbers(build())) == {}
 
 
 def test_the_record_forgets_what_will_be_done_again(tmp_path: Path) -> None:

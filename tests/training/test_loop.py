@@ -11,8 +11,8 @@ import pytest
 from glm_jax.config import Config, default_config, resolve
 from glm_jax.errors import UserError
 from glm_jax.training import loop
-from glm_jax.training.interventions import Record
 from glm_jax.training.loop import Progress, Run
+from glm_jax.workdir.interventions import Record
 
 
 class Counting:
@@ -68,14 +68,14 @@ class Diary:
     def events(self) -> list[Any]:
         return []
 
-    def save(self, cfg: Any, mesh: Any, state: int, run: dict[str, Any]) -> None:
+    def save(self, state: int, run: dict[str, Any]) -> None:
         assert state == run["step"]
         self.diary.append(("save", run["step"], run["samples"]))
         self.diary.append(("saved with", run["numbers"]["train.global_batch"]))
         self.diary.append(("band", run["bands"][0][2]))  # how many values made that of the loss
-        self.saved[run["step"]] = SimpleNamespace(state=state, run=run)
+        self.saved[run["step"]] = SimpleNamespace(items=state, run=run)
 
-    def restore(self, cfg: Any, mesh: Any, at_most: int) -> Any:
+    def restore(self, targets: Any, at_most: int) -> Any:
         self.diary.append(("restore", at_most))
         steps = [step for step in self.saved if step <= at_most]
         return self.saved[max(steps)] if steps else None
@@ -86,6 +86,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Give a function that runs to the end, from a start, and gives the diary; keys as in `train__steps=5`."""
     monkeypatch.setattr(loop, "at_step", lambda mesh, state, step, samples, *scale: step)
     monkeypatch.setattr(loop, "create_state", lambda cfg, mesh: 0)
+    monkeypatch.setattr(loop, "disk_targets", lambda cfg, mesh: None)
+    monkeypatch.setattr(loop, "to_disk", lambda cfg, mesh, state: state)
+    monkeypatch.setattr(loop, "from_disk", lambda cfg, mesh, items: items)
     monkeypatch.setattr(loop, "peak_flops", lambda mesh: 1.0)
     monkeypatch.setattr(loop, "versions", dict)
     monkeypatch.setattr(

@@ -19,7 +19,8 @@ from glm_jax.parallel import mesh as meshes
 from glm_jax.training import optimizer
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.precision import LossScale, LossScaleConfig
-from glm_jax.training.step import StepConfig, TrainState, at_step, compile_steps, controls, create_state, true_layers
+from glm_jax.training.state import StepConfig, TrainState, at_step, create_state, true_layers
+from glm_jax.training.step import compile_steps, controls
 from tests.model import numpy_reference
 
 MODEL = GLMConfig(2, 32, 4, 48, 64, max_length=16, attention_dropout=0.0, hidden_dropout=0.0)

@@ -16,7 +16,7 @@ from glm_jax.engine.passes import EngineConfig
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
 from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.step import StepConfig, TrainState, create_state, true_layers
+from glm_jax.training.state import StepConfig, TrainState, create_state, disk_targets, from_disk, to_disk, true_layers
 from glm_jax.workdir.checkpoints import Checkpoints, load_params
 
 GLM = GLMConfig(7, 32, 4, 48, 64, max_length=16)  # 7 layers: 4 stages of 2, one of them padding
@@ -41,15 +41,15 @@ def main(workdir: Path) -> None:
         noise = jax.tree.map(lambda array: array + array.dtype.type(1), state.moments)
         state = state._replace(moments=noise, step=state.step + 5)
         checkpoints = Checkpoints(folder)
-        checkpoints.save(CONFIG, mesh, state, {"step": 5, "samples": 40})
+        checkpoints.save(to_disk(CONFIG, mesh, state), {"step": 5, "samples": 40})
         checkpoints.close()
         expected = whole(state)
         for read in MESHES:
             checkpoints = Checkpoints(folder)
-            restored = checkpoints.restore(CONFIG, build(read))
+            restored = checkpoints.restore(disk_targets(CONFIG, build(read)))
             checkpoints.close()
             assert restored is not None
-            jax.tree.map(np.testing.assert_array_equal, whole(restored.state), expected)
+            jax.tree.map(np.testing.assert_array_equal, whole(from_disk(CONFIG, build(read), restored.items)), expected)
             assert restored.run == {"step": 5, "samples": 40}
         params = load_params(folder)
         assert {leaf.shape[0] for leaf in jax.tree.leaves(params["blocks"])} == {GLM.num_layers}
@@ -59,7 +59,7 @@ def main(workdir: Path) -> None:
     )
     checkpoints = Checkpoints(workdir / "1x1x1")
     try:
-        checkpoints.restore(other, build((1, 1, 1)))
+        checkpoints.restore(disk_targets(other, build((1, 1, 1))))
     except Exception as error:  # noqa: BLE001 (its type and text are what is asserted)
         print(json.dumps([type(error).__name__, str(error)]))
     checkpoints.close()

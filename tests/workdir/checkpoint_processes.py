@@ -20,7 +20,7 @@ from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import processes
 from glm_jax.storage import digests
 from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.step import StepConfig, create_state
+from glm_jax.training.state import StepConfig, create_state, disk_targets, to_disk
 from glm_jax.workdir.checkpoints import Checkpoints
 from tests.parallel.together import whole
 
@@ -31,9 +31,9 @@ PORT, INDEX, WORKDIR = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
 def outcome(checkpoints: Checkpoints, mesh: jax.sharding.Mesh, expected: Any) -> list[Any]:
     """Restore the newest good one; gives its step and what this process and both together see."""
-    restored = checkpoints.restore(CONFIG, mesh)
+    restored = checkpoints.restore(disk_targets(CONFIG, mesh))
     assert restored is not None
-    params = whole(mesh, restored.state.params)
+    params = whole(mesh, restored.items["params"])
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     events = [(event["step"], event.get("error")) for event in checkpoints.events()]
     seen = [restored.run["step"], checkpoints.steps(), events, sorted(os.listdir(checkpoints.directory))]
@@ -46,7 +46,7 @@ def main() -> None:
     state, said = create_state(CONFIG, mesh), []
     expected = whole(mesh, state.params)
     checkpoints = Checkpoints(Path(WORKDIR), say=said.append)
-    checkpoints.save(CONFIG, mesh, state, {"step": 1})
+    checkpoints.save(to_disk(CONFIG, mesh, state), {"step": 1})
     told: dict[str, Any] = {"saved": outcome(checkpoints, mesh, expected)}
     folder = checkpoints.directory / "1"
     lists = [json.loads((folder / f"digests-{index}-of-2.json").read_bytes())["files"] for index in range(2)]
@@ -55,10 +55,10 @@ def main() -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if INDEX == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))  # this process's disk is full
-    checkpoints.save(CONFIG, mesh, state, {"step": 2})
+    checkpoints.save(to_disk(CONFIG, mesh, state), {"step": 2})
     told["refused"] = outcome(checkpoints, mesh, expected)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    checkpoints.save(CONFIG, mesh, state, {"step": 3})
+    checkpoints.save(to_disk(CONFIG, mesh, state), {"step": 3})
     told["saved again"] = outcome(checkpoints, mesh, expected)
     if INDEX == 1:
         path = checkpoints.directory / "3/params/manifest.ocdbt"

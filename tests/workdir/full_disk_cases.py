@@ -23,7 +23,7 @@ from glm_jax.engine.passes import EngineConfig
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
 from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.step import StepConfig, create_state
+from glm_jax.training.state import StepConfig, create_state, disk_targets, to_disk
 from glm_jax.workdir.checkpoints import Checkpoints
 
 CONFIG = StepConfig(EngineConfig(GLMConfig(2, 64, 2, 64, 512, max_length=8), 512, 4), OptimizerConfig(), None, seed=3)
@@ -61,24 +61,24 @@ def main(directory: Path) -> None:
     small_disk = mounted(directory)
     state, said = create_state(CONFIG, MESH), []
     checkpoints = Checkpoints(directory / "run", say=said.append)
-    checkpoints.save(CONFIG, MESH, state, {"step": 1})
-    assert checkpoints.restore(CONFIG, MESH) is not None  # waits for the save
+    checkpoints.save(to_disk(CONFIG, MESH, state), {"step": 1})
+    assert checkpoints.restore(disk_targets(CONFIG, MESH)) is not None  # waits for the save
     events = checkpoints.events()
     size, before = events[0]["bytes"], free(directory)
     for step, room in ((2, 0), (3, size // 3)):
         with full(directory, small_disk, room) as number:
-            checkpoints.save(CONFIG, MESH, state, {"step": step})
-            restored = checkpoints.restore(CONFIG, MESH)
+            checkpoints.save(to_disk(CONFIG, MESH, state), {"step": step})
+            restored = checkpoints.restore(disk_targets(CONFIG, MESH))
             assert restored is not None and restored.run["step"] == 1
         unsaved = checkpoints.unsaved()
         assert os.listdir(directory / "run/checkpoints") == ["1"]
         assert not small_disk or free(directory) == before, "the partial folder still takes room"
-    checkpoints.save(CONFIG, MESH, state, {"step": 4})
+    checkpoints.save(to_disk(CONFIG, MESH, state), {"step": 4})
     checkpoints.close()
     assert checkpoints.steps() == [1, 4] and checkpoints.unsaved() is None
-    restored = Checkpoints(directory / "run").restore(CONFIG, MESH)
+    restored = Checkpoints(directory / "run").restore(disk_targets(CONFIG, MESH))
     assert restored is not None and restored.run["step"] == 4
-    jax.tree.map(np.testing.assert_array_equal, restored.state.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, restored.items["params"], state.params)
     events += checkpoints.events()
     print(json.dumps({"reason": os.strerror(number), "said": said, "events": events, "unsaved": unsaved}))
 

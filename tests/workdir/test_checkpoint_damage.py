@@ -20,7 +20,7 @@ from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
 from glm_jax.storage import digests
 from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.step import StepConfig, TrainState, create_state
+from glm_jax.training.state import StepConfig, TrainState, create_state, disk_targets, to_disk
 from glm_jax.workdir.checkpoints import Checkpoints, load_params
 from tests.journal import Journal
 from tests.patience import HANG
@@ -40,7 +40,7 @@ def save(workdir: Path, state: TrainState, *steps: int, keep: int = 3, keep_ever
     for step in steps:
         params = jax.tree.map(lambda leaf, step=step: leaf + step, state.params)
         moved = state._replace(step=jnp.int32(step), params=params)
-        checkpoints.save(CONFIG, MESH, moved, {"step": step, "samples": 8 * step, "note": ["a", None]})
+        checkpoints.save(to_disk(CONFIG, MESH, moved), {"step": step, "samples": 8 * step, "note": ["a", None]})
     checkpoints.close()
     return checkpoints
 
@@ -117,11 +117,11 @@ def test_the_newest_good_one_is_restored(
     path = max(folder.glob(pattern), key=lambda path: path.stat().st_size)
     damage(path)
     checkpoints = Checkpoints(workdir, say=said.append)
-    restored = checkpoints.restore(CONFIG, MESH)
+    restored = checkpoints.restore(disk_targets(CONFIG, MESH))
     assert restored is not None and restored.run == {"step": 1, "samples": 8, "note": ["a", None]}
-    assert restored.state.step == 1
+    assert restored.items["training"]["step"] == 1
     jax.tree.map(
-        lambda leaf, start: np.testing.assert_array_equal(leaf, start + 1), restored.state.params, state.params
+        lambda leaf, start: np.testing.assert_array_equal(leaf, start + 1), restored.items["params"], state.params
     )
     assert said == ["checkpoint 2 is passed over: " + words.format(path.relative_to(folder))]
     assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2.damaged"] and checkpoints.steps() == [1]
@@ -129,7 +129,7 @@ def test_the_newest_good_one_is_restored(
     # the run goes on and comes to the same step, which may be damaged again
     save(workdir, state, 2)
     flip(workdir / "checkpoints/2/params/_METADATA")
-    assert Checkpoints(workdir).restore(CONFIG, MESH) is not None
+    assert Checkpoints(workdir).restore(disk_targets(CONFIG, MESH)) is not None
     assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2.damaged", "2.damaged.2"]
 
 
@@ -138,7 +138,7 @@ def test_if_none_is_good_all_stay_and_are_named(workdir: Path) -> None:
     (workdir / "checkpoints/2/params/_METADATA").unlink()
     said: list[str] = []
     with pytest.raises(UserError) as caught:
-        Checkpoints(workdir, say=said.append).restore(CONFIG, MESH)
+        Checkpoints(workdir, say=said.append).restore(disk_targets(CONFIG, MESH))
     assert str(caught.value) == (
         f"no checkpoint in {workdir}/checkpoints is good (2: params/_METADATA is missing; 1: run/metadata differs from "
         "its digest): bring one back, or remove the folder to start anew"
@@ -155,20 +155,20 @@ def test_what_a_cut_off_save_leaves_is_passed_over(workdir: Path, tmp_path: Path
     checkpoints = Checkpoints(workdir, say=said.append)
     assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2", "3"]
     assert checkpoints.steps() == [1, 2] and checkpoints.latest_step() == 2
-    restored = checkpoints.restore(CONFIG, MESH)
+    restored = checkpoints.restore(disk_targets(CONFIG, MESH))
     assert restored is not None and restored.run["step"] == 2
     assert said == ["checkpoint 3 is passed over: it was cut off while it was saved"]
     empty = Checkpoints(tmp_path / "empty")
-    assert empty.restore(CONFIG, MESH) is None and empty.latest_step() is None and empty.unsaved() is None
+    assert empty.restore(disk_targets(CONFIG, MESH)) is None and empty.latest_step() is None and empty.unsaved() is None
     assert not (tmp_path / "empty").exists()
 
 
 def test_going_back_leaves_the_newer_ones_aside(workdir: Path) -> None:
     checkpoints = Checkpoints(workdir)
-    restored = checkpoints.restore(CONFIG, MESH, at_most=1)
+    restored = checkpoints.restore(disk_targets(CONFIG, MESH), at_most=1)
     assert restored is not None and restored.run["step"] == 1
     assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2.left"]
-    assert checkpoints.restore(CONFIG, MESH, at_most=0) is None and checkpoints.steps() == []
+    assert checkpoints.restore(disk_targets(CONFIG, MESH), at_most=0) is None and checkpoints.steps() == []
 
 
 def test_generation_passes_over_damage_and_changes_nothing(
@@ -208,19 +208,19 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     checkpoints = save(tmp_path, state, 1, 2, keep=2)
     names = {target.name: safe for _, target, safe in journal.renamed if target.parent == checkpoints.directory}
     assert names == {"1": True, "2": True} and journal.is_safe(checkpoints.directory)
-    assert Checkpoints(tmp_path).restore(CONFIG, MESH, at_most=1) is not None
+    assert Checkpoints(tmp_path).restore(disk_targets(CONFIG, MESH), at_most=1) is not None
     assert journal.renamed[-1][1].name == "2.left" and journal.is_safe(checkpoints.directory)
 
 
 def test_another_dtype_and_missing_training_state_are_named(workdir: Path, state: TrainState, tmp_path: Path) -> None:
     half = state._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params))
     with pytest.raises(UserError, match=r"does not fit this config: params/blocks/\S+ is bfloat16 \[.*wants float32"):
-        save(tmp_path, half, 1).restore(CONFIG, MESH)
+        save(tmp_path, half, 1).restore(disk_targets(CONFIG, MESH))
     shutil.rmtree(workdir / "checkpoints/2/training")
     (workdir / "checkpoints/2/digests-0-of-1.json").unlink()
     digests.seal(workdir / "checkpoints/2", digests.files(workdir / "checkpoints/2"))
     with pytest.raises(UserError, match="2 holds params alone"):
-        Checkpoints(workdir).restore(CONFIG, MESH)
+        Checkpoints(workdir).restore(disk_targets(CONFIG, MESH))
 
 
 @pytest.mark.slow

@@ -1,0 +1,144 @@
+"""TrainState: what a run is made of between two steps, on the mesh and as it lies on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax import model
+from glm_jax.config.training import LossScaleConfig, OptimizerConfig
+from glm_jax.engine import passes
+from glm_jax.engine.passes import EngineConfig
+from glm_jax.parallel import partition
+from glm_jax.training import optimizer, precision
+from glm_jax.training.precision import LossScale
+
+Array = jax.Array
+Mesh = jax.sharding.Mesh
+Items = dict[str, Any]  # the trees of a checkpoint, by name
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """All that a step depends on besides its arrays and the mesh; hashable."""
+
+    engine: EngineConfig
+    optimizer: OptimizerConfig
+    loss_scale: LossScaleConfig | None  # None: the scale stays 1
+    seed: int
+    shrinks: bool = False  # whether `Controls.shrink` is heeded
+
+
+class TrainState(NamedTuple):
+    """What a run is made of between two steps; params and moments are float32.
+
+    In memory the layers are padded to the stages of the pipeline (`true_layers` undoes it for the disk), and params
+    and moments are split over `data` as well (ZeRO-1).
+    """
+
+    step: Array  # int32, optimizer steps taken
+    samples: Array  # int32, rows seen: where the data and the learning rate stand
+    params: Any
+    moments: Any
+    loss_scale: LossScale
+
+
+def _map_params(cfg: StepConfig, state: TrainState, change: Callable[[Any], Any], other: Callable[[Any], Any]) -> Any:
+    """Apply `change` to the params and to each moment of their structure, `other` to every array beside them."""
+    structure = jax.tree.structure(model.logical_axes(cfg.engine.model), is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+    def is_params(subtree: Any) -> bool:
+        return jax.tree.structure(subtree) == structure
+
+    return jax.tree.map(lambda part: change(part) if is_params(part) else other(part), state, is_leaf=is_params)
+
+
+def init_state(cfg: StepConfig, stages: int = 1, key: Array | None = None) -> TrainState:
+    """Make the state before the first step, its layers padded to `stages`; `key` by default follows from the seed."""
+    axes = model.logical_axes(cfg.engine.model)
+    key = jax.random.key(cfg.seed) if key is None else key
+    params = partition.pad_layers(model.init(cfg.engine.model, key), axes, stages)
+    moments = optimizer.transformation(cfg.optimizer).init(params)
+    return TrainState(jnp.int32(0), jnp.int32(0), params, moments, precision.initial_loss_scale(cfg.loss_scale))
+
+
+def state_specs(cfg: StepConfig, mesh: Mesh) -> TrainState:
+    """Give the PartitionSpec of every array of the state: moments lie as their params do, scalars everywhere."""
+    specs = passes.state_specs(cfg.engine.model, mesh)
+    state = jax.eval_shape(lambda: init_state(cfg))
+    return _map_params(cfg, state, lambda _: specs, lambda _: jax.P())
+
+
+def true_layers(cfg: StepConfig, state: TrainState) -> TrainState:
+    """Take away the layers that only fill up the stages."""
+    axes, layers = model.logical_axes(cfg.engine.model), cfg.engine.model.num_layers
+    return _map_params(cfg, state, lambda params: partition.true_layers(params, axes, layers), lambda array: array)
+
+
+def pad_layers(cfg: StepConfig, state: TrainState, stages: int) -> TrainState:
+    """Undo `true_layers` for a pipeline of `stages`."""
+    axes = model.logical_axes(cfg.engine.model)
+    return _map_params(cfg, state, lambda params: partition.pad_layers(params, axes, stages), lambda array: array)
+
+
+def create_state(cfg: StepConfig, mesh: Mesh) -> TrainState:
+    """Make the state on the mesh, each device its own part."""
+    shardings = partition.shardings(mesh, state_specs(cfg, mesh))
+    return jax.jit(lambda: init_state(cfg, mesh.shape["pipeline"]), out_shardings=shardings)()
+
+
+def at_step(mesh: Mesh, state: TrainState, step: int, samples: int, loss_scale: LossScale | None = None) -> TrainState:
+    """Give the state with other counters, and with another loss scale (but for its count of skipped steps)."""
+    counters: Any = (np.int32(step), np.int32(samples), loss_scale or state.loss_scale)
+    step_, samples_, scale = jax.device_put(jax.device_get(counters), jax.NamedSharding(mesh, jax.P()))
+    return state._replace(step=step_, samples=samples_, loss_scale=scale._replace(skipped=state.loss_scale.skipped))
+
+
+def _is_padded(cfg: StepConfig, mesh: Mesh) -> bool:
+    return cfg.engine.model.num_layers % mesh.shape["pipeline"] != 0
+
+
+def _disk_shardings(cfg: StepConfig, mesh: Mesh) -> TrainState:
+    """Return the shardings of a state with its true layers, which padded stages do not divide."""
+    specs = state_specs(cfg, mesh)
+    if _is_padded(cfg, mesh):
+        specs = partition.without("pipeline", specs)
+    return partition.shardings(mesh, specs)
+
+
+def _items(state: TrainState) -> Items:
+    rest = {name: value for name, value in state._asdict().items() if name != "params"}
+    return {"params": state.params, "training": rest}
+
+
+def to_disk(cfg: StepConfig, mesh: Mesh, state: TrainState) -> Items:
+    """Return the trees of a checkpoint: `params`, and `training` with all else; the same layout for every mesh."""
+    if _is_padded(cfg, mesh):
+        state = jax.jit(lambda state: true_layers(cfg, state), out_shardings=_disk_shardings(cfg, mesh))(state)
+    return _items(state)
+
+
+def disk_targets(cfg: StepConfig, mesh: Mesh) -> Items:
+    """Return the shapes, dtypes and shardings in which `from_disk` takes the trees of a checkpoint."""
+    shapes = jax.eval_shape(lambda: init_state(cfg))
+    target = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        _disk_shardings(cfg, mesh),
+    )
+    return _items(target)
+
+
+def from_disk(cfg: StepConfig, mesh: Mesh, items: Mapping[str, Any]) -> TrainState:
+    """Return the state that `to_disk` has taken apart, padded to this mesh's stages."""
+    state = TrainState(params=items["params"], **items["training"])
+    if not _is_padded(cfg, mesh):
+        return state
+    placed = partition.shardings(mesh, state_specs(cfg, mesh))
+    stages = mesh.shape["pipeline"]
+    return jax.jit(lambda state: pad_layers(cfg, state, stages), out_shardings=placed)(state)
