@@ -57,9 +57,8 @@ def train(arguments: Sequence[str]) -> int:
         resolved = with_changes(resolved, {"interventions": planned})
     processes.start(values.coordinator, values.processes, values.process, resolved.mesh.collective_timeout)
 
-    from glm_jax.inference import examples
+    from glm_jax.inference import Model, examples
     from glm_jax.training import loop
-    from glm_jax.workdir.folder import load_model
 
     workdir = Path(values.workdir)
 
@@ -67,8 +66,9 @@ def train(arguments: Sequence[str]) -> int:
         run = loop.Run(resolved, workdir, say)
         code = run.go()
         if code == loop.DONE and processes.alone():  # the examples need the whole model on one device
-            cfg, params, tokenizer = load_model(workdir)
-            for line in examples.heldout(cfg, params, tokenizer, run.heldout(), run.prepared.languages):
+            model = Model.open(workdir)
+            documents, languages = run.heldout(), run.prepared.languages
+            for line in examples.heldout(model.config, model.params, model.tokenizer, documents, languages):
                 print(line, flush=True)
         return code
 
@@ -96,17 +96,17 @@ def generate(arguments: Sequence[str]) -> int:
     if not cli_flags.parse(values, arguments, ["workdir", "prompt"]):
         return 0
 
+    from glm_jax.inference import Model
     from glm_jax.inference.fill import fill
     from glm_jax.inference.strategies import GREEDY, Sampling
-    from glm_jax.workdir.folder import load_model
 
-    cfg, params, tokenizer = load_model(Path(values.workdir))
+    model = Model.open(values.workdir)
     sampled = Sampling(values.temperature, values.top_k, values.top_p)
     sampling = sampled if values.strategy == "sample" else GREEDY
     pieces = fill(
-        cfg,
-        params,
-        tokenizer,
+        model.config,
+        model.params,
+        model.tokenizer,
         values.prompt,
         max_tokens=values.max_tokens,
         sampling=sampling,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
 from glm_jax.config import Experiment
-from glm_jax.engine import passes
-from glm_jax.errors import UserError
-from glm_jax.parallel import mesh as meshes
+from glm_jax.data.tokenizers.load import read
+from glm_jax.engine import build
 from glm_jax.parallel import partition
 from glm_jax.training.segment import step_config
 from glm_jax.training.state import init_state, state_specs
@@ -23,17 +20,10 @@ def table(config: Experiment) -> Iterator[str]:
     Raises:
         UserError: the mesh has a size of -1, which only devices can resolve, or does not fit the model.
     """
-    sizes = config.mesh.sizes()
-    if meshes.REST in sizes.values():
-        raise UserError(
-            f"a mesh size of {meshes.REST} depends on the devices: give a number, such as --config.mesh.data=1"
-        )
-    sizes = meshes.resolve(sizes, math.prod(sizes.values()))
-    mesh: Any = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in meshes.AXES), meshes.AXES)
-    length, train = config.data.seq_length, config.train
-    glm = config.glm(config.data.tokenizer.vocab_size)
-    cfg = step_config(config, glm, glm.vocab_size)
-    passes.check(cfg.engine, mesh, train.global_batch, train.microbatches, length)
+    tokenizer = config.data.tokenizer
+    pieces = read(tokenizer.path, pinned=tokenizer.pinned).size if tokenizer.path else tokenizer.vocab_size
+    engine, mesh = build(config, pieces, abstract=True)
+    cfg, sizes = step_config(config, engine), dict(mesh.shape)
     shapes = jax.eval_shape(lambda: init_state(cfg, sizes["pipeline"]))
     total = 0
     for part in partition.parts(shapes, state_specs(cfg, mesh), sizes):

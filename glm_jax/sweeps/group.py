@@ -22,7 +22,7 @@ from glm_jax.config import Experiment
 from glm_jax.config.fields import to_dict
 from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.data.rows.batches import Batches
-from glm_jax.engine import passes
+from glm_jax.engine import build, passes
 from glm_jax.sweeps import second_half
 from glm_jax.training import recipe, segment
 from glm_jax.training.evaluation import Evaluation, training_batches
@@ -164,8 +164,8 @@ def begin(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tu
 
 def _shared(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tuple[StepConfig, jax.sharding.Mesh]:
     first = configs[0]
-    tokenizer = prepared[data_key(first)].tokenizer
-    return segment.step_config(first, first.glm(tokenizer.size), tokenizer.size), segment.build_mesh(first)
+    engine, mesh = build(first, prepared[data_key(first)].tokenizer.size)
+    return segment.step_config(first, engine), mesh
 
 
 def train(

@@ -17,6 +17,7 @@ import jax
 from glm_jax.config import Experiment
 from glm_jax.data.corpora.corpus import Shards
 from glm_jax.data.corpora.prepare import Prepared, prepare
+from glm_jax.engine import build
 from glm_jax.errors import UserError
 from glm_jax.parallel import processes
 from glm_jax.training import interventions, precision, recipe, segment, spike
@@ -90,7 +91,7 @@ class Run:
         if config.train.wandb:
             import_wandb()  # one that is missing should be said now
         for step, _ in config.interventions:
-            segment.build_mesh(interventions.effective(config, step))  # one that does not fit should be said now
+            build(interventions.effective(config, step))  # one that does not fit should be said now
         self.config, self.workdir = config, workdir
         self.say = say if processes.is_first() else lambda line: None
         self._lock = contextlib.ExitStack()

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from glm_jax.engine.passes import EngineConfig
+from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig
 from glm_jax.workdir.events import METRICS, Event, Jsonl, Sink, TensorBoard, WeightsAndBiases

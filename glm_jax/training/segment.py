@@ -13,9 +13,7 @@ import numpy as np
 from glm_jax.config import Experiment
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.corpora.prepare import Prepared
-from glm_jax.engine import passes
-from glm_jax.engine.passes import EngineConfig, Sums
-from glm_jax.model import GLMConfig
+from glm_jax.engine import EngineConfig, Sums, build
 from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import processes
 from glm_jax.training import recipe
@@ -25,45 +23,15 @@ from glm_jax.training.step import compile_steps, controls
 from glm_jax.workdir import folder as workdirs
 
 
-def engine_config(config: Experiment, glm: GLMConfig, num_tokens: int) -> EngineConfig:
-    """Give all that gradients depend on."""
-    return EngineConfig(
-        model=glm,
-        num_tokens=num_tokens,
-        objectives=len(OBJECTIVES),
-        compute=config.train.precision,
-        schedule=config.pipeline.schedule,
-        keep=config.pipeline.stash,
-        normalization=config.train.loss_normalization,
-        shrink_logits=config.train.embedding_shrink.logits,
-        zero=config.mesh.zero,
-    )
-
-
-def step_config(config: Experiment, glm: GLMConfig, num_tokens: int) -> StepConfig:
-    """Give all that a step depends on; `num_tokens` are the real rows of the vocabulary."""
+def step_config(config: Experiment, engine: EngineConfig) -> StepConfig:
+    """Return all that a step depends on besides its arrays and the mesh."""
     return StepConfig(
-        engine=engine_config(config, glm, num_tokens),
+        engine=engine,
         optimizer=config.optimizer.constants(),
         loss_scale=config.train.scaling(),
         shrinks=recipe.shrinks(config),
         seed=config.seed,
     )
-
-
-def build_mesh(config: Experiment) -> jax.sharding.Mesh:
-    """Build the mesh and check that the model and the batch can be laid over it, before any data is read.
-
-    Raises:
-        UserError: too few devices, or a size that does not divide.
-    """
-    mesh = meshes.build(config.mesh.sizes())
-    glm = config.glm(1)  # the smallest vocabulary: what divides it divides every other
-    train = config.train
-    passes.check(
-        engine_config(config, glm, glm.vocab_size), mesh, train.global_batch, train.microbatches, config.data.seq_length
-    )
-    return mesh
 
 
 def loss_metrics(sums: Sums) -> dict[str, float]:
@@ -102,9 +70,8 @@ class Segment:
 
     def __init__(self, config: Experiment, prepared: Prepared) -> None:
         self.config, self.prepared = config, prepared
-        glm = config.glm(prepared.tokenizer.size)
-        self.cfg = step_config(config, glm, prepared.tokenizer.size)
-        self.mesh = build_mesh(config)
+        engine, self.mesh = build(config, prepared.tokenizer.size)
+        self.cfg = step_config(config, engine)
         self.evaluation = Evaluation(config, prepared, self.mesh)
         self._batches = training_batches(config, prepared)
         self._train, self._evaluate = _compiled(self.cfg, self.mesh)
@@ -152,7 +119,7 @@ def ready(config: Experiment, workdir: Path, prepare: Callable[[Experiment], Pre
         UserError: anything about the config, the data, the mesh or the workdir that does not fit.
     """
     workdirs.check(workdir, config)
-    build_mesh(config)  # a mesh that cannot be should be said before minutes of data preparation
+    build(config)  # a mesh that cannot be should be said before minutes of data preparation
     prepared = prepare(config)
     workdirs.check_tokenizer(workdir, prepared.tokenizer)
     return prepared

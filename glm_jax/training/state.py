@@ -12,8 +12,8 @@ import numpy as np
 
 from glm_jax import model
 from glm_jax.config.training import LossScaleConfig, OptimizerConfig
-from glm_jax.engine import passes
-from glm_jax.engine.passes import EngineConfig
+from glm_jax.engine import bind
+from glm_jax.engine.bind import EngineConfig
 from glm_jax.parallel import partition
 from glm_jax.training import optimizer, precision
 from glm_jax.training.precision import LossScale
@@ -69,7 +69,7 @@ def init_state(cfg: StepConfig, stages: int = 1, key: Array | None = None) -> Tr
 
 def state_specs(cfg: StepConfig, mesh: Mesh) -> TrainState:
     """Give the PartitionSpec of every array of the state: moments lie as their params do, scalars everywhere."""
-    specs = passes.state_specs(cfg.engine.model, mesh)
+    specs = bind.state_specs(cfg.engine.model, mesh)
     state = jax.eval_shape(lambda: init_state(cfg))
     return _map_params(cfg, state, lambda _: specs, lambda _: jax.P())
 

@@ -7,14 +7,12 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from glm_jax.config import Experiment, by_key, from_json, role, to_json
+from glm_jax.data.tokenizers.load import load
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
-from glm_jax.model import GLMConfig
 from glm_jax.storage.files import write_atomic
-from glm_jax.workdir.checkpoints import load_params
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
@@ -86,7 +84,7 @@ def check_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
         UserError: it is another.
     """
     path = workdir / TOKENIZER
-    if path.exists() and Tokenizer.load(path).digest != tokenizer.digest:
+    if path.exists() and load(path).digest != tokenizer.digest:
         raise UserError(
             f"{path} is not the tokenizer that these sources give: bring back the sources that the run began with, "
             "or name another --workdir"
@@ -132,15 +130,4 @@ def read_tokenizer(workdir: Path) -> Tokenizer:
     """
     if not (workdir / TOKENIZER).is_file():
         raise UserError(f"{workdir / TOKENIZER} is missing: train in this --workdir first")
-    return Tokenizer.load(workdir / TOKENIZER)
-
-
-def load_model(workdir: Path) -> tuple[GLMConfig, Any, Tokenizer]:
-    """Load the model of a workdir as generation needs it: its config, its newest params on one device, its tokenizer.
-
-    Raises:
-        UserError: something is missing.
-    """
-    config = read_config(workdir)
-    tokenizer = read_tokenizer(workdir)
-    return config.glm(tokenizer.size), load_params(workdir), tokenizer
+    return load(workdir / TOKENIZER)

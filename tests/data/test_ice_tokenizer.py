@@ -13,7 +13,7 @@ import sentencepiece
 from glm_jax.data.tokenizers import ice as ice_tokenizer
 from glm_jax.data.tokenizers import sentencepiece as tokenizer
 from glm_jax.data.tokenizers.ice import IceTokenizer, extend, read_model
-from glm_jax.data.tokenizers.sentencepiece import Tokenizer
+from glm_jax.data.tokenizers.load import load
 from glm_jax.errors import UserError
 
 TEXTS = ["hello world, this is a small model.", "天下大势，分久必合，合久必分。", "Hello! What? 12:34; a b c d e f g"]
@@ -110,7 +110,7 @@ def test_load_and_pickle(tmp_path: Path, later: IceTokenizer, pinned: IceTokeniz
     path = tmp_path / "tokenizer.model"
     for ice in (later, pinned):
         path.write_bytes(ice.model)
-        for copy in (Tokenizer.load(path), pickle.loads(pickle.dumps(ice))):
+        for copy in (load(path), pickle.loads(pickle.dumps(ice))):
             assert isinstance(copy, IceTokenizer) and copy.digest == ice.digest
             assert copy.encode("a\nb  c").tolist() == ice.encode("a\nb  c").tolist()
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from texts import ENGLISH as TEXTS
 
 from glm_jax.data.tokenizers import sentencepiece as tokenizer_module
+from glm_jax.data.tokenizers.load import load
 from glm_jax.data.tokenizers.sentencepiece import SPECIALS, Tokenizer, train
 from glm_jax.errors import UserError
 
@@ -124,15 +125,15 @@ def test_bad_input_is_one_line(tmp_path, tokenizer: Tokenizer):
         with pytest.raises(UserError, match="no text"):
             train(documents, 500)
     with pytest.raises(UserError, match="cannot read the tokenizer .*missing.model"):
-        Tokenizer.load(tmp_path / "missing.model")
+        load(tmp_path / "missing.model")
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="bad.model is not a SentencePiece model"):
-        Tokenizer.load(tmp_path / "bad.model")
+        load(tmp_path / "bad.model")
 
 
 def test_load_and_pickle(tmp_path, tokenizer: Tokenizer):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(tokenizer.model)
-    for copy in (Tokenizer.load(path), pickle.loads(pickle.dumps(tokenizer))):
+    for copy in (load(path), pickle.loads(pickle.dumps(tokenizer))):
         assert copy.digest == tokenizer.digest
         assert copy.encode(ENGLISH).tolist() == tokenizer.encode(ENGLISH).tolist()

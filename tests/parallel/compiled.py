@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import jax  # noqa: E402 (reads the environment)
 
 from glm_jax import model  # noqa: E402
-from glm_jax.engine import passes  # noqa: E402
+from glm_jax.engine import bind, passes  # noqa: E402
 from glm_jax.model import GLMConfig  # noqa: E402
 from glm_jax.parallel import mesh, partition  # noqa: E402
 from tests.parallel import hlo  # noqa: E402
@@ -26,7 +26,7 @@ LENGTH, SHAPE = 16, (2, 2, 2)
 def lower(schedule: str, microbatches: int, keep: str = "layer") -> jax.stages.Lowered:
     """Lower the gradients of a small model with dropout, from shapes."""
     glm = GLMConfig(num_layers=3, hidden_size=16, num_heads=2, ffn_size=16, vocab_size=16, max_length=LENGTH)
-    cfg = passes.EngineConfig(glm, 16, 3, schedule=schedule, keep=keep)  # pyright: ignore[reportArgumentType]
+    cfg = bind.EngineConfig(glm, 16, 3, schedule=schedule, keep=keep)  # pyright: ignore[reportArgumentType]
     grid = mesh.build(dict(zip(mesh.AXES, SHAPE, strict=True)))
     params = jax.eval_shape(
         lambda: partition.pad_layers(model.init(glm, jax.random.key(0)), model.logical_axes(glm), 2)

@@ -26,7 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from glm_jax import model  # noqa: E402
-from glm_jax.engine import passes  # noqa: E402
+from glm_jax.engine import bind, passes  # noqa: E402
 from glm_jax.model import GLMConfig  # noqa: E402
 from glm_jax.parallel import mesh, partition  # noqa: E402
 from glm_jax.training import optimizer  # noqa: E402
@@ -65,7 +65,7 @@ def make_batch(cfg: GLMConfig, rows: int) -> dict[str, np.ndarray]:
     }
 
 
-def losses_by_token(cfg: passes.EngineConfig, params: Any, batch: dict[str, Any], key: jax.Array | None) -> jax.Array:
+def losses_by_token(cfg: bind.EngineConfig, params: Any, batch: dict[str, Any], key: jax.Array | None) -> jax.Array:
     """Give the masked cross-entropy [B, S] on one device."""
     weights = jax.tree.map(lambda param: param.astype(cfg.compute), params)
     allowed = model.visibility(jnp.asarray(batch["segments"]), jnp.asarray(batch["context"]))
@@ -74,7 +74,7 @@ def losses_by_token(cfg: passes.EngineConfig, params: Any, batch: dict[str, Any]
     return -jnp.take_along_axis(real, batch["targets"][..., None], -1)[..., 0] * batch["loss_mask"]
 
 
-def reference(cfg: passes.EngineConfig, params: Any, batch: dict[str, Any], key: jax.Array) -> Any:
+def reference(cfg: bind.EngineConfig, params: Any, batch: dict[str, Any], key: jax.Array) -> Any:
     """Give the mean loss, its sums by objective and its gradients, on one device, by autodiff alone."""
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
@@ -91,7 +91,7 @@ def reference(cfg: passes.EngineConfig, params: Any, batch: dict[str, Any], key:
 class Independent:
     """The same losses and slopes in float64 numpy, with masks drawn by the reference's own code."""
 
-    def __init__(self, cfg: passes.EngineConfig, batch: dict[str, np.ndarray], key: jax.Array) -> None:
+    def __init__(self, cfg: bind.EngineConfig, batch: dict[str, np.ndarray], key: jax.Array) -> None:
         self.cfg, self.batch, segments = cfg, batch, batch["segments"]
         causal = np.tril(np.ones((LENGTH, LENGTH), bool))
         self.allowed = (segments[:, :, None] == segments[:, None]) & (causal | batch["context"][:, None])  # [B, S, S]
@@ -145,16 +145,16 @@ def error(expected: Any, got: Any) -> float:
     return float(np.abs(expected - got).max() / max(np.abs(expected).max(), 1e-30))
 
 
-def build(case: dict[str, Any]) -> tuple[passes.EngineConfig, jax.sharding.Mesh, int, int]:
+def build(case: dict[str, Any]) -> tuple[bind.EngineConfig, jax.sharding.Mesh, int, int]:
     """Give the config, the mesh, the rows and the microbatches of a case."""
     no_dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
     glm = GLMConfig(**(SMALL | no_dropout | case.get("model", {})))
     compute = "float64" if case.get("x64") else "float32"
-    cfg = dataclasses.replace(passes.EngineConfig(glm, NUM_TOKENS, 3, compute), **case.get("engine", {}))
+    cfg = dataclasses.replace(bind.EngineConfig(glm, NUM_TOKENS, 3, compute), **case.get("engine", {}))
     sizes: dict[str, int] = dict(zip(mesh.AXES, case["mesh"], strict=True))
     grid = mesh.build(sizes)
     rows, microbatches = case.get("rows", 16), case.get("microbatches", 2)
-    passes.check(cfg, grid, rows, microbatches, LENGTH)
+    bind.check(cfg, grid, rows, microbatches, LENGTH)
     return cfg, grid, rows, microbatches
 
 
@@ -198,7 +198,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     glm, axes, stages = cfg.model, model.logical_axes(cfg.model), grid.shape["pipeline"]
     params = start_params(glm, "float64" if case.get("x64") else "float32")
     batch, key = make_batch(glm, rows), jax.random.key(7)
-    shardings = partition.shardings(grid, passes.state_specs(glm, grid))
+    shardings = partition.shardings(grid, bind.state_specs(glm, grid))
     placed = jax.device_put(partition.pad_layers(params, axes, stages), shardings)
     parts = mesh.place(grid, batch, microbatches)
     gradients_of = jax.jit(lambda params: passes.value_and_grad(cfg, grid, params, parts, key, SHRINK, LOSS_SCALE))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from glm_jax import model
-from glm_jax.engine import passes
+from glm_jax.engine import bind
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh, partition
@@ -100,9 +100,9 @@ def abstract(*shape: int) -> Any:
     ],
 )
 def test_a_mesh_that_the_model_does_not_fit_is_refused(shape: tuple, changes: dict, message: str) -> None:
-    cfg = passes.EngineConfig(SMALL, 64, 3, **changes)
+    cfg = bind.EngineConfig(SMALL, 64, 3, **changes)
     with pytest.raises(UserError, match=message):
-        passes.check(cfg, abstract(*shape), global_batch=16, microbatches=2, length=32)
+        bind.check(cfg, abstract(*shape), global_batch=16, microbatches=2, length=32)
 
 
 @pytest.mark.parametrize(
@@ -113,20 +113,20 @@ def test_a_mesh_that_the_model_does_not_fit_is_refused(shape: tuple, changes: di
     ],
 )
 def test_all_that_tensor_splits_must_divide(model_changes: dict, length: int, message: str) -> None:
-    cfg = passes.EngineConfig(dataclasses.replace(SMALL, **model_changes), 64, 3)
+    cfg = bind.EngineConfig(dataclasses.replace(SMALL, **model_changes), 64, 3)
     with pytest.raises(UserError, match=message):
-        passes.check(cfg, abstract(1, 1, 4), global_batch=16, microbatches=2, length=length)
+        bind.check(cfg, abstract(1, 1, 4), global_batch=16, microbatches=2, length=length)
 
 
 def test_a_mesh_that_the_model_just_fits_is_taken() -> None:
     fits = dataclasses.replace(SMALL, vocab_size=60)
-    plain = passes.EngineConfig(fits, 60, 3)
+    plain = bind.EngineConfig(fits, 60, 3)
     for shape, cfg in (
         ((8, 3, 4), plain),
         ((8, 1, 4), dataclasses.replace(plain, zero=3)),
         ((8, 3, 4), dataclasses.replace(plain, keep="all")),
     ):
-        passes.check(cfg, abstract(*shape), global_batch=16, microbatches=2, length=32)
+        bind.check(cfg, abstract(*shape), global_batch=16, microbatches=2, length=32)
 
 
 def test_specs_by_hand() -> None:
@@ -175,7 +175,7 @@ def test_padded_layers_come_back_bit_equal() -> None:
 def test_specs_split_all_of_the_state_of_glm_130b() -> None:
     axes = model.logical_axes(GLM_130B)
     grid = abstract(24, 8, 4)
-    specs = passes.state_specs(GLM_130B, grid)
+    specs = bind.state_specs(GLM_130B, grid)
     assert specs["blocks"]["attention"]["qkv"]["kernel"] == jax.P("pipeline", "data", "tensor", None, None)
     assert specs["embedding"]["word"] == jax.P(("pipeline", "tensor"), "data")
     assert partition.specs(axes)["embedding"]["word"] == jax.P(("pipeline", "tensor"), None)
@@ -188,7 +188,7 @@ def test_specs_split_all_of_the_state_of_glm_130b() -> None:
 
 
 def test_a_hidden_size_that_data_does_not_divide_stays_whole() -> None:
-    specs = passes.state_specs(SMALL, abstract(3, 1, 1))
+    specs = bind.state_specs(SMALL, abstract(3, 1, 1))
     assert "data" not in {axis for leaf in jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, jax.P))
                           for axis in partition.mesh_axes(leaf)}  # fmt: skip
 

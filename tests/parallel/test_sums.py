@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 
 from glm_jax import model
-from glm_jax.engine import passes
+from glm_jax.engine import bind, passes
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh, partition, zero
 from glm_jax.parallel.pipeline import run, schedule
@@ -22,7 +22,7 @@ from glm_jax.parallel.pipeline.stage import Functions, Keep, Weights
 from tests.model import numpy_reference
 
 GLM = GLMConfig(3, 16, 2, 16, 16, max_length=16)
-HALF = passes.EngineConfig(GLM, 16, 3, compute="bfloat16")
+HALF = bind.EngineConfig(GLM, 16, 3, compute="bfloat16")
 ROWS, LENGTH = 64, 16
 REDUCTIONS = ("psum", "psum_invariant", "reduce_scatter", "psum_scatter", "pmax", "pmin")
 

@@ -21,7 +21,7 @@ import jax  # noqa: E402 (reads the environment)
 import numpy as np  # noqa: E402
 
 from glm_jax import model  # noqa: E402
-from glm_jax.engine import passes  # noqa: E402
+from glm_jax.engine import bind, passes  # noqa: E402
 from glm_jax.parallel import mesh, partition, processes  # noqa: E402
 from tests.parallel import parity  # noqa: E402
 from tests.parallel.together import together, whole  # noqa: E402
@@ -35,7 +35,7 @@ def run(shape: list[int]) -> None:
     cfg, grid, rows, microbatches = parity.build(case)
     glm, axes = cfg.model, model.logical_axes(cfg.model)
     params = partition.pad_layers(parity.start_params(glm, "float32"), axes, grid.shape["pipeline"])
-    shardings = partition.shardings(grid, passes.state_specs(glm, grid))
+    shardings = partition.shardings(grid, bind.state_specs(glm, grid))
     placed = jax.tree.map(
         lambda leaf, sharding: jax.make_array_from_callback(
             leaf.shape, sharding, lambda index: np.asarray(leaf)[index]

@@ -18,7 +18,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
-from glm_jax.engine.passes import EngineConfig
+from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes

@@ -11,7 +11,7 @@ import pytest
 from glm_jax import model
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.engine import passes
-from glm_jax.engine.passes import EngineConfig
+from glm_jax.engine.bind import EngineConfig
 from glm_jax.model import GLMConfig
 from glm_jax.model.transformer import embed, head, position_terms, stage
 from glm_jax.parallel import mesh as meshes

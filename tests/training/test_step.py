@@ -12,7 +12,7 @@ import pytest
 
 from glm_jax import model
 from glm_jax.config.data import OBJECTIVES
-from glm_jax.engine.passes import EngineConfig, row_weights
+from glm_jax.engine.bind import EngineConfig, row_weights
 from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.positions import position_terms
 from glm_jax.parallel import mesh as meshes

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from glm_jax.engine.passes import EngineConfig
+from glm_jax.engine.bind import EngineConfig
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
 from glm_jax.training.optimizer import OptimizerConfig

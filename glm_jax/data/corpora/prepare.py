@@ -30,6 +30,7 @@ from glm_jax.data.corpora.readers import find_files
 from glm_jax.data.instructions import prompts
 from glm_jax.data.instructions.prompts import Instructions
 from glm_jax.data.tokenizers import ice, sentencepiece
+from glm_jax.data.tokenizers.load import load
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.storage.files import write_atomic
@@ -246,7 +247,7 @@ def _tokenizer(
         write_atomic(building / "tokenizer.model", model)
 
     cached = made(directory, make)
-    read = Tokenizer.load(directory / "tokenizer.model")
+    read = load(directory / "tokenizer.model")
     report(f"tokenizer: {read.size:,} pieces ({_done('read' if given else 'trained', started, cached)})")
     return read
 

@@ -135,22 +135,6 @@ class Tokenizer:
         self.token_bytes = np.array([len(text) for text in self._text], np.int32)
         self._word_start = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in WORD_START.encode()]
 
-    @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a model file: one of ours, or the official one as ice_tokenizer.read_model gives it.
-
-        Raises:
-            UserError: it is not there or is no such model.
-        """
-        from glm_jax.data.tokenizers.ice import IceTokenizer  # it stands on this module
-
-        model, processor = read_bytes(path)
-        if processor.piece_to_id("<dBLOCK>") != processor.unk_id():
-            return IceTokenizer(model)
-        if processor.unk_id() in (processor.piece_to_id(MASKS[0]), processor.piece_to_id(SOP)):
-            raise UserError(f"{path} has no [MASK] and sop pieces: it was not trained by glm-jax")
-        return Tokenizer(model)
-
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
         return Tokenizer, (self.model,)
 

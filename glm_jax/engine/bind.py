@@ -1,0 +1,140 @@
+"""Where GLM meets the pipeline: its embed, block and head bound as the pipeline's functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax import model
+from glm_jax.errors import UserError
+from glm_jax.model import GLMConfig, transformer
+from glm_jax.model.layers import row_keys
+from glm_jax.model.positions import position_terms
+from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import partition, tensor, zero
+from glm_jax.parallel.pipeline import run
+from glm_jax.parallel.pipeline.stage import Keep
+from glm_jax.parallel.tensor import ShardedAxis
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+Normalization = Literal["tokens", "microbatch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """All that gradients depend on besides arrays and the mesh; hashable."""
+
+    model: GLMConfig
+    num_tokens: int  # real rows of the padded vocabulary; the rest never gets probability
+    objectives: int  # how many a row's `objective` may name
+    compute: str = "float32"  # dtype of weights and activations
+    schedule: str = "1f1b"
+    keep: Keep = "layer"
+    normalization: Normalization = "tokens"
+    shrink_logits: bool = False  # the embedding gradient shrink on the head's path, too
+    zero: Literal[1, 3] = 1  # 3: the blocks' weights, too, stay split over `data`, gathered a layer at a time
+
+
+class Sums(NamedTuple):
+    """Loss in nats and target tokens, summed over rows, by objective [O]; float32."""
+
+    loss: Array
+    targets: Array
+
+
+def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microbatches: int, length: int) -> None:
+    """Check that the model and the batch can be laid over the mesh.
+
+    Raises:
+        UserError: naming the axis, the number and the nearest that work.
+    """
+    sizes, glm = dict(mesh.shape), cfg.model
+    if glm.num_layers < sizes["pipeline"]:
+        raise UserError(
+            f"mesh.pipeline={sizes['pipeline']} is more stages than model.num_layers ({glm.num_layers}) can fill: "
+            f"at most {glm.num_layers}"
+        )
+    if cfg.zero == 3 and (sizes["pipeline"] > 1 or cfg.keep == "all"):
+        what = f"mesh.pipeline={sizes['pipeline']}" if sizes["pipeline"] > 1 else "pipeline.stash=all"
+        raise UserError(
+            f"mesh.zero=3 gathers each layer's weights in every slot and does not go with {what}: use mesh.zero=1, or "
+            "mesh.pipeline=1 and pipeline.stash=layer"
+        )
+    meshes.check_divides(
+        sizes,
+        [
+            ("tensor", "model.num_heads", glm.num_heads),
+            ("tensor", "model.ffn_size", glm.ffn_size),
+            ("tensor", "data.seq_length", length),
+            ("data", "rows of a microbatch, train.global_batch / train.microbatches,", global_batch // microbatches),
+        ],
+    )
+    shards = sizes["pipeline"] * sizes["tensor"]
+    if glm.vocab_size % shards:
+        raise UserError(
+            f"mesh.pipeline x mesh.tensor={shards} does not divide the padded vocabulary ({glm.vocab_size}): "
+            f"{meshes.nearest(shards, glm.vocab_size)} would, or a model.vocab_multiple that {shards} divides"
+        )
+
+
+def state_specs(cfg: GLMConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Give the PartitionSpecs of master params, gradients and each moment."""
+    return partition.state_specs(model.logical_axes(cfg), cfg.hidden_size, mesh.shape["data"])
+
+
+def functions(
+    cfg: EngineConfig, axis: ShardedAxis, specs: Any, key: Array | None, shrink: Array | None
+) -> run.Functions:
+    """Bind GLM to the engine.
+
+    Args:
+        cfg: static.
+        axis: the mesh's tensor axis.
+        specs: of the params.
+        key: the step's dropout key; None for no dropout.
+        shrink: alpha of the embedding gradient shrink, see `transformer.embed`.
+    """
+    glm = cfg.model
+
+    def embed(outer: Any, batch: Batch) -> Array:
+        rows = row_keys(key, batch["row"])  # [B]
+        return transformer.embed(glm, outer, batch["tokens"], batch["positions"], shrink, rows, axis)  # [B, S, D]
+
+    def prepare(batch: Batch) -> Any:
+        allowed = model.visibility(batch["segments"], batch["context"])  # [B, S, S]
+        return allowed, position_terms(glm, batch["positions"], jnp.dtype(cfg.compute)), row_keys(key, batch["row"])
+
+    def block(weights: Any, x: Array, terms: Any, layer: Array) -> Array:
+        allowed, positions, rows = terms
+        if cfg.zero == 3:
+            weights = zero.gather_layer(weights, specs["blocks"], cfg.compute)
+        return transformer.block(glm, weights, x, allowed, positions, layer, rows, axis=axis)[0]  # [B, S, D]
+
+    def head(outer: Any, x: Array, batch: Batch) -> tuple[Array, Sums]:
+        losses = token_losses(cfg, axis, outer, x, batch, shrink if cfg.shrink_logits else None)  # [B, S]
+        of_objective = jax.nn.one_hot(batch["objective"], cfg.objectives, dtype=losses.dtype)  # [B, O]
+        rows, counts = losses.sum(-1), batch["loss_mask"].sum(-1)  # [B] both
+        return (rows * row_weights(cfg, counts)).sum(), Sums(rows @ of_objective, counts @ of_objective)
+
+    return run.Functions(prepare, embed, block, head)
+
+
+def token_losses(
+    cfg: EngineConfig, axis: ShardedAxis, outer: Any, x: Array, batch: Batch, shrink: Array | None = None
+) -> Array:
+    logits = transformer.head(cfg.model, outer, x, axis, shrink)  # [B, S, V / shards]
+    return tensor.token_losses(logits, batch["targets"], cfg.num_tokens) * batch["loss_mask"]  # [B, S]
+
+
+def row_weights(cfg: EngineConfig, counts: Array) -> Array:
+    """Give the factor of each row's summed loss before the global normaliser, for its target tokens `counts`.
+
+    `tokens` weighs every target token alike. `microbatch` weighs every row alike, as the reference does: it takes the
+    mean of each microbatch, of one row, and the mean of these.
+    """
+    return jnp.ones_like(counts) if cfg.normalization == "tokens" else 1.0 / jnp.maximum(counts, 1.0)

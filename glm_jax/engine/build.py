@@ -1,0 +1,65 @@
+"""From an experiment to its model on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import jax
+
+from glm_jax.config import Experiment
+from glm_jax.config.data import OBJECTIVES
+from glm_jax.engine import bind
+from glm_jax.engine.bind import EngineConfig
+from glm_jax.errors import UserError
+from glm_jax.parallel import mesh as meshes
+
+
+class Engine(NamedTuple):
+    """A model bound to a mesh: what the passes over a batch take."""
+
+    config: EngineConfig
+    mesh: jax.sharding.Mesh
+
+
+def build(
+    experiment: Experiment, pieces: int = 1, devices: Sequence[jax.Device] | None = None, *, abstract: bool = False
+) -> Engine:
+    """Lay an experiment's model and batch over its mesh, and check that they fit.
+
+    Args:
+        experiment: its sections model, mesh, pipeline, train and data say all.
+        pieces: of the tokenizer. 1 while there is none, to check: what divides the smallest vocabulary divides every
+            other.
+        devices: all that there are, by default.
+        abstract: without devices, to know shapes and shardings or to compile ahead of time; the mesh is then an
+            AbstractMesh.
+
+    Raises:
+        UserError: too few devices, a size that does not divide, or an abstract mesh with a size of -1.
+    """
+    sizes = experiment.mesh.sizes()
+    mesh = _abstract(sizes) if abstract else meshes.build(sizes, devices)
+    train, glm = experiment.train, experiment.glm(pieces)
+    config = EngineConfig(
+        model=glm,
+        num_tokens=pieces,
+        objectives=len(OBJECTIVES),
+        compute=train.precision,
+        schedule=experiment.pipeline.schedule,
+        keep=experiment.pipeline.stash,
+        normalization=train.loss_normalization,
+        shrink_logits=train.embedding_shrink.logits,
+        zero=experiment.mesh.zero,
+    )
+    bind.check(config, mesh, train.global_batch, train.microbatches, experiment.data.seq_length)
+    return Engine(config, mesh)
+
+
+def _abstract(sizes: dict[str, int]) -> jax.sharding.Mesh:
+    if meshes.REST in sizes.values():
+        raise UserError(
+            f"a mesh size of {meshes.REST} depends on the devices: give a number, such as --config.mesh.data=1"
+        )
+    mesh = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in meshes.AXES), meshes.AXES)
+    return cast(jax.sharding.Mesh, mesh)  # it has the shape and the axes, which is what specs need

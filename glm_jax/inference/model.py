@@ -1,0 +1,32 @@
+"""A trained model, opened from the workdir of its run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glm_jax.data.tokenizers.sentencepiece import Tokenizer
+from glm_jax.model import GLMConfig
+from glm_jax.workdir import folder
+from glm_jax.workdir.checkpoints import load_params
+
+
+@dataclass(frozen=True)
+class Model:
+    """What generation needs: a config, params on one device, and the tokenizer."""
+
+    config: GLMConfig
+    params: Any  # a tree of arrays, as model.init makes them
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, workdir: str | Path) -> Model:
+        """Open the newest good checkpoint of a workdir.
+
+        Raises:
+            UserError: it holds no run, no checkpoint, or none with good params.
+        """
+        workdir = Path(workdir)
+        tokenizer = folder.read_tokenizer(workdir)
+        return cls(folder.read_config(workdir).glm(tokenizer.size), load_params(workdir), tokenizer)
