@@ -174,7 +174,7 @@ def with_changes(experiment: Experiment, changes: Changes) -> Experiment:
         if value is None:
             part.pop(last, None)
         else:
-            part[last] = value
+            part[last] = value.to_dict() if isinstance(value, ConfigDict) else value
     for entries in (plain["data"]["sources"], plain["data"]["instructions"]):
         for name in [name for name, values in entries.items() if not values]:
             del entries[name]  # all of it was taken away

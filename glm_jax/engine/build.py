@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 
@@ -23,7 +23,7 @@ class Engine(NamedTuple):
 
 
 def build(
-    experiment: Experiment, pieces: int = 1, devices: Sequence[jax.Device] | None = None, *, abstract: bool = False
+    experiment: Experiment, pieces: int = 1, devices: Sequence[Any] | None = None, *, abstract: bool = False
 ) -> Engine:
     """Lay an experiment's model and batch over its mesh, and check that they fit.
 
@@ -31,7 +31,7 @@ def build(
         experiment: its sections model, mesh, pipeline, train and data say all.
         pieces: of the tokenizer. 1 while there is none, to check: what divides the smallest vocabulary divides every
             other.
-        devices: all that there are, by default.
+        devices: jax devices; all that there are, by default.
         abstract: without devices, to know shapes and shardings or to compile ahead of time; the mesh is then an
             AbstractMesh.
 

@@ -28,5 +28,5 @@ class Model:
             UserError: it holds no run, no checkpoint, or none with good params.
         """
         workdir = Path(workdir)
-        tokenizer = folder.read_tokenizer(workdir)
-        return cls(folder.read_config(workdir).glm(tokenizer.size), load_params(workdir), tokenizer)
+        config, tokenizer = folder.read_config(workdir), folder.read_tokenizer(workdir)
+        return cls(config.glm(tokenizer.size), load_params(workdir), tokenizer)

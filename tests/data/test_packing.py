@@ -132,6 +132,6 @@ def test_nothing_to_pack_and_quirks_beside_whole_documents_are_refused():
     empty.lengths = np.zeros(0, np.int64)
     with pytest.raises(UserError, match="en holds no documents"):
         build({"en": empty}, options=WHOLE)
-    with pytest.raises(UserError, match="does not go with"):
+    with pytest.raises(ValueError, match="does not go with"):
         BlankOptions(whole_documents=True, cut_targets=True)
     assert packing.cut_long(np.zeros(0, np.int64), 5).shape == (0, 3)

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from texts import ENGLISH
 
-from glm_jax.config import Experiment, default_config, resolve
+from glm_jax.config import Experiment, default_config, resolve, with_changes
 from glm_jax.data.corpora import corpus, prepare, samples
 from glm_jax.data.corpora.deduplicate import near_duplicates, signature
 from glm_jax.data.tokenizers import sentencepiece
@@ -99,13 +98,11 @@ def test_only_what_changed_is_made_again(folder: Path):
     second, lines = run(make_config(folder))
     assert [line.endswith("(cached)") for line in lines] == [True, False, False, False, False]
     assert second.digests["zh"] != first.digests["zh"]
-    config = make_config(folder)
-    data: Any = config.data
-    data.tokenizer.vocab_size = 500
+    config = with_changes(make_config(folder), {"data.tokenizer.vocab_size": 500})
     third, lines = run(config)
     assert [line.endswith("(cached)") for line in lines] == [True, True, False, False, False]
     assert third.tokenizer.size <= 500
-    data.heldout = 0.5
+    config = with_changes(config, {"data.heldout": 0.5})
     assert not any(line.endswith("(cached)") for line in run(config)[1])
 
 
@@ -184,10 +181,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, source: dict[str
 
 
 def test_no_source(folder: Path):
-    config = make_config(folder)
-    data: Any = config.data
-    with data.unlocked():
-        data.sources = ConfigDict()
+    config = with_changes(make_config(folder), {"data.sources.en": None, "data.sources.zh": None})
     with pytest.raises(UserError, match=r"data\.sources is empty"):
         run(config)
 
@@ -206,9 +200,7 @@ def test_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_tokenizer_from_a_file(folder: Path):
     first, _ = run(make_config(folder))
-    config = make_config(folder)
-    data: Any = config.data
-    data.tokenizer.path = str(folder / "given.model")
+    config = with_changes(make_config(folder), {"data.tokenizer.path": str(folder / "given.model")})
     (folder / "given.model").write_bytes(first.tokenizer.model)
     second, lines = run(config)
     assert second.digests == first.digests

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.lines import Line2D
 
-from glm_jax.config import default_config, source, to_json
+from glm_jax.config import default_config, resolve, source, to_json
 from glm_jax.errors import UserError
 from glm_jax.figures import curves, report, style
 from glm_jax.storage.files import json_line
@@ -55,7 +55,7 @@ def write_run(workdir: Path) -> Path:
     config = default_config()
     config.data.sources.en = source(path="a & b/*.txt")
     config.train.steps = 60
-    (workdir / "config.json").write_text(to_json(config))
+    (workdir / "config.json").write_text(to_json(resolve(config)))
     return workdir
 
 

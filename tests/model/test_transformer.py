@@ -14,7 +14,7 @@ from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig, apply, apply_cached, init, init_cache, logical_axes, visibility
 from glm_jax.model.positions import alibi_distance, alibi_slopes
 
-SMALL = GLMConfig(num_layers=3, hidden_size=32, num_heads=4, ffn_size=48, vocab_size=64, max_length=32)
+SMALL = GLMConfig(3, 32, 4, 48, 64, max_length=32, attention_dropout=0.1, hidden_dropout=0.1)
 
 
 def sample(cfg: GLMConfig, length: int = 12, context: int = 7) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -192,7 +192,7 @@ def test_alibi_slopes_of_any_head_count() -> None:
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="not divisible by num_heads 5"):
         dataclasses.replace(SMALL, num_heads=5)
-    with pytest.raises(ValueError, match="even head dimension"):
+    with pytest.raises(ValueError, match="rotary positions need it to be even"):
         dataclasses.replace(SMALL, hidden_size=12)
 
 
@@ -227,5 +227,5 @@ def test_defaults_are_those_of_glm_130b() -> None:
     """Paper, sections 2.1 to 3.2 and table 11."""
     cfg = GLMConfig(1, 8, 2, 8, 8)
     assert (cfg.norm, cfg.position, cfg.activation, cfg.max_length) == ("deepnorm", "rope", "geglu", 2048)
-    assert (cfg.attention_dropout, cfg.hidden_dropout, cfg.norm_epsilon, cfg.rope_base) == (0.1, 0.1, 1e-5, 10000.0)
+    assert (cfg.attention_dropout, cfg.hidden_dropout, cfg.norm_epsilon, cfg.rope_base) == (0.0, 0.0, 1e-5, 10000.0)
     assert (cfg.embedding_norm, cfg.score_scaling, cfg.pb_relax, cfg.rope_angles) == (False, True, 0.0, "float32")

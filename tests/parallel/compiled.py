@@ -25,7 +25,7 @@ LENGTH, SHAPE = 16, (2, 2, 2)
 
 def lower(schedule: str, microbatches: int, keep: str = "layer") -> jax.stages.Lowered:
     """Lower the gradients of a small model with dropout, from shapes."""
-    glm = GLMConfig(num_layers=3, hidden_size=16, num_heads=2, ffn_size=16, vocab_size=16, max_length=LENGTH)
+    glm = GLMConfig(3, 16, 2, 16, 16, max_length=LENGTH, attention_dropout=0.1, hidden_dropout=0.1)
     cfg = bind.EngineConfig(glm, 16, 3, schedule=schedule, keep=keep)  # pyright: ignore[reportArgumentType]
     grid = mesh.build(dict(zip(mesh.AXES, SHAPE, strict=True)))
     params = jax.eval_shape(

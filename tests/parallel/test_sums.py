@@ -21,7 +21,7 @@ from glm_jax.parallel.pipeline import run, schedule
 from glm_jax.parallel.pipeline.stage import Functions, Keep, Weights
 from tests.model import numpy_reference
 
-GLM = GLMConfig(3, 16, 2, 16, 16, max_length=16)
+GLM = GLMConfig(3, 16, 2, 16, 16, max_length=16, attention_dropout=0.1, hidden_dropout=0.1)
 HALF = bind.EngineConfig(GLM, 16, 3, compute="bfloat16")
 ROWS, LENGTH = 64, 16
 REDUCTIONS = ("psum", "psum_invariant", "reduce_scatter", "psum_scatter", "pmax", "pmin")
