@@ -205,7 +205,7 @@ def test_a_tokenizer_from_a_file(folder: Path):
     second, lines = run(config)
     assert second.digests == first.digests
     assert lines[2].startswith("tokenizer: ") and "read in" in lines[2]
-    data.tokenizer.pinned = True
+    config = with_changes(config, {"data.tokenizer.pinned": True})
     with pytest.raises(UserError, match=r"given\.model is not: set it to False"):
         run(config)
 
