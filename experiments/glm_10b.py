@@ -12,7 +12,7 @@ VOCABULARY = 50_304  # GPT-2's 50,257 pieces and GLM's specials, padded
 
 
 def get_config() -> Config:
-    """Give 48 layers of 4096, 64 heads, rows of 1,024 tokens."""
+    """Return 48 layers of 4096, 64 heads, rows of 1,024 tokens."""
     config = original_glm(48, 4096, 64, VOCABULARY, 1024)
     config.data.blanks.update(
         mask=0.4, smask=0.3, gmask=0.3, gmask_min_ratio=0.25, short_seq_prob=0.5, single_span_prob=0.05

@@ -12,7 +12,7 @@ VOCABULARY = 50_048  # the Chinese SentencePiece model's 50,000 and GLM's specia
 
 
 def get_config() -> Config:
-    """Give 48 layers of 4096, 64 heads, rows of 1,024 tokens."""
+    """Return 48 layers of 4096, 64 heads, rows of 1,024 tokens."""
     config = original_glm(48, 4096, 64, VOCABULARY, 1024)
     config.data.blanks.update(mask=0.5, smask=0.3, gmask=0.2, gmask_min_ratio=0.25, short_seq_prob=0.5)
     config.optimizer.peak_lr = 0.0001

@@ -11,7 +11,7 @@ VOCABULARY = 30_592  # bert-base-uncased's 30,522 pieces and GLM's specials, pad
 
 
 def get_config() -> Config:
-    """Give 12 layers of 768, 12 heads, rows of 512 tokens."""
+    """Return 12 layers of 768, 12 heads, rows of 512 tokens."""
     config = original_glm(12, 768, 12, VOCABULARY, 512)
     config.optimizer.peak_lr = 0.0004
     config.optimizer.min_lr = 2e-05

@@ -11,7 +11,7 @@ from glm_jax.config import Config, default_config
 
 
 def get_config() -> Config:
-    """Give 70 layers of 12,288 with 96 heads: 128,697,794,560 parameters."""
+    """Return 70 layers of 12,288 with 96 heads: 128,697,794,560 parameters."""
     config = default_config()
     config.seed = 1234
 

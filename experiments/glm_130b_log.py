@@ -21,7 +21,7 @@ TEXT = {"mask": 0.3, "gmask": 0.7, "instruction": 0.0}
 
 
 def get_config() -> Config:
-    """Give glm_130b.py's config with `interventions`."""
+    """Return glm_130b.py's config with `interventions`."""
     config = _glm_130b()
     config.train.steps = 49_300  # 3 July: the end
     # 6 May: the shrink begins at 0.1, on the input path alone; when its path through the head was shrunk too, which

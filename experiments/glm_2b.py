@@ -12,7 +12,7 @@ VOCABULARY = 50_304  # GPT-2's 50,257 pieces and GLM's specials, padded
 
 
 def get_config() -> Config:
-    """Give 36 layers of 2048, 32 heads, rows of 1,024 tokens."""
+    """Return 36 layers of 2048, 32 heads, rows of 1,024 tokens."""
     config = original_glm(36, 2048, 32, VOCABULARY, 1024)
     config.data.blanks.update(mask=0.4, smask=0.3, gmask=0.3, gmask_min_ratio=0.25, short_seq_prob=0.02)
     config.optimizer.peak_lr = 0.0001

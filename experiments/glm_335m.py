@@ -11,7 +11,7 @@ VOCABULARY = 30_592  # bert-base-uncased's 30,522 pieces and GLM's specials, pad
 
 
 def get_config() -> Config:
-    """Give 24 layers of 1024, 16 heads, rows of 512 tokens."""
+    """Return 24 layers of 1024, 16 heads, rows of 512 tokens."""
     config = original_glm(24, 1024, 16, VOCABULARY, 512)
     config.optimizer.peak_lr = 0.0002
     config.optimizer.min_lr = 1e-05

@@ -12,7 +12,7 @@ VOCABULARY = 30_592  # bert-base-uncased's 30,522 pieces and GLM's specials, pad
 
 
 def get_config() -> Config:
-    """Give 30 layers of 1024, 16 heads, rows of 512 tokens."""
+    """Return 30 layers of 1024, 16 heads, rows of 512 tokens."""
     config = original_glm(30, 1024, 16, VOCABULARY, 512)
     config.data.blanks.update(mask=0.5, gmask=0.5)
     config.optimizer.peak_lr = 0.0002

@@ -9,7 +9,7 @@ from glm_jax.config import Config, default_config, source
 
 
 def get_config() -> Config:
-    """Give the quickstart: 4 layers of 128, 8,000 pieces, [MASK] and [gMASK] on English and Chinese in equal parts."""
+    """Return 4 layers of 128, 8,000 pieces, [MASK] and [gMASK] on English and Chinese in equal parts."""
     config = default_config()
     config.data.sources.en = source(sample="python-docs", language="en")
     config.data.sources.zh = source(sample="three-kingdoms", language="zh")

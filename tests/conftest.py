@@ -22,6 +22,6 @@ settings.load_profile("pinned")
 
 @pytest.fixture(scope="session")
 def mesh_sizes() -> dict[str, int]:
-    """Give the mesh of this test run: 1 x 1 x 1, or what GLM_JAX_TEST_MESH says, such as 2,1,2."""
+    """Return the mesh of this test run: 1 x 1 x 1, or what GLM_JAX_TEST_MESH says, such as 2,1,2."""
     sizes = os.environ.get("GLM_JAX_TEST_MESH", "1,1,1").split(",")
     return dict(zip(("data", "pipeline", "tensor"), map(int, sizes), strict=True))

@@ -14,7 +14,7 @@ from glm_jax.config import Config, small_english
 
 
 def get_config() -> Config:
-    """Give the base, for 800 steps at a high learning rate, its norms logged often."""
+    """Return the base, for 800 steps at a high learning rate, its norms logged often."""
     config = small_english(steps=800)
     config.optimizer.peak_lr = 2e-3
     config.optimizer.min_lr = 2e-4
@@ -23,7 +23,7 @@ def get_config() -> Config:
 
 
 def get_sweep() -> dict:
-    """Give what is done to the embedding x seed."""
+    """Return what is done to the embedding x seed."""
     return {
         "embedding": {
             "plain": {},

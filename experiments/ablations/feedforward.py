@@ -13,12 +13,12 @@ from glm_jax.config import Config, small_english
 
 
 def get_config() -> Config:
-    """Give the base, for 800 steps."""
+    """Return the base, for 800 steps."""
     return small_english(steps=800)
 
 
 def get_sweep() -> dict:
-    """Give activation, at equal parameters, x seed."""
+    """Return activation, at equal parameters, x seed."""
     return {
         "feedforward": {
             "geglu": {"model.activation": "geglu", "model.ffn_size": 172},

@@ -26,12 +26,12 @@ LEARNING_RATES = (5e-4, 1.5e-3, 5e-3, 1.5e-2, 5e-2)
 
 
 def get_config() -> Config:
-    """Give the base, for 400 steps."""
+    """Return the base, for 400 steps."""
     return small_english(steps=400)
 
 
 def get_sweep() -> dict:
-    """Give depth x scheme x learning rate (the cosine ends at a tenth) x seed."""
+    """Return depth x scheme x learning rate (the cosine ends at a tenth) x seed."""
     return {
         "model.num_layers": (4, 8, 16, 48),
         "model.norm": ("post", "pre", "sandwich", "deepnorm"),

@@ -18,7 +18,7 @@ from glm_jax.config import Config, instructions, small_english
 
 
 def get_config() -> Config:
-    """Give the base, for 800 steps, with an example set of instructions at hand."""
+    """Return the base, for 800 steps, with an example set of instructions at hand."""
     config = small_english(steps=800)
     config.data.instructions.summaries = instructions(sample="docstring-summaries")
     config.data.blanks.instruction_segments = 1
@@ -26,7 +26,7 @@ def get_config() -> Config:
 
 
 def get_sweep() -> dict:
-    """Give objective x seed."""
+    """Return objective x seed."""
 
     def shares(mask: float, gmask: float, instruction: float) -> dict[str, float]:
         return {"data.blanks.mask": mask, "data.blanks.gmask": gmask, "data.blanks.instruction": instruction}

@@ -13,10 +13,10 @@ from glm_jax.config import Config, small_english
 
 
 def get_config() -> Config:
-    """Give the base, for 800 steps."""
+    """Return the base, for 800 steps."""
     return small_english(steps=800)
 
 
 def get_sweep() -> dict:
-    """Give position x seed."""
+    """Return position x seed."""
     return {"model.position": ("rope", "alibi", "learned_2d"), "seed": (1, 2, 3)}

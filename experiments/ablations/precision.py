@@ -15,14 +15,14 @@ from glm_jax.config import Config, small_english
 
 
 def get_config() -> Config:
-    """Give the base, for 800 steps; the loss scale may grow after 200 good ones."""
+    """Return the base, for 800 steps; the loss scale may grow after 200 good ones."""
     config = small_english(steps=800)
     config.train.loss_scale.window = 200
     return config
 
 
 def get_sweep() -> dict:
-    """Give precision and the treatment of scores x seed."""
+    """Return precision and the treatment of scores x seed."""
     half = {"train.precision": "float16"}
     return {
         "precision": {

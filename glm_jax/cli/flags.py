@@ -13,7 +13,7 @@ from glm_jax.errors import UserError
 
 
 def flag_values(command: str) -> flags.FlagValues:
-    """Give an empty set of flags, so that commands do not share any."""
+    """Return an empty set of flags, so that commands do not share any."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     flags.DEFINE_bool("help", False, f"show the flags of {command}", short_name="h", flag_values=values)
@@ -69,7 +69,7 @@ def require(values: flags.FlagValues, names: Sequence[str]) -> None:
 
 
 def load(values: flags.FlagValues) -> Experiment:
-    """Give the resolved config that the flags describe."""
+    """Return the resolved config that the flags describe."""
     try:
         return resolve(values.config)
     except OSError as error:  # config_flags raises it only now
@@ -79,13 +79,13 @@ def load(values: flags.FlagValues) -> Experiment:
 
 
 def _one_line(error: Exception) -> str:
-    """Give the last line of an error's message, which says what happened."""
+    """Return the last line of an error's message, which says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
-    """Say which `--config.KEY` does not exist, and the nearest that does."""
+    """Return which `--config.KEY` does not exist, and the nearest that does."""
     known = list(default_values({}))
     for argument in arguments:
         key = argument.split("=")[0].removeprefix("--config.")

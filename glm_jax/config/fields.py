@@ -135,7 +135,7 @@ class Section:
 
 
 def _problem(value: Any, kind: Any, key: Key) -> str:
-    """Say what a value must do that it does not, or nothing."""
+    """Return what a value must do that it does not, or nothing."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         known = any(type(value) is type(choice) and value == choice for choice in choices)
@@ -184,7 +184,7 @@ def to_dict(values: Section) -> dict[str, Any]:
 
 
 def closest(key: str, known: list[str]) -> str:
-    """Say which known key was probably meant, or where to find them all."""
+    """Return which known key was probably meant, or where to find them all."""
     matches = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if matches:
         return f"did you mean {matches[0]}?"

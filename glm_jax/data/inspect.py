@@ -93,6 +93,6 @@ def _sample(sample: Mapping[str, Any], tokenizer: Tokenizer, coloured: bool) -> 
 
 
 def _target(span: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Give the text of one target, document ends shown."""
+    """Return the text of one target, document ends shown."""
     ends = np.flatnonzero(span == tokenizer.eos)
     return END_OF_DOCUMENT.join(tokenizer.decode(part) for part in np.split(span, ends))

@@ -83,7 +83,7 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
 
 
 def state_specs(cfg: GLMConfig, mesh: jax.sharding.Mesh) -> Any:
-    """Give the PartitionSpecs of master params, gradients and each moment."""
+    """Return the PartitionSpecs of master params, gradients and each moment."""
     return partition.state_specs(model.logical_axes(cfg), cfg.hidden_size, mesh.shape["data"])
 
 
@@ -132,7 +132,7 @@ def token_losses(
 
 
 def row_weights(cfg: EngineConfig, counts: Array) -> Array:
-    """Give the factor of each row's summed loss before the global normaliser, for its target tokens `counts`.
+    """Return the factor of each row's summed loss before the global normaliser, for its target tokens `counts`.
 
     `tokens` weighs every target token alike. `microbatch` weighs every row alike, as the reference does: it takes the
     mean of each microbatch, of one row, and the mean of these.

@@ -74,7 +74,7 @@ def value_and_grad(
     shrink: Array | float | None = None,
     loss_scale: Array | float = 1.0,
 ) -> Gradients:
-    """Give loss sums and the gradients of the mean loss over a global batch, under the mesh's parallelism.
+    """Return loss sums and the gradients of the mean loss over a global batch, under the mesh's parallelism.
 
     Args:
         cfg: static.
@@ -114,7 +114,7 @@ def value_and_grad(
 
 
 def losses(cfg: EngineConfig, mesh: jax.sharding.Mesh, params: Any, batch: Batch) -> Array:
-    """Give the loss in nats of every target token: float32 [M, B/M, S], 0 elsewhere.
+    """Return the loss in nats of every target token: float32 [M, B/M, S], 0 elsewhere.
 
     Arguments as in `value_and_grad`; no dropout.
     """

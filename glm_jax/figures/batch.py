@@ -148,7 +148,7 @@ def _cell(token: Token, left: float, top: float, width: float) -> list[str]:
 
 
 def visible(batch: Batch, b: int) -> np.ndarray:
-    """Say what kind of pair query i and key j of row b are: int [S, S], an index into LEGEND.
+    """Return what kind of pair query i and key j of row b are: int [S, S], an index into LEGEND.
 
     Padding, which may see itself so that no softmax is empty, counts as not seeing.
     """

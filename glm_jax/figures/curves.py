@@ -90,7 +90,7 @@ PANELS = (
 
 
 def panels(record: Record) -> list[Panel]:
-    """Give the panels that the record has data for, in the order of a report."""
+    """Return the panels that the record has data for, in the order of a report."""
     found: list[Panel] = []
     for lines in PANELS:
         series = _find(record, lines)
@@ -103,12 +103,12 @@ def panels(record: Record) -> list[Panel]:
 
 
 def smoothing_span(count: int) -> int:
-    """Give over about how many of `count` points a line is smoothed; 1: not at all."""
+    """Return over about how many of `count` points a line is smoothed; 1: not at all."""
     return count // 100 if count >= SMOOTHED_FROM else 1
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:
-    """Give the exponential moving average of values [n] over about `span` points, unbiased at the start; NaN stay."""
+    """Return the exponential moving average of values [n] over about `span` points, unbiased at the start; NaN stay."""
     keep, total, weight = 1 - 1 / span, 0.0, 0.0
     smoothed = np.full(len(values), np.nan)  # [n]
     for place, value in enumerate(values):
@@ -149,7 +149,7 @@ def draw_marks(axis: Axes, record: Record) -> None:
 
 
 def mark_keys(record: Record) -> list[Line2D]:
-    """Give a line for each kind of mark that the record has, labelled, for a legend."""
+    """Return a line for each kind of mark that the record has, labelled, for a legend."""
     return [
         Line2D([], [], color=MARK_STYLES[kind][0], linestyle=MARK_STYLES[kind][1], label=MARK_NAMES[kind])
         for kind in record.kinds()
@@ -230,7 +230,7 @@ def _finish_steps(axis: Axes, record: Record, y: str, title: str, legend: bool =
 
 
 def _depth_panels(record: Record) -> list[Panel]:
-    """Give activations over steps and depth as a heat map, and over depth at a few steps as lines."""
+    """Return activations over steps and depth as a heat map, and over depth at a few steps as lines."""
     found = record.layers("activation_rms")
     if found is None:
         return []

@@ -41,7 +41,7 @@ def logarithmic(axis: XAxis | YAxis) -> None:
 
 
 def share(scales: Scales) -> np.ndarray:
-    """Give how large each branch is against the residual it is added to: [seeds, 2L]."""
+    """Return how large each branch is against the residual it is added to: [seeds, 2L]."""
     return scales.branch / scales.residual
 
 
@@ -113,7 +113,7 @@ def _positive(values: np.ndarray) -> np.ndarray:
 
 
 def _median(values: np.ndarray) -> np.ndarray:
-    """Give the median over seeds [seeds, n] -> [n]; nan unless every seed has a value."""
+    """Return the median over seeds [seeds, n] -> [n]; nan unless every seed has a value."""
     return np.median(values, axis=0)
 
 

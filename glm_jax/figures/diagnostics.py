@@ -67,7 +67,7 @@ class Scales(NamedTuple):
 
 
 def tiny(norm: Norm, layers: int, activation: Activation = "geglu") -> GLMConfig:
-    """Give a GLM of 64-128-2 and `layers` layers."""
+    """Return a GLM of 64-128-2 and `layers` layers."""
     return GLMConfig(
         layers, hidden_size=64, num_heads=2, ffn_size=128, vocab_size=256, norm=norm, activation=activation
     )
@@ -83,7 +83,7 @@ def random_rows(cfg: GLMConfig, key: Array) -> Rows:
 
 
 def rms(x: Array) -> Array:
-    """Give the root mean square of all entries."""
+    """Return the root mean square of all entries."""
     return jnp.sqrt(jnp.mean(x * x))
 
 
@@ -144,20 +144,20 @@ def forward_scales(cfg: GLMConfig, params: Params, rows: Rows) -> dict[str, Arra
 
 
 def _stream(cfg: GLMConfig, params: Params, rows: Rows) -> Array:
-    """Give the residual stream behind the last block [B, S, D]; a gradient recomputes inside blocks."""
+    """Return the residual stream behind the last block [B, S, D]; a gradient recomputes inside blocks."""
     x = embed(cfg, params, rows.tokens, rows.positions)  # [B, S, D]
     return stage(cfg, params["blocks"], x, rows.allowed, position_terms(cfg, rows.positions, x.dtype), remat=True)
 
 
 def loss(cfg: GLMConfig, params: Params, rows: Rows) -> Array:
-    """Give the mean cross-entropy of the target tokens, in nats."""
+    """Return the mean cross-entropy of the target tokens, in nats."""
     logits = head(cfg, params, _stream(cfg, params, rows))  # [B, S, V]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows.targets)  # [B, S]
     return jnp.sum(losses * rows.loss_mask) / jnp.sum(rows.loss_mask)
 
 
 def only(kind: str, tree: Params) -> Params:
-    """Give the arrays of one of `KINDS`, zeros in place of the others: biases count with the layer norms."""
+    """Return the arrays of one of `KINDS`, zeros in place of the others: biases count with the layer norms."""
     names = KINDS[kind]
     return jax.tree_util.tree_map_with_path(
         lambda path, array: array if path[-1].key in names else jnp.zeros_like(array), tree
@@ -165,7 +165,7 @@ def only(kind: str, tree: Params) -> Params:
 
 
 def layer_norms(stacked: Params) -> Array:
-    """Give the norm over all arrays [L, ...] of each layer's part: float32 [L]; the squares do not overflow."""
+    """Return the norm over all arrays [L, ...] of each layer's part: float32 [L]; the squares do not overflow."""
     flat = [array.reshape(array.shape[0], -1) for array in jax.tree.leaves(stacked)]  # [L, n] each
     largest = jnp.stack([jnp.max(jnp.abs(array), axis=1) for array in flat]).max(axis=0)  # [L]
     unit = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)[:, None]  # [L, 1]
@@ -175,12 +175,12 @@ def layer_norms(stacked: Params) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def output(cfg: GLMConfig, params: Params, rows: Rows) -> Array:
-    """Give what the head projects, the final norm's output [B, S, D]; its rms is 1."""
+    """Return what the head projects, the final norm's output [B, S, D]; its rms is 1."""
     return run(LayerNorm(cfg.norm_epsilon), params["final_norm"], _stream(cfg, params, rows))  # [B, S, D]
 
 
 def model_update(cfg: GLMConfig, params: Params, rows: Rows, gradients: Params, kind: str) -> Array:
-    """Give the rms change of the output, whose own rms is 1, by one Adam step at RATE on a kind of the blocks' params.
+    """Return the rms change of the output, whose rms is 1, by one Adam step at RATE on a kind of the blocks' params.
 
     Two unrelated outputs differ by the square root of 2. The embedding and the final norm stay, so that this is what
     the stack of blocks does (F in section 4 of DeepNet). No warm-up, no clipping, no weight decay.
@@ -221,5 +221,5 @@ def measure(cfg: GLMConfig, seeds: Sequence[int]) -> Scales:
 
 
 def exponent(depths: Sequence[int], values: Sequence[float]) -> float:
-    """Give p of the power law depth ** p that fits positive values best, by least squares of the logarithms."""
+    """Return p of the power law depth ** p that fits positive values best, by least squares of the logarithms."""
     return float(np.polyfit(np.log(depths), np.log(values), 1)[0])

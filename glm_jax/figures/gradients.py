@@ -33,7 +33,7 @@ EMBEDDING, BLOCKS = "grad_norm/embedding", "grad_norm/blocks_"
 
 
 def blocks(result: Row) -> dict[str, np.ndarray]:
-    """Give the gradient norms of a member's layer groups [n], from the bottom up, named as in `layers 0-1`."""
+    """Return the gradient norms of a member's layer groups [n], from the bottom up, named as in `layers 0-1`."""
     found = {}
     for name in sorted((name for name in result["curves"] if name.startswith(BLOCKS)), key=_first_layer):
         first, last = name.removeprefix(BLOCKS).split("_")
@@ -46,7 +46,7 @@ def _first_layer(name: str) -> int:
 
 
 def share(result: Row) -> np.ndarray:
-    """Give the embedding's gradient norm over that of all layers together [n]."""
+    """Return the embedding's gradient norm over that of all layers together [n]."""
     return result["curves"][EMBEDDING] / np.sqrt(sum(values**2 for values in blocks(result).values()))
 
 
@@ -125,7 +125,7 @@ class Paths(NamedTuple):
 
 
 def _loss(cfg: GLMConfig, word: tuple[jax.Array, jax.Array], params: Params, rows: Rows) -> jax.Array:
-    """Give the mean cross-entropy in nats, with a table [V, D] of its own for the lookup and for the head."""
+    """Return the mean cross-entropy in nats, with a table [V, D] of its own for the lookup and for the head."""
     inside, outside = (params | {"embedding": params["embedding"] | {"word": table}} for table in word)
     x = embed(cfg, inside, rows.tokens, rows.positions)  # [B, S, D]
     x = stage(cfg, params["blocks"], x, rows.allowed, position_terms(cfg, rows.positions, x.dtype))

@@ -47,7 +47,7 @@ class Layout(NamedTuple):
 
 
 def layouts(cfg: GLMConfig, sizes: Sizes) -> dict[str, Layout]:
-    """Give the layout of every parameter by its path, such as blocks/attention/qkv/kernel."""
+    """Return the layout of every parameter by its path, such as blocks/attention/qkv/kernel."""
     axes = logical_axes(cfg)
     shapes = jax.eval_shape(lambda: partition.pad_layers(init(cfg, jax.random.key(0)), axes, sizes["pipeline"]))
     specs = partition.specs(axes), partition.state_specs(axes, cfg.hidden_size, sizes["data"])
@@ -60,13 +60,13 @@ def layouts(cfg: GLMConfig, sizes: Sizes) -> dict[str, Layout]:
 
 
 def entries(spec: jax.P, dimensions: int) -> list[tuple[str, ...]]:
-    """Give the mesh axes that split each dimension of an array, the outer first."""
+    """Return the mesh axes that split each dimension of an array, the outer first."""
     filled = [*spec, *[None] * (dimensions - len(spec))]
     return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in filled]
 
 
 def held(shape: Sequence[int], spec: jax.P, sizes: Sizes, device: Mapping[str, int]) -> tuple[slice, ...]:
-    """Say which part of an array a device holds.
+    """Return which part of an array a device holds.
 
     Args:
         shape: of the whole array; its split dimensions divide evenly.
@@ -176,7 +176,7 @@ def _contrast(shade: Any) -> str:
 
 
 def bytes_a_device(cfg: GLMConfig, sizes: Sizes) -> dict[str, int]:
-    """Give the bytes of params-sized arrays on each device, by `KINDS`; activations and the stash come on top."""
+    """Return the bytes of params-sized arrays on each device, by `KINDS`; activations and the stash come on top."""
     total = dict.fromkeys(KINDS, 0)
     for layout in layouts(cfg, sizes).values():
         for kind, size in KINDS.items():

@@ -16,7 +16,7 @@ from glm_jax.model.transformer import embed
 
 
 def rotary_similarity(cfg: GLMConfig, positions: np.ndarray) -> np.ndarray:
-    """Give the cosine between two heads' vectors of ones, rotated to `positions` [S]: [S, S].
+    """Return the cosine between two heads' vectors of ones, rotated to `positions` [S]: [S, S].
 
     The mean of cos(distance x frequency) over the frequencies: what RoPE alone makes of equal contents.
     """
@@ -26,13 +26,13 @@ def rotary_similarity(cfg: GLMConfig, positions: np.ndarray) -> np.ndarray:
 
 
 def alibi_bias(cfg: GLMConfig, positions: np.ndarray) -> np.ndarray:
-    """Give what ALiBi adds to the scores of each head at `positions` [S]: [N, S, S]."""
+    """Return what ALiBi adds to the scores of each head at `positions` [S]: [N, S, S]."""
     distance = np.asarray(alibi_distance(jnp.asarray(positions)[None])[0])  # [S, S]
     return -np.array(alibi_slopes(cfg.num_heads))[:, None, None] * distance
 
 
 def learned_similarity(cfg: GLMConfig, streams: np.ndarray, seed: int) -> np.ndarray:
-    """Give the cosines between the vectors that two streams [2, S] add to the words, at initialisation: [S, S]."""
+    """Return the cosines between the vectors that two streams [2, S] add to the words, at initialisation: [S, S]."""
     params = init(cfg, jax.random.key(seed))
     still = params | {"embedding": params["embedding"] | {"word": jnp.zeros_like(params["embedding"]["word"])}}
     tokens = jnp.zeros((1, streams.shape[1]), jnp.int32)  # [B, S]

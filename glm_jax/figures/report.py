@@ -75,7 +75,7 @@ def write(workdir: Path, out: Path | None = None) -> Path:
 
 
 def page(record: Record, config: dict[str, Any], name: str) -> str:
-    """Give the page: facts, curves, events, and what the config says other than the defaults."""
+    """Return the page: facts, curves, events, and what the config says other than the defaults."""
     from glm_jax.figures import curves, style
 
     figures = []
@@ -103,7 +103,7 @@ def page(record: Record, config: dict[str, Any], name: str) -> str:
 
 
 def picture(record: Record, config: dict[str, Any], name: str) -> bytes:
-    """Give the curves as one PNG, the facts as its head."""
+    """Return the curves as one PNG, the facts as its head."""
     from glm_jax.figures import curves, style
 
     panels = curves.panels(record)
@@ -122,7 +122,7 @@ def picture(record: Record, config: dict[str, Any], name: str) -> bytes:
 
 
 def facts(record: Record, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Give the head of a report as (name, value): how far the run is and how well it does."""
+    """Return the head of a report as (name, value): how far the run is and how well it does."""
     train, heldout = record.last("train"), record.last("evaluation")
     total = config.get("train", {}).get("steps")
     step = f"{record.last_step:,}" + (f" of {total:,}" if total else "")
@@ -199,7 +199,7 @@ def _config_table(config: dict[str, Any]) -> str:
 
 
 def _table(title: str, heads: list[str], rows: list[list[str]], numbers: int = 0) -> str:
-    """Give a table under its title, the first `numbers` columns of which hold numbers; empty without rows."""
+    """Return a table under its title, the first `numbers` columns of which hold numbers; empty without rows."""
     if not rows:
         return ""
     classes = [' class="number"'] * numbers + [""] * (len(heads) - numbers)

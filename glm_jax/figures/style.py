@@ -35,7 +35,7 @@ _SETTINGS: Any = {
 
 
 def figure(rows: int, columns: int, width: float = 5.6, height: float = 2.6) -> tuple[Figure, list[Axes]]:
-    """Give a transparent figure of rows x columns axes, row by row; `width` and `height` are one axis's, in inches."""
+    """Return a transparent figure and its axes, row by row; `width` and `height` are one axis's, in inches."""
     with matplotlib.rc_context(_SETTINGS):
         made = Figure(figsize=(columns * width, rows * height), layout="constrained", facecolor="none")
         axes = [made.add_subplot(rows, columns, place + 1) for place in range(rows * columns)]
@@ -74,7 +74,7 @@ def scale_values(axis: Axes, log: bool = False) -> None:
 
 
 def svg(drawn: Figure) -> str:
-    """Give a figure as an <svg> element to stand inside a page; its text and axes take on the colour of the page's."""
+    """Return a figure as an <svg> element for a page; its text and axes take on the colour of the page's."""
     text = _save(drawn, "svg").decode("utf-8")
     # What only a file of its own needs goes: the prologue, the metadata, the addresses that name XML dialects.
     text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>\s*|<style.*?</style>", "", text, flags=re.DOTALL)
@@ -82,7 +82,7 @@ def svg(drawn: Figure) -> str:
 
 
 def png(drawn: Figure, dots_per_inch: int = 110) -> bytes:
-    """Give a figure as a PNG file on white."""
+    """Return a figure as a PNG file on white."""
     return _save(drawn, "png", facecolor="white", dpi=dots_per_inch)
 
 

@@ -30,7 +30,7 @@ NOTHING = "learnt nothing"  # as sweep_verdict.py has it
 
 
 def labels(results: Sequence[Row], axis: str) -> list[str]:
-    """Give the labels of an axis that are there, in their order; numbers ascending."""
+    """Return the labels of an axis that are there, in their order; numbers ascending."""
     found = list(dict.fromkeys(result["labels"][axis] for result in results))
     return sorted(found, key=float) if all(map(_is_number, found)) else found
 
@@ -44,12 +44,12 @@ def _is_number(label: str) -> bool:
 
 
 def heldout(result: Row) -> float | None:
-    """Give the held-out loss of a member that finished; None of a diverged one, or where none was held out."""
+    """Return the held-out loss of a member that finished; None of a diverged one, or where none was held out."""
     return result["heldout"].get("loss") if result["status"] == "finished" else None
 
 
 def where(results: Sequence[Row], chosen: Mapping[str, str]) -> list[Row]:
-    """Give the results that have these labels."""
+    """Return the results that have these labels."""
     return [result for result in results if all(result["labels"][axis] == label for axis, label in chosen.items())]
 
 
@@ -87,14 +87,14 @@ def loss_curves(results: Sequence[Row], lines: str, rows: str = "", columns: str
 
 
 def _colours(names: Sequence[str]) -> list:
-    """Give shades of one scale for numbers, unlike colours for names."""
+    """Return shades of one scale for numbers, unlike colours for names."""
     if all(map(_is_number, names)) and len(names) > 1:
         return list(matplotlib.colormaps[style.MAP](np.linspace(0, 0.9, len(names))))
     return list(itertools.islice(itertools.cycle(style.COLOURS), len(names)))
 
 
 def _span(results: Sequence[Row]) -> tuple[float, float]:
-    """Give limits that show all finite losses up to a nat above a uniform guess."""
+    """Return limits that show all finite losses up to a nat above a uniform guess."""
     losses = np.concatenate([result["curves"]["loss"] for result in results])
     ceiling = max(result["uniform"] for result in results) + 1
     losses = losses[np.isfinite(losses)]
@@ -314,13 +314,13 @@ def claims_table(results: Sequence[Row], schemes: Sequence[str], scheme: str = "
 
 
 def _median_rate(results: Sequence[Row], depth: str, scheme: str) -> float | None:
-    """Give the median of the seeds' highest stable rates, 0 for none; None while members are missing."""
+    """Return the median of the seeds' highest stable rates, 0 for none; None while members are missing."""
     seeds = frontier(results).get((depth, scheme))
     return statistics.median_low(value or 0.0 for value in seeds.values()) if seeds else None
 
 
 def _best(results: Sequence[Row], depth: str, scheme: str) -> list[float]:
-    """Give the held-out losses of the seeds at the rate with the lowest mean; none if no rate has all seeds."""
+    """Return the held-out losses of the seeds at the rate with the lowest mean; none if no rate has all seeds."""
     by_rate = []
     for rate in labels(results, RATE):
         here = where(results, {DEPTH: depth, SCHEME: scheme, RATE: rate})

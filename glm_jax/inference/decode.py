@@ -27,7 +27,7 @@ class _Progress(NamedTuple):
 
 
 def row_positions(cfg: GLMConfig, length: int, context: int, blank: int, repeats: bool) -> np.ndarray:
-    """Give the positions of a row: int32 [1, T], or [1, 2, T] for learned_2d.
+    """Return the positions of a row: int32 [1, T], or [1, 2, T] for learned_2d.
 
     Args:
         cfg: the model.

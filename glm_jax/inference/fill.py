@@ -92,7 +92,7 @@ def _is_blank(piece: Piece) -> bool:
 
 
 def _first_blank(pieces: list[Piece]) -> int | None:
-    """Give the blank to fill next: the first [MASK], else the first [sMASK], else the first [gMASK]."""
+    """Return the blank to fill next: the first [MASK], else the first [sMASK], else the first [gMASK]."""
     for kind in ("[MASK]", "[sMASK]", "[gMASK]"):
         for place, piece in enumerate(pieces):
             if not piece.filled and piece.text == kind:

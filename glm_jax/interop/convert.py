@@ -139,7 +139,7 @@ def _write_metadata(directory: Path, shapes: dict[ParamPath, tuple[int, ...]]) -
 
 
 def _find_step(path: Path) -> Path:
-    """Give `path` itself if it is a step's directory, else the newest step in it."""
+    """Return `path` itself if it is a step's directory, else the newest step in it."""
     if (path / ITEM).is_dir():
         return path
     steps = [step for step in path.iterdir() if step.name.isdigit()] if path.is_dir() else []

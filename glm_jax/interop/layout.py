@@ -45,27 +45,27 @@ class Rule(NamedTuple):
         return self.official.replace(" ", "")
 
     def view_shape(self, sizes: dict[str, int], ranks: int = 1) -> tuple[int, ...]:
-        """Give the size of each axis of `view` on one rank."""
+        """Return the size of each axis of `view` on one rank."""
         return tuple(sizes[axis] // (ranks if axis == self.split else 1) for axis in self.view)
 
     def torch_shape(self, sizes: dict[str, int], ranks: int = 1) -> tuple[int, ...]:
-        """Give the shape of the official tensor on one rank."""
+        """Return the shape of the official tensor on one rank."""
         shape = dict(zip(self.view, self.view_shape(sizes, ranks), strict=True))
         return tuple(math.prod(shape[axis] for axis in group) for group in self.official.split())
 
     def our_shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
-        """Give the shape of our array, with L."""
+        """Return the shape of our array, with L."""
         return tuple(sizes[axis] for axis in ("L" if self.stacked else "") + self.ours)
 
 
 def axis_sizes(cfg: GLMConfig) -> dict[str, int]:
-    """Give the size of each axis of the table."""
+    """Return the size of each axis of the table."""
     return {"L": cfg.num_layers, "V": cfg.vocab_size, "T": cfg.max_length, "D": cfg.hidden_size, "N": cfg.num_heads,
             "C": 3, "K": cfg.head_dim, "G": cfg.up_projections, "F": cfg.ffn_size}  # fmt: skip
 
 
 def rules(cfg: GLMConfig) -> list[Rule]:
-    """Give the table for one model.
+    """Return the table for one model.
 
     The original GLM (learned_2d positions) packs q, k and v as three blocks on each rank; GLM-130B's code packs them
     head by head.

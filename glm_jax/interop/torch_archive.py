@@ -188,7 +188,7 @@ class _Archive:
         return StoredTensor(self.path, dtype, reference.shape, strides, start + reference.offset * dtype.itemsize)
 
     def _data_offset(self, info: zipfile.ZipInfo, name: str) -> int:
-        """Give the place of a member's first byte: its local header has a length of its own."""
+        """Return the place of a member's first byte: its local header has a length of its own."""
         self.file.seek(info.header_offset)
         header = self.file.read(30)
         if len(header) == 30 and header[:4] == b"PK\x03\x04":

@@ -36,7 +36,7 @@ class LayerCache(NamedTuple):
 
 
 def visibility(segments: Array, context: Array) -> Array:
-    """Say which key each query may see: `allowed` [B, S, S] from segments [B, S] and context [B, S].
+    """Return which key each query may see: `allowed` [B, S, S] from segments [B, S] and context [B, S].
 
     Packed samples (segments 1, 2, ...; 0 is padding) never see one another. Inside a segment the context sees all of
     the context, and a target token sees the context and what precedes it (paper,
@@ -49,7 +49,7 @@ def visibility(segments: Array, context: Array) -> Array:
 
 
 def qkv_stddev(cfg: GLMConfig) -> np.ndarray:
-    """Give the standard deviation of each column of the qkv kernel, [N, 3, K].
+    """Return the standard deviation of each column of the qkv kernel, [N, 3, K].
 
     `largescale` copies a quirk of the reference training code: it scales each rank's packed rows as if they were
     [q; k; v] blocks, so that whole heads, not the v rows, get the gain beta.
@@ -68,7 +68,7 @@ def qkv_stddev(cfg: GLMConfig) -> np.ndarray:
 
 
 def output_stddev(cfg: GLMConfig) -> float:
-    """Give the standard deviation of the attention output kernel."""
+    """Return the standard deviation of the attention output kernel."""
     if cfg.initialisation == "normal":
         return NORMAL_STDDEV * (2 * cfg.num_layers) ** -0.5
     gain = depth_coefficients(cfg.norm, cfg.num_layers).output_gain
@@ -84,7 +84,7 @@ def attention_probabilities(
     layer: Array,
     heads: Array,
 ) -> Array:
-    """Give float32 softmax weights [B, N, S, T] for queries [B, S, N, K], keys [B, T, N, K], allowed [B, S, T].
+    """Return float32 softmax weights [B, N, S, T] for queries [B, S, N, K], keys [B, T, N, K], allowed [B, S, T].
 
     `heads`, int32 [N], says which heads they are.
     With `score_scaling` the queries are divided by (layer + 1) sqrt(K) before the product in compute dtype, and the

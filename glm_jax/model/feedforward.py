@@ -38,7 +38,7 @@ def normal_cdf(x: Array) -> Array:
 
 
 def feedforward_stddevs(cfg: GLMConfig) -> tuple[float, float]:
-    """Give the standard deviations of the up kernel (each half is a matrix of its own) and of the down kernel."""
+    """Return the standard deviations of the up kernel (each half is a matrix of its own) and of the down kernel."""
     if cfg.initialisation == "normal":
         return NORMAL_STDDEV, NORMAL_STDDEV * (2 * cfg.num_layers) ** -0.5
     gains = depth_coefficients(cfg.norm, cfg.num_layers)

@@ -33,7 +33,7 @@ class TensorAxis(Protocol):
         return 1
 
     def part(self, count: int) -> Array:
-        """Say which of `count` heads or tokens this member holds: int32 [count / size]."""
+        """Return which of `count` heads or tokens this member holds: int32 [count / size]."""
         return jnp.arange(count)
 
     def enter(self, x: Array) -> Array:
@@ -62,7 +62,7 @@ def at_least_float32(x: Array) -> Array:
 
 
 def row_keys(key: Array | None, rows: Array) -> Array | None:
-    """Give each of `rows`, int32 [B], the dropout key of its own, [B], however the batch is cut."""
+    """Return each of `rows`, int32 [B], the dropout key of its own, [B], however the batch is cut."""
     return None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
@@ -139,7 +139,7 @@ class Affine(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[Array, Array]:
-        """Give the kernel, [*inputs, *outputs], and the bias, [*outputs]."""
+        """Return the kernel, [*inputs, *outputs], and the bias, [*outputs]."""
 
         def normal(key: Array, shape: tuple[int, ...]) -> Array:
             return jax.random.normal(key, shape) * jnp.asarray(self.stddev, jnp.float32)
@@ -151,5 +151,5 @@ class Affine(nn.Module):
 
 
 def xavier_stddev(rows: int, columns: int, gain: float = 1.0) -> float:
-    """Give Xavier's standard deviation for one whole matrix, however it is stored or sharded."""
+    """Return Xavier's standard deviation for one whole matrix, however it is stored or sharded."""
     return gain * (2.0 / (rows + columns)) ** 0.5

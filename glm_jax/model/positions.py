@@ -21,7 +21,7 @@ class PositionTerms(NamedTuple):
 
 
 def rotary_tables(cfg: GLMConfig, positions: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Give cosines and sines [B, S, 1, K/2] for `positions` [B, S] (paper section 2.1; RoFormer, arXiv 2104.09864).
+    """Return cosines and sines [B, S, 1, K/2] for `positions` [B, S] (paper section 2.1; RoFormer, arXiv 2104.09864).
 
     Angles are float32 or wider, unless `rope_angles` asks for the float16 tables of the released inference code, in
     which frequencies, positions, angles and tables are all rounded to float16.
@@ -44,7 +44,7 @@ def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """Give one slope a head: 2^(-8/n), 2^(-16/n), ... for n heads, n a power of two (arXiv 2108.12409).
+    """Return one slope a head: 2^(-8/n), 2^(-16/n), ... for n heads, n a power of two (arXiv 2108.12409).
 
     For other counts, the slopes of the power of two below, then every other slope of the one above, as its authors do.
     """
@@ -56,7 +56,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def repeat_ranks(positions: Array) -> tuple[Array, Array]:
-    """Say where positions [B, S] repeat: the run that each token belongs to and its place inside, both [B, S]."""
+    """Return where positions [B, S] repeat: the run that each token belongs to and its place inside, both [B, S]."""
     starts = jnp.concatenate([jnp.ones_like(positions[:, :1], bool), positions[:, 1:] != positions[:, :-1]], axis=1)
     runs = jnp.cumsum(starts, axis=1)  # [B, S]
     index = jnp.arange(positions.shape[1])
@@ -65,7 +65,7 @@ def repeat_ranks(positions: Array) -> tuple[Array, Array]:
 
 
 def alibi_distance(positions: Array) -> Array:
-    """Give ALiBi's distance [B, S, S] from each query to each key, for positions [B, S].
+    """Return ALiBi's distance [B, S, S] from each query to each key, for positions [B, S].
 
     It is |p_i - p_j|, plus the distance inside a target block, where a blank's position repeats: there all p are
     equal and alone would tell nothing of the order.

@@ -34,7 +34,7 @@ class DepthCoefficients:
 
 
 def depth_coefficients(norm: str, num_layers: int) -> DepthCoefficients:
-    """Give the depth coefficients of a scheme.
+    """Return the depth coefficients of a scheme.
 
     DeepNorm's exponents are 1/2, not the 1/4 of the DeepNet paper (arXiv 2203.00555): GLM-130B derives them for Adam.
     """

@@ -142,7 +142,7 @@ def init(cfg: GLMConfig, key: Array) -> Params:
 
 
 def logical_axes(cfg: GLMConfig) -> Params:
-    """Give the tree of `init` with a tuple of logical axis names (or None) in place of each array.
+    """Return the tree of `init` with a tuple of logical axis names (or None) in place of each array.
 
     parallel/partition.py turns the names, `layers`, `vocab`, `hidden`, `heads` and `ffn`, into mesh axes.
     """

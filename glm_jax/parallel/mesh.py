@@ -99,13 +99,13 @@ def nearest(size: int, count: int) -> str:
 
 
 def local_members(mesh: jax.sharding.Mesh) -> list[int]:
-    """Say which members of the axis `data` have a device in this process."""
+    """Return which members of the axis `data` have a device in this process."""
     here = {place[0] for place, device in np.ndenumerate(mesh.devices) if device.process_index == jax.process_index()}
     return sorted(here)
 
 
 def local_rows(mesh: jax.sharding.Mesh, global_batch: int, microbatches: int) -> np.ndarray:
-    """Say which rows of the global batch this process must read: int [M, B/M of this process].
+    """Return which rows of the global batch this process must read: int [M, B/M of this process].
 
     Each microbatch is cut evenly over `data`; stages and tensor members of one data member read the same rows.
     """

@@ -52,7 +52,7 @@ def specs(axes: Tree) -> Tree:
 
 
 def state_specs(axes: Tree, hidden: int, data: int) -> Tree:
-    """Give the specs of master params, and of moments of the same shapes.
+    """Return the specs of master params, and of moments of the same shapes.
 
     Args:
         axes: of `model.logical_axes`.
@@ -64,7 +64,7 @@ def state_specs(axes: Tree, hidden: int, data: int) -> Tree:
 
 
 def batch_spec(ndim: int) -> jax.P:
-    """Give the PartitionSpec of a batch array [M, B/M, ...] of `ndim` axes; all but the first two stay whole."""
+    """Return the PartitionSpec of a batch array [M, B/M, ...] of `ndim` axes; all but the first two stay whole."""
     return spec(BATCH_AXES + (None,) * (ndim - 2))
 
 
@@ -74,7 +74,7 @@ def shardings(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
 
 
 def without(axis: str, tree: Tree) -> Tree:
-    """Give the specs with one mesh axis left out: arrays are whole along it."""
+    """Return the specs with one mesh axis left out: arrays are whole along it."""
 
     def one(spec: jax.P) -> jax.P:
         entries = [
@@ -91,12 +91,12 @@ def mesh_axes(spec: jax.P) -> set[str]:
 
 
 def dimension(spec: jax.P, axis: str) -> int | None:
-    """Say which dimension of an array is split over the mesh axis alone, or None."""
+    """Return which dimension of an array is split over the mesh axis alone, or None."""
     return list(spec).index(axis) if axis in spec else None
 
 
 def layers_held(layers: int, stages: int) -> int:
-    """Give Q, the layers that every stage has room for: L / P, rounded up."""
+    """Return Q, the layers that every stage has room for: L / P, rounded up."""
     return -(-layers // stages)
 
 

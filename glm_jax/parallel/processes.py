@@ -34,7 +34,7 @@ class Gone(Exception):
 
 
 def scheduled(environment: Mapping[str, str]) -> bool:
-    """Say whether Slurm's srun, Open MPI's mpirun or a Cloud TPU slice has started this process beside others."""
+    """Return whether Slurm's srun, Open MPI's mpirun or a Cloud TPU slice has started this process beside others."""
     for variable, count in SCHEDULERS.items():
         if variable in environment and int(environment.get(count, "1")) > 1:
             return True
@@ -104,12 +104,12 @@ def _exit_on_abort() -> None:
 
 
 def alone() -> bool:
-    """Say whether this process is the whole run."""
+    """Return whether this process is the whole run."""
     return jax.process_count() == 1
 
 
 def is_first() -> bool:
-    """Say whether this is the process that speaks and writes for all."""
+    """Return whether this is the process that speaks and writes for all."""
     return jax.process_index() == 0
 
 

@@ -31,7 +31,7 @@ class ShardedAxis:
     vocab_shards: int
 
     def part(self, count: int) -> Array:
-        """Say which of `count` heads or tokens this member holds: int32 [count / size]."""
+        """Return which of `count` heads or tokens this member holds: int32 [count / size]."""
         share = count // self.size
         return lax.axis_index("tensor") * share + jnp.arange(share)
 
@@ -56,12 +56,12 @@ class ShardedAxis:
 
 
 def first_row(rows: int) -> Array:
-    """Say which row of the vocabulary is the first of the `rows` that this device holds."""
+    """Return which row of the vocabulary is the first of the `rows` that this device holds."""
     return lax.axis_index(VOCAB_AXES) * rows
 
 
 def token_losses(logits: Array, targets: Array, num_tokens: int) -> Array:
-    """Give the cross-entropy in nats of targets [B, S], float32 [B, S], the same over `pipeline` and `tensor`.
+    """Return the cross-entropy in nats of targets [B, S], float32 [B, S], the same over `pipeline` and `tensor`.
 
     Args:
         logits: float32 [B, S, V / shards], those of the vocabulary rows that this device holds.

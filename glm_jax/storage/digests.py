@@ -51,7 +51,7 @@ def seal(folder: Path, names: Iterable[str], index: int = 0, count: int = 1) -> 
 
 
 def is_sealed(folder: Path) -> bool:
-    """Say whether all lists are there; what they list is not looked at."""
+    """Return whether all lists are there; what they list is not looked at."""
     try:
         return bool(_lists(folder))
     except (OSError, _Damage):
@@ -64,7 +64,7 @@ def size(folder: Path) -> int:
 
 
 def damage(folder: Path, under: str = "", index: int = 0, count: int = 1) -> str | None:
-    """Say what is wrong with a folder, or None if all that was looked at is whole.
+    """Return what is wrong with a folder, or None if all that was looked at is whole.
 
     Args:
         folder: sealed, or cut off before it was.
@@ -88,7 +88,7 @@ def damage(folder: Path, under: str = "", index: int = 0, count: int = 1) -> str
 
 
 def _lists(folder: Path) -> list[Path]:
-    """Give the paths of all lists, one a process that sealed the folder."""
+    """Return the paths of all lists, one a process that sealed the folder."""
     counts = {int(match[2]) for match in map(_LIST.fullmatch, os.listdir(folder)) if match}
     if not counts:
         raise _Damage(UNFINISHED)

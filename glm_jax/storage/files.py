@@ -24,7 +24,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Give a file to write and read that becomes `path` if the block ends without an error."""
+    """Return a file to write and read that becomes `path` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -61,7 +61,7 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Give a temporary directory that becomes `path` if the block ends without an error.
+    """Return a temporary directory that becomes `path` if the block ends without an error.
 
     When another process has made `path` meanwhile, theirs stays: callers name directories by content.
     """

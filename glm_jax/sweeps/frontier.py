@@ -11,7 +11,7 @@ Settings = tuple[str, ...]  # labels of the axes but the learning rate's and the
 
 
 def settings(row: Mapping[str, Any], rate: str = "lr") -> Settings:
-    """Give the labels of a row but those of its learning rate and its seed."""
+    """Return the labels of a row but those of its learning rate and its seed."""
     return tuple(label for axis, label in row["labels"].items() if axis not in (rate, "seed"))
 
 

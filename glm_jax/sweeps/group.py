@@ -74,7 +74,7 @@ class Streams:
         self._rows, self._microbatches = train.global_batch, train.microbatches
 
     def at(self, step: int) -> dict[str, np.ndarray]:
-        """Give the batches of `step`, from 1: arrays [streams, M, B/M, ...]."""
+        """Return the batches of `step`, from 1: arrays [streams, M, B/M, ...]."""
         batches = [stream.at((step - 1) * self._rows, self._rows) for stream in self._batches]
         return {
             name: np.stack([batch[name] for batch in batches]).reshape(
@@ -85,7 +85,7 @@ class Streams:
 
 
 def data_key(config: Experiment) -> str:
-    """Give what the preparation of a config's data follows from, as text."""
+    """Return what the preparation of a config's data follows from, as text."""
     data = to_dict(config.data)
     return json.dumps([data["sources"], data["tokenizer"], data["instructions"], data["near_duplicates"],
                        data["heldout"], data["cache"]], sort_keys=True)  # fmt: skip
@@ -102,7 +102,7 @@ def prepare_all(configs: Sequence[Experiment], say: Callable[[str], None]) -> di
 
 
 def block_size(members: int, member_bytes: int) -> int:
-    """Give the members of a block: the most that divide `members` and whose bytes the cache holds, at least one."""
+    """Return the members of a block: the most that divide `members` and whose bytes the cache holds, at least one."""
     fitting = max(1, CACHED // member_bytes)
     return max(size for size in range(1, members + 1) if members % size == 0 and size <= fitting)
 
@@ -150,7 +150,7 @@ def init_states(cfg: StepConfig, seeds: Sequence[int]) -> TrainState:
 
 
 def begin(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tuple[GroupStep, TrainState, Streams]:
-    """Give what members that share a program are trained with: their step (see `compile_group`), states and batches.
+    """Return what members that share a program are trained with: their step (see `compile_group`), states and batches.
 
     Raises:
         UserError: a model or a batch that does not fit.
@@ -214,7 +214,7 @@ def _entropy(counts: np.ndarray) -> float:
 def _evaluate(
     configs: Sequence[Experiment], prepared: Mapping[str, Prepared], states: TrainState
 ) -> list[dict[str, float]]:
-    """Give each member's held-out losses, as the last evaluation of `glm-jax train` does."""
+    """Return each member's held-out losses, as the last evaluation of `glm-jax train` does."""
     if not configs[0].train.eval_every:
         return [{} for _ in configs]
     cfg, mesh = _shared(configs, prepared)

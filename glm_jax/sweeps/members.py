@@ -71,7 +71,7 @@ class Group:
 
     @property
     def steps(self) -> int:
-        """Give the steps of each member."""
+        """Return the steps of each member."""
         return self.members[0].config.train.steps
 
     def to_json(self, workdir: Path) -> str:
@@ -142,7 +142,7 @@ def _fits_a_file(label: Any) -> bool:
 
 
 def expand(base: Experiment, sweep: Sweep) -> list[Member]:
-    """Give every member of a sweep, its config checked.
+    """Return every member of a sweep, its config checked.
 
     Args:
         base: resolved.
@@ -188,7 +188,7 @@ def _check_plain(name: str, config: Experiment) -> None:
 
 
 def program(config: Experiment) -> str:
-    """Give what a member's program follows from, as text; equal texts, one program.
+    """Return what a member's program follows from, as text; equal texts, one program.
 
     Dropout draws from the seed, which is then a part of the program.
     """

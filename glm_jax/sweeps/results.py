@@ -33,12 +33,12 @@ Row = dict[str, Any]
 
 
 def member_path(workdir: Path, name: str) -> Path:
-    """Say where a member's result is."""
+    """Return where a member's result is."""
     return workdir / MEMBERS / f"{name}.json"
 
 
 def number(value: float) -> float | None:
-    """Give a number as it is saved: rounded to DIGITS, None where it is not finite."""
+    """Return a number as it is saved: rounded to DIGITS, None where it is not finite."""
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
@@ -92,7 +92,7 @@ def read_description(workdir: Path) -> dict[str, Any]:
 
 
 def provenance(description: Mapping[str, Any], there: int) -> str:
-    """Say in Markdown where results come from: command, commit, jax, members that are there, steps."""
+    """Return in Markdown where results come from: command, commit, jax, members that are there, steps."""
     commit = description["commit"]
     told = f"commit `{commit[:12]}{'+' * commit.endswith('+')}`" if commit else "no commit"  # +: of a changed tree
     return (
@@ -102,17 +102,17 @@ def provenance(description: Mapping[str, Any], there: int) -> str:
 
 
 def steps_text(base: Mapping[str, Any]) -> str:
-    """Say how long the members of a sweep with this base train."""
+    """Return how long the members of a sweep with this base train."""
     return f"{base['train.steps']} steps of {base['train.global_batch']} rows of {base['data.seq_length']} tokens"
 
 
 def rule() -> dict[str, Any]:
-    """Give the rule of divergence as sweep.json has it, in numbers and in words."""
+    """Return the rule of divergence as sweep.json has it, in numbers and in words."""
     return {"rule": sweep_verdict.RULE, "rule_text": sweep_verdict.__doc__}
 
 
 def missing(workdir: Path, members: Iterable[Member]) -> bool:
-    """Say whether one of the members has no result yet, or a damaged one."""
+    """Return whether one of the members has no result yet, or a damaged one."""
     for member in members:
         try:
             read_member(member_path(workdir, member.name))
@@ -122,7 +122,7 @@ def missing(workdir: Path, members: Iterable[Member]) -> bool:
 
 
 def row(result: Mapping[str, Any]) -> Row:
-    """Give a result without its curves and what the clock had to do with it, judged by the rule as it is now."""
+    """Return a result without its curves and what the clock had to do with it, judged by the rule as it is now."""
     verdict = judge_again(result)
     judged = {"status": verdict.status, "step": verdict.step, "reason": verdict.reason}
     return {name: value for name, value in result.items() if name not in ("curves", "run")} | judged

@@ -144,7 +144,7 @@ def _prepare(members: Sequence[Member], say: Say) -> list[dict[str, Any]]:
 
 
 def _describe(path: Path, base: Experiment, sweep: Sweep, members: Sequence[Member]) -> dict[str, Any]:
-    """Give what sweep.json says, but its data."""
+    """Return what sweep.json says, but its data."""
     packages = ("glm-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.stem
     description = {
@@ -162,7 +162,7 @@ def _describe(path: Path, base: Experiment, sweep: Sweep, members: Sequence[Memb
 
 
 def _commit() -> str | None:
-    """Give the commit of the working tree, with a + where files differ from it; None without one."""
+    """Return the commit of the working tree, with a + where files differ from it; None without one."""
     folder = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)

@@ -71,11 +71,11 @@ class Saved:
 
     @property
     def members(self) -> int:
-        """Give the members of the whole sweep."""
+        """Return the members of the whole sweep."""
         return len(self.description["members"])
 
     def renamed(self, axis: str, name: str, names: Mapping[str, str]) -> Saved:
-        """Give those results whose label of `axis` is in `names`, under the axis `name` with the labels it gives."""
+        """Return those results whose label of `axis` is in `names`, under the axis `name` with the labels it gives."""
         kept = [found for found in self.results if found["labels"][axis] in names]
         labels = [
             {name if key == axis else key: names[label] if key == axis else label for key, label in old.items()}
@@ -85,7 +85,7 @@ class Saved:
         return dataclasses.replace(self, results=results)
 
     def origin(self) -> str:
-        """Say in Markdown where the results come from, and how much of the sweep there is."""
+        """Return in Markdown where the results come from, and how much of the sweep there is."""
         there = len(self.results)
         if not self.description["command"]:
             return (
@@ -97,7 +97,7 @@ class Saved:
         return f"**Saved results, {state}:** {provenance(self.description, there)}.{self._coverage()}"
 
     def _coverage(self) -> str:
-        """Say which labels of the first axis are there in part or not at all; nothing of a complete sweep."""
+        """Return which labels of the first axis are there in part or not at all; nothing of a complete sweep."""
         if len(self.results) == self.members:
             return ""
         axis, values = next(iter(self.description["axes"].items()))
@@ -213,7 +213,7 @@ def _train_group(group: sweep_members.Group) -> list[Row]:
 
 
 def standard_docstrings() -> list[str]:
-    """Give the docstrings of MODULES, some hundred kilobytes."""
+    """Return the docstrings of MODULES, some hundred kilobytes."""
     specs = [importlib.util.find_spec(name) for name in MODULES]
     paths = [Path(spec.origin) for spec in specs if spec and spec.origin]
     return [text for path in paths for text in docstrings(path.read_text(encoding="utf-8"))]

@@ -25,14 +25,14 @@ GMASK_ALONE = {"data.blanks.mask": 0.0, "data.blanks.smask": 0.0, "data.blanks.g
 
 
 def is_unidirectional(config: Experiment) -> bool:
-    """Say whether every training row is one [gMASK] target without context."""
+    """Return whether every training row is one [gMASK] target without context."""
     blanks = config.data.blanks
     others = blanks.mask + blanks.smask + blanks.instruction
     return blanks.gmask > 0 and not others and blanks.gmask_min_ratio == 1.0 and not blanks.history
 
 
 def applies(config: Experiment) -> bool:
-    """Say whether a member has learnt to continue a text: some of its rows are [gMASK] ones."""
+    """Return whether a member has learnt to continue a text: some of its rows are [gMASK] ones."""
     return config.data.blanks.gmask > 0 and not config.data.blanks.history
 
 
@@ -74,7 +74,7 @@ def make_batch(texts: list[np.ndarray], config: Experiment, prepared: Prepared) 
 
 
 def _sample(text: np.ndarray, config: Experiment, prepared: Prepared, two_streams: bool) -> tuple[Sample, int]:
-    """Give the sample of a text, and its first place that counts."""
+    """Return the sample of a text, and its first place that counts."""
     special, end = prepared.tokenizer, config.data.blanks.gmask_eop
     half = len(text) // 2
     start = 0 if is_unidirectional(config) else half
@@ -87,7 +87,7 @@ def evaluate(
     prepared: Prepared,
     losses: Callable[[Mapping[str, np.ndarray]], np.ndarray],
 ) -> dict[str, float]:
-    """Give `loss/second_half` in nats a token; empty where it does not apply, or nothing is held out.
+    """Return `loss/second_half` in nats a token; empty where it does not apply, or nothing is held out.
 
     Args:
         config, prepared: of the member.

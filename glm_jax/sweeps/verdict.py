@@ -42,12 +42,12 @@ class Verdict:
 
     @property
     def status(self) -> str:
-        """Give `diverged` or `finished`."""
+        """Return `diverged` or `finished`."""
         return "diverged" if self.reason else "finished"
 
 
 def smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Give the moving average m of losses [T]: float64 [T], NaN before the first finite loss."""
+    """Return the moving average m of losses [T]: float64 [T], NaN before the first finite loss."""
     average, weight = 0.0, 0.0
     averages = np.full(len(losses), np.nan)
     for place, loss in enumerate(losses):

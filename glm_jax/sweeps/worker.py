@@ -37,7 +37,7 @@ def work(job: Mapping[str, Any]) -> None:
 
 
 def result(config: Experiment, outcome: Outcome) -> dict[str, Any]:
-    """Give what is saved of an outcome; the verdict is on the numbers as they are saved."""
+    """Return what is saved of an outcome; the verdict is on the numbers as they are saved."""
     losses = [number(loss) for loss in outcome.losses]
     saved = [float("nan") if loss is None else loss for loss in losses]
     smooth, warmup = sweep_verdict.smooth(saved), math.ceil(config.optimizer.warmup_samples / config.train.global_batch)

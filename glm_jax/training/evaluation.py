@@ -21,7 +21,7 @@ SHORTEST_TEXT = 16  # tokens; with fewer held out, a source is not evaluated
 
 
 def training_batches(config: Experiment, prepared: Prepared) -> Batches:
-    """Give the batches of a run, a pure function of the row."""
+    """Return the batches of a run, a pure function of the row."""
     return Batches(
         {source: splits["train"] for source, splits in prepared.shards.items()},
         with_weights(config.data.weights or _weights(config, prepared), prepared.instruction_weights),
@@ -36,7 +36,7 @@ def training_batches(config: Experiment, prepared: Prepared) -> Batches:
 
 
 def heldout_batches(config: Experiment, prepared: Prepared) -> dict[str, Batches]:
-    """Give the held-out rows of each source that has any; the same blanks every time, whatever the history."""
+    """Return the held-out rows of each source that has any; the same blanks every time, whatever the history."""
     shares = {kind: share for kind, share in config.data.blanks.shares().items() if kind != "instruction"}
     return {
         source: Batches(
@@ -55,7 +55,7 @@ def heldout_batches(config: Experiment, prepared: Prepared) -> dict[str, Batches
 
 
 def _weights(config: Experiment, prepared: Prepared) -> dict[str, float]:
-    """Give the sources' weights, times what the temperature makes of their sizes."""
+    """Return the sources' weights, times what the temperature makes of their sizes."""
     if not config.data.temperature:
         return prepared.weights
     sizes = {source: float(splits["train"].lengths.sum()) for source, splits in prepared.shards.items()}
@@ -64,7 +64,7 @@ def _weights(config: Experiment, prepared: Prepared) -> dict[str, float]:
 
 
 def _sentence_ends(config: Experiment, prepared: Prepared) -> np.ndarray | None:
-    """Say which tokens end a sentence, where some rows may blank sentences."""
+    """Return which tokens end a sentence, where some rows may blank sentences."""
     blanks = config.data.blanks
     if not blanks.smask and not any("smask" in weights for _, weights in blanks.history):
         return None
@@ -82,7 +82,7 @@ class Evaluation:
         self._token_bytes = prepared.tokenizer.token_bytes
 
     def run(self, evaluate: Callable[[Any, Mapping[str, Any]], Any], params: Any, step: int) -> dict[str, Any]:
-        """Give the event: `loss` over all, `loss/<source>` in nats a target token, `bits_per_byte/<source>`."""
+        """Return the event: `loss` over all, `loss/<source>` in nats a target token, `bits_per_byte/<source>`."""
         event: dict[str, Any] = {"event": "evaluation", "step": step}
         total, count = 0.0, 0.0
         mine = meshes.local_rows(self._mesh, self._rows, 1).reshape(-1)

@@ -15,7 +15,7 @@ from glm_jax.config import Experiment, by_key, role, with_changes
 
 
 def effective(config: Experiment, step: int, skipped: Iterable[tuple[int, int]] = ()) -> Experiment:
-    """Give the config that holds after `step`: with the interventions up to it.
+    """Return the config that holds after `step`: with the interventions up to it.
 
     Args:
         config: resolved.
@@ -37,24 +37,24 @@ def effective(config: Experiment, step: int, skipped: Iterable[tuple[int, int]] 
 
 
 def next_step(config: Experiment, step: int, last: int) -> int:
-    """Give the first step after `step` at which an intervention takes effect, or `last` if that comes first."""
+    """Return the first step after `step` at which an intervention takes effect, or `last` if that comes first."""
     return min([at for at, _ in config.interventions if at > step] + [last])
 
 
 def numbers(config: Experiment) -> dict[str, Any]:
-    """Give the keys that a run's numbers follow from, as they look after a trip through JSON."""
+    """Return the keys that a run's numbers follow from, as they look after a trip through JSON."""
     plain = json.loads(json.dumps(by_key(config)))
     return {key: value for key, value in plain.items() if role(key) != "operational"}
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Say what differs between two results of `numbers`."""
+    """Return what differs between two results of `numbers`."""
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
 def after_spikes(before: Mapping[str, Any], skipped: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    """Give a result of `numbers` with the spikes taken in that it did not know yet, as `effective` does."""
+    """Return a result of `numbers` with the spikes taken in that it did not know yet, as `effective` does."""
     known, left = before["train.skip_steps"], before["train.spike.rollbacks"]
     ranges = [list(pair) for pair in skipped if list(pair) not in known]
     return {

@@ -115,7 +115,7 @@ class Run:
         return prepared
 
     def heldout(self) -> dict[str, Shards]:
-        """Give the held-out documents of each source."""
+        """Return the held-out documents of each source."""
         return {source: splits["heldout"] for source, splits in self.prepared.shards.items()}
 
     def go(self) -> int:
@@ -154,7 +154,7 @@ class Run:
         return DONE
 
     def _start(self) -> tuple[Progress, Segment]:
-        """Give the state of the newest good checkpoint, or a new one, and what it goes on with."""
+        """Return the state of the newest good checkpoint, or a new one, and what it goes on with."""
         part = self._first
         restored = self.checkpoints.restore(disk_targets(part.cfg, part.mesh))
         if restored is None:
@@ -178,7 +178,7 @@ class Run:
         )
 
     def _next_segment(self, progress: Progress, part: Segment, before: Mapping[str, Any] | None) -> Segment:
-        """Give what holds after `progress`, and write down what has changed against the numbers `before`."""
+        """Return what holds after `progress`, and write down what has changed against the numbers `before`."""
         step, skipped = progress.step, self.record.skipped()
         config = interventions.effective(self.config, step, skipped)
         now = interventions.numbers(config)
@@ -224,7 +224,7 @@ class Run:
         return part.config.train.steps
 
     def _changed(self, progress: Progress, part: Segment) -> Segment:
-        """Give what an intervention makes of `part`; one that does not fit, for its data say, costs no steps."""
+        """Return what an intervention makes of `part`; one that does not fit, for its data say, costs no steps."""
         try:
             return self._next_segment(progress, part, interventions.numbers(part.config))
         except UserError:
@@ -267,7 +267,7 @@ class Run:
         return None
 
     def _request(self, config: Experiment) -> int:
-        """Say what this process asks of all; the clock is the first one's."""
+        """Return what this process asks of all; the clock is the first one's."""
         if self.stop.requested:
             return STOP
         minutes, passed = config.train.save_minutes, time.monotonic() - self._last_save
@@ -361,12 +361,12 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    """Give the versions of what a run's numbers and files depend on."""
+    """Return the versions of what a run's numbers and files depend on."""
     return {name: importlib.metadata.version(name) for name in ("glm-jax", "jax", "orbax-checkpoint")}
 
 
 def train_event(progress: Progress, metrics: Mapping[str, Any], chosen: Mapping[str, float]) -> dict[str, Any]:
-    """Give the event of the step that `progress` has just taken."""
+    """Return the event of the step that `progress` has just taken."""
     values = {name: float(value) for name, value in metrics.items() if getattr(value, "ndim", None) == 0}
     del values["requests"]
     whole = {name: int(values[name]) for name in ("tokens", "skipped")}

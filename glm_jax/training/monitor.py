@@ -49,7 +49,7 @@ def matmul_rate(size: int = 1024, repeats: int = 8) -> float:
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float:
-    """Give the FLOP/s that the whole mesh could do: by the data sheet, on CPU as measured now.
+    """Return the FLOP/s that the whole mesh could do: by the data sheet, on CPU as measured now.
 
     Emulated devices share one CPU, so there the measured rate counts once.
     """
@@ -148,7 +148,7 @@ class Monitor:
 
 
 def summary(event: Event) -> dict[str, str]:
-    """Give what the bar shows of a train event: losses by objective, gradient norm, tokens/s, MFU."""
+    """Return what the bar shows of a train event: losses by objective, gradient norm, tokens/s, MFU."""
     shown = {name.removeprefix("loss/"): f"{event[name]:.3f}" for name in event if name.startswith("loss/")}
     return {
         **shown,
@@ -172,7 +172,7 @@ def published_flops(cfg: GLMConfig, rows: int, sequence: int, passes: int) -> fl
 
 
 def peak_memory() -> int:
-    """Give the most bytes that were in use at once: on the fullest of this process's accelerators, or by the process.
+    """Return the most bytes that were in use at once: on the fullest of this process's accelerators, or by the process.
 
     An accelerator counts its own memory; on CPU it is the process's resident memory.
     """
@@ -217,7 +217,7 @@ class Meter:
         self._tokens.append(tokens)
 
     def read(self) -> dict[str, float]:
-        """Give the speed since the last read.
+        """Return the speed since the last read.
 
         Returns:
             `tokens_per_second`; `mfu`, the share of the peak that the model's own arithmetic makes; `hfu`, that with

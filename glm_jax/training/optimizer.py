@@ -14,12 +14,12 @@ Array = jax.Array
 
 
 def decays(params: Any) -> Any:
-    """Say which params weight decay touches: kernels and the embedding, not layer norms and biases."""
+    """Return which params weight decay touches: kernels and the embedding, not layer norms and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
 def transformation(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Give AdamW's direction; the caller multiplies by the learning rate (Loshchilov and Hutter, arXiv 1711.05101)."""
+    """Return AdamW's direction, without the learning rate (Loshchilov and Hutter, arXiv 1711.05101)."""
     return optax.chain(
         optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.epsilon),
         optax.add_decayed_weights(cfg.weight_decay, mask=decays),
@@ -49,7 +49,7 @@ LAYER_GROUPS = 4
 
 
 def group_norms(gradients: Any, layers: int) -> dict[str, Array]:
-    """Give the norms of the gradients of the embedding, the final norm and up to four groups of layers.
+    """Return the norms of the gradients of the embedding, the final norm and up to four groups of layers.
 
     Args:
         gradients: laid out as params; blocks may have padding after their `layers` true layers.

@@ -15,7 +15,7 @@ from glm_jax.config import Experiment
 
 
 def batch_rows(config: Experiment, samples: int) -> int:
-    """Give the rows of the step that begins with `samples` rows seen.
+    """Return the rows of the step that begins with `samples` rows seen.
 
     With a ramp (first batch, increment, samples) the batch grows to train.global_batch by increments that are equal
     parts of the ramp's samples apart (GLM-130B: 192 to 4,224 by 24 over 5,493,164).
@@ -29,7 +29,7 @@ def batch_rows(config: Experiment, samples: int) -> int:
 
 
 def total_samples(config: Experiment) -> int:
-    """Give the samples after the last step."""
+    """Return the samples after the last step."""
     samples, steps = 0, config.train.steps
     while steps and batch_rows(config, samples) < config.train.global_batch:
         samples, steps = samples + batch_rows(config, samples), steps - 1
@@ -37,7 +37,7 @@ def total_samples(config: Experiment) -> int:
 
 
 def learning_rate(config: Experiment, step: int, samples: int) -> float:
-    """Give the learning rate of `step`, which ends with `samples` rows seen.
+    """Return the learning rate of `step`, which ends with `samples` rows seen.
 
     Linear from 0 at no samples to the peak at `warmup_samples`, then a cosine that reaches `min_lr` at
     `decay_samples` and stays there. In the window (first, steps) of a re-warming it is multiplied by
@@ -58,7 +58,7 @@ def learning_rate(config: Experiment, step: int, samples: int) -> float:
 
 
 def embedding_shrink(config: Experiment, step: int) -> float:
-    """Give alpha of the embedding gradient shrink at `step`: linear between the knots of its history."""
+    """Return alpha of the embedding gradient shrink at `step`: linear between the knots of its history."""
     cfg = config.train.embedding_shrink
     if not cfg.history:
         return cfg.alpha
@@ -67,13 +67,13 @@ def embedding_shrink(config: Experiment, step: int) -> float:
 
 
 def shrinks(config: Experiment) -> bool:
-    """Say whether any step shrinks the embedding's gradient."""
+    """Return whether any step shrinks the embedding's gradient."""
     cfg = config.train.embedding_shrink
     return any(alpha != 1.0 for _, alpha in cfg.history or ((0, cfg.alpha),))
 
 
 def pass_over(config: Experiment, step: int, samples: int) -> tuple[int, int]:
-    """Give the step and samples from which to go on after `step`: past any skipped steps that come next.
+    """Return the step and samples from which to go on after `step`: past any skipped steps that come next.
 
     A skipped step is never taken, but counts: its rows are seen as far as data and schedules are concerned.
     """
@@ -83,7 +83,7 @@ def pass_over(config: Experiment, step: int, samples: int) -> tuple[int, int]:
 
 
 def describe(config: Experiment, step: int, samples: int) -> Mapping[str, float]:
-    """Give what `step`, which begins with `samples` rows seen, is taken with."""
+    """Return what `step`, which begins with `samples` rows seen, is taken with."""
     rows = batch_rows(config, samples)
     return {
         "lr": learning_rate(config, step, samples + rows),

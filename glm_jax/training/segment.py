@@ -96,7 +96,7 @@ class Segment:
         return self._train(state, placed, controls(self.mesh, chosen["lr"], chosen["embedding_shrink"], request))
 
     def evaluate(self, state: TrainState, step: int) -> dict[str, Any]:
-        """Give the event of the held-out losses."""
+        """Return the event of the held-out losses."""
         return self.evaluation.run(self._evaluate, state.params, step)
 
     def close(self) -> None:

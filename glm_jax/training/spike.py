@@ -27,7 +27,7 @@ class Bands(NamedTuple):
     grad_norm: Band = Band()
 
     def to_json(self) -> list[list[float]]:
-        """Give what `from_json` takes."""
+        """Return what `from_json` takes."""
         return [list(band) for band in self]
 
     @classmethod

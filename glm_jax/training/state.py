@@ -68,7 +68,7 @@ def init_state(cfg: StepConfig, stages: int = 1, key: Array | None = None) -> Tr
 
 
 def state_specs(cfg: StepConfig, mesh: Mesh) -> TrainState:
-    """Give the PartitionSpec of every array of the state: moments lie as their params do, scalars everywhere."""
+    """Return the PartitionSpec of every array of the state: moments lie as their params do, scalars everywhere."""
     specs = bind.state_specs(cfg.engine.model, mesh)
     state = jax.eval_shape(lambda: init_state(cfg))
     return _map_params(cfg, state, lambda _: specs, lambda _: jax.P())
@@ -93,7 +93,7 @@ def create_state(cfg: StepConfig, mesh: Mesh) -> TrainState:
 
 
 def at_step(mesh: Mesh, state: TrainState, step: int, samples: int, loss_scale: LossScale | None = None) -> TrainState:
-    """Give the state with other counters, and with another loss scale (but for its count of skipped steps)."""
+    """Return the state with other counters, and with another loss scale (but for its count of skipped steps)."""
     counters: Any = (np.int32(step), np.int32(samples), loss_scale or state.loss_scale)
     step_, samples_, scale = jax.device_put(jax.device_get(counters), jax.NamedSharding(mesh, jax.P()))
     return state._replace(step=step_, samples=samples_, loss_scale=scale._replace(skipped=state.loss_scale.skipped))

@@ -29,7 +29,7 @@ MESSAGE_BYTES = 512  # of what one process tells the others
 
 
 def temporary(directory: Path, step: int) -> Path:
-    """Give the folder that becomes that of `step` once it is whole."""
+    """Return the folder that becomes that of `step` once it is whole."""
     return directory / f"{step}{TEMPORARY}"
 
 
@@ -119,7 +119,7 @@ def _sentence(damage: str) -> str:
 
 
 def everyone(text: str) -> list[str]:
-    """Give what every process says here, in their order, cut to MESSAGE_BYTES; a collective if there are several."""
+    """Return what every process says here, in their order, cut to MESSAGE_BYTES; a collective if there are several."""
     if jax.process_count() == 1:
         return [text]
     processes.wait_for_all()  # one may have many files to read or remove first, and a collective is not patient
@@ -131,7 +131,7 @@ def everyone(text: str) -> list[str]:
 
 
 def disk_reason(error: BaseException | None) -> str | None:
-    """Give why the disk refused, such as "No space left on device"; None for an error of another kind."""
+    """Return why the disk refused, such as "No space left on device"; None for an error of another kind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     code = re.search(r"os_error_code='(\d+)'", str(error))  # as tensorstore tells it, in a ValueError

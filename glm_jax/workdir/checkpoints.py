@@ -92,7 +92,7 @@ class Checkpoints:
         return checkpoint_folders.sealed(self.directory)
 
     def latest_step(self) -> int | None:
-        """Give the newest of `steps`, or None."""
+        """Return the newest of `steps`, or None."""
         return max(self.steps(), default=None)
 
     def save(self, items: Mapping[str, Any], run: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ class Checkpoints:
         return restored
 
     def events(self) -> list[dict[str, Any]]:
-        """Give what has happened since the last call, for the log.
+        """Return what has happened since the last call, for the log.
 
         Returns:
             {"event": "checkpoint", "step", "seconds" (from the call to the end), "blocked_seconds" (of the call),
@@ -154,7 +154,7 @@ class Checkpoints:
         return events
 
     def unsaved(self) -> str | None:
-        """Say why the last save that has ended is not on the disk, or None if it is; after `close`, the last save."""
+        """Return why the last save that has ended is not on the disk, or None; after `close`, the last save."""
         return self._unsaved
 
     def close(self) -> None:

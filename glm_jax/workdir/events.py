@@ -153,7 +153,7 @@ def _message(step: int, **content: Any) -> Any:
 
 
 def import_wandb() -> ModuleType:
-    """Give the package wandb, which nothing else needs.
+    """Return the package wandb, which nothing else needs.
 
     Raises:
         UserError: it is not installed.

@@ -72,7 +72,7 @@ class Record:
         return max(events[-1]["step"] for events in self.events.values())
 
     def last(self, kind: str) -> Mapping[str, Any]:
-        """Give the last event of a kind; empty if there is none."""
+        """Return the last event of a kind; empty if there is none."""
         return self.events.get(kind, [{}])[-1]
 
     def names(self, kind: str, pattern: str) -> list[str]:
@@ -81,7 +81,7 @@ class Record:
         return [key for key in seen if fnmatch.fnmatchcase(key, pattern)]
 
     def series(self, kind: str, key: str) -> Series | None:
-        """Give the course of one key's numbers; None if none of them is finite."""
+        """Return the course of one key's numbers; None if none of them is finite."""
         pairs = [
             (event["step"], event[key])
             for event in self.events.get(kind, [])
@@ -92,7 +92,7 @@ class Record:
         return Series(steps, np.where(finite, values, np.nan)) if finite.any() else None
 
     def layers(self, key: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Give the course of a train event's value by layer, as steps [n] and values [n, L]; None if there is none."""
+        """Return a train event's value by layer, as steps [n] and values [n, L]; None if there is none."""
         found = [event for event in self.events.get("train", []) if isinstance(event.get(key), list)]
         found = [event for event in found if len(event[key]) == len(found[-1][key])]
         values = np.array([event[key] for event in found], float)  # [n, L]
@@ -101,7 +101,7 @@ class Record:
         return np.array([event["step"] for event in found]), np.where(np.isfinite(values), values, np.nan)
 
     def tokens(self) -> int:
-        """Give about how many tokens were trained on: each logged step stands for those since the one before."""
+        """Return about how many tokens were trained on: each logged step stands for those since the one before."""
         total, before = 0, 0
         for event in self.events.get("train", []):
             total += event.get("tokens", 0) * (event["step"] - before)
@@ -142,7 +142,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _not_finite_again(value: Any) -> Any:
-    """Give NaN for the null that a number is written as which is not finite, by itself or in a list."""
+    """Return NaN for the null that a number is written as which is not finite, by itself or in a list."""
     if isinstance(value, list):
         return [_not_finite_again(entry) for entry in value]
     return math.nan if value is None else value

@@ -75,11 +75,11 @@ class Record:
             ) from error
 
     def spikes(self) -> list[dict[str, Any]]:
-        """Give the lines of the spikes that were gone back from."""
+        """Return the lines of the spikes that were gone back from."""
         return [line for line in self.lines if line["cause"] == "spike"]
 
     def skipped(self) -> list[tuple[int, int]]:
-        """Give the ranges of steps, first and last, that those spikes had passed over."""
+        """Return the ranges of steps, first and last, that those spikes had passed over."""
         return [(line["skipped"][0], line["skipped"][1]) for line in self.spikes()]
 
 

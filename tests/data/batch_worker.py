@@ -19,7 +19,7 @@ def make():
 
 
 def share(rank, world):
-    """Say which rows of a batch a process makes: those of its part of each of two microbatches."""
+    """Return which rows of a batch a process makes: those of its part of each of two microbatches."""
     rows = np.arange(GLOBAL_BATCH).reshape(2, world, -1)  # [M, processes, B / M / processes]
     return rows[:, rank].reshape(-1)
 

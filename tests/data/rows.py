@@ -94,7 +94,7 @@ def check_row(batch, b, options):
 
 
 def least_cpu_seconds(make: Callable[[int], object], *firsts: int, turns: int = 20) -> list[float]:
-    """Give the least CPU time of making something at some numbers and those that follow each, by turns.
+    """Return the least CPU time of making something at some numbers and those that follow each, by turns.
 
     A busy machine takes the process off its core, which is no CPU time, and slows all turns alike.
     """

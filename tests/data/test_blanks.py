@@ -23,7 +23,7 @@ ratios = st.sampled_from([0.05, 0.15, 0.3, 0.5])
 
 
 def text_of(length):
-    """Give a text in which every token is another one, so that places can be told from tokens."""
+    """Return a text in which every token is another one, so that places can be told from tokens."""
     return np.arange(FIRST, FIRST + length, dtype=np.int32)
 
 

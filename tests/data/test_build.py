@@ -54,7 +54,7 @@ def build(corpora: Path, folder: Path, *, workers: int = 1, commits: int = 0, un
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Give every file that a build leaves, without the paths of its own folder."""
+    """Return every file that a build leaves, without the paths of its own folder."""
     return {
         str(path.relative_to(folder / "cache")): path.read_bytes().replace(str(folder).encode(), b"FOLDER")
         for stage in ("documents", "tokenizers", "shards")

@@ -34,7 +34,7 @@ TOKENIZER: Any = SimpleNamespace(
 
 
 def document(text, target):
-    """Give a document of distinct tokens: `text` of prompt, `target` of answer."""
+    """Return a document of distinct tokens: `text` of prompt, `target` of answer."""
     tokens = np.arange(FIRST, FIRST + text + target, dtype=np.int32)
     return np.concatenate([tokens[:text], [SPECIAL.mask], tokens[text:], [SPECIAL.eos]])
 

@@ -60,7 +60,7 @@ def test_counts_stay_next_to_the_integrated_weight(sources, objectives):
     mixture = build(sources, objectives, names)
 
     def value(history, name, start, stop):
-        """Give a weight in [start, stop): its value in the middle of the stair that its ramp has there."""
+        """Return a weight in [start, stop): its value in the middle of the stair that its ramp has there."""
         before = [knot for knot in history if knot[0] <= start][-1]
         later = [knot for knot in history if knot[0] > start]
         if not later:

@@ -18,7 +18,7 @@ from tests.patience import HANG
 
 
 def digest(batch):
-    """Give the sha256 of everything in a batch."""
+    """Return the sha256 of everything in a batch."""
     made = hashlib.sha256()
     for name in sorted(batch):
         made.update(f"{name} {batch[name].dtype} {batch[name].shape}".encode() + batch[name].tobytes())

@@ -30,7 +30,7 @@ GZIP = gzip.compress(b"a", mtime=0)  # without the time of day, which would make
 
 
 def split(records: list[str | Damaged]) -> tuple[list[str], list[tuple[str, int]]]:
-    """Give the good documents, and reason and line of the damaged."""
+    """Return the good documents, and reason and line of the damaged."""
     good = [record for record in records if isinstance(record, str)]
     return good, [(record.reason, record.line) for record in records if isinstance(record, Damaged)]
 

@@ -62,13 +62,13 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """Give the environment of a subprocess: one device unless a test asks for more."""
+    """Return the environment of a subprocess: one device unless a test asks for more."""
     return {**os.environ, "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="session")
 def glm_jax(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Give a function that runs `glm-jax` with arguments and returns what it said."""
+    """Return a function that runs `glm-jax` with arguments and returns what it said."""
 
     def run(*arguments: str | Path, devices: int = 1) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

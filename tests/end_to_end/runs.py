@@ -27,5 +27,5 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def train_events(workdir: Path) -> dict[int, dict[str, Any]]:
-    """Give the train events by step, less what depends on the clock."""
+    """Return the train events by step, less what depends on the clock."""
     return {step: event for (kind, step), event in kills.events(workdir).items() if kind == "train"}

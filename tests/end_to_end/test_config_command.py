@@ -30,7 +30,8 @@ def test_list_gives_each_experiment_a_line(glm_jax: Cli) -> None:
 
 def test_config_and_help_do_not_import_jax(experiment: Path) -> None:
     for arguments in (["--help"], ["config", "show", "--config", str(experiment)], ["train", "--help"]):
-        code = f"import sys\nfrom glm_jax.cli.main import main\nassert main({arguments!r}) == 0 and 'jax' not in sys.modules"
+        code = f"import sys; from glm_jax.cli.main import main; assert main({arguments!r}) == 0; assert 'jax' not in "
+        code += "sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 

@@ -25,7 +25,7 @@ ALONE = ["--config.mesh.data=1"]
 
 
 def free_port() -> int:
-    """Give a port that nothing listens on."""
+    """Return a port that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -51,7 +51,7 @@ def by_open_mpi(index: int, port: int) -> tuple[list[str], dict[str, str]]:
 
 @pytest.fixture
 def start(experiment: Path, environment: dict[str, str]) -> Iterator[Start]:
-    """Give a function that starts `glm-jax train` in two processes of one device each."""
+    """Return a function that starts `glm-jax train` in two processes of one device each."""
     started: list[Process] = []
 
     def two(workdir: Path, *arguments: str, told: Callable[..., Any] = by_flags, own: Any = ((), ())) -> list[Process]:

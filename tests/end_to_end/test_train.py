@@ -21,12 +21,12 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def events(workdir: Path, kind: str) -> dict[int, dict[str, Any]]:
-    """Give the events of one kind, by step, less what depends on the clock."""
+    """Return the events of one kind, by step, less what depends on the clock."""
     return {step: event for (of, step), event in kills.events(workdir).items() if of == kind}
 
 
 def numbers(event: dict[str, Any]) -> list[float]:
-    """Give the numbers of an event, those of lists as well."""
+    """Return the numbers of an event, those of lists as well."""
     lists = (value if isinstance(value, list) else [value] for key, value in event.items() if key != "event")
     return [number for values in lists for number in values]
 

@@ -52,14 +52,14 @@ def row(samples, length, objective, streams=1) -> dict[str, Any]:
 
 
 def spans(streams=1, length=20):
-    """Give a row of eight tokens with the blanks 12 13 and 16, whose blocks stand in the other order."""
+    """Return a row of eight tokens with the blanks 12 13 and 16, whose blocks stand in the other order."""
     tokens = np.array([10, 11, 12, 13, 14, 15, 16, 99], np.int32)
     sample = blank_spans(tokens, np.array([2, 6]), np.array([2, 1]), np.array([1, 0]), WORDS.mask, WORDS)
     return row([sample], length, 0, streams)
 
 
 def packed():
-    """Give a row of two prompts with answers, each one blank at the end."""
+    """Return a row of two prompts with answers, each one blank at the end."""
     tokens = np.array([10, 20, 21, 22], np.int32)
     return row([blank_one(tokens, 2, 4, WORDS.mask, WORDS), blank_one(tokens, 1, 4, WORDS.mask, WORDS)], 16, 3)
 

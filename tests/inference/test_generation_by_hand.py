@@ -196,7 +196,7 @@ def test_prompts_without_text_or_with_half_a_character_are_refused(prompt: str, 
 def shown(
     monkeypatch: pytest.MonkeyPatch, longest: int, refused: int = 0, count: int | None = None
 ) -> Callable[..., Any]:
-    """Give a function that shows examples from documents of the given lengths, with fills that are told."""
+    """Return a function that shows examples from documents of the given lengths, with fills that are told."""
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def answer(cfg: Any, params: Any, tokenizer: Any, prompt: str, **settings: Any) -> list[fill.Piece]:
@@ -259,7 +259,7 @@ LOGITS = np.array([2.0, 1.5, 1.0, 1.0, 0.3, -0.2, -1.0, -3.0, -np.inf], np.float
 
 
 def allowed_by_hand(temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """Give the probabilities of each token, worked out token by token: float64 [V]."""
+    """Return the probabilities of each token, worked out token by token: float64 [V]."""
     weights = {token: np.exp(float(LOGITS[token]) / temperature) for token in range(8)}
     if top_k:
         least = sorted(weights.values(), reverse=True)[:top_k][-1]

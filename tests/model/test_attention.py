@@ -16,7 +16,7 @@ LAYER = 7  # the eighth, whose factor of 8 loses no bits
 
 
 def draw(scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Give float16 queries [B, S, N, K] and keys [B, T, N, K]."""
+    """Return float16 queries [B, S, N, K] and keys [B, T, N, K]."""
     random = np.random.default_rng(0)
     queries, keys = (scale * random.standard_normal((2, length, 4, 4)) for length in (3, 5))
     return queries.astype(np.float16), keys.astype(np.float16)

@@ -43,7 +43,7 @@ def test_each_entry_is_dropped_at_the_rate_and_the_rest_makes_up_for_it(rate: fl
 
 
 def correlations(masks: list[np.ndarray]) -> np.ndarray:
-    """Give the correlation of every pair of masks, in standard errors."""
+    """Return the correlation of every pair of masks, in standard errors."""
     flat = [mask.ravel().astype(float) for mask in masks]
     return np.abs([np.corrcoef(a, b)[0, 1] for a, b in combinations(flat, 2)]) * len(flat[0]) ** 0.5
 

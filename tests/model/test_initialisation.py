@@ -28,7 +28,7 @@ def paths(params: Any) -> dict[str, np.ndarray]:
 
 
 def expected(norm: str, initialisation: str) -> dict[str, np.ndarray]:
-    """Give the standard deviation of each kernel and table; that of qkv by head and part, [N, 3]."""
+    """Return the standard deviation of each kernel and table; that of qkv by head and part, [N, 3]."""
     value, output, up, down = GAINS[norm]
     tables = {"word": (2 / (V + D)) ** 0.5, "position": (2 / (S + D)) ** 0.5, "block_position": (2 / (S + D)) ** 0.5}
     qkv, attention, above, below = (

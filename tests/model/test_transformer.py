@@ -18,7 +18,7 @@ SMALL = GLMConfig(3, 32, 4, 48, 64, max_length=32, attention_dropout=0.1, hidden
 
 
 def sample(cfg: GLMConfig, length: int = 12, context: int = 7) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Give tokens, positions and allowed of two rows with `context` bidirectional tokens, the blank being at 3."""
+    """Return tokens, positions and allowed of two rows with `context` bidirectional tokens, the blank being at 3."""
     tokens = jax.random.randint(jax.random.key(1), (2, length), 0, cfg.vocab_size)
     places = np.arange(length)
     positions = np.where(places < context, places, 3)

@@ -78,7 +78,7 @@ def show() -> None:
 
 
 def pictures(notebook: Any) -> list[str]:
-    """Give the digests of the pictures that a notebook shows, in their order."""
+    """Return the digests of the pictures that a notebook shows, in their order."""
     outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
     found = [base64.b64decode(data["image/png"]) for data in outputs if "image/png" in data]
     return [hashlib.sha256(picture).hexdigest() for picture in found]
@@ -113,7 +113,7 @@ def _axes_data(axes: Axes) -> dict[str, Any]:
 
 
 def _named_ticks(axis: Axis) -> list[str]:
-    """Give the words at an axis, if the figure chose them; numbers are matplotlib's choice."""
+    """Return the words at an axis, if the figure chose them; numbers are matplotlib's choice."""
     chosen = isinstance(axis.get_major_formatter(), FixedFormatter | FuncFormatter)
     return [label.get_text() for label in axis.get_ticklabels()] if chosen else []
 
@@ -198,7 +198,7 @@ def differences(expected: Any, found: Any, place: str = "") -> list[str]:
 
 
 def written(kept: dict[str, list[dict[str, Any]]]) -> str:
-    """Give the file's text: a line for each figure."""
+    """Return the file's text: a line for each figure."""
     figures = {name: [json.dumps(figure, ensure_ascii=False) for figure in kept[name]] for name in sorted(kept)}
     parts = [f"{json.dumps(name)}: [\n" + ",\n".join(lines) + "\n]" for name, lines in figures.items()]
     return "{\n" + ",\n".join(parts) + "\n}\n"

@@ -44,7 +44,7 @@ def test_there_are_notebooks():
 
 
 def words(notebook):
-    """Give what is shown in words and tables, cell by cell; SVG is our own text, other pictures are none."""
+    """Return what is shown in words and tables, cell by cell; SVG is our own text, other pictures are none."""
     shown = [output.get("data", {"text/plain": output.get("text", "")}) for output in outputs(notebook)]
     return [{kind: data[kind] for kind in sorted(data) if kind != "image/png"} for data in shown]
 

@@ -40,7 +40,7 @@ def lower(schedule: str, microbatches: int, keep: str = "layer") -> jax.stages.L
 
 
 def temporary(compiled: jax.stages.Compiled) -> int:
-    """Give the bytes of temporaries a device."""
+    """Return the bytes of temporaries a device."""
     memory = compiled.memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes

@@ -43,7 +43,7 @@ def iota(dimensions: str, order: str | None) -> np.ndarray:
 
 
 def groups(line: str) -> list[list[int]]:
-    """Give the groups of devices of a collective, from any of HLO's three notations."""
+    """Return the groups of devices of a collective, from any of HLO's three notations."""
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line)
     if listed:
         return [numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]

@@ -66,7 +66,7 @@ def make_batch(cfg: GLMConfig, rows: int) -> dict[str, np.ndarray]:
 
 
 def losses_by_token(cfg: bind.EngineConfig, params: Any, batch: dict[str, Any], key: jax.Array | None) -> jax.Array:
-    """Give the masked cross-entropy [B, S] on one device."""
+    """Return the masked cross-entropy [B, S] on one device."""
     weights = jax.tree.map(lambda param: param.astype(cfg.compute), params)
     allowed = model.visibility(jnp.asarray(batch["segments"]), jnp.asarray(batch["context"]))
     logits = model.apply(cfg.model, weights, batch["tokens"], batch["positions"], allowed, shrink=SHRINK, key=key)
@@ -75,7 +75,7 @@ def losses_by_token(cfg: bind.EngineConfig, params: Any, batch: dict[str, Any], 
 
 
 def reference(cfg: bind.EngineConfig, params: Any, batch: dict[str, Any], key: jax.Array) -> Any:
-    """Give the mean loss, its sums by objective and its gradients, on one device, by autodiff alone."""
+    """Return the mean loss, its sums by objective and its gradients, on one device, by autodiff alone."""
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
         rows, counts = losses_by_token(cfg, params, batch, key).sum(-1), batch["loss_mask"].sum(-1)
@@ -99,7 +99,7 @@ class Independent:
         self.masks = numpy_reference.dropout_masks(cfg.model, key, len(segments), LENGTH) if drops else None
 
     def rows(self, params: Any) -> np.ndarray:
-        """Give the summed loss of each row [B]."""
+        """Return the summed loss of each row [B]."""
         batch = self.batch
         inputs = batch["tokens"], batch["positions"], self.allowed, self.masks
         logits = numpy_reference.forward(self.cfg.model, params, *inputs)[..., :NUM_TOKENS]
@@ -107,11 +107,11 @@ class Independent:
         return ((np.log(np.exp(logits).sum(-1)) - chosen) * batch["loss_mask"]).sum(-1)
 
     def by_objective(self, params: Any) -> np.ndarray:
-        """Give the summed losses of the objectives [O]."""
+        """Return the summed losses of the objectives [O]."""
         return np.bincount(self.batch["objective"], self.rows(double(params)), self.cfg.objectives)
 
     def mean(self, params: Any) -> float:
-        """Give the loss that is differentiated."""
+        """Return the loss that is differentiated."""
         rows, counts = self.rows(params), self.batch["loss_mask"].sum(-1)
         return float(rows.sum() / counts.sum() if self.cfg.normalization == "tokens" else (rows / counts).mean())
 
@@ -135,18 +135,18 @@ class Independent:
 
 
 def double(tree: Any) -> Any:
-    """Give float64 numpy arrays."""
+    """Return float64 numpy arrays."""
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
 def error(expected: Any, got: Any) -> float:
-    """Give the largest difference relative to the array's largest entry."""
+    """Return the largest difference relative to the array's largest entry."""
     expected, got = np.asarray(expected, np.float64), np.asarray(got, np.float64)
     return float(np.abs(expected - got).max() / max(np.abs(expected).max(), 1e-30))
 
 
 def build(case: dict[str, Any]) -> tuple[bind.EngineConfig, jax.sharding.Mesh, int, int]:
-    """Give the config, the mesh, the rows and the microbatches of a case."""
+    """Return the config, the mesh, the rows and the microbatches of a case."""
     no_dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
     glm = GLMConfig(**(SMALL | no_dropout | case.get("model", {})))
     compute = "float64" if case.get("x64") else "float32"

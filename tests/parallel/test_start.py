@@ -133,7 +133,7 @@ Meet = Callable[..., list["subprocess.Popen[str]"]]
 
 @pytest.fixture
 def meet() -> Iterator[Meet]:
-    """Give a function that starts a process for each act, which it does once all have met, and waits until then.
+    """Return a function that starts a process for each act, which it does once all have met, and waits until then.
 
     A process that shows no sign of life for `heartbeat` seconds counts as gone, and so may a busy machine's: few where
     one does go, many elsewhere.

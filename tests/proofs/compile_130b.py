@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
 
 
 def devices(target: str) -> Any:
-    """Give devices that are only described."""
+    """Return devices that are only described."""
     import jax
     from jax.experimental import topologies
 
@@ -102,7 +102,7 @@ def lower(options: argparse.Namespace) -> Any:
 
 
 def experiment(options: argparse.Namespace) -> Any:
-    """Give the experiment's config with the changes on the command line; microbatches keep their size."""
+    """Return the experiment's config with the changes on the command line; microbatches keep their size."""
     path = ROOT / "experiments" / "glm_130b.py"
     spec = importlib.util.spec_from_file_location("glm_130b", path)
     assert spec is not None and spec.loader is not None

@@ -57,7 +57,7 @@ def make_checkpoint(root: Path, cfg: GLMConfig, ranks: int) -> None:
 
 
 def peak_memory() -> int:
-    """Give the peak of this process's resident memory, in bytes."""
+    """Return the peak of this process's resident memory, in bytes."""
     match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match
     return int(match[1]) * 1024

@@ -87,12 +87,12 @@ def start(experiment: Path, workdir: Path, flags: Sequence[str], mesh: tuple[int
 
 
 def log(workdir: Path) -> Path:
-    """Give the file that holds what all starts of a run said."""
+    """Return the file that holds what all starts of a run said."""
     return workdir.with_name(f"{workdir.name}.log")
 
 
 def last_step(workdir: Path) -> int:
-    """Give the step of the last train event that is whole."""
+    """Return the step of the last train event that is whole."""
     metrics = workdir / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.exists() else []
     return max((json.loads(line)["step"] for line in lines if '"train"' in line), default=0)
@@ -162,7 +162,7 @@ def events(workdir: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def difference(run: Path, whole: Path) -> float:
-    """Give the largest relative difference of a loss from the uninterrupted run's; infinite if events differ."""
+    """Return the largest relative difference of a loss from the uninterrupted run's; infinite if events differ."""
     ours, theirs = events(run), events(whole)
     if ours.keys() != theirs.keys():
         return float("inf")

@@ -77,7 +77,7 @@ def known_equivalents(text: str) -> dict[tuple[str, str, str], str]:
 
 
 def newest(entries: Iterable[Mapping[str, Any]], equivalent: Mapping[tuple[str, str, str], str]) -> dict[str, Any]:
-    """Give the newest result of each mutant, by its key; a survivor that is known to be equivalent is called so."""
+    """Return the newest result of each mutant, by its key; a survivor that is known to be equivalent is called so."""
     results: dict[str, Any] = {}
     for entry in entries:
         if entry["kind"] == "result":
@@ -87,12 +87,12 @@ def newest(entries: Iterable[Mapping[str, Any]], equivalent: Mapping[tuple[str, 
 
 
 def remaining(keys: Sequence[str], results: Mapping[str, Any], rerun: Iterable[str] = ()) -> list[str]:
-    """Give the keys that are to run, in their order: those without a result, and those whose status is in `rerun`."""
+    """Return the keys that are to run, in their order: those without a result, and those whose status is in `rerun`."""
     return [key for key in keys if key not in results or results[key]["status"] in (*rerun, "broken")]
 
 
 def table(entries: Sequence[Mapping[str, Any]], equivalent: Mapping[tuple[str, str, str], str]) -> str:
-    """Give the results of the newest sample as a markdown table by room, and the survivors."""
+    """Return the results of the newest sample as a markdown table by room, and the survivors."""
     sample = next(entry for entry in reversed(entries) if entry["kind"] == "sample")
     results = newest(entries, equivalent)
     rooms = sample["rooms"]
@@ -122,7 +122,7 @@ def table(entries: Sequence[Mapping[str, Any]], equivalent: Mapping[tuple[str, s
 
 
 def percent_killed(count: Mapping[str, int]) -> str:
-    """Give the share of those killed, by time as well, of all that ended and could be told apart."""
+    """Return the share of those killed, by time as well, of all that ended and could be told apart."""
     killed = count["killed"] + count["timeout"]
     judged = killed + count["survived"]
     return f"{100 * killed / judged:.1f}" if judged else "-"
@@ -236,7 +236,7 @@ class Proof:
         return {mutant.key: max(LEAST, GENEROUS * self._clean_seconds(mutant, seconds)) for mutant in mutants}
 
     def _clean_seconds(self, mutant: Mutant, rooms: Mapping[str, float]) -> float:
-        """Give what the clean tests of a mutant take: all that it could meet, as compiling anew may take longer."""
+        """Return what the clean tests of a mutant take: all that it could meet, as compiling anew may take longer."""
         if mutant.room in NEVER_COMPILES:
             source = (ROOT / mutant.path).read_text(encoding="utf-8")
             return sum(sum(self._files[name].seconds) for name in self._plan(mutant, source)[0])
@@ -290,7 +290,7 @@ class Proof:
         return any(word in text for word in mutants_tests.SPAWNS)
 
     def _each(self, function: Any, items: Sequence[Any]) -> Iterable[Any]:
-        """Give the results of `function(copy, item)` as they come; the first error ends all."""
+        """Return the results of `function(copy, item)` as they come; the first error ends all."""
 
         def lend(item: Any) -> Any:
             copy = self._copies.get()

@@ -63,12 +63,12 @@ class Mutant:
 
 
 def modules(root: Path, room: str) -> list[str]:
-    """Give the paths of a room's modules."""
+    """Return the paths of a room's modules."""
     return sorted(path.relative_to(root).as_posix() for pattern in ROOMS[room] for path in root.glob(pattern))
 
 
 def silent_spans(source: str) -> Iterator[tuple[Span, str]]:
-    """Give the stretches of a module where a mutation cannot change what it does, each with the reason.
+    """Return the stretches of a module where a mutation cannot change what it does, each with the reason.
 
     Docstrings need none: cosmic-ray does not mutate strings.
     """
@@ -99,7 +99,7 @@ def silent_spans(source: str) -> Iterator[tuple[Span, str]]:
 
 
 def _spans(source: str) -> Callable[[Any], Span]:
-    """Give a function from a node of `ast` to its span: `ast` counts columns in bytes, cosmic-ray in characters."""
+    """Return a function from a node of `ast` to its span: `ast` counts columns in bytes, cosmic-ray in characters."""
     lines = [line.encode() for line in source.split("\n")]
 
     def span(node: Any) -> Span:
@@ -111,7 +111,7 @@ def _spans(source: str) -> Callable[[Any], Span]:
 
 
 def gaps(source: str) -> tuple[list[Span], list[Span]]:
-    """Give the spans between operands: of binary operators, and of comparisons with a literal."""
+    """Return the spans between operands: of binary operators, and of comparisons with a literal."""
     span = _spans(source)
     binary: list[Span] = []
     literal: list[Span] = []
@@ -188,7 +188,7 @@ def _cosmic_ray(name: str) -> Any:
 
 
 def mutated(root: Path, mutant: Mutant) -> str | None:
-    """Give the mutant's source, or None if it does not compile or says the same as before."""
+    """Return the mutant's source, or None if it does not compile or says the same as before."""
     source = (root / mutant.path).read_text(encoding="utf-8")
     operator = _cosmic_ray("plugins").get_operator(mutant.operator)()
     text = _cosmic_ray("mutating").mutate_code(source, operator, mutant.occurrence)
@@ -204,7 +204,7 @@ def mutated(root: Path, mutant: Mutant) -> str | None:
 
 
 def changed_line(source: str, text: str) -> tuple[str, str]:
-    """Give the first line that differs, before and after; after a removal it is empty."""
+    """Return the first line that differs, before and after; after a removal it is empty."""
     before = after = ""
     for line in difflib.unified_diff(source.split("\n"), text.split("\n"), n=0, lineterm=""):
         if line.startswith("-") and not line.startswith("---"):

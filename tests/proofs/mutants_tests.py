@@ -221,7 +221,7 @@ class TestFile:
     lines: dict[str, dict[int, list[int]]]  # by module; the tests by their number, or IMPORTED
 
     def names(self, module: str) -> int:
-        """Say how near the file is to a module: 0 its own tests, 1 it imports it, 2 neither."""
+        """Return how near the file is to a module: 0 its own tests, 1 it imports it, 2 neither."""
         stem = Path(module).stem
         if Path(self.path).stem.startswith(f"test_{stem}"):
             return 0
@@ -230,19 +230,19 @@ class TestFile:
 
 
 def room_tests(root: Path, room: str) -> list[str]:
-    """Give a room's own test files."""
+    """Return a room's own test files."""
     return sorted(path.relative_to(root).as_posix() for path in root.glob(ROOM_TESTS[room]))
 
 
 def test_files(root: Path, module: str, room: str) -> list[str]:
-    """Give the test files that a module's mutants may run."""
+    """Return the test files that a module's mutants may run."""
     patterns = [tests for modules, tests in ELSEWHERE if Path(module).match(modules)]
     elsewhere = {path.relative_to(root).as_posix() for pattern in patterns for path in root.glob(pattern)}
     return sorted({*room_tests(root, room), *elsewhere})
 
 
 def digest(root: Path, path: str) -> str:
-    """Give a digest of all that a test file's coverage depends on: the code, the helpers of tests, and the file."""
+    """Return a digest of all that a test file's coverage depends on: the code, the helpers of tests, and the file."""
     code = [*root.glob("glm_jax/**/*.py"), *root.glob("tests/**/*.py")]
     helpers = [other for other in code if not other.name.startswith("test_") and "proofs" not in other.parts]
     hashed = hashlib.sha256()
@@ -287,7 +287,7 @@ def measure(copy: Copy, path: str, limit: float) -> TestFile:
 
 
 def _statement(source: str, line: int) -> tuple[range, set[int]]:
-    """Give the lines of the statement at `line` (of a compound one, its head), and those to which an import lends it.
+    """Return the lines of the statement at `line` (of a compound one, its head), and those to which an import lends it.
 
     The latter are the body of the function or class whose head it is or in which it stands, or, of an assignment to a
     name, the lines that use the name: tests that run them are those that may notice a change.

@@ -27,7 +27,7 @@ def write_text(folder: Path) -> Path:
 
 
 def tiny(folder: Path, **changes: Any) -> Config:
-    """Give the config, resolved; its cache lies in `folder`."""
+    """Return the config, resolved; its cache lies in `folder`."""
     config = default_config()
     config.model.num_layers = 2
     config.model.hidden_size = 16

@@ -14,7 +14,7 @@ from glm_jax.training.evaluation import heldout_batches, training_batches
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Give a config of two sources, one four times as large as the other, and a set of sums."""
+    """Return a config of two sources, one four times as large as the other, and a set of sums."""
     folder = tmp_path_factory.mktemp("corpus")
     sentence = "the cat sat on a mat and saw many birds fly over old grey hills near"
     words = sentence.split()
@@ -36,7 +36,7 @@ def config(tmp_path_factory):
 
 
 def changed(config, **data):
-    """Give the config with other keys of its section data."""
+    """Return the config with other keys of its section data."""
     return with_changes(config, dict(flatten({"data": data})))
 
 

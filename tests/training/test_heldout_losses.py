@@ -42,7 +42,7 @@ class Documents:
         return self._documents[index].astype(np.int32)
 
     def ids(self) -> set[int]:
-        """Give the ids that stand here and nowhere else."""
+        """Return the ids that stand here and nowhere else."""
         return {int(token) for document in self._documents for token in document} - {EOS}
 
 
@@ -51,7 +51,7 @@ def bytes_of(token: int) -> int:
 
 
 def nats(token: int, place: int) -> float:
-    """Give a loss that tells every target and every place in the row apart; exact in float32."""
+    """Return a loss that tells every target and every place in the row apart; exact in float32."""
     return (token % 512) / 64 + place / 8
 
 
@@ -69,7 +69,7 @@ PREPARED: Any = SimpleNamespace(
 
 
 def build(eval_rows: int = 1000, rows: int = 4, **changes: Any) -> Any:
-    """Give a config whose microbatches have `rows` rows; `data__seed=3` sets data.seed."""
+    """Return a config whose microbatches have `rows` rows; `data__seed=3` sets data.seed."""
     config = default_config()
     for name in PREPARED.shards:
         config.data.sources[name] = source(path="x.txt")
@@ -97,7 +97,7 @@ def evaluate(config: Any, step: int = 7) -> tuple[dict[str, Any], list[dict[str,
 
 
 def name_of(row: np.ndarray) -> str:
-    """Say which source a row's tokens are held out from; fails where one is not."""
+    """Return which source a row's tokens are held out from; fails where one is not."""
     ids = {int(token) for token in row} - set(range(10))
     (name,) = [name for name, splits in PREPARED.shards.items() if ids <= splits["heldout"].ids()]
     return name

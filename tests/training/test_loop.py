@@ -83,7 +83,7 @@ class Diary:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Give a function that runs to the end, from a start, and gives the diary; keys as in `train__steps=5`."""
+    """Return a function that runs to the end, from a start, and gives the diary; keys as in `train__steps=5`."""
     monkeypatch.setattr(loop, "at_step", lambda mesh, state, step, samples, *scale: step)
     monkeypatch.setattr(loop, "create_state", lambda cfg, mesh: 0)
     monkeypatch.setattr(loop, "disk_targets", lambda cfg, mesh: None)

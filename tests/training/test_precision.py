@@ -6,7 +6,7 @@ from glm_jax.training.precision import LossScale, LossScaleConfig, initial_loss_
 
 
 def trace(cfg: LossScaleConfig, outcomes: str) -> list[float]:
-    """Give the scale after each step: `.` a finite one, `x` one that overflowed."""
+    """Return the scale after each step: `.` a finite one, `x` one that overflowed."""
     state, scales = initial_loss_scale(cfg), []
     for outcome in outcomes:
         state = next_loss_scale(cfg, state, jnp.bool_(outcome == "."))

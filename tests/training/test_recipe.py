@@ -10,7 +10,7 @@ from glm_jax.training import recipe
 
 
 def build(**changes: Any) -> Config:
-    """Give a resolved config; `optimizer__peak_lr=1.0` sets optimizer.peak_lr."""
+    """Return a resolved config; `optimizer__peak_lr=1.0` sets optimizer.peak_lr."""
     config = default_config()
     config.data.sources.en = source(path="x.txt")
     for key, value in changes.items():

@@ -38,7 +38,7 @@ def make_batch() -> dict[str, np.ndarray]:
 
 
 def by_path(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Give the word embedding's gradient through the input and through the head, as of two matrices."""
+    """Return the word embedding's gradient through the input and through the head, as of two matrices."""
 
     def mean_loss(entry: jax.Array, tied: jax.Array) -> jax.Array:
         below, above = ({**params, "embedding": {**params["embedding"], "word": word}} for word in (entry, tied))

@@ -164,7 +164,7 @@ def test_microbatches_and_meshes_do_not_change_five_steps(mesh_sizes: dict[str, 
 
 
 def reference_loss(cfg: GLMConfig, params: Any, key: jax.Array) -> float:
-    """Give the summed loss of the batch in float64 numpy, with the masks that follow from a step's dropout key."""
+    """Return the summed loss of the batch in float64 numpy, with the masks that follow from a step's dropout key."""
     batch = make_batch()
     segments, context = batch["segments"], batch["context"]
     seen = np.tril(np.ones((16, 16), bool)) | context[:, None]  # [B, S, S]

@@ -54,7 +54,7 @@ def saved(state: TrainState, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workdir(saved: Path, tmp_path: Path) -> Path:
-    """Give a copy of a workdir with the checkpoints 1 and 2, to be damaged."""
+    """Return a copy of a workdir with the checkpoints 1 and 2, to be damaged."""
     return shutil.copytree(saved, tmp_path / "run")
 
 

@@ -212,7 +212,7 @@ def _load_numbers(part: Path) -> dict[str, np.ndarray]:
 
 
 def _skipped(files: list[Path]) -> tuple[dict[str, Any], str]:
-    """Give the damaged records by reason, and the lines of all of them."""
+    """Return the damaged records by reason, and the lines of all of them."""
     lines = "".join((file / "skipped.jsonl").read_text(encoding="utf-8") for file in files)
     skipped: dict[str, Any] = {}
     for record in map(json.loads, filter(None, lines.split("\n"))):

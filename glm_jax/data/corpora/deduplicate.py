@@ -30,7 +30,7 @@ class Kept:
 
 
 def digest_of(text: str) -> bytes:
-    """Give the sha256 of a text whose runs of whitespace count as one space: equal digests, exact duplicates."""
+    """Return the sha256 of a text whose runs of whitespace count as one space: equal digests, exact duplicates."""
     return hashlib.sha256(" ".join(text.split()).encode()).digest()
 
 
@@ -54,7 +54,7 @@ def distinct(texts: Iterable[str]) -> tuple[list[Kept], int]:
 
 
 def signature(text: str) -> np.ndarray:
-    """Give the MinHash signature of a text's shingles: uint32 [PERMUTATIONS] (Broder 1997)."""
+    """Return the MinHash signature of a text's shingles: uint32 [PERMUTATIONS] (Broder 1997)."""
     sketch = MinHash(PERMUTATIONS, hashfunc=int, scheme=SCHEME)
     hashes = list(shingles(text))
     for start in range(0, len(hashes), BATCH):
@@ -89,7 +89,7 @@ def _number(key: object) -> int:
 
 
 def shingles(text: str) -> set[int]:
-    """Give the 32-bit hashes of each run of SHINGLE units (words, or characters of Chinese), case aside.
+    """Return the 32-bit hashes of each run of SHINGLE units (words, or characters of Chinese), case aside.
 
     A text with fewer units is one shingle; one without any letter or digit stands for itself.
     """

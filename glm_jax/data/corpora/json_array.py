@@ -106,7 +106,7 @@ class Elements:
         self.line += part.count(b"\n")
 
     def _cut(self, end: bytes) -> Iterator[tuple[int, bytes | None]]:
-        """Give the element that `end` completes, unless nothing is there."""
+        """Return the element that `end` completes, unless nothing is there."""
         self._hold(end)
         element = bytes(self._held)
         self._held.clear()

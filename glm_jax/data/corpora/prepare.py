@@ -202,7 +202,7 @@ def _documents(name: str, source: Any, data: Any, cache: Path, report: Report, p
 
 
 def _file_digests(files: tuple[Path, ...], cache: Path, pool: Workers, name: str) -> list[str]:
-    """Give the sha256 of each file's content; one that has not been touched since the last time is not read."""
+    """Return the sha256 of each file's content; one that has not been touched since the last time is not read."""
     jobs = [(file.absolute(), cache / "digests" / f"{_key(str(file.absolute()))}.json") for file in files]
     try:
         sizes = [file.stat().st_size for file in files]

@@ -152,7 +152,7 @@ def read_records(
 
 
 def normaliser(options: str) -> Callable[[str], str]:
-    """Give the function that `normalise` of a source names.
+    """Return the function that `normalise` of a source names.
 
     Args:
         options: names separated by commas: "nfc" and "nfkc" are the Unicode forms, "newlines" makes \\r\\n and \\r to

@@ -47,7 +47,7 @@ def _environment() -> Any:
 
 
 def most_frequent(items: Sequence[Any]) -> list[Any]:
-    """Give the items that occur as often as the most frequent one, in order; none of none."""
+    """Return the items that occur as often as the most frequent one, in order; none of none."""
     counts = Counter(items)
     return [item for item, count in counts.items() if count == max(counts.values())]
 
@@ -82,7 +82,7 @@ class Template:
             raise UserError(f"template {name} does not parse ({error}): mend it") from None
 
     def render(self, record: Mapping[str, Any], seed: int = 0) -> tuple[str, str] | None:
-        """Give (prompt, answer), stripped, or None where the template has nothing to ask about the record.
+        """Return (prompt, answer), stripped, or None where the template has nothing to ask about the record.
 
         Args:
             record: the fields, JSON values.

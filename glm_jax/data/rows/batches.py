@@ -110,7 +110,7 @@ class Batches:
         self.rows_per_epoch = self._rows_per_epoch()
 
     def _room(self, kind: str) -> int:
-        """Give the places of a row that each of its samples may fill."""
+        """Return the places of a row that each of its samples may fill."""
         whole = self._options.whole_documents and kind != "instruction"
         return self._seq_length if whole else self._seq_length // self._options.segments(kind)
 
@@ -138,13 +138,13 @@ class Batches:
         return Packing(name, documents, pieces, groups, self._seed)
 
     def _group(self, label: int) -> int:
-        """Give the number of rows that are planned together: those of the blocks that a stream opens at once."""
+        """Return the number of rows that are planned together: those of the blocks that a stream opens at once."""
         source, kind = self._labels[label]
         reader = self._readers[source]
         return 1 if isinstance(reader, Packing) else reader.together * reader.rows[kind]
 
     def _opened(self, source: int, row: int) -> int:
-        """Give how many groups of rows of a source were begun before `row`."""
+        """Return how many groups of rows of a source were begun before `row`."""
         counts = self._mixture.counts(row)
         mine = [i for i, label in enumerate(self._labels) if label[0] == source]
         return sum(-(-counts[i] // self._group(i)) for i in mine)
@@ -153,7 +153,7 @@ class Batches:
         return self._opened(self._labels[label][0], self._mixture.row_of(label, group * self._group(label)))
 
     def _second_epoch(self, row: int) -> bool:
-        """Say whether some source has begun its second epoch before `row`."""
+        """Return whether some source has begun its second epoch before `row`."""
         for source, reader in enumerate(self._readers):
             groups = reader.rows if isinstance(reader, Packing) else reader.blocks / reader.together
             if self._opened(source, row) > groups:
@@ -168,7 +168,7 @@ class Batches:
         return low
 
     def locate(self, row: int) -> Row:
-        """Say where the text of a row comes from."""
+        """Return where the text of a row comes from."""
         if not 0 <= row < LAST_ROW:
             raise ValueError(f"row {row} is not in 0..{LAST_ROW - 1}")
         label, ordinal = self._mixture.draw(row)
@@ -214,7 +214,7 @@ class Batches:
                 spare += room - sum(map(len, samples))
 
     def at(self, first_row: int, rows: int, only: Sequence[int] | np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Give rows first_row, ..., first_row + rows - 1 as one batch, or a process's share of them.
+        """Return rows first_row, ..., first_row + rows - 1 as one batch, or a process's share of them.
 
         Args:
             first_row, rows: of the batch.
@@ -266,14 +266,14 @@ class Batches:
     def batch_at(
         self, step: int, global_batch: int, only: Sequence[int] | np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """Give the batch of `step`, counted from 0, when every step takes `global_batch` rows; see `at`."""
+        """Return the batch of `step`, counted from 0, when every step takes `global_batch` rows; see `at`."""
         return self.at(step * global_batch, global_batch, only)
 
     def prefetched(
         self, first_row: int, rows: int, only: Sequence[int] | np.ndarray | None = None, *, threads: int = 2,
         ahead: int = 8,
     ) -> grain.DatasetIterator[dict[str, np.ndarray]]:  # fmt: skip
-        """Give `at(first_row, rows, only)`, `at(first_row + rows, rows, only)`, ... without end, made ahead by threads.
+        """Iterate over `at(first_row, rows, only)`, `at(first_row + rows, rows, only)`, ..., made ahead by threads.
 
         The iterator's `close` ends the threads.
 
@@ -289,7 +289,7 @@ class Batches:
 
 
 def _names(history: History) -> dict[str, float]:
-    """Give every name that a history mentions, with its largest weight."""
+    """Return every name that a history mentions, with its largest weight."""
     largest: dict[str, float] = {}
     for weights in [history] if isinstance(history, Mapping) else [weights for _, weights in history]:
         for name, weight in weights.items():

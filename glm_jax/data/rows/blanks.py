@@ -47,7 +47,7 @@ class Sample(NamedTuple):
     context: int
 
     def __len__(self) -> int:
-        """Give S."""
+        """Return S."""
         return len(self.tokens)
 
 
@@ -260,7 +260,7 @@ def instruction_sample(document: np.ndarray, special: SpecialTokens, room: int, 
 
 
 def find_sentence_ends(pieces: Sequence[str]) -> np.ndarray:
-    """Give bool [V]: which of a vocabulary's pieces hold a mark that ends a sentence."""
+    """Return bool [V]: which of a vocabulary's pieces hold a mark that ends a sentence."""
     return np.array([not SENTENCE_ENDS.isdisjoint(piece) for piece in pieces], bool)
 
 

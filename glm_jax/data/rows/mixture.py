@@ -23,7 +23,7 @@ STAIR = 1024  # a ramp is climbed in stairs of this many rows, on a fixed grid: 
 
 
 def temperature_weights(sizes: Mapping[str, float], temperature: float) -> dict[str, float]:
-    """Give weights proportional to size ** (1 / temperature), summing to 1.
+    """Return weights proportional to size ** (1 / temperature), summing to 1.
 
     At 1 sources are drawn by their size, towards infinity all alike (multilingual BERT, XLM: 1.4 to 3.3).
 
@@ -42,7 +42,7 @@ def temperature_weights(sizes: Mapping[str, float], temperature: float) -> dict[
 
 
 def with_weights(history: History, constant: Mapping[str, float]) -> History:
-    """Give the history with the names of `constant` added at that weight, wherever a knot does not name them."""
+    """Return the history with the names of `constant` added at that weight, wherever a knot does not name them."""
     if isinstance(history, Mapping):
         return {**constant, **history}
     return [(row, {**constant, **weights}) for row, weights in history]
@@ -169,7 +169,7 @@ class Mixture:
         return self._stretches[bisect.bisect_right(self._starts, row) - 1]
 
     def counts(self, row: int) -> list[int]:
-        """Give how many of the rows before `row` each label has; they sum to `row`."""
+        """Return how many of the rows before `row` each label has; they sum to `row`."""
         stretch = self._stretch(row)
         prefixes = stretch.prefixes(row - stretch.start)
         return [
@@ -177,14 +177,14 @@ class Mixture:
         ]
 
     def draw(self, row: int) -> tuple[int, int]:
-        """Give (label, ordinal) of `row`: it is the label's ordinal-th row, from 0."""
+        """Return (label, ordinal) of `row`: it is the label's ordinal-th row, from 0."""
         stretch = self._stretch(row)
         before, after = stretch.prefixes(row - stretch.start), stretch.prefixes(row - stretch.start + 1)
         label = next(i for i in range(len(self.labels)) if after[i + 1] > before[i + 1])
         return label, stretch.counts[label] + before[label + 1] - before[label]
 
     def row_of(self, label: int, ordinal: int) -> int:
-        """Give the row that `draw` answers with (label, ordinal): its inverse.
+        """Return the row that `draw` answers with (label, ordinal): its inverse.
 
         Raises:
             ValueError: the label has no more rows than `ordinal`.

@@ -100,7 +100,7 @@ class Packing:
         return int(np.random.SeedSequence((*self._key, epoch)).generate_state(1, np.uint64)[0])
 
     def locate(self, ordinal: int) -> tuple[int, int, int]:
-        """Give (epoch, start, stop) of the source's ordinal-th row: its pieces are those from start to stop."""
+        """Return (epoch, start, stop) of the source's ordinal-th row: its pieces are those from start to stop."""
         epoch, place = divmod(ordinal, self.rows)
         row = shuffled(place, self.rows, self._epoch(epoch))
         return epoch, int(self._starts[row]), int(self._starts[row + 1])

@@ -30,7 +30,7 @@ class SpecialTokens(Protocol):
 
 @functools.lru_cache
 def span_distribution(mean: float, longest: int) -> np.ndarray:
-    """Give P(length = 1), ..., P(length = longest) of Poisson(mean) kept to 1..longest: float64 [longest]."""
+    """Return P(length = 1), ..., P(length = longest) of Poisson(mean) kept to 1..longest: float64 [longest]."""
     lengths = np.arange(1, longest + 1)
     log_weights = lengths * np.log(mean) - np.cumsum(np.log(lengths))
     weights = np.exp(log_weights - log_weights.max())
@@ -38,7 +38,7 @@ def span_distribution(mean: float, longest: int) -> np.ndarray:
 
 
 def masked_tokens(length: int, options: BlankOptions) -> int:
-    """Give how many of `length` tokens the [MASK] spans of a text must hold at least."""
+    """Return how many of `length` tokens the [MASK] spans of a text must hold at least."""
     return max(1, int(options.mask_ratio * length))
 
 
@@ -58,7 +58,7 @@ def _span_sums(target: int, most: int, options: BlankOptions) -> list[np.ndarray
 
 
 def overflow_probability(length: int, room: int, options: BlankOptions) -> float:
-    """Give the exact probability that a [MASK] draw over `length` tokens makes a sample longer than `room`.
+    """Return the exact probability that a [MASK] draw over `length` tokens makes a sample longer than `room`.
 
     A sample takes length + 2 * spans places: each span costs its [MASK] and its sop.
     """
@@ -71,7 +71,7 @@ def overflow_probability(length: int, room: int, options: BlankOptions) -> float
 
 @functools.lru_cache
 def text_length(objective: str, room: int, options: BlankOptions) -> int:
-    """Give the number of text tokens that one sample of `objective` takes when it may fill `room` places.
+    """Return the number of text tokens that one sample of `objective` takes when it may fill `room` places.
 
     Fixed by (objective, room, options), so that a stream can be cut into windows before anything is drawn.
 
@@ -98,7 +98,7 @@ def text_length(objective: str, room: int, options: BlankOptions) -> int:
 
 @functools.lru_cache
 def places(objective: str, longest: int, options: BlankOptions) -> np.ndarray:
-    """Give the places that a text of n = 0..longest tokens reserves in a row of whole documents: int64 [longest + 1].
+    """Return the places that a text of n = 0..longest tokens reserves in a row of whole documents: int64 [longest + 1].
 
     A [MASK] text outgrows them with probability SHARED_OVERFLOW; none needs fewer than n + 2.
     """

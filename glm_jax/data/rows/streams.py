@@ -76,12 +76,12 @@ class Stream:
         self.rows = {objective: -(-longest_block // take) for objective, take in takes.items()}
 
     def _find_epoch(self, epoch: int) -> tuple[int, int]:
-        """Give (key of the block order, rotation: the token at which the epoch's stream begins)."""
+        """Return (key of the block order, rotation: the token at which the epoch's stream begins)."""
         order, rotation = np.random.SeedSequence((*self._key, epoch)).generate_state(2, np.uint64)
         return int(order), int(rotation) % self.tokens
 
     def locate(self, turn: int, objective: str, row: int, window: int | None = None) -> tuple[int, int, int]:
-        """Give (epoch, start, stop) of a row's text.
+        """Return (epoch, start, stop) of a row's text.
 
         Args:
             turn: how many times blocks of this stream were opened before, by any objective.
@@ -122,7 +122,7 @@ class Stream:
 
 
 def shuffled(index: int, size: int, key: int) -> int:
-    """Give the place of `index` in the permutation of 0..size-1 that `key` picks, in constant time.
+    """Return the place of `index` in the permutation of 0..size-1 that `key` picks, in constant time.
 
     A Feistel network over two digits in base sqrt(size); what falls outside 0..size-1 goes through again.
     """
@@ -139,5 +139,5 @@ def shuffled(index: int, size: int, key: int) -> int:
 
 
 def _waste(block: int, take: int) -> float:
-    """Give the share of empty room when rows of `take` tokens share a block evenly."""
+    """Return the share of empty room when rows of `take` tokens share a block evenly."""
     return 1 - block / (take * -(-block // take))

@@ -120,14 +120,14 @@ class IceTokenizer(Tokenizer):
         return restored.encode() if restored != piece else super()._bytes_of(token)
 
     def encode(self, text: str) -> np.ndarray:
-        """Give the ids of `text` as int32 [S]; a space is put before it, and [MASK] written in it stays text."""
+        """Return the ids of `text` as int32 [S]; a space is put before it, and [MASK] written in it stays text."""
         if self._keeps_blanks:
             text = text.replace("\n", NEWLINE).replace("\t", TAB)
             text = re.sub(f" {{2,{LONGEST_RUN}}}", lambda run: BLANKS[len(run[0]) - 2], text)
         return np.array(self._processor.encode(text), np.int32) + np.int32(IMAGE_TOKENS)
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
-        """Give the text of `ids`; image tokens print nothing, nor do special tokens unless `specials`.
+        """Return the text of `ids`; image tokens print nothing, nor do special tokens unless `specials`.
 
         What stands between special tokens is decoded by itself, less its first space.
         """

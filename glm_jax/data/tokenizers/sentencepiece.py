@@ -147,14 +147,14 @@ class Tokenizer:
         return piece.replace(WORD_START, " ").encode()
 
     def encode(self, text: str) -> np.ndarray:
-        """Give the ids of `text` as int32 [S]; special tokens written in the text stay text."""
+        """Return the ids of `text` as int32 [S]; special tokens written in the text stay text."""
         ids: list[int] = []
         for index, part in enumerate(text.split(WORD_START)):
             ids += self._word_start * (index > 0) + self._processor.encode(part)
         return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
-        """Give the text of `ids`; special tokens print nothing unless `specials`, then their names.
+        """Return the text of `ids`; special tokens print nothing unless `specials`, then their names.
 
         Bytes that are not UTF-8, as when a character is cut off, become U+FFFD.
         """

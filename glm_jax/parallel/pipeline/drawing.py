@@ -42,7 +42,7 @@ def ascii_timeline(schedule: Schedule, width: int = 120) -> str:
 
 
 def summary(schedule: Schedule) -> str:
-    """Say in one line what the schedule costs."""
+    """Return in one line what the schedule costs."""
     bubble = schedule.bubble
     return (
         f"{schedule.name}: {schedule.stages} stages, {schedule.microbatches} microbatches, {schedule.ticks} ticks, "

@@ -53,7 +53,7 @@ class Schedule:
         )
 
     def bubble_of(self, forward: int, backward: int) -> Fraction:
-        """Give the share of a stage's time that is idle, for slots that take `forward` and `backward` long."""
+        """Return the share of a stage's time that is idle, for slots that take `forward` and `backward` long."""
         return 1 - Fraction(self.microbatches * (forward + backward), self.makespan(forward, backward))
 
     @property
@@ -81,7 +81,7 @@ class Schedule:
 
 
 def _rows(ticks: int, stages: int, microbatches: int, first: Callable[[int], int]) -> Rows:
-    """Give the table in which stage s takes microbatch m at tick `first(s)` + m."""
+    """Return the table in which stage s takes microbatch m at tick `first(s)` + m."""
 
     def job(tick: int, stage: int) -> int:
         microbatch = tick - first(stage)
@@ -162,7 +162,7 @@ def check(schedule: Schedule) -> None:
 
 
 def _ticks_of(rows: Iterable[tuple[int, ...]], stage: int, microbatches: int, slot: str) -> list[int]:
-    """Give the tick of each microbatch on one stage; each must have one."""
+    """Return the tick of each microbatch on one stage; each must have one."""
     ticks: dict[int, int] = {}
     for tick, row in enumerate(rows):
         microbatch = row[stage]

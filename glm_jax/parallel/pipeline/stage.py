@@ -114,7 +114,7 @@ class Stage:
         return vary(jnp.zeros(self.capacity, jnp.promote_types(self.x.dtype, jnp.float32)))
 
     def turns(self, microbatch: Array) -> Array:
-        """Say how many blocks a slot runs."""
+        """Return how many blocks a slot runs."""
         return jnp.where(microbatch >= 0, self.layers, 0)
 
     def _block(self, i: Array | int, terms: Tree) -> tuple[Callable[[Tree, Array], Array], Tree]:
@@ -130,7 +130,7 @@ class Stage:
         return y, without_first_argument(pull)
 
     def _pull(self, i: Array, record: list[Array], terms: Tree, gradient: Array) -> tuple[Tree, Array]:
-        """Give the gradients of block i's weights and of its input."""
+        """Return the gradients of block i's weights and of its input."""
         block, weights = self._block(i, terms)
         if self.keep != "all":
             _, pull = jax.vjp(block, weights, record[0])
