@@ -118,13 +118,18 @@ def generate(arguments: Sequence[str]) -> int:
 
 
 def config(arguments: Sequence[str]) -> int:
-    """List the experiments (`config list`), or show every value of one and where it comes from (`config show`)."""
-    usage = "glm-jax config list, or glm-jax config show --config experiments/X.py [--config.KEY=VALUE ...]"
+    """List the experiments (`config list`), show the values of one (`show`), explain all keys (`keys`)."""
+    usage = "glm-jax config list|keys, or glm-jax config show --config experiments/X.py [--config.KEY=VALUE ...]"
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: {usage}")
         return 0
     if arguments[0] == "list" and len(arguments) == 1:
         return _list_experiments()
+    if arguments == ["keys"]:
+        from glm_jax.config.reference import reference
+
+        print("\n".join(reference()))
+        return 0
     if arguments[0] == "show":
         return _show_config(arguments[1:])
     raise UserError(f"unknown arguments {' '.join(arguments)}: use {usage}")
