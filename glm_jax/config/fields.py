@@ -183,12 +183,12 @@ def to_dict(values: Section) -> dict[str, Any]:
     return {name: plain(getattr(values, name)) for name, _, _, _ in definitions(type(values))}
 
 
-def closest(key: str, known: list[str]) -> str:
-    """Return which known key was probably meant, or where to find them all."""
+def closest(key: str, known: list[str], listing: str = "config show --config NAME") -> str:
+    """Return a question after the known key that was probably meant, or the command that lists them all."""
     matches = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if matches:
         return f"did you mean {matches[0]}?"
-    return "`glm-jax config show --config FILE` lists the keys"
+    return f"`glm-jax {listing}` lists what there is"
 
 
 S = TypeVar("S", bound=Section)

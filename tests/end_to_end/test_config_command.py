@@ -25,7 +25,18 @@ def test_show_names_the_origin_of_every_value(glm_jax: Cli, experiment: Path) ->
 def test_list_gives_each_experiment_a_line(glm_jax: Cli) -> None:
     done = glm_jax("config", "list")
     assert done.returncode == 0, done.stderr
-    assert sum(line.startswith("experiments/quickstart.py ") for line in done.stdout.splitlines()) == 1
+    assert sum(line.startswith("quickstart ") for line in done.stdout.splitlines()) == 1
+
+
+def test_experiments_are_found_by_name_from_any_directory(tmp_path: Path) -> None:
+    names = ("quickstart", "quickstart.py", "experiments/quickstart.py", "ablations/norms", "quickstar")
+    shown = [["config", "show", f"--config={names[0]}", "--config.seed=5"]]
+    shown += [["config", "show", "--config", name] for name in names]
+    code = f"from glm_jax.cli.main import main; print([main(each) for each in {[['config', 'list'], *shown]!r}])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0, 0, 0, 0, 2]", done.stderr
+    assert done.stderr.splitlines()[-1] == "error: --config quickstar cannot be read: did you mean quickstart?"
 
 
 def test_config_and_help_do_not_import_jax(experiment: Path) -> None:

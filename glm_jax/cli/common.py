@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
+from glm_jax.cli.experiments import summaries
 from glm_jax.config import Experiment, default_values, resolve
 from glm_jax.config.fields import closest
 from glm_jax.errors import UserError
+
+
+def say(line: str) -> None:
+    """Tell the person at the terminal; results alone go to standard output."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def flag_values(command: str) -> flags.FlagValues:
@@ -22,7 +29,7 @@ def flag_values(command: str) -> flags.FlagValues:
 
 def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     """Add `--config`, whose file `arguments` name."""
-    summary = "an experiment, such as experiments/quickstart.py; --config.KEY=VALUE after it changes a value"
+    summary = "an experiment by name, such as quickstart, or its file; --config.KEY=VALUE after it changes a value"
     config_flags.DEFINE_config_file(
         "config", None, summary, flag_values=values, lock_config=True, sys_argv=["glm-jax", *arguments]
     )
@@ -73,9 +80,9 @@ def load(values: flags.FlagValues) -> Experiment:
     try:
         return resolve(values.config)
     except OSError as error:  # config_flags raises it only now
-        raise UserError(
-            f"--config {config_flags.get_config_filename(values['config'])} cannot be read: is the path right?"
-        ) from error
+        name = config_flags.get_config_filename(values["config"])
+        known = [found for found, _ in summaries()]
+        raise UserError(f"--config {name} cannot be read: {closest(name, known, 'config list')}") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,56 @@
+"""`glm-jax corpus`: sample texts, shards, and a look at rows."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from glm_jax.cli import common
+from glm_jax.cli.common import say
+from glm_jax.errors import UserError
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Bring sample texts (`corpus fetch`), make tokenised shards (`corpus build`), show them (`corpus inspect`)."""
+    if not arguments or arguments[0] not in ("fetch", "build", "inspect"):
+        usage = "glm-jax corpus fetch|build|inspect --config FILE [flags]"
+        if {"-h", "--help"} & set(arguments):
+            print(f"usage: {usage}")
+            return 0
+        raise UserError(f"say what to do with the corpus: {usage}")
+    action, *rest = arguments
+    values = common.flag_values(f"corpus {action}")
+    common.define_config(values, rest)
+    if action == "build":
+        workers = os.cpu_count() or 1
+        flags.DEFINE_integer("workers", workers, "processes that share the work", lower_bound=1, flag_values=values)
+        flags.DEFINE_bool("strict", False, "stop at the first damaged record", flag_values=values)
+    if action == "inspect":
+        flags.DEFINE_integer("rows", 3, "training rows to show", lower_bound=0, flag_values=values)
+    if not common.parse(values, rest, ["config"]):
+        return 0
+    resolved = common.load(values)
+
+    from glm_jax.data import inspect
+    from glm_jax.data.corpora import prepare
+
+    if action == "fetch":
+        prepare.fetch(resolved, say)
+    elif action == "build":
+        prepared = prepare.prepare(resolved, say, workers=values.workers, strict=values.strict)
+        if values.strict:
+            prepare.check_undamaged(prepared)
+    else:
+        from glm_jax.training.evaluation import training_batches
+
+        prepared = prepare.prepare(resolved, say)
+        for line in inspect.counts(prepared):
+            print(line)
+        batches = training_batches(resolved, prepared)
+        batch = batches.at(0, values.rows)
+        for line in inspect.rows(batch, batches.sources, prepared.tokenizer, coloured=sys.stdout.isatty()):
+            print(line)
+    return 0

@@ -1,0 +1,42 @@
+"""Finds experiments by name, from any directory: beside an editable install, or where a wheel has put them."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+FOLDERS = (Path(__file__).parents[2] / "experiments", Path(sys.prefix) / "share" / "glm_jax" / "experiments")
+
+
+def folder() -> Path | None:
+    """Return the folder of the experiments that come with the package, or None if it came without."""
+    return next((path for path in FOLDERS if path.is_dir()), None)
+
+
+def summaries() -> Iterator[tuple[str, str]]:
+    """Yield the name of every experiment and the first line of its docstring."""
+    root = folder()
+    for path in sorted(root.rglob("*.py")) if root else []:
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        yield path.relative_to(root or path).with_suffix("").as_posix(), docstring.partition("\n")[0]
+
+
+def with_paths(arguments: Sequence[str]) -> list[str]:
+    """Return a command's arguments with the path of the experiment that `--config` names; a path stays as it is."""
+    found = list(arguments)
+    for place, argument in enumerate(found):
+        if argument.startswith("--config="):
+            found[place] = f"--config={_path(argument.removeprefix('--config='))}"
+        elif argument == "--config" and place + 1 < len(found):
+            found[place + 1] = _path(found[place + 1])
+    return found
+
+
+def _path(name: str) -> str:
+    root, file = folder(), Path(name)
+    if root is None or file.exists() or file.is_absolute():
+        return name
+    inside = root / Path(*[part for part in file.parts if part != "experiments"]).with_suffix(".py")
+    return str(inside) if inside.is_file() else name

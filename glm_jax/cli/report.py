@@ -1,0 +1,26 @@
+"""`glm-jax report`: a run on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from glm_jax.cli import common
+from glm_jax.cli.common import say
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Draw the curves and the events of a run on one page."""
+    values = common.flag_values("report")
+    common.define_workdir(values)
+    out = "the page, .html or .png; by default report.html in the workdir"
+    flags.DEFINE_string("out", None, out, flag_values=values)
+    if not common.parse(values, arguments, ["workdir"]):
+        return 0
+
+    from glm_jax.figures import report as reports
+
+    say(f"written: {reports.write(Path(values.workdir), Path(values.out) if values.out else None)}")
+    return 0

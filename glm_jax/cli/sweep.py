@@ -1,0 +1,38 @@
+"""`glm-jax sweep`: the members of an ablation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from glm_jax.cli import common
+from glm_jax.cli.common import say
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train the members of an ablation together, and gather their results; the same command goes on."""
+    values = common.flag_values("sweep")
+    common.define_config(values, arguments)
+    common.define_workdir(values)
+    cores = os.cpu_count() or 1
+    flags.DEFINE_integer("parallel", cores, "processes at a time, of a core each", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("dry-run", False, "list the members and do nothing", flag_values=values)
+    if not common.parse(values, arguments, ["config"]):
+        return 0
+    lists = values["dry-run"].value
+    if not lists:
+        common.require(values, ["workdir"])
+    resolved = common.load(values)
+    path = Path(config_flags.get_config_filename(values["config"]))
+
+    from glm_jax.sweeps import run as sweeps
+
+    if lists:
+        for line in sweeps.listing(resolved, path):
+            print(line)
+        return 0
+    return sweeps.run(resolved, path, Path(values.workdir), values.parallel, say)

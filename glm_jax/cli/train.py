@@ -1,0 +1,52 @@
+"""`glm-jax train`: a run, from an experiment to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from glm_jax.cli import common
+from glm_jax.cli.common import say
+from glm_jax.config import with_changes
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train as an experiment says; the same command goes on from the newest checkpoint."""
+    values = common.flag_values("train")
+    common.define_config(values, arguments)
+    common.define_workdir(values)
+    flags.DEFINE_string("replay", None, "an interventions.jsonl: make its changes at its steps", flag_values=values)
+    together = "for several processes, where no scheduler says so:"
+    flags.DEFINE_string("coordinator", None, f"{together} HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, f"{together} how many", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process", None, f"{together} which this is, from 0", lower_bound=0, flag_values=values)
+    if not common.parse(values, arguments, ["config", "workdir"]):
+        return 0
+    resolved = common.load(values)
+
+    from glm_jax.parallel import processes
+    from glm_jax.workdir import interventions
+
+    if values.replay:
+        planned = interventions.plan(interventions.read(Path(values.replay)))
+        resolved = with_changes(resolved, {"interventions": planned})
+    processes.start(values.coordinator, values.processes, values.process, resolved.mesh.collective_timeout)
+
+    from glm_jax.inference import Model, examples
+    from glm_jax.training import loop
+
+    workdir = Path(values.workdir)
+
+    def run() -> int:
+        run = loop.Run(resolved, workdir, say)
+        code = run.go()
+        if code == loop.DONE and processes.alone():  # the examples need the whole model on one device
+            model = Model.open(workdir)
+            documents, languages = run.heldout(), run.prepared.languages
+            for line in examples.heldout(model.config, model.params, model.tokenizer, documents, languages):
+                print(line, flush=True)
+        return code
+
+    return processes.together(run)
