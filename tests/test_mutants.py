@@ -178,19 +178,21 @@ def h(a):
 
 def on_clean(path: str, text: str, seconds: list[float], lines: dict[int, list[int]]) -> TestFile:
     tests = [f"{path}::{number}" for number in range(len(seconds))]
-    return TestFile(path, "", text, tests, seconds, {"glm_jax/data/m.py": lines})
+    return TestFile(path, "", text, tests, seconds, {"glm_jax/data/rows/m.py": lines})
 
 
 FILES = [
     on_clean("test_m.py", "", [4.0, 1.0, 2.0], {2: [IMPORTED], 4: [IMPORTED], 7: [0, 1], 10: [2], 14: [1]}),
     on_clean("test_far.py", "", [0.1], {2: [IMPORTED], 4: [IMPORTED], 7: [0], 15: [0]}),
-    on_clean("test_none.py", "from glm_jax.data import m", [1.0, 1.0], {2: [IMPORTED]}),
+    on_clean("test_none.py", "from glm_jax.data.rows import m", [1.0, 1.0], {2: [IMPORTED]}),
     on_clean("test_processes.py", "import subprocess", [9.0], {}),
 ]
 
 
 def plan(line: int) -> tuple[list[str], list[str], bool]:
-    return mutants_tests.plan(Mutant("rows", "glm_jax/data/m.py", "", 0, ((line, 0), (line, 1)), "", ""), MODULE, FILES)
+    return mutants_tests.plan(
+        Mutant("rows", "glm_jax/data/rows/m.py", "", 0, ((line, 0), (line, 1)), "", ""), MODULE, FILES
+    )
 
 
 def test_tests_that_run_the_line_come_first_the_cheapest_of_them_before_others() -> None:

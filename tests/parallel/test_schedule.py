@@ -143,9 +143,7 @@ def test_ascii_timeline_breaks_into_panels_by_hand():
         "stage 0 F0 F1 .  F2\nstage 1 .  F0 B0 F1",
         "stage 0 B0 .  B1 B2\nstage 1 B1 F2 B2 .",
     ]
-    assert drawing.ascii_timeline(schedule.build("1f1b", 1, 11), width=1).startswith(
-        "stage 0 F0\n\nstage 0 B0\n\n"
-    )
+    assert drawing.ascii_timeline(schedule.build("1f1b", 1, 11), width=1).startswith("stage 0 F0\n\nstage 0 B0\n\n")
     ten, eleven = (drawing.ascii_timeline(schedule.build("gpipe", stages, 1)) for stages in (10, 11))
     assert ten.startswith("stage 0 F0 .") and eleven.startswith("stage 0  F0 .")  # as wide as the last stage needs
     assert "stage 0 F0  B0  F1  B1" in drawing.ascii_timeline(schedule.build("1f1b", 1, 11))  # a digit more

@@ -19,13 +19,12 @@ from typing import Any
 Place = tuple[int, int]  # a line, from 1, and a column, from 0, in characters
 Span = tuple[Place, Place]
 
-ROWS = ("batches", "blanks", "blank_options", "streams", "packing", "mixture")
 ROOMS: dict[str, tuple[str, ...]] = {
-    "rows": tuple(f"glm_jax/data/{name}.py" for name in ROWS),
+    "rows": ("glm_jax/data/rows/*.py",),
     "inference": ("glm_jax/inference/*.py",),
     "model": ("glm_jax/model/*.py",),
-    "training": ("glm_jax/training/*.py",),
-    "parallel": ("glm_jax/parallel/*.py",),
+    "training": ("glm_jax/engine/*.py", "glm_jax/training/*.py"),
+    "parallel": ("glm_jax/parallel/*.py", "glm_jax/parallel/pipeline/*.py"),
 }
 FLOOR = 20  # each room has at least one in so many of the sample
 SAYING = {"print", "say", "debug", "info", "warning", "error", "exception", "warn"}

@@ -34,9 +34,9 @@ ROOM_TESTS = {name: f"tests/{'data' if name == 'rows' else name}/test_*.py" for 
 ELSEWHERE = (
     ("glm_jax/parallel/*.py", "tests/training/test_step*.py"),  # the step's tests run again on a mesh
     ("glm_jax/model/layers.py", "tests/parallel/test_pipeline.py"),  # a layer's parts over the tensor axis
-    ("glm_jax/model/config.py", "tests/end_to_end/test_train.py"),  # the section of an experiment
-    ("glm_jax/training/engine.py", "tests/parallel/test_mesh.py"),
-    ("glm_jax/training/engine.py", "tests/parallel/test_pipeline.py"),  # every mesh, zero=3 among them
+    ("glm_jax/config/model.py", "tests/end_to_end/test_train.py"),  # the section of an experiment
+    ("glm_jax/engine/*.py", "tests/parallel/test_mesh.py"),
+    ("glm_jax/engine/*.py", "tests/parallel/test_pipeline.py"),  # every mesh, zero=3 among them
     ("glm_jax/training/loop.py", "tests/end_to_end/test_train.py"),
     ("glm_jax/training/loop.py", "tests/end_to_end/test_resumes.py"),
     ("glm_jax/training/segment.py", "tests/end_to_end/test_resumes.py"),

@@ -37,9 +37,9 @@ TESTS = (
     "tests/end_to_end/test_train.py",
     "tests/parallel/test_mesh.py",
     "tests/parallel/test_start.py",
-    "tests/training/test_checkpoint.py",
-    "tests/training/test_checkpoint_damage.py",
     "tests/training/test_monitor.py",
+    "tests/workdir/test_checkpoint.py",
+    "tests/workdir/test_checkpoint_damage.py",
 )
 
 
