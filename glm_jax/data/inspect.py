@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.corpora.prepare import Prepared
+from glm_jax.data.rows.rows import Rows
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 
 BAR = 40  # characters of the longest bar
@@ -46,32 +46,27 @@ def histogram(lengths: np.ndarray) -> list[str]:
     return lines
 
 
-def rows(
-    batch: Mapping[str, np.ndarray], sources: tuple[str, ...], tokenizer: Tokenizer, *, coloured: bool
-) -> Iterator[str]:
+def rows(batch: Rows[np.ndarray], sources: tuple[str, ...], tokenizer: Tokenizer, *, coloured: bool) -> Iterator[str]:
     """Yield each row of a batch as text, "[MASK: what was there]" in the place of each blank.
 
     Args:
-        batch: as batches.Batches.at gives it.
-        sources: the names that `batch["source"]` counts.
+        batch: as rows.batches.Batches.at returns it.
+        sources: the names that `batch.source` counts.
         coloured: each blank in a colour, for a terminal.
     """
-    for b in range(len(batch["tokens"])):
-        yield f"row {b}: {sources[batch['source'][b]]}, {OBJECTIVES[batch['objective'][b]]}"
-        for segment in range(1, batch["segments"][b].max() + 1):
-            sample = {
-                name: batch[name][b][..., batch["segments"][b] == segment]  # [S] or [2, S] of the segment
-                for name in ("tokens", "targets", "positions", "context")
-            }
-            yield _sample(sample, tokenizer, coloured)
+    for b in range(len(batch.tokens)):
+        yield f"row {b}: {sources[batch.source[b]]}, {OBJECTIVES[batch.objective[b]]}"
+        for segment in range(1, batch.segments[b].max() + 1):
+            yield _sample(batch, b, batch.segments[b] == segment, tokenizer, coloured)
 
 
-def _sample(sample: Mapping[str, Any], tokenizer: Tokenizer, coloured: bool) -> str:
-    tokens, context = sample["tokens"], sample["context"]  # [S]
-    positions = np.atleast_2d(sample["positions"])[0]  # [S]
+def _sample(batch: Rows[np.ndarray], b: int, here: np.ndarray, tokenizer: Tokenizer, coloured: bool) -> str:
+    """Return the text of the sample of row b that stands where `here`, bool [S], is True."""
+    tokens, targets, context = batch.tokens[b, here], batch.targets[b, here], batch.context[b, here]  # [s] each
+    positions = np.atleast_2d(batch.positions[b])[0, here]  # [s]
     blanks = {tokenizer.mask: "MASK", tokenizer.gmask: "gMASK", tokenizer.smask: "sMASK"}
     starts = np.flatnonzero(~context & (tokens == tokenizer.sop))
-    spans = dict(zip(positions[starts].tolist(), np.split(sample["targets"], starts)[1:], strict=True))
+    spans = dict(zip(positions[starts].tolist(), np.split(targets, starts)[1:], strict=True))
     places = [place for place in np.flatnonzero(context) if tokens[place] in blanks]
     parts: list[str] = []
     run: list[int] = []

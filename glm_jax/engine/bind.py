@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from glm_jax import model
+from glm_jax.data.rows.rows import Rows
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.layers import row_keys
@@ -21,7 +21,6 @@ from glm_jax.parallel.pipeline.stage import Keep
 from glm_jax.parallel.tensor import ShardedAxis
 
 Array = jax.Array
-Batch = Mapping[str, Array]
 Normalization = Literal["tokens", "microbatch"]
 
 
@@ -38,6 +37,13 @@ class EngineConfig:
     normalization: Normalization = "tokens"
     shrink_logits: bool = False  # the embedding gradient shrink on the head's path, too
     zero: Literal[1, 3] = 1  # 3: the blocks' weights, too, stay split over `data`, gathered a layer at a time
+
+
+class Batch(NamedTuple):
+    """What the pipeline hands to the functions: rows, and which of the global batch they are."""
+
+    rows: Rows[Array]
+    number: Array  # int32 [B]; dropout draws by it
 
 
 class Sums(NamedTuple):
@@ -102,12 +108,13 @@ def functions(
     glm = cfg.model
 
     def embed(outer: Any, batch: Batch) -> Array:
-        rows = row_keys(key, batch["row"])  # [B]
-        return transformer.embed(glm, outer, batch["tokens"], batch["positions"], shrink, rows, axis)  # [B, S, D]
+        rows = row_keys(key, batch.number)  # [B]
+        return transformer.embed(glm, outer, batch.rows.tokens, batch.rows.positions, shrink, rows, axis)  # [B, S, D]
 
     def prepare(batch: Batch) -> Any:
-        allowed = model.visibility(batch["segments"], batch["context"])  # [B, S, S]
-        return allowed, position_terms(glm, batch["positions"], jnp.dtype(cfg.compute)), row_keys(key, batch["row"])
+        rows = batch.rows
+        terms = position_terms(glm, rows.positions, jnp.dtype(cfg.compute))
+        return model.Visibility(rows.segments, rows.context), terms, row_keys(key, batch.number)
 
     def block(weights: Any, x: Array, terms: Any, layer: Array) -> Array:
         allowed, positions, rows = terms
@@ -116,19 +123,20 @@ def functions(
         return transformer.block(glm, weights, x, allowed, positions, layer, rows, axis=axis)[0]  # [B, S, D]
 
     def head(outer: Any, x: Array, batch: Batch) -> tuple[Array, Sums]:
-        losses = token_losses(cfg, axis, outer, x, batch, shrink if cfg.shrink_logits else None)  # [B, S]
-        of_objective = jax.nn.one_hot(batch["objective"], cfg.objectives, dtype=losses.dtype)  # [B, O]
-        rows, counts = losses.sum(-1), batch["loss_mask"].sum(-1)  # [B] both
+        losses = token_losses(cfg, axis, outer, x, batch.rows, shrink if cfg.shrink_logits else None)  # [B, S]
+        of_objective = jax.nn.one_hot(batch.rows.objective, cfg.objectives, dtype=losses.dtype)  # [B, O]
+        rows, counts = losses.sum(-1), batch.rows.loss_mask.sum(-1)  # [B] both
         return (rows * row_weights(cfg, counts)).sum(), Sums(rows @ of_objective, counts @ of_objective)
 
     return run.Functions(prepare, embed, block, head)
 
 
 def token_losses(
-    cfg: EngineConfig, axis: ShardedAxis, outer: Any, x: Array, batch: Batch, shrink: Array | None = None
+    cfg: EngineConfig, axis: ShardedAxis, outer: Any, x: Array, rows: Rows[Array], shrink: Array | None = None
 ) -> Array:
+    """Return the loss in nats of every target token, 0 elsewhere: x [B, S, D] -> float32 [B, S]."""
     logits = transformer.head(cfg.model, outer, x, axis, shrink)  # [B, S, V / shards]
-    return tensor.token_losses(logits, batch["targets"], cfg.num_tokens) * batch["loss_mask"]  # [B, S]
+    return tensor.token_losses(logits, rows.targets, cfg.num_tokens) * rows.loss_mask  # [B, S]
 
 
 def row_weights(cfg: EngineConfig, counts: Array) -> Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from glm_jax.data.rows.rows import Rows
 from glm_jax.engine.bind import Array, Batch, EngineConfig, Sums, functions, row_weights, state_specs, token_losses
 from glm_jax.parallel import partition, zero
 from glm_jax.parallel.pipeline import run, schedule
@@ -29,20 +30,20 @@ class _Layout(NamedTuple):
     specs: Any
     table: schedule.Schedule
     axis: ShardedAxis
-    batch: dict[str, Array]
-    batch_specs: dict[str, jax.P]
+    batch: Batch
+    batch_specs: Batch
 
 
-def _layout(cfg: EngineConfig, mesh: jax.sharding.Mesh, batch: Batch) -> _Layout:
+def _layout(cfg: EngineConfig, mesh: jax.sharding.Mesh, rows: Rows[Array]) -> _Layout:
     sizes = dict(mesh.shape)
-    microbatches, rows = batch["tokens"].shape[:2]
+    microbatches, size = rows.tokens.shape[:2]
+    batch = Batch(rows, jnp.arange(microbatches * size, dtype=jnp.int32).reshape(microbatches, size))
     return _Layout(
         specs=state_specs(cfg.model, mesh),
         table=schedule.build(cfg.schedule, sizes["pipeline"], microbatches),
         axis=ShardedAxis(sizes["tensor"], sizes["pipeline"] * sizes["tensor"]),
-        batch={**batch, "row": jnp.arange(microbatches * rows, dtype=jnp.int32).reshape(microbatches, rows)},
-        batch_specs={name: partition.batch_spec(array.ndim) for name, array in batch.items()}
-        | {"row": partition.batch_spec(2)},
+        batch=batch,
+        batch_specs=jax.tree.map(lambda array: partition.batch_spec(array.ndim), batch),
     )
 
 
@@ -69,7 +70,7 @@ def value_and_grad(
     cfg: EngineConfig,
     mesh: jax.sharding.Mesh,
     params: Any,
-    batch: Batch,
+    rows: Rows[Array],
     key: Array | None = None,
     shrink: Array | float | None = None,
     loss_scale: Array | float = 1.0,
@@ -80,16 +81,16 @@ def value_and_grad(
         cfg: static.
         mesh: see `check` for what it must divide.
         params: float32 master params, blocks padded to the stages (`partition.pad_layers`).
-        batch: arrays [M, B/M, ...], see data/batches.py.
+        rows: the global batch, arrays [M, B/M, ...].
         key: dropout key of the step; row b of the global batch draws as the b-th row does in `model.apply`.
         shrink: alpha of the embedding gradient shrink.
         loss_scale: the loss is multiplied by it inside; the gradients are divided by it.
     """
-    layout = _layout(cfg, mesh, batch)
+    layout = _layout(cfg, mesh, rows)
 
     def local(params: Any, batch: Batch, extras: Any) -> Gradients:
         key, shrink, loss_scale = extras
-        counts = batch["loss_mask"].sum(-1)  # [M, B]
+        counts = batch.rows.loss_mask.sum(-1)  # [M, B]
         total = lax.psum((counts * row_weights(cfg, counts)).sum(), "data")  # target tokens, or rows with any
         result = run.value_and_grad(
             functions(cfg, layout.axis, layout.specs, key, shrink),
@@ -113,18 +114,18 @@ def value_and_grad(
     return mapped(params, layout.batch, (key, shrink, jnp.asarray(loss_scale, wide)))
 
 
-def losses(cfg: EngineConfig, mesh: jax.sharding.Mesh, params: Any, batch: Batch) -> Array:
+def losses(cfg: EngineConfig, mesh: jax.sharding.Mesh, params: Any, rows: Rows[Array]) -> Array:
     """Return the loss in nats of every target token: float32 [M, B/M, S], 0 elsewhere.
 
     Arguments as in `value_and_grad`; no dropout.
     """
-    layout = _layout(cfg, mesh, batch)
+    layout = _layout(cfg, mesh, rows)
 
     def local(params: Any, batch: Batch) -> Array:
         glm = functions(cfg, layout.axis, layout.specs, None, None)
 
         def head(outer: Any, x: Array, batch: Batch) -> tuple[Array, Array]:
-            of_tokens = token_losses(cfg, layout.axis, outer, x, batch)  # [B, S]
+            of_tokens = token_losses(cfg, layout.axis, outer, x, batch.rows)  # [B, S]
             return of_tokens.sum(), of_tokens
 
         weights = _weights(cfg, params, layout.specs)

@@ -6,10 +6,11 @@ Tokens are drawn as SVG text, which any reader's own fonts show, Chinese too; th
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
@@ -18,10 +19,11 @@ from matplotlib.patches import Patch
 
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.rows.room import SpecialTokens
+from glm_jax.data.rows.rows import Rows
 from glm_jax.figures import style
-from glm_jax.model import visibility
+from glm_jax.model import Visibility
 
-Batch = Mapping[str, np.ndarray]
+Batch = Rows[np.ndarray]
 
 FONT, LINE, MARGIN, WIDTH = 13, 62, 66, 980  # pixels: letters, a line of tokens, the labels beside it, the whole
 NARROW, WIDE = 0.62, 1.05  # a letter's width against the font's size; wide: Chinese
@@ -46,8 +48,8 @@ def blanks(batch: Batch, b: int, special: SpecialTokens) -> np.ndarray:
 
     A target block belongs to the blank whose position its sop repeats; a sample with one blank has one block.
     """
-    tokens, context, segments = batch["tokens"][b], batch["context"][b], batch["segments"][b]  # [S]
-    positions = np.atleast_2d(batch["positions"][b])[0]  # [S]
+    tokens, context, segments = batch.tokens[b], batch.context[b], batch.segments[b]  # [S]
+    positions = np.atleast_2d(batch.positions[b])[0]  # [S]
     marks = context & np.isin(tokens, [special.mask, special.gmask, special.smask])  # [S]
     number = np.where(marks, np.cumsum(marks), 0)  # [S]
     current = 0
@@ -69,11 +71,11 @@ def row_tokens(batch: Batch, b: int, tokenizer: Any) -> list[Token]:
         tokenizer: a data.tokenizer.Tokenizer.
     """
     found, number = [], blanks(batch, b, tokenizer)
-    for place in np.flatnonzero(batch["segments"][b]):
-        token, loss = int(batch["tokens"][b, place]), batch["loss_mask"][b, place] > 0
+    for place in np.flatnonzero(batch.segments[b]):
+        token, loss = int(batch.tokens[b, place]), batch.loss_mask[b, place] > 0
         colour = PALETTE[(number[place] - 1) % len(PALETTE)] if number[place] else PLAIN
-        target = shown(int(batch["targets"][b, place]), tokenizer) if loss else ""
-        positions = tuple(int(position) for position in np.atleast_2d(batch["positions"][b])[:, place])
+        target = shown(int(batch.targets[b, place]), tokenizer) if loss else ""
+        positions = tuple(int(position) for position in np.atleast_2d(batch.positions[b])[:, place])
         special = tokenizer.token_bytes[token] == 0
         found.append(Token(shown(token, tokenizer), colour, bool(special), target, positions))
     return found
@@ -95,9 +97,9 @@ def tokens_svg(batch: Batch, b: int, tokenizer: Any, title: str = "") -> str:
     Returns:
         An SVG document.
     """
-    segments = batch["segments"][b]
+    segments = batch.segments[b]
     cells, left, line = [], MARGIN, 0
-    rows = ["reads", "predicts"] + ["position", "in block"][: len(np.atleast_2d(batch["positions"][b]))]
+    rows = ["reads", "predicts"] + ["position", "in block"][: len(np.atleast_2d(batch.positions[b]))]
     height = FONT + 9 + 14 * (len(rows) - 1) + 12
     previous = 1
     for segment, token in zip(segments[segments > 0], row_tokens(batch, b, tokenizer), strict=True):
@@ -114,7 +116,7 @@ def tokens_svg(batch: Batch, b: int, tokenizer: Any, title: str = "") -> str:
             f'<text x="2" y="{top + offset}" font-size="10" fill="#555555">{name}</text>'
             for name, offset in zip(rows, offsets, strict=True)
         ]
-    heading = f"{title} {OBJECTIVES[batch['objective'][b]]}, {int((segments > 0).sum())} of {len(segments)} places"
+    heading = f"{title} {OBJECTIVES[batch.objective[b]]}, {int((segments > 0).sum())} of {len(segments)} places"
     whole = 26 + (line + 1) * height
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{whole}" font-family="sans-serif">',
@@ -152,8 +154,8 @@ def visible(batch: Batch, b: int) -> np.ndarray:
 
     Padding, which may see itself so that no softmax is empty, counts as not seeing.
     """
-    segments, context = batch["segments"][b], batch["context"][b]  # [S]
-    allowed = np.asarray(visibility(segments[None], context[None]))[0]  # [S, S]
+    segments, context = batch.segments[b], batch.context[b]  # [S]
+    allowed = np.asarray(Visibility(jnp.asarray(segments[None]), jnp.asarray(context[None])).dense())[0]  # [S, S]
     kinds = np.where(context[None, :], np.where(context[:, None], 1, 2), 3)  # [S, S]
     return np.where(allowed & (segments > 0)[:, None], kinds, 0)
 
@@ -165,7 +167,7 @@ def visibility_figure(batch: Batch, rows: Sequence[int], titles: Sequence[str]) 
         kinds = visible(batch, b)
         look: dict[str, Any] = {"cmap": ListedColormap(CELLS), "vmin": 0, "vmax": len(CELLS) - 1}
         axis.imshow(kinds, interpolation="nearest", aspect="auto", **look)
-        segments = batch["segments"][b]
+        segments = batch.segments[b]
         for place in np.flatnonzero(np.diff(segments)):
             axis.axvline(place + 0.5, color=style.INK, linewidth=0.7)
             axis.axhline(place + 0.5, color=style.INK, linewidth=0.7)
@@ -180,15 +182,15 @@ def visibility_figure(batch: Batch, rows: Sequence[int], titles: Sequence[str]) 
 def positions_figure(batch: Batch, rows: Sequence[int], titles: Sequence[str]) -> Figure:
     """Draw the positions that tokens carry against their places in the row, a panel a row: one stream or two."""
     made, axes = style.figure(1, len(rows), width=3.6, height=2.9)
-    names = ("position", "place in the target block") if batch["positions"].ndim == 3 else ("position",)
+    names = ("position", "place in the target block") if batch.positions.ndim == 3 else ("position",)
     for axis, b, title in zip(axes, rows, titles, strict=True):
-        filled = np.flatnonzero(batch["segments"][b])
-        streams = np.atleast_2d(batch["positions"][b])[:, filled]  # [streams, places]
+        filled = np.flatnonzero(batch.segments[b])
+        streams = np.atleast_2d(batch.positions[b])[:, filled]  # [streams, places]
         for stream, name, colour, marker in zip(streams, names, style.COLOURS, "o^", strict=False):
             axis.plot(filled, stream, marker, markersize=3.2, color=colour, label=name)
         _shade_targets(axis, batch, b)
         style.finish(axis, "place in the row", "position" if axis is axes[0] else "", title, legend=False)
-        axis.set(xlim=(-1, len(batch["segments"][b])), ylim=(-1, None))
+        axis.set(xlim=(-1, len(batch.segments[b])), ylim=(-1, None))
     handles, labels = axes[0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     return made
@@ -196,7 +198,7 @@ def positions_figure(batch: Batch, rows: Sequence[int], titles: Sequence[str]) -
 
 def _shade_targets(axis: Axes, batch: Batch, b: int) -> None:
     """Shade the places whose tokens are targets."""
-    targets = np.flatnonzero(np.diff(np.r_[0, batch["loss_mask"][b] > 0, 0]))
+    targets = np.flatnonzero(np.diff(np.r_[0, batch.loss_mask[b] > 0, 0]))
     for number, (start, stop) in enumerate(targets.reshape(-1, 2)):
         label = "target part" if number == 0 else "_"
         axis.axvspan(start - 0.5, stop - 0.5, color=style.COLOURS[5], alpha=0.22, linewidth=0, label=label)

@@ -24,13 +24,13 @@ import numpy as np
 import optax
 
 from glm_jax.config.model import Activation, Norm
-from glm_jax.model import GLMConfig, init, visibility
+from glm_jax.model import GLMConfig, Visibility, init
 from glm_jax.model.attention import Attention
 from glm_jax.model.feedforward import FeedForward
 from glm_jax.model.layers import LayerNorm, run
 from glm_jax.model.positions import PositionTerms, position_terms
 from glm_jax.model.residual import depth_coefficients, residual_update
-from glm_jax.model.transformer import embed, head, stage
+from glm_jax.model.transformer import blocks, embed, head
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -42,13 +42,13 @@ KINDS: Mapping[str, tuple[str, ...]] = {"kernels": ("kernel",), "norms": ("scale
 ROWS, LENGTH = 4, 32  # of the batch that everything is measured on
 
 
-class Rows(NamedTuple):
+class RandomRows(NamedTuple):
     """A batch of random tokens: the first half of each row is context, the second half the target."""
 
     tokens: Array  # int32 [B, S]
     targets: Array  # int32 [B, S]
     positions: Array  # int32 [B, S]
-    allowed: Array  # bool [B, S, S]
+    allowed: Visibility
     loss_mask: Array  # float32 [B, S]
 
 
@@ -73,13 +73,13 @@ def tiny(norm: Norm, layers: int, activation: Activation = "geglu") -> GLMConfig
     )
 
 
-def random_rows(cfg: GLMConfig, key: Array) -> Rows:
+def random_rows(cfg: GLMConfig, key: Array) -> RandomRows:
     """Draw ROWS rows of LENGTH tokens, uniform over the vocabulary."""
     drawn = jax.random.randint(key, (ROWS, LENGTH + 1), 0, cfg.vocab_size)  # [B, S + 1]
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))  # [B, S]
     context = positions < LENGTH // 2  # [B, S]
-    allowed = visibility(jnp.ones_like(positions), context)  # [B, S, S]
-    return Rows(drawn[:, :-1], drawn[:, 1:], positions, allowed, (~context).astype(jnp.float32))
+    allowed = Visibility(jnp.ones_like(positions), context)
+    return RandomRows(drawn[:, :-1], drawn[:, 1:], positions, allowed, (~context).astype(jnp.float32))
 
 
 def rms(x: Array) -> Array:
@@ -108,7 +108,7 @@ def _probed_sublayer(
 
 
 def probed_block(
-    cfg: GLMConfig, weights: Params, x: Array, allowed: Array, terms: PositionTerms, layer: Array
+    cfg: GLMConfig, weights: Params, x: Array, allowed: Array | Visibility, terms: PositionTerms, layer: Array
 ) -> tuple[Array, dict[str, Array]]:
     """Run one block, x [B, S, D] -> [B, S, D], as model.transformer does (without dropout), and measure inside.
 
@@ -130,7 +130,7 @@ def probed_block(
     return x, jax.tree.map(lambda *pair: jnp.stack(pair), first, second)
 
 
-def forward_scales(cfg: GLMConfig, params: Params, rows: Rows) -> dict[str, Array]:
+def forward_scales(cfg: GLMConfig, params: Params, rows: RandomRows) -> dict[str, Array]:
     """Run the model forward in one scan over the layers and give the forward measures of `Scales`."""
     x = embed(cfg, params, rows.tokens, rows.positions)  # [B, S, D]
     terms = position_terms(cfg, rows.positions, x.dtype)
@@ -143,13 +143,13 @@ def forward_scales(cfg: GLMConfig, params: Params, rows: Rows) -> dict[str, Arra
     return measures | {"stream": jnp.append(measures["stream"], rms(x))}
 
 
-def _stream(cfg: GLMConfig, params: Params, rows: Rows) -> Array:
+def _stream(cfg: GLMConfig, params: Params, rows: RandomRows) -> Array:
     """Return the residual stream behind the last block [B, S, D]; a gradient recomputes inside blocks."""
     x = embed(cfg, params, rows.tokens, rows.positions)  # [B, S, D]
-    return stage(cfg, params["blocks"], x, rows.allowed, position_terms(cfg, rows.positions, x.dtype), remat=True)
+    return blocks(cfg, params["blocks"], x, rows.allowed, position_terms(cfg, rows.positions, x.dtype), remat=True)
 
 
-def loss(cfg: GLMConfig, params: Params, rows: Rows) -> Array:
+def loss(cfg: GLMConfig, params: Params, rows: RandomRows) -> Array:
     """Return the mean cross-entropy of the target tokens, in nats."""
     logits = head(cfg, params, _stream(cfg, params, rows))  # [B, S, V]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows.targets)  # [B, S]
@@ -174,12 +174,12 @@ def layer_norms(stacked: Params) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def output(cfg: GLMConfig, params: Params, rows: Rows) -> Array:
+def output(cfg: GLMConfig, params: Params, rows: RandomRows) -> Array:
     """Return what the head projects, the final norm's output [B, S, D]; its rms is 1."""
     return run(LayerNorm(cfg.norm_epsilon), params["final_norm"], _stream(cfg, params, rows))  # [B, S, D]
 
 
-def model_update(cfg: GLMConfig, params: Params, rows: Rows, gradients: Params, kind: str) -> Array:
+def model_update(cfg: GLMConfig, params: Params, rows: RandomRows, gradients: Params, kind: str) -> Array:
     """Return the rms change of the output, whose rms is 1, by one Adam step at RATE on a kind of the blocks' params.
 
     Two unrelated outputs differ by the square root of 2. The embedding and the final norm stay, so that this is what
@@ -187,19 +187,19 @@ def model_update(cfg: GLMConfig, params: Params, rows: Rows, gradients: Params, 
     """
     adam = optax.adam(RATE, b1=0.9, b2=0.95)  # its first step is close to the gradient's sign
     step: Any = adam.update(gradients["blocks"], adam.init(gradients["blocks"]))[0]
-    blocks = optax.apply_updates(params["blocks"], only(kind, step))
-    return rms(output(cfg, params | {"blocks": blocks}, rows) - output(cfg, params, rows))
+    updated = optax.apply_updates(params["blocks"], only(kind, step))
+    return rms(output(cfg, params | {"blocks": updated}, rows) - output(cfg, params, rows))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def start(cfg: GLMConfig, seed: Array) -> tuple[Params, Rows]:
+def start(cfg: GLMConfig, seed: Array) -> tuple[Params, RandomRows]:
     """Initialise a model and draw its rows from a seed, int32 []."""
     params_key, rows_key = jax.random.split(jax.random.key(seed))
     return init(cfg, params_key), random_rows(cfg, rows_key)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _look(cfg: GLMConfig, params: Params, rows: Rows) -> tuple[dict[str, Array], Params]:
+def _look(cfg: GLMConfig, params: Params, rows: RandomRows) -> tuple[dict[str, Array], Params]:
     return forward_scales(cfg, params, rows), jax.grad(functools.partial(loss, cfg))(params, rows)
 
 

@@ -22,11 +22,10 @@ from matplotlib.figure import Figure
 
 from glm_jax.figures import style
 from glm_jax.figures.depth import logarithmic
-from glm_jax.figures.diagnostics import Params, Rows, start
+from glm_jax.figures.diagnostics import Params, RandomRows, start
 from glm_jax.figures.training import labels, legend, where
-from glm_jax.model import GLMConfig
+from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.positions import position_terms
-from glm_jax.model.transformer import embed, head, stage
 from glm_jax.sweeps.results import Row, table
 
 EMBEDDING, BLOCKS = "grad_norm/embedding", "grad_norm/blocks_"
@@ -124,12 +123,12 @@ class Paths(NamedTuple):
     cosine: float
 
 
-def _loss(cfg: GLMConfig, word: tuple[jax.Array, jax.Array], params: Params, rows: Rows) -> jax.Array:
+def _loss(cfg: GLMConfig, word: tuple[jax.Array, jax.Array], params: Params, rows: RandomRows) -> jax.Array:
     """Return the mean cross-entropy in nats, with a table [V, D] of its own for the lookup and for the head."""
     inside, outside = (params | {"embedding": params["embedding"] | {"word": table}} for table in word)
-    x = embed(cfg, inside, rows.tokens, rows.positions)  # [B, S, D]
-    x = stage(cfg, params["blocks"], x, rows.allowed, position_terms(cfg, rows.positions, x.dtype))
-    logits = head(cfg, outside, x)  # [B, S, V]
+    x = transformer.embed(cfg, inside, rows.tokens, rows.positions)  # [B, S, D]
+    x = transformer.blocks(cfg, params["blocks"], x, rows.allowed, position_terms(cfg, rows.positions, x.dtype))
+    logits = transformer.head(cfg, outside, x)  # [B, S, V]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows.targets)  # [B, S]
     return jnp.sum(losses * rows.loss_mask) / jnp.sum(rows.loss_mask)
 

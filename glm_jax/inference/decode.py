@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax.data.rows.blanks import sample_positions
 from glm_jax.inference.strategies import Sampling
 from glm_jax.model import Cache, GLMConfig, apply_cached, init_cache
 
@@ -37,13 +38,10 @@ def row_positions(cfg: GLMConfig, length: int, context: int, blank: int, repeats
         repeats: True for [MASK] and [sMASK], whose fill keeps the mask's position; False for [gMASK], whose fill goes
             on counting. The original GLM (learned_2d) always repeats, and counts in the second stream.
     """
-    places = np.arange(length, dtype=np.int32)  # [T]
-    generated = places >= context
-    first = np.where(generated, blank, places) if repeats or cfg.position == "learned_2d" else places
-    if cfg.position != "learned_2d":
-        return first[None].astype(np.int32)
-    second = np.where(generated, places - context + 1, 0)
-    return np.stack([first, second])[None].astype(np.int32)
+    streams = sample_positions(
+        context, np.array([blank]), np.array([length - context]), repeat=repeats or cfg.position == "learned_2d"
+    )
+    return np.stack(streams)[None] if cfg.position == "learned_2d" else streams[0][None]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

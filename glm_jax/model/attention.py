@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.config.model import GLMConfig
+from glm_jax.model import attention_core
+from glm_jax.model.attention_core import Core
 from glm_jax.model.layers import (
     NORMAL_STDDEV,
     ONE_DEVICE,
     Affine,
     TensorAxis,
-    at_least_float32,
-    dropout,
     xavier_stddev,
 )
-from glm_jax.model.positions import PositionTerms, alibi_slopes, rotate
+from glm_jax.model.positions import PositionTerms, rotate
 from glm_jax.model.residual import depth_coefficients
+from glm_jax.model.visibility import Visibility
 
 Array = jax.Array
 
@@ -33,19 +34,6 @@ class LayerCache(NamedTuple):
     keys: Array
     values: Array
     start: Array  # int32 []
-
-
-def visibility(segments: Array, context: Array) -> Array:
-    """Return which key each query may see: `allowed` [B, S, S] from segments [B, S] and context [B, S].
-
-    Packed samples (segments 1, 2, ...; 0 is padding) never see one another. Inside a segment the context sees all of
-    the context, and a target token sees the context and what precedes it (paper,
-    section 2.2). Padding tokens see one another, so that no row of the softmax is empty.
-    """
-    length = segments.shape[1]
-    causal = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]  # [S, S]
-    same = segments[:, :, None] == segments[:, None, :]  # [B, S, S]
-    return same & (causal | context[:, None, :])  # [B, S, S]
 
 
 def qkv_stddev(cfg: GLMConfig) -> np.ndarray:
@@ -75,56 +63,27 @@ def output_stddev(cfg: GLMConfig) -> float:
     return xavier_stddev(cfg.hidden_size, cfg.hidden_size, gain)
 
 
-def attention_probabilities(
-    cfg: GLMConfig,
-    queries: Array,
-    keys: Array,
-    allowed: Array,
-    distance: Array | None,
-    layer: Array,
-    heads: Array,
-) -> Array:
-    """Return float32 softmax weights [B, N, S, T] for queries [B, S, N, K], keys [B, T, N, K], allowed [B, S, T].
-
-    `heads`, int32 [N], says which heads they are.
-    With `score_scaling` the queries are divided by (layer + 1) sqrt(K) before the product in compute dtype, and the
-    float32 scores multiplied by layer + 1 after it (paper section 3.2: float32 softmax). With `pb_relax` alpha the
-    product is divided by alpha, less its largest magnitude, and multiplied by alpha (CogView, arXiv 2105.13290).
-    A query that may see nothing attends evenly to everything.
-    """
-    if cfg.pb_relax:
-        factor: Array | float = cfg.pb_relax
-    else:
-        factor = (layer + 1).astype(queries.dtype) if cfg.score_scaling else 1.0
-    queries = (queries / (factor * cfg.head_dim**0.5)).astype(queries.dtype)  # [B, S, N, K]
-    scores = jnp.einsum("bsnk,btnk->bnst", queries, keys)  # [B, N, S, T]
-    if cfg.pb_relax:
-        scores = scores - jax.lax.stop_gradient(jnp.max(jnp.abs(scores), axis=(-2, -1), keepdims=True))
-    scores = at_least_float32(scores) * factor  # [B, N, S, T]
-    if distance is not None:
-        slopes = jnp.asarray(alibi_slopes(cfg.num_heads), scores.dtype)[heads]  # [N]
-        scores = scores - slopes[:, None, None] * distance[:, None]  # [B, N, S, T]
-    scores = jnp.where(allowed[:, None], scores, jnp.finfo(scores.dtype).min)  # [B, N, S, T]
-    return jax.nn.softmax(scores, axis=-1)  # [B, N, S, T]
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused projection: for each head q, k and v side by side, as in GLM-130B."""
+    """Multi-head self-attention: projections around a core, which lets each query see its keys.
+
+    The first projection is fused: for each head q, k and v side by side, as in GLM-130B.
+    """
 
     cfg: GLMConfig
     axis: TensorAxis = ONE_DEVICE
+    core: Core = attention_core.reference
 
     @nn.compact
     def __call__(
         self,
         x: Array,
-        allowed: Array,
+        allowed: Array | Visibility,
         terms: PositionTerms,
         layer: Array,
         dropout_keys: Array | None,
         cache: LayerCache | None,
     ) -> tuple[Array, LayerCache | None]:
-        """x [B, S, D], allowed [B, S, T] -> [B, S, D] and the cache with the new keys and values (T = S without).
+        """x [B, S, D], `allowed` of T keys -> [B, S, D] and the cache with the new keys and values (T = S without).
 
         `dropout_keys` [B], one a row.
         """
@@ -142,9 +101,8 @@ class Attention(nn.Module):
             keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, keys, cache.start, axis=1)  # [B, T, N, K]
             values = jax.lax.dynamic_update_slice_in_dim(cache.values, values, cache.start, axis=1)  # [B, T, N, K]
             cache = LayerCache(keys, values, cache.start)
-        weights = attention_probabilities(cfg, queries, keys, allowed, terms.distance, layer, members)  # [B, N, S, T]
-        weights = dropout(weights.astype(values.dtype), cfg.attention_dropout, dropout_keys, members)  # [B, N, S, T]
-        mixed = jnp.einsum("bnst,btnk->bsnk", weights, values)  # [B, S, N, K]
+        scored = (queries, keys, values, allowed, terms.distance, layer, members, dropout_keys)
+        mixed = self.core(cfg, *scored)  # [B, S, N, K]
         kernel, bias = Affine(
             (heads, dim, width), ("heads", None, "hidden"), output_stddev(cfg), inputs=2, name="output"
         )()  # [N, K, D], [D]

@@ -1,4 +1,4 @@
-"""GLM itself: embed, block, stage (a run of blocks), head, and the whole of them, `apply`."""
+"""GLM itself: embed, block, blocks (a scan of them), head, and the whole of them, `apply`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from glm_jax.model.layers import (
 )
 from glm_jax.model.positions import PositionTerms, alibi_distance, position_terms
 from glm_jax.model.residual import depth_coefficients, residual_update
+from glm_jax.model.visibility import Visibility, queries
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -83,16 +84,16 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Array,
-        allowed: Array,
+        allowed: Array | Visibility,
         terms: PositionTerms,
         layer: Array,
         keys: Array | None,
         cache: LayerCache | None,
     ) -> tuple[Array, LayerCache | None]:
-        """x [B, S, D], allowed [B, S, T], dropout keys [B] -> [B, S, D] and the layer's cache, extended."""
+        """x [B, S, D], `allowed` of T keys, dropout keys [B] -> [B, S, D] and the layer's cache, extended."""
         cfg = self.cfg
         alpha = depth_coefficients(cfg.norm, cfg.num_layers).alpha
-        places = self.axis.part(allowed.shape[1])  # [S]: the tokens of x
+        places = self.axis.part(queries(allowed))  # [S]: the tokens of x
         attention = Attention(cfg, self.axis, name="attention")
         feedforward = FeedForward(cfg, self.axis, name="feedforward")
         grown = cache
@@ -176,7 +177,7 @@ def block(
     cfg: GLMConfig,
     layer_weights: Params,
     x: Array,
-    allowed: Array,
+    allowed: Array | Visibility,
     terms: PositionTerms,
     layer: Array,
     keys: Array | None = None,
@@ -191,11 +192,11 @@ def block(
     return run(Block(cfg, axis), layer_weights, x, allowed, terms, layer, keys, cache)
 
 
-def stage(
+def blocks(
     cfg: GLMConfig,
     stacked_weights: Params,
     x: Array,
-    allowed: Array,
+    allowed: Array | Visibility,
     terms: PositionTerms,
     keys: Array | None = None,
     remat: bool = False,
@@ -236,7 +237,7 @@ def apply(
     params: Params,
     tokens: Array,
     positions: Array,
-    allowed: Array,
+    allowed: Array | Visibility,
     *,
     shrink: Array | float | None = None,
     key: Array | None = None,
@@ -249,7 +250,7 @@ def apply(
         params: what `init` gives, in any dtype: the dtype of the arrays is the dtype of the computation.
         tokens: int32 [B, S].
         positions: int32 [B, S], or [B, 2, S] for learned_2d.
-        allowed: bool [B, S, S], True where a query may see a key; `visibility` makes it for packed rows.
+        allowed: which key a query may see: `Visibility` for packed rows, or bool [B, S, S], True where it may.
         shrink: alpha of the embedding gradient shrink, see `embed`.
         key: dropout key, from which row b draws as the b-th of the batch; without one, no dropout.
         remat: recompute inside blocks in the backward pass.
@@ -260,7 +261,7 @@ def apply(
     keys = row_keys(key, jnp.arange(tokens.shape[0]))  # [B]
     x = embed(cfg, params, tokens, positions, shrink, keys)  # [B, S, D]
     terms = position_terms(cfg, positions, x.dtype)
-    x = stage(cfg, params["blocks"], x, allowed, terms, keys, remat)  # [B, S, D]
+    x = blocks(cfg, params["blocks"], x, allowed, terms, keys, remat)  # [B, S, D]
     return head(cfg, params, x)  # [B, S, V]
 
 

@@ -13,6 +13,8 @@ from jax.experimental import mesh_utils
 from glm_jax.errors import UserError
 from glm_jax.parallel import partition
 
+Tree = Any
+
 AXES = ("data", "pipeline", "tensor")
 REST = -1  # the size of at most one axis: as many devices as the others leave
 
@@ -113,8 +115,8 @@ def local_rows(mesh: jax.sharding.Mesh, global_batch: int, microbatches: int) ->
     return rows[:, local_members(mesh)].reshape(microbatches, -1)
 
 
-def place(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray], microbatches: int) -> dict[str, Any]:
-    """Put a host batch on the mesh as arrays [M, B/M, ...], rows over `data`.
+def place(mesh: jax.sharding.Mesh, batch: Tree, microbatches: int) -> Tree:
+    """Put a host batch, a tree of arrays, on the mesh as arrays [M, B/M, ...], rows over `data`.
 
     Args:
         mesh: of any number of processes.
@@ -122,17 +124,18 @@ def place(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray], microbatches
         microbatches: M.
     """
     members = local_members(mesh)
-    placed = {}
-    for name, array in batch.items():
+
+    def placed(array: np.ndarray) -> jax.Array:
         parts = array.reshape(microbatches, len(members), -1, *array.shape[1:])  # [M, members, B/M/data, ...]
         share = parts.shape[2]
 
-        def read(index: Any, parts: np.ndarray = parts, share: int = share) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             start, stop, _ = index[1].indices(share * mesh.shape["data"])
             chosen = [members.index(member) for member in range(start // share, stop // share)]
             return parts[:, chosen].reshape(microbatches, -1, *parts.shape[3:])  # [M, rows of these members, ...]
 
         shape = (microbatches, share * mesh.shape["data"], *array.shape[1:])
         sharding = jax.NamedSharding(mesh, partition.batch_spec(len(shape)))
-        placed[name] = jax.make_array_from_callback(shape, sharding, read)
-    return placed
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    return jax.tree.map(placed, batch)

@@ -22,6 +22,7 @@ from glm_jax.config import Experiment
 from glm_jax.config.fields import to_dict
 from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.data.rows.batches import Batches
+from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import build, passes
 from glm_jax.sweeps import second_half
 from glm_jax.training import recipe, segment
@@ -73,15 +74,13 @@ class Streams:
         train = configs[0].train
         self._rows, self._microbatches = train.global_batch, train.microbatches
 
-    def at(self, step: int) -> dict[str, np.ndarray]:
+    def at(self, step: int) -> Rows[np.ndarray]:
         """Return the batches of `step`, from 1: arrays [streams, M, B/M, ...]."""
         batches = [stream.at((step - 1) * self._rows, self._rows) for stream in self._batches]
-        return {
-            name: np.stack([batch[name] for batch in batches]).reshape(
-                len(batches), self._microbatches, -1, *batches[0][name].shape[1:]
-            )
-            for name in batches[0]
-        }
+        leading = (len(batches), self._microbatches, -1)
+        return Rows(
+            *(np.stack(arrays).reshape(*leading, *arrays[0].shape[1:]) for arrays in zip(*batches, strict=True))
+        )
 
 
 def data_key(config: Experiment) -> str:
@@ -128,7 +127,7 @@ def compile_group(cfg: StepConfig, mesh: jax.sharding.Mesh, streams: np.ndarray,
     requests = jnp.zeros(mesh.size, jnp.int32)
 
     def one(state: TrainState, batches: Any, stream: Array, lr: Array, shrink: Array) -> Any:
-        batch = {name: array[stream] for name, array in batches.items()}
+        batch = jax.tree.map(lambda array: array[stream], batches)
         return train_step(cfg, mesh, state, batch, Controls(lr, shrink, requests))
 
     def step(states: TrainState, batches: Any, lrs: Array, shrinks: Array) -> Any:
@@ -187,8 +186,8 @@ def train(
     taken: list[dict[str, Any]] = []
     for number in range(1, first.train.steps + 1):
         batches = streams.at(number)
-        for stream, targets in enumerate(batches["targets"]):
-            np.add.at(counts[stream], targets, batches["loss_mask"][stream])
+        for stream, targets in enumerate(batches.targets):
+            np.add.at(counts[stream], targets, batches.loss_mask[stream])
         chosen = [recipe.describe(config, number, (number - 1) * first.train.global_batch) for config in configs]
         lrs, shrinks = (np.array([c[key] for c in chosen], np.float32) for key in ("lr", "embedding_shrink"))
         states, metrics = step(states, batches, lrs, shrinks)

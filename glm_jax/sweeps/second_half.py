@@ -7,15 +7,14 @@ unidirectional, reads it from left to right, as it was trained, and its loss the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from glm_jax.config import Experiment, with_changes
-from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.data.rows.blanks import Sample, blank_one
+from glm_jax.data.rows.rows import Rows
 from glm_jax.training.evaluation import heldout_batches
 
 NAME = "loss/second_half"
@@ -36,7 +35,7 @@ def applies(config: Experiment) -> bool:
     return config.data.blanks.gmask > 0 and not config.data.blanks.history
 
 
-def batches(config: Experiment, prepared: Prepared) -> Iterator[dict[str, np.ndarray]]:
+def batches(config: Experiment, prepared: Prepared) -> Iterator[Rows[np.ndarray]]:
     """Yield the held-out rows of all sources as batches of a microbatch's size, the same texts for every member."""
     rows = config.train.global_batch // config.train.microbatches
     for held in heldout_batches(with_changes(config, GMASK_ALONE), prepared).values():
@@ -46,30 +45,14 @@ def batches(config: Experiment, prepared: Prepared) -> Iterator[dict[str, np.nda
             yield make_batch(texts, config, prepared)
 
 
-def make_batch(texts: list[np.ndarray], config: Experiment, prepared: Prepared) -> dict[str, np.ndarray]:
-    """Make a batch of texts, int32 [n] each; arrays as of `Batches.at`."""
-    size, length = len(texts), config.data.seq_length
+def make_batch(texts: list[np.ndarray], config: Experiment, prepared: Prepared) -> Rows[np.ndarray]:
+    """Make a batch of texts, int32 [n] each, of which the second halves count."""
     two_streams = config.model.position == "learned_2d"
-    batch: dict[str, Any] = {
-        "tokens": np.full((size, length), prepared.tokenizer.pad, np.int32),  # [B, S]
-        "targets": np.full((size, length), prepared.tokenizer.pad, np.int32),  # [B, S]
-        "positions": np.zeros((size, 2, length) if two_streams else (size, length), np.int32),
-        "segments": np.zeros((size, length), np.int32),  # [B, S]
-        "context": np.zeros((size, length), bool),  # [B, S]
-        "loss_mask": np.zeros((size, length), np.float32),  # [B, S]
-        "objective": np.full(size, OBJECTIVES.index("gmask"), np.int32),  # [B]
-        "source": np.zeros(size, np.int32),  # [B]
-    }
+    batch = Rows.empty(len(texts), config.data.seq_length, prepared.tokenizer.pad, two_streams=two_streams)
     for b, text in enumerate(texts):
         sample, counted = _sample(text, config, prepared, two_streams)
-        stop = len(sample)
-        batch["tokens"][b, :stop] = sample.tokens
-        batch["targets"][b, :stop] = sample.targets
-        streams = [sample.positions, sample.block_positions]
-        batch["positions"][b, ..., :stop] = streams if two_streams else streams[0]
-        batch["segments"][b, :stop] = 1
-        batch["context"][b, : sample.context] = True
-        batch["loss_mask"][b, counted:stop] = 1
+        batch.fill(b, [sample], "gmask")
+        batch.loss_mask[b, :counted] = 0
     return batch
 
 
@@ -85,7 +68,7 @@ def _sample(text: np.ndarray, config: Experiment, prepared: Prepared, two_stream
 def evaluate(
     config: Experiment,
     prepared: Prepared,
-    losses: Callable[[Mapping[str, np.ndarray]], np.ndarray],
+    losses: Callable[[Rows[np.ndarray]], np.ndarray],
 ) -> dict[str, float]:
     """Return `loss/second_half` in nats a token; empty where it does not apply, or nothing is held out.
 
@@ -97,7 +80,7 @@ def evaluate(
         return {}
     nats, targets = 0.0, 0.0
     for batch in batches(config, prepared):
-        placed = {name: array[None] for name, array in batch.items()}
-        nats += float(np.asarray(losses(placed), np.float64).sum())
-        targets += float(batch["loss_mask"].sum())
+        one = Rows(*(array[None] for array in batch))  # a microbatch
+        nats += float(np.asarray(losses(one), np.float64).sum())
+        targets += float(batch.loss_mask.sum())
     return {NAME: nats / targets} if targets else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.data.rows.batches import Batches
 from glm_jax.data.rows.blanks import find_sentence_ends
 from glm_jax.data.rows.mixture import temperature_weights, with_weights
+from glm_jax.data.rows.rows import Rows
 from glm_jax.parallel import mesh as meshes
 
 SHORTEST_TEXT = 16  # tokens; with fewer held out, a source is not evaluated
@@ -81,7 +82,7 @@ class Evaluation:
         self._batches = heldout_batches(config, prepared)
         self._token_bytes = prepared.tokenizer.token_bytes
 
-    def run(self, evaluate: Callable[[Any, Mapping[str, Any]], Any], params: Any, step: int) -> dict[str, Any]:
+    def run(self, evaluate: Callable[[Any, Rows[jax.Array]], Any], params: Any, step: int) -> dict[str, Any]:
         """Return the event: `loss` over all, `loss/<source>` in nats a target token, `bits_per_byte/<source>`."""
         event: dict[str, Any] = {"event": "evaluation", "step": step}
         total, count = 0.0, 0.0
@@ -90,21 +91,15 @@ class Evaluation:
             nats, targets, size = 0.0, 0.0, 0.0
             rows = min(self._limit, max(batches.rows_per_epoch, 1))  # a short text makes one row, partly empty
             for first in range(0, rows, self._rows):
-                batch = _pad_rows(batches.at(first, min(self._rows, rows - first)), self._rows)
-                share = {name: array[mine] for name, array in batch.items()}
-                losses = np.asarray(evaluate(params, meshes.place(self._mesh, share, 1))[0], np.float64)  # [B, S]
+                batch = batches.at(first, min(self._rows, rows - first)).pad(self._rows)
+                placed = meshes.place(self._mesh, batch.take(mine), 1)
+                losses = np.asarray(evaluate(params, placed)[0], np.float64)  # [B, S]
                 nats += losses.sum()
-                targets += batch["loss_mask"].sum()
-                size += (self._token_bytes[batch["targets"]] * batch["loss_mask"]).sum()
+                targets += batch.loss_mask.sum()
+                size += (self._token_bytes[batch.targets] * batch.loss_mask).sum()
             event[f"loss/{source}"] = float(nats / targets)
             event[f"bits_per_byte/{source}"] = float(nats / math.log(2) / size)
             total, count = total + nats, count + targets
         if count:
             event["loss"] = float(total / count)
         return event
-
-
-def _pad_rows(batch: Mapping[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
-    """Fill up to `rows` with rows of padding, which count for nothing."""
-    missing = rows - len(batch["tokens"])
-    return {name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) for name, array in batch.items()}

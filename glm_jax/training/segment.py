@@ -13,6 +13,7 @@ import numpy as np
 from glm_jax.config import Experiment
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.corpora.prepare import Prepared
+from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import EngineConfig, Sums, build
 from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import processes
@@ -79,7 +80,7 @@ class Segment:
         self._stream: Any = None
         self._stands = (-1, 0)  # the first row of the stream's next batch, and its rows
 
-    def batch(self, samples: int, rows: int) -> Mapping[str, np.ndarray]:
+    def batch(self, samples: int, rows: int) -> Rows[np.ndarray]:
         """Read this process's share of the batch of `rows` rows that begins at row `samples`."""
         if self._stands != (samples, rows):
             self.close()
@@ -89,7 +90,7 @@ class Segment:
         return next(self._stream)
 
     def train(
-        self, state: TrainState, batch: Mapping[str, np.ndarray], rows: int, chosen: Mapping[str, float], request: int
+        self, state: TrainState, batch: Rows[np.ndarray], rows: int, chosen: Mapping[str, float], request: int
     ) -> tuple[TrainState, dict[str, Any]]:
         """Take a step with a batch of `rows` rows in all, and what recipe.py has `chosen`."""
         placed = meshes.place(self.mesh, batch, rows // self._microbatch)

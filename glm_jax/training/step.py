@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import passes
 from glm_jax.parallel import partition
 from glm_jax.training import optimizer, precision
 from glm_jax.training.state import StepConfig, TrainState, state_specs
 
 Array = jax.Array
-Batch = Mapping[str, Array]
 Mesh = jax.sharding.Mesh
 
 
@@ -35,14 +35,14 @@ def controls(mesh: Mesh, lr: float, shrink: float, request: int = 0) -> Controls
 
 
 def train_step(
-    cfg: StepConfig, mesh: Mesh, state: TrainState, batch: Batch, controls: Controls
+    cfg: StepConfig, mesh: Mesh, state: TrainState, rows: Rows[Array], controls: Controls
 ) -> tuple[TrainState, dict[str, Any]]:
     """Take one optimizer step.
 
     Args:
         cfg, mesh: static.
         state: before the step.
-        batch: arrays [M, B/M, ...], see data/batches.py.
+        rows: the global batch, arrays [M, B/M, ...].
         controls: of this step.
 
     Returns:
@@ -52,12 +52,12 @@ def train_step(
         changes nothing but the loss scale and the counters.
     """
     glm = cfg.engine.model
-    samples = state.samples + batch["tokens"].shape[0] * batch["tokens"].shape[1]
+    samples = state.samples + rows.tokens.shape[0] * rows.tokens.shape[1]
     drops = glm.attention_dropout or glm.hidden_dropout
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if drops else None
     scale = state.loss_scale.scale
     shrink = controls.shrink if cfg.shrinks else None
-    passed = passes.value_and_grad(cfg.engine, mesh, state.params, batch, key, shrink, scale)
+    passed = passes.value_and_grad(cfg.engine, mesh, state.params, rows, key, shrink, scale)
     params, moments, norms = optimizer.update(cfg.optimizer, passed.gradients, state.moments, state.params, controls.lr)
     finite = jnp.isfinite(norms["grad_norm"])
     params, moments = jax.tree.map(
@@ -69,7 +69,7 @@ def train_step(
         "activation_rms": passed.activation_rms[: glm.num_layers],
         "lr": controls.lr,
         "loss_scale": scale,
-        "tokens": (batch["segments"] > 0).sum(),
+        "tokens": (rows.segments > 0).sum(),
         "skipped": loss_scale.skipped,
         "requests": controls.requests.max(),
         **norms,
@@ -80,18 +80,21 @@ def train_step(
 
 def compile_steps(
     cfg: StepConfig, mesh: Mesh
-) -> tuple[Callable[[TrainState, Batch, Controls], tuple[TrainState, dict[str, Any]]], Callable[[Any, Batch], Array]]:
+) -> tuple[
+    Callable[[TrainState, Rows[Array], Controls], tuple[TrainState, dict[str, Any]]],
+    Callable[[Any, Rows[Array]], Array],
+]:
     """Bind the train step, which takes over the memory of its state, and the evaluation to a mesh.
 
-    The evaluation gives the loss in nats of every target token of a batch [M, B/M, ...]: float32 [M, B/M, S], 0
+    The evaluation gives the loss in nats of every target token of rows [M, B/M, ...]: float32 [M, B/M, S], 0
     elsewhere.
     """
     shardings = partition.shardings(mesh, state_specs(cfg, mesh))
     whole = jax.NamedSharding(mesh, jax.P())
     train = jax.jit(
-        lambda state, batch, controls: train_step(cfg, mesh, state, batch, controls),
+        lambda state, rows, controls: train_step(cfg, mesh, state, rows, controls),
         donate_argnums=0,
         out_shardings=(shardings, whole),
     )
-    evaluate = jax.jit(lambda params, batch: passes.losses(cfg.engine, mesh, params, batch), out_shardings=whole)
+    evaluate = jax.jit(lambda params, rows: passes.losses(cfg.engine, mesh, params, rows), out_shardings=whole)
     return train, evaluate

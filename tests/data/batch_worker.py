@@ -30,7 +30,7 @@ def main(rank, directory):
     random.Random(rank).shuffle(tasks)  # each process in its own order
     for world, step in tasks:
         batch = batches.batch_at(step, GLOBAL_BATCH, share(rank, world))
-        np.savez(directory / f"{world}-{step}-{rank}.npz", **batch)  # pyright: ignore[reportArgumentType]
+        np.savez(directory / f"{world}-{step}-{rank}.npz", **batch._asdict())  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":

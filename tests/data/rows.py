@@ -44,17 +44,15 @@ def build(sources=None, weights=None, seq_length=32, objectives=SHARES, seed=7, 
 
 
 def equal(left, right):
-    return left.keys() == right.keys() and all(
-        left[key].dtype == right[key].dtype and (left[key] == right[key]).all() for key in left
-    )
+    return all(a.dtype == b.dtype and (a == b).all() for a, b in zip(left, right, strict=True))
 
 
 def check_row(batch, b, options):
     """Rebuild the text of each sample of a row from the batch alone, check the contract, return the texts."""
-    tokens, targets, segments = batch["tokens"][b], batch["targets"][b], batch["segments"][b]
-    context, loss_mask = batch["context"][b], batch["loss_mask"][b]
-    positions = batch["positions"][b]
-    objective = OBJECTIVES[batch["objective"][b]]
+    tokens, targets, segments = batch.tokens[b], batch.targets[b], batch.segments[b]
+    context, loss_mask = batch.context[b], batch.loss_mask[b]
+    positions = batch.positions[b]
+    objective = OBJECTIVES[batch.objective[b]]
     blanks = {"mask": SPECIAL.mask, "gmask": SPECIAL.gmask, "smask": SPECIAL.smask, "instruction": SPECIAL.mask}
     blank, counts_on = blanks[objective], objective in ("gmask", "instruction")
     filled = segments > 0

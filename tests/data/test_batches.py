@@ -91,7 +91,7 @@ def test_a_batch_is_the_same_in_any_order_and_for_any_split(first, rows, cuts, r
     parts = list(zip(edges, edges[1:], strict=False))
     random.shuffle(parts)
     pieces = {start: again.at(first + start, stop - start) for start, stop in parts}
-    joined = {key: np.concatenate([pieces[start][key] for start in sorted(pieces)]) for key in whole}
+    joined = [np.concatenate(arrays) for arrays in zip(*(pieces[start] for start in sorted(pieces)), strict=True)]
     assert equal(whole, joined)
 
 
@@ -120,9 +120,9 @@ def test_counts_of_sources_and_objectives_are_exact():
     batch = made.at(0, 400)
     for source, share in enumerate((0.25, 0.75)):
         for objective, part in SHARES.items():
-            drawn = (batch["source"] == source) & (batch["objective"] == OBJECTIVES.index(objective))
+            drawn = (batch.source == source) & (batch.objective == OBJECTIVES.index(objective))
             assert abs(drawn.sum() - 400 * share * part) < 4
-    assert ((batch["tokens"] > 5000).any(1) == (batch["source"] == 1)).mean() > 0.97
+    assert ((batch.tokens > 5000).any(1) == (batch.source == 1)).mean() > 0.97
 
 
 def test_a_later_change_of_weights_leaves_earlier_rows_alone():
@@ -133,7 +133,7 @@ def test_a_later_change_of_weights_leaves_earlier_rows_alone():
         objectives=[(0, SHARES), (100, SHARES), (100, {"mask": 1.0, "gmask": 1.0})],
     )  # fmt: skip
     assert equal(old.at(0, 100), new.at(0, 100))
-    assert (new.at(100, 20)["source"] == 2).all()
+    assert (new.at(100, 20).source == 2).all()
 
 
 def test_seeds_differ():
@@ -144,16 +144,16 @@ def test_seeds_differ():
 def test_two_streams():
     options = BlankOptions(two_streams=True)
     batch = build(options=options).at(0, 16)
-    assert batch["positions"].shape == (16, 2, 32)
+    assert batch.positions.shape == (16, 2, 32)
     plain = build().at(0, 16)
-    assert (batch["tokens"] == plain["tokens"]).all()
+    assert (batch.tokens == plain.tokens).all()
     for b in range(16):
-        target = batch["loss_mask"][b] > 0
-        heads = batch["tokens"][b] == SPECIAL.sop
-        assert (batch["positions"][b, 1][~target] == 0).all()
-        assert (batch["positions"][b, 1][heads] == 1).all()
-        blanks = np.unique(batch["positions"][b, 0][target])
-        assert np.isin(batch["tokens"][b][blanks], (SPECIAL.mask, SPECIAL.gmask)).all()
+        target = batch.loss_mask[b] > 0
+        heads = batch.tokens[b] == SPECIAL.sop
+        assert (batch.positions[b, 1][~target] == 0).all()
+        assert (batch.positions[b, 1][heads] == 1).all()
+        blanks = np.unique(batch.positions[b, 0][target])
+        assert np.isin(batch.tokens[b][blanks], (SPECIAL.mask, SPECIAL.gmask)).all()
 
 
 def test_paper_segments():
@@ -163,8 +163,8 @@ def test_paper_segments():
     batch = made.at(0, 40)
     for b in range(40):
         check_row(batch, b, options)
-        sizes = np.bincount(batch["segments"][b])[1:]
-        if OBJECTIVES[batch["objective"][b]] == "mask":
+        sizes = np.bincount(batch.segments[b])[1:]
+        if OBJECTIVES[batch.objective[b]] == "mask":
             assert len(sizes) == 4 and sizes.max() <= 512 and sizes.min() > 440
         else:
             assert len(sizes) == 1 and sizes[0] > 2000
@@ -189,7 +189,7 @@ def test_reference_quirks():
     made = build({"en": Documents([20_000] * 10)}, seq_length=2048, options=options)
     batch = made.at(0, 60)
     for b in range(60):
-        assert np.bincount(batch["segments"][b])[1:].max() <= (2048 if batch["objective"][b] else 512)
+        assert np.bincount(batch.segments[b])[1:].max() <= (2048 if batch.objective[b] else 512)
     texts = [made.locate(row) for row in range(200)]
     starts = collections.Counter((row.objective, row.start) for row in texts)
     assert max(starts.values()) > 1

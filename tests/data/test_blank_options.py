@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from rows import FIRST, SPECIAL, Documents, build, check_row
+from rows import FIRST, SPECIAL, Documents, build, check_row, equal
 
 import glm_jax
 from glm_jax.config import default_config, from_json, instructions, resolve, to_json
@@ -101,10 +101,10 @@ def test_no_share_at_all_is_refused():
 
 def test_batches_take_the_section_as_it_stands():
     batch, same = build(objectives=Blanks().objectives()).at(0, 20), build().at(0, 20)
-    assert all((batch[name] == same[name]).all() for name in batch)
+    assert equal(batch, same)
     history = ((0, {"smask": 1.0, "gmask": 0.0}), (8, {"smask": 1.0}), (8, {"gmask": 1.0}))
     made = build(objectives=Blanks(history=history).objectives(), sentence_ends=np.ones(FIRST + 6000, bool))
-    objectives = [OBJECTIVES[objective] for objective in made.at(0, 16)["objective"]]
+    objectives = [OBJECTIVES[objective] for objective in made.at(0, 16).objective]
     assert objectives == ["smask"] * 8 + ["gmask"] * 8
 
 
@@ -128,20 +128,20 @@ def test_glm_130b_follows_what_the_released_model_used():
     batch = made.at(0, 40)
     for b in range(40):
         assert made.text(made.locate(b)).size in range(1985, 2001)
-        segments = np.bincount(batch["segments"][b])[1:]
-        if OBJECTIVES[batch["objective"][b]] == "mask":
+        segments = np.bincount(batch.segments[b])[1:]
+        if OBJECTIVES[batch.objective[b]] == "mask":
             assert len(segments) == 4 and segments.max() == 512
         else:
             check_row(batch, b, options)
-            assert len(segments) == 1 and not (batch["targets"][b] == SPECIAL.eop).any()
+            assert len(segments) == 1 and not (batch.targets[b] == SPECIAL.eop).any()
 
 
 def test_short_samples_of_the_reference_keep_32_tokens():
     options = BlankOptions(short_seq_prob=1.0, shortest_seq=32, cut_targets=True, mask_segments=4)
     made = build({"en": Documents([30_000])}, seq_length=2048, objectives={"mask": 1.0}, options=options)
     batch = made.at(0, 60)
-    text = np.where(batch["context"], batch["tokens"] != SPECIAL.mask, batch["targets"] != SPECIAL.eop)  # [B, S]
-    lengths = [np.bincount(row[told])[1:] for row, told in zip(batch["segments"], text, strict=True)]
+    text = np.where(batch.context, batch.tokens != SPECIAL.mask, batch.targets != SPECIAL.eop)  # [B, S]
+    lengths = [np.bincount(row[told])[1:] for row, told in zip(batch.segments, text, strict=True)]
     assert all(len(segments) == 4 for segments in lengths)
     assert 32 <= np.min(lengths) < 50 and np.max(lengths) > 450
 

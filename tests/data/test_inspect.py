@@ -7,6 +7,7 @@ import pytest
 
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.data import inspect
+from glm_jax.data.rows.rows import Rows
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
 
 TEXT = "the array has a shape and the shape has an axis, and the axis has an index into the array. "
@@ -24,7 +25,7 @@ def test_histogram():
     assert [int(line.replace("#", "").split()[3]) for line in lines] == [3, 40, 0, 1]
 
 
-def make_batch(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+def make_batch(tokenizer: Tokenizer) -> Rows[np.ndarray]:
     """One row of two samples: "a [MASK] b [MASK] c" with its targets in turned order, and "d [gMASK]"."""
     one, two, three, four = (tokenizer.encode(text).tolist() for text in ("an array", " of ", " shape", "index"))
     first = [*one, tokenizer.mask, *two, tokenizer.mask, tokenizer.eos, *three]
@@ -49,14 +50,15 @@ def make_batch(tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     add([tokenizer.sop, *rest], [*rest, tokenizer.eop], positions, 2, False)
     add([tokenizer.pad] * 3, [0] * 3, [0] * 3, 0, False)
     batch = {name: np.array([values]) for name, values in row.items()}
-    return batch | {"objective": np.array([OBJECTIVES.index("mask")]), "source": np.array([1])}
+    objective, source = np.array([OBJECTIVES.index("mask")]), np.array([1])
+    return Rows(**batch, loss_mask=~batch["context"], objective=objective, source=source)
 
 
 @pytest.mark.parametrize("streams", [1, 2])
 def test_blanks_are_filled_in(tokenizer: Tokenizer, streams: int):
     batch = make_batch(tokenizer)
     if streams == 2:
-        batch["positions"] = np.stack([batch["positions"], np.zeros_like(batch["positions"])], axis=1)
+        batch = batch._replace(positions=np.stack([batch.positions, np.zeros_like(batch.positions)], axis=1))
     header, first, second = inspect.rows(batch, ("en", "zh"), tokenizer, coloured=False)
     assert header == "row 0: zh, mask"
     assert first == "an array[MASK:  big] of [MASK: axes] <eos>  shape"

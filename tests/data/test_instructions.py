@@ -84,9 +84,9 @@ def test_rows_mix_in_at_their_share_and_each_sample_comes_once_an_epoch(whole):
         instructions={"tasks": prompts}, options=BlankOptions(whole_documents=whole),
     )  # fmt: skip
     batch = made.at(0, 1200)
-    mine = np.flatnonzero(batch["objective"] == INSTRUCTION)
-    assert abs(len(mine) - 60) <= 1 and (batch["source"][mine] == 1).all()
-    assert (np.delete(batch["source"], mine) == 0).all()
+    mine = np.flatnonzero(batch.objective == INSTRUCTION)
+    assert abs(len(mine) - 60) <= 1 and (batch.source[mine] == 1).all()
+    assert (np.delete(batch.source, mine) == 0).all()
     seen = collections.defaultdict(list)
     for b in mine.tolist():
         texts = check_row(batch, b, BlankOptions())
@@ -95,7 +95,7 @@ def test_rows_mix_in_at_their_share_and_each_sample_comes_once_an_epoch(whole):
     expected = sorted(int(prompts[i][0]) for i in range(53))
     complete = max(seen)
     assert complete >= 3 and all(sorted(seen[epoch]) == expected for epoch in range(complete))
-    rows = 53 / np.mean([batch["segments"][b].max() for b in mine.tolist()])
+    rows = 53 / np.mean([batch.segments[b].max() for b in mine.tolist()])
     assert rows > 12 if not whole else rows < 9
 
 
@@ -104,7 +104,7 @@ def test_samples_too_long_are_cut_and_leave_their_room_to_others():
     prompts = Prompted([(100, 9)] * 8)
     made = build({}, {"tasks": 1.0}, 128, {"instruction": 1.0}, instructions={"tasks": prompts}, options=options)
     assert made.rows_per_epoch == 2
-    for row in made.at(0, 2)["segments"]:
+    for row in made.at(0, 2).segments:
         assert np.bincount(row).tolist() == [0, 32, 32, 32, 32]
 
 

@@ -119,8 +119,8 @@ def test_prompts_share_rows_and_come_by_chance(options: BlankOptions) -> None:
         sources: Any = {"en": Documents([100])}
         made = build(sources, weights, 64, shares, seed, options=options, instructions={"tasks": Prompts(256)})
         batch = made.at(0, 2 * made.rows_per_epoch)
-        places.append([made.locate(row).start for row in range(len(batch["tokens"]))])
-        texts = [check_row(batch, row, options) for row in range(len(batch["tokens"]))]
+        places.append([made.locate(row).start for row in range(len(batch.tokens))])
+        texts = [check_row(batch, row, options) for row in range(len(batch.tokens))]
         return [tuple(int(text[0] - FIRST) // 2 for text in row) for row in texts]
 
     first, second = rows(1), rows(2)
@@ -150,9 +150,7 @@ def test_no_two_rows_and_no_two_purposes_share_random_bits(monkeypatch: pytest.M
 def test_blanks_of_equal_texts_differ_from_row_to_row() -> None:
     """One document, the same in every row: what differs between rows is drawn."""
     made = build({"en": Documents([60])}, seq_length=96, objectives={"mask": 1.0}, options=WHOLE)
-    rows = {row.tobytes() for row in made.at(0, 300)["tokens"]} | {
-        row.tobytes() for row in made.at(2**32, 300)["tokens"]
-    }
+    rows = {row.tobytes() for row in made.at(0, 300).tokens} | {row.tobytes() for row in made.at(2**32, 300).tokens}
     assert len(rows) == 600
 
 
@@ -193,4 +191,7 @@ def test_runs_under_way_read_the_rows_that_they_would_have_read(changes: dict[st
     more: dict[str, Any] = {"sentence_ends": ends, "instructions": {"tasks": Prompts(30)}, **changes}
     made = build(sources, weights, 64, more.pop("objectives", {"mask": 0.3, "gmask": 0.7}), 7, **more)
     batches = [made.at(0, 200), made.at(12_345_678, 20)]
-    assert digest({f"{name}{i}": array for i, batch in enumerate(batches) for name, array in batch.items()}) == expected
+    assert (
+        digest({f"{name}{i}": array for i, batch in enumerate(batches) for name, array in batch._asdict().items()})
+        == expected
+    )

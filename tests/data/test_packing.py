@@ -97,10 +97,10 @@ def test_rows_are_dense_and_found_at_random():
     sizes = np.random.default_rng(1).integers(20, 160, 1500)
     made = build({"en": Documents(sizes)}, seq_length=512, objectives={"mask": 0.3, "gmask": 0.7}, options=WHOLE)
     batch = made.at(0, 120)
-    assert (batch["segments"] > 0).mean() > 0.9
+    assert (batch.segments > 0).mean() > 0.9
     for objective, share in (("mask", 0.95), ("gmask", 0.85)):
-        rows = batch["objective"] == OBJECTIVES.index(objective)
-        assert (batch["segments"][rows] > 0).mean() > share
+        rows = batch.objective == OBJECTIVES.index(objective)
+        assert (batch.segments[rows] > 0).mean() > share
     again = build({"en": Documents(sizes)}, seq_length=512, options=WHOLE)
     assert equal(made.at(10**9, 4), again.at(10**9, 4))
     orders = [[made.locate(epoch * made.rows_per_epoch + row).start for row in range(30)] for epoch in (0, 1)]
@@ -113,7 +113,7 @@ def test_no_row_overflows_where_both_its_texts_draw_more_than_they_reserve():
     room = int(places("mask", 50, options)[50])
     documents = Documents([50] * 600)
     made = build({"en": documents}, seq_length=2 * room + 4, objectives={"mask": 1.0}, options=options)
-    segments = made.at(0, 300)["segments"]  # [B, S]
+    segments = made.at(0, 300).segments  # [B, S]
     taken = np.array([np.bincount(row, minlength=3)[1:] for row in segments])  # [B, 2]
     assert taken.shape == (300, 2) and (taken[:, 0] > room).any() and (taken[:, 1] > room + 4).any()
     assert taken.sum(axis=1).max() <= 2 * room + 4
@@ -124,7 +124,7 @@ def test_blanks_depend_on_the_seed_where_the_text_does_not():
         build({"en": Documents([40])}, seq_length=64, options=WHOLE, seed=seed).at(0, 8) for seed in (1, 2)
     )
     assert not equal(first, second)
-    assert (np.diff(first["tokens"], axis=0) != 0).any(axis=1).all()
+    assert (np.diff(first.tokens, axis=0) != 0).any(axis=1).all()
 
 
 def test_nothing_to_pack_and_quirks_beside_whole_documents_are_refused():

@@ -45,11 +45,11 @@ def test_the_batch_of_a_step_is_the_same_for_any_number_of_processes(tmp_path):
     assert [process.wait(timeout=HANG) for process in running] == [0] * 4
     here = batch_worker.make()
     for step in batch_worker.STEPS:
-        expected = digest(here.batch_at(step, batch_worker.GLOBAL_BATCH))
+        expected = digest(here.batch_at(step, batch_worker.GLOBAL_BATCH)._asdict())
         for world in batch_worker.WORLDS:
             parts = [dict(np.load(tmp_path / f"{world}-{step}-{rank}.npz")) for rank in range(world)]
             assert digest(join(parts, world)) == expected, (world, step)
-    assert len({digest(here.batch_at(step, batch_worker.GLOBAL_BATCH)) for step in batch_worker.STEPS}) == 4
+    assert len({digest(here.batch_at(step, batch_worker.GLOBAL_BATCH)._asdict()) for step in batch_worker.STEPS}) == 4
 
 
 def test_prefetched_shares_are_shares_of_the_batches():
@@ -57,7 +57,7 @@ def test_prefetched_shares_are_shares_of_the_batches():
     stream = made.prefetched(32, 16, mine, threads=2)
     for step in range(3):
         whole, part = made.batch_at(2 + step, 16), next(stream)
-        assert all((part[name] == whole[name][mine]).all() for name in whole)
+        assert all((ours == array[mine]).all() for ours, array in zip(part, whole, strict=True))
     stream.close()
 
 

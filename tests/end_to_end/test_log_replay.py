@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from glm_jax.config.data import OBJECTIVES
+from glm_jax.data.rows.rows import Rows
 from glm_jax.training.segment import Segment
 from tests.end_to_end.runs import flags, in_process, lines, train, train_events
 from tests.proofs import kills
@@ -70,18 +71,18 @@ class Batches:
     """What the steps of a run were given, by step: read off the segments as they hand it out."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.given: dict[int, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
+        self.given: dict[int, tuple[np.ndarray, Rows[np.ndarray]]] = {}
         hand_out = Segment.batch
 
         def batch(part: Segment, samples: int, rows: int) -> Any:
             given = hand_out(part, samples, rows)
             assert rows == ROWS
             labels = np.zeros((2, len(OBJECTIVES)), int)  # of sources and objectives, the rows
-            np.add.at(labels, (given["source"].ravel(), given["objective"].ravel()), 1)
-            self.given[samples // ROWS + 1] = labels, dict(given)
+            np.add.at(labels, (given.source.ravel(), given.objective.ravel()), 1)
+            self.given[samples // ROWS + 1] = labels, given
             expected = part._batches.at(samples, ROWS)
-            for name, array in given.items():
-                np.testing.assert_array_equal(array.reshape(expected[name].shape), expected[name])
+            for array, wanted in zip(given, expected, strict=True):
+                np.testing.assert_array_equal(array.reshape(wanted.shape), wanted)
             return given
 
         monkeypatch.setattr(Segment, "batch", batch)
@@ -154,7 +155,7 @@ def test_the_log_in_small_and_its_replay(experiment: Path, tmp_path: Path, monke
     for step in taken[28:]:
         assert batches.rows(step, step) == [2, 2, 2, 2]
     for step, event in trained.items():
-        assert event["tokens"] == (batches.given[step][1]["segments"] > 0).sum()
+        assert event["tokens"] == (batches.given[step][1].segments > 0).sum()
 
 
 # A rate that wrecks the model for one step, twice; the band is wide, as the loss of a tiny model is uneven.

@@ -1,13 +1,16 @@
 from typing import Any
 from xml.etree import ElementTree
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.rows.blanks import blank_one, blank_spans
+from glm_jax.data.rows.rows import Rows
 from glm_jax.figures import batch as figures_batch
-from glm_jax.model import visibility
+from glm_jax.model import Visibility
 
 NAMES = {0: "pad", 1: "eos", 2: "[MASK]", 3: "[gMASK]", 4: "[sMASK]", 5: "sop", 6: "eop", 10: " a", 11: "\n", 12: "<&"}
 
@@ -31,23 +34,10 @@ def axes(figure) -> list[Any]:
     return figure.axes
 
 
-def row(samples, length, objective, streams=1) -> dict[str, Any]:
-    """Put samples into a batch of one row, as data.batches does."""
-    batch: dict[str, Any] = {name: np.zeros((1, length), np.int32) for name in ("tokens", "targets", "segments")}
-    batch |= {"context": np.zeros((1, length), bool), "loss_mask": np.zeros((1, length), np.float32)}
-    batch |= {"positions": np.zeros((1, streams, length), np.int32), "objective": np.array([objective])}
-    start = 0
-    for segment, sample in enumerate(samples, 1):
-        places = slice(start, start + len(sample))
-        batch["tokens"][0, places], batch["targets"][0, places] = sample.tokens, sample.targets
-        batch["segments"][0, places] = segment
-        batch["context"][0, start : start + sample.context] = True
-        batch["loss_mask"][0, start + sample.context : places.stop] = 1
-        for stream, positions in enumerate((sample.positions, sample.block_positions)[:streams]):
-            batch["positions"][0, stream, places] = positions
-        start = places.stop
-    if streams == 1:
-        batch["positions"] = batch["positions"][:, 0]
+def row(samples, length, objective, streams=1) -> Rows[np.ndarray]:
+    """Return a batch of one row."""
+    batch = Rows.empty(1, length, WORDS.pad, two_streams=streams == 2)
+    batch.fill(0, samples, OBJECTIVES[objective])
     return batch
 
 
@@ -113,8 +103,8 @@ def test_packed_samples_stand_on_lines_of_their_own_and_long_rows_wrap():
 def test_visible_pairs_are_the_models_and_are_told_apart():
     batch = packed()
     kinds = figures_batch.visible(batch, 0)
-    allowed = np.asarray(visibility(batch["segments"], batch["context"]))[0]
-    filled = batch["segments"][0] > 0
+    allowed = np.asarray(Visibility(jnp.asarray(batch.segments), jnp.asarray(batch.context)).dense())[0]
+    filled = batch.segments[0] > 0
     np.testing.assert_array_equal(kinds > 0, allowed & filled[:, None])
     assert kinds[0, 1] == 1 and kinds[4, 1] == 2 and kinds[4, 3] == 3 and kinds[3, 4] == 0 and kinds[0, 3] == 0
     assert kinds[7, 1] == 0 and kinds[13, 13] == 0  # another sample, padding

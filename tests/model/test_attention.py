@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.model import GLMConfig, apply, apply_cached, attention, init, init_cache
-from glm_jax.model.attention import attention_probabilities
+from glm_jax.model import GLMConfig, apply, apply_cached, attention_core, init, init_cache
+from glm_jax.model.attention_core import attention_probabilities
 
 CFG = GLMConfig(num_layers=3, hidden_size=16, num_heads=4, ffn_size=24, vocab_size=32)  # K = 4
 LAYER = 7  # the eighth, whose factor of 8 loses no bits
@@ -105,7 +105,7 @@ def test_every_layer_is_told_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
         layers.append(int(arguments[4]))
         return attention_probabilities(cfg, *arguments)
 
-    monkeypatch.setattr(attention, "attention_probabilities", spy)
+    monkeypatch.setattr(attention_core, "attention_probabilities", spy)
     row = tokens, jnp.arange(2)[None], jnp.ones((1, 2, 2), bool)
     with jax.disable_jit():
         apply(CFG, params, *row)

@@ -10,7 +10,7 @@ import numpy_reference
 import pytest
 
 from glm_jax.config.model import Activation, Norm, Position
-from glm_jax.model import GLMConfig, apply, init, visibility
+from glm_jax.model import GLMConfig, Visibility, apply, init
 
 STEP = 1e-4  # of the finite differences, along directions of size about 1 in each entry
 
@@ -31,7 +31,7 @@ def sample(cfg: GLMConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if cfg.position == "learned_2d":
         inside = np.array([[0, 0, 0, 0, 0, 1, 2, 3, 4], [0, 0, 0, 1, 2, 0, 0, 1, 2]])
         positions = np.stack([positions, inside], axis=1)
-    return tokens, positions, np.asarray(visibility(jnp.asarray(segments), jnp.asarray(context)))
+    return tokens, positions, np.asarray(Visibility(jnp.asarray(segments), jnp.asarray(context)).dense())
 
 
 def noise(tree: Any, seed: int) -> Any:

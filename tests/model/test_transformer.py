@@ -11,7 +11,7 @@ import pytest
 
 from glm_jax.config.model import Activation, Model, Norm
 from glm_jax.errors import UserError
-from glm_jax.model import GLMConfig, apply, apply_cached, init, init_cache, logical_axes, visibility
+from glm_jax.model import GLMConfig, Visibility, apply, apply_cached, init, init_cache, logical_axes
 from glm_jax.model.positions import alibi_distance, alibi_slopes
 
 SMALL = GLMConfig(3, 32, 4, 48, 64, max_length=32, attention_dropout=0.1, hidden_dropout=0.1)
@@ -26,7 +26,7 @@ def sample(cfg: GLMConfig, length: int = 12, context: int = 7) -> tuple[jax.Arra
         positions = np.stack([positions, np.where(places < context, 0, places - context + 1)])
     positions = jnp.asarray(np.stack([positions, positions]), jnp.int32)
     segments = jnp.ones((2, length), jnp.int32)
-    return tokens, positions, visibility(segments, jnp.broadcast_to(places < context, (2, length)))
+    return tokens, positions, Visibility(segments, jnp.broadcast_to(places < context, (2, length))).dense()
 
 
 @pytest.mark.parametrize("norm", ["deepnorm", "post", "pre", "sandwich"])
@@ -116,11 +116,22 @@ def test_cached_logits_equal_full_logits(position: str) -> None:
 def test_visibility_is_the_rule_of_packed_segments() -> None:
     segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0]])
     context = np.array([[1, 1, 0, 0, 1, 0, 0, 0]], bool)
-    allowed = np.asarray(visibility(jnp.asarray(segments), jnp.asarray(context)))
+    allowed = np.asarray(Visibility(jnp.asarray(segments), jnp.asarray(context)).dense())
     for query in range(8):
         for key in range(8):
             same = segments[0, query] == segments[0, key]
             assert allowed[0, query, key] == (same and (key <= query or context[0, key]))
+
+
+def test_visibility_may_be_a_structure_or_dense() -> None:
+    params = init(SMALL, jax.random.key(0))
+    tokens, positions, allowed = sample(SMALL)
+    lines = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)  # [B, S]
+    seen = Visibility(jnp.where(lines < 9, 1, 2), (lines < 4) | ((lines > 8) & (lines < 11)))
+    np.testing.assert_array_equal(
+        apply(SMALL, params, tokens, positions, seen), apply(SMALL, params, tokens, positions, seen.dense())
+    )
+    assert (apply(SMALL, params, tokens, positions, seen) != apply(SMALL, params, tokens, positions, allowed)).any()
 
 
 def test_options_for_float16_scores_leave_the_logits_alone() -> None:

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import jax  # noqa: E402 (reads the environment)
 
 from glm_jax import model  # noqa: E402
+from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import bind, passes  # noqa: E402
 from glm_jax.model import GLMConfig  # noqa: E402
 from glm_jax.parallel import mesh, partition  # noqa: E402
@@ -31,10 +32,7 @@ def lower(schedule: str, microbatches: int, keep: str = "layer") -> jax.stages.L
     params = jax.eval_shape(
         lambda: partition.pad_layers(model.init(glm, jax.random.key(0)), model.logical_axes(glm), 2)
     )
-    names = {name: ((microbatches, 2, LENGTH), "int32") for name in ("tokens", "targets", "positions", "segments")}
-    names |= {"context": ((microbatches, 2, LENGTH), "bool"), "loss_mask": ((microbatches, 2, LENGTH), "float32")}
-    names |= {"objective": ((microbatches, 2), "int32")}
-    batch = {name: jax.ShapeDtypeStruct(*described) for name, described in names.items()}
+    batch = Rows.abstract((microbatches, 2, LENGTH))
     key = jax.random.key(0)
     return jax.jit(lambda params, batch: passes.value_and_grad(cfg, grid, params, batch, key)).lower(params, batch)
 

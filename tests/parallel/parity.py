@@ -26,6 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from glm_jax import model  # noqa: E402
+from glm_jax.data.rows.rows import Rows  # noqa: E402
 from glm_jax.engine import bind, passes  # noqa: E402
 from glm_jax.model import GLMConfig  # noqa: E402
 from glm_jax.parallel import mesh, partition  # noqa: E402
@@ -42,7 +43,7 @@ LR = 0.01  # moves the loss
 STEP_SIZE = 1e-5  # of the finite differences, along directions of size about 1 in each entry
 
 
-def make_batch(cfg: GLMConfig, rows: int) -> dict[str, np.ndarray]:
+def make_batch(cfg: GLMConfig, rows: int) -> Rows[np.ndarray]:
     """Make rows of two packed samples each, contexts of random lengths, and some padding at the end."""
     generator = np.random.default_rng(0)
     places = np.arange(LENGTH)
@@ -54,33 +55,34 @@ def make_batch(cfg: GLMConfig, rows: int) -> dict[str, np.ndarray]:
     positions = np.where(places < border, places, places - border)
     if cfg.position == "learned_2d":
         positions = np.stack([positions, np.where(context, 0, places % 5)], axis=1)
-    return {
-        "tokens": tokens.astype(np.int32),
-        "targets": targets.astype(np.int32),
-        "positions": positions.astype(np.int32),
-        "segments": segments.astype(np.int32),
-        "context": context,
-        "loss_mask": ((segments > 0) & ~context).astype(np.float32),
-        "objective": generator.integers(0, 3, rows).astype(np.int32),
-    }
+    return Rows(
+        tokens=tokens.astype(np.int32),
+        targets=targets.astype(np.int32),
+        positions=positions.astype(np.int32),
+        segments=segments.astype(np.int32),
+        context=context,
+        loss_mask=((segments > 0) & ~context).astype(np.float32),
+        objective=generator.integers(0, 3, rows).astype(np.int32),
+        source=np.zeros(rows, np.int32),
+    )
 
 
-def losses_by_token(cfg: bind.EngineConfig, params: Any, batch: dict[str, Any], key: jax.Array | None) -> jax.Array:
+def losses_by_token(cfg: bind.EngineConfig, params: Any, batch: Rows[Any], key: jax.Array | None) -> jax.Array:
     """Return the masked cross-entropy [B, S] on one device."""
     weights = jax.tree.map(lambda param: param.astype(cfg.compute), params)
-    allowed = model.visibility(jnp.asarray(batch["segments"]), jnp.asarray(batch["context"]))
-    logits = model.apply(cfg.model, weights, batch["tokens"], batch["positions"], allowed, shrink=SHRINK, key=key)
+    allowed = model.Visibility(jnp.asarray(batch.segments), jnp.asarray(batch.context)).dense()
+    logits = model.apply(cfg.model, weights, batch.tokens, batch.positions, allowed, shrink=SHRINK, key=key)
     real = jax.nn.log_softmax(logits[..., : cfg.num_tokens])
-    return -jnp.take_along_axis(real, batch["targets"][..., None], -1)[..., 0] * batch["loss_mask"]
+    return -jnp.take_along_axis(real, batch.targets[..., None], -1)[..., 0] * batch.loss_mask
 
 
-def reference(cfg: bind.EngineConfig, params: Any, batch: dict[str, Any], key: jax.Array) -> Any:
+def reference(cfg: bind.EngineConfig, params: Any, batch: Rows[Any], key: jax.Array) -> Any:
     """Return the mean loss, its sums by objective and its gradients, on one device, by autodiff alone."""
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
-        rows, counts = losses_by_token(cfg, params, batch, key).sum(-1), batch["loss_mask"].sum(-1)
+        rows, counts = losses_by_token(cfg, params, batch, key).sum(-1), batch.loss_mask.sum(-1)
         by_objective = [(rows[mine].sum(), counts[mine].sum())
-                        for mine in (batch["objective"] == index for index in range(cfg.objectives))]  # fmt: skip
+                        for mine in (batch.objective == index for index in range(cfg.objectives))]  # fmt: skip
         if cfg.normalization == "tokens":
             return rows.sum() / counts.sum(), by_objective
         return (rows / counts).mean(), by_objective
@@ -91,28 +93,28 @@ def reference(cfg: bind.EngineConfig, params: Any, batch: dict[str, Any], key: j
 class Independent:
     """The same losses and slopes in float64 numpy, with masks drawn by the reference's own code."""
 
-    def __init__(self, cfg: bind.EngineConfig, batch: dict[str, np.ndarray], key: jax.Array) -> None:
-        self.cfg, self.batch, segments = cfg, batch, batch["segments"]
+    def __init__(self, cfg: bind.EngineConfig, batch: Rows[np.ndarray], key: jax.Array) -> None:
+        self.cfg, self.batch, segments = cfg, batch, batch.segments
         causal = np.tril(np.ones((LENGTH, LENGTH), bool))
-        self.allowed = (segments[:, :, None] == segments[:, None]) & (causal | batch["context"][:, None])  # [B, S, S]
+        self.allowed = (segments[:, :, None] == segments[:, None]) & (causal | batch.context[:, None])  # [B, S, S]
         drops = cfg.model.attention_dropout + cfg.model.hidden_dropout > 0
         self.masks = numpy_reference.dropout_masks(cfg.model, key, len(segments), LENGTH) if drops else None
 
     def rows(self, params: Any) -> np.ndarray:
         """Return the summed loss of each row [B]."""
         batch = self.batch
-        inputs = batch["tokens"], batch["positions"], self.allowed, self.masks
+        inputs = batch.tokens, batch.positions, self.allowed, self.masks
         logits = numpy_reference.forward(self.cfg.model, params, *inputs)[..., :NUM_TOKENS]
-        chosen = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]  # [B, S]
-        return ((np.log(np.exp(logits).sum(-1)) - chosen) * batch["loss_mask"]).sum(-1)
+        chosen = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]  # [B, S]
+        return ((np.log(np.exp(logits).sum(-1)) - chosen) * batch.loss_mask).sum(-1)
 
     def by_objective(self, params: Any) -> np.ndarray:
         """Return the summed losses of the objectives [O]."""
-        return np.bincount(self.batch["objective"], self.rows(double(params)), self.cfg.objectives)
+        return np.bincount(self.batch.objective, self.rows(double(params)), self.cfg.objectives)
 
     def mean(self, params: Any) -> float:
         """Return the loss that is differentiated."""
-        rows, counts = self.rows(params), self.batch["loss_mask"].sum(-1)
+        rows, counts = self.rows(params), self.batch.loss_mask.sum(-1)
         return float(rows.sum() / counts.sum() if self.cfg.normalization == "tokens" else (rows / counts).mean())
 
     def slope_error(self, params: Any, gradients: Any) -> float:

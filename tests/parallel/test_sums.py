@@ -14,6 +14,7 @@ import pytest
 from jax import lax
 
 from glm_jax import model
+from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import bind, passes
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh, partition, zero
@@ -87,15 +88,14 @@ def equations(jaxpr: Any) -> Iterator[Any]:
                 yield from equations(inner)
 
 
-def make_batch() -> dict[str, np.ndarray]:
+def make_batch() -> Rows[np.ndarray]:
     """Make rows that are all targets but for their first token, and one target less, so that their count is odd."""
     draw, places = np.random.default_rng(0), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
     tokens, targets = draw.integers(0, 16, (2, ROWS, LENGTH)).astype(np.int32)
     loss_mask = (places > 0).astype(np.float32)
     loss_mask[5, 7] = 0
-    names = {"tokens": tokens, "targets": targets, "positions": places, "segments": np.ones_like(places)}
-    rest = {"context": places == 0, "loss_mask": loss_mask, "objective": np.zeros(ROWS, np.int32)}
-    return names | rest
+    nothing = np.zeros(ROWS, np.int32)
+    return Rows(tokens, targets, places, np.ones_like(places), places == 0, loss_mask, nothing, nothing)
 
 
 @pytest.mark.parametrize("stage, shape", [(1, (2, 2, 2)), (3, (2, 1, 2))])
@@ -103,7 +103,7 @@ def test_no_reduction_over_data_is_in_the_compute_dtype(stage: Any, shape: tuple
     cfg, axes = dataclasses.replace(HALF, zero=stage), model.logical_axes(GLM)
     grid: Any = jax.sharding.AbstractMesh(shape, mesh.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     params = jax.eval_shape(lambda: partition.pad_layers(model.init(GLM, jax.random.key(0)), axes, shape[1]))
-    batch = {name: array.reshape(4, 16, *array.shape[1:]) for name, array in make_batch().items()}
+    batch = jax.tree.map(lambda array: array.reshape(4, 16, *array.shape[1:]), make_batch())
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batch)
     pass_over = lambda params, batch: passes.value_and_grad(cfg, grid, params, batch, jax.random.key(0))  # noqa: E731
     reductions, halves = [], 0
@@ -127,9 +127,9 @@ def test_metrics_of_many_microbatches_lose_no_target() -> None:
     assert got.sums.targets.tolist() == [ROWS * (LENGTH - 1) - 1, 0, 0]
     causal = np.tril(np.ones((ROWS, LENGTH, LENGTH), bool))
     wide = jax.tree.map(lambda array: np.asarray(array, np.float64), params)
-    logits = numpy_reference.forward(GLM, wide, batch["tokens"], batch["positions"], causal)  # [B, S, V]
-    chosen = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]  # [B, S]
-    losses = (np.log(np.exp(logits).sum(-1)) - chosen) * batch["loss_mask"]
+    logits = numpy_reference.forward(GLM, wide, batch.tokens, batch.positions, causal)  # [B, S, V]
+    chosen = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]  # [B, S]
+    losses = (np.log(np.exp(logits).sum(-1)) - chosen) * batch.loss_mask
     assert got.sums.loss[0] == pytest.approx(losses.sum(), rel=5e-4)  # the activations' rounding is no more
     leaves = jax.tree.leaves((got.gradients, got.sums, got.activation_rms))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}

@@ -44,8 +44,7 @@ def run(shape: list[int]) -> None:
         shardings,
     )
     wanted = mesh.local_rows(grid, rows, microbatches)  # [M, B/M of this process]
-    local = {name: array[wanted.ravel()] for name, array in parity.make_batch(glm, rows).items()}
-    batch = mesh.place(grid, local, microbatches)
+    batch = mesh.place(grid, parity.make_batch(glm, rows).take(wanted.ravel()), microbatches)
     step = jax.jit(lambda params, batch: passes.value_and_grad(cfg, grid, params, batch, jax.random.key(7), 0.3, 64.0))
     got = together(step, placed, batch)
     gradients = whole(grid, got.gradients)

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "768", "TPU_SKIP_MDS_QUERY": "1"}
 
+from glm_jax.data.rows.rows import Rows  # noqa: E402
 from tests.parallel import hlo  # noqa: E402 (needs the path, and reads the environment)
 
 SHAPE = (24, 8, 4)  # data, pipeline, tensor
@@ -91,10 +92,10 @@ def lower(options: argparse.Namespace) -> Any:
     shardings = partition.shardings(grid, state_specs(cfg, grid))
     state = jax.tree.map(lambda leaf, place: describe(leaf.shape, leaf.dtype, place), shapes, shardings)
     rows = (options.microbatches, config.train.global_batch // options.microbatches)
-    wholes = {"tokens": "i4", "targets": "i4", "positions": "i4", "segments": "i4", "context": "?", "loss_mask": "f4"}
-    batch = {name: describe((*rows, length), dtype, jax.NamedSharding(grid, partition.batch_spec(3)))
-             for name, dtype in wholes.items()}  # fmt: skip
-    batch["objective"] = describe(rows, "i4", jax.NamedSharding(grid, partition.batch_spec(2)))
+    batch = jax.tree.map(
+        lambda array: describe(array.shape, array.dtype, jax.NamedSharding(grid, partition.batch_spec(array.ndim))),
+        Rows.abstract((*rows, length)),
+    )
     train, _ = step.compile_steps(cfg, grid)
     requests = describe((grid.size,), "i4", jax.NamedSharding(grid, jax.P(grid.axis_names)))
     scalar = describe((), "f4", jax.NamedSharding(grid, jax.P()))

@@ -111,7 +111,7 @@ def test_what_guessing_costs(folder: Path) -> None:
     assert outcome.uniform == math.log(300)
     prepared = sweep_group.prepare_all([config], quiet)
     streams = sweep_group.Streams([config], prepared)
-    targets = [(streams.at(step)["targets"], streams.at(step)["loss_mask"]) for step in range(1, 13)]
+    targets = [(streams.at(step).targets, streams.at(step).loss_mask) for step in range(1, 13)]
     tokens = np.concatenate([tokens[mask > 0] for tokens, mask in targets])
     shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
     assert outcome.unigram == pytest.approx(-sum(share * math.log(share) for share in shares))
@@ -122,7 +122,7 @@ def test_members_share_what_they_read(folder: Path) -> None:
     configs = members(tiny(folder), axes)
     streams = sweep_group.Streams(configs, sweep_group.prepare_all(configs, quiet))
     assert streams.of_member.tolist() == [0, 1, 0, 1, 2, 3, 2, 3]
-    assert streams.at(1)["tokens"].shape == (4, 1, 4, 32)
+    assert streams.at(1).tokens.shape == (4, 1, 4, 32)
 
 
 def test_block_size() -> None:

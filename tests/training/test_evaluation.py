@@ -45,12 +45,12 @@ def test_training_rows_follow_the_shares_the_options_and_the_instructions(config
     batches = training_batches(config, prepared)
     batch = batches.at(0, 200)
     assert batches.sources == ("large", "small", "sums")
-    counts = np.bincount(batch["objective"], minlength=4)
+    counts = np.bincount(batch.objective, minlength=4)
     assert np.abs(counts - [60, 100, 20, 20]).max() <= 3
-    gmask = batch["objective"] == OBJECTIVES.index("gmask")
-    assert not (batch["targets"][gmask] == prepared.tokenizer.eop).any()
-    row = int(np.flatnonzero(batch["objective"] == OBJECTIVES.index("instruction"))[0])
-    number, answer = prepared.tokenizer.decode(batch["tokens"][row][batch["segments"][row] == 1]).split("+1=")
+    gmask = batch.objective == OBJECTIVES.index("gmask")
+    assert not (batch.targets[gmask] == prepared.tokenizer.eop).any()
+    row = int(np.flatnonzero(batch.objective == OBJECTIVES.index("instruction"))[0])
+    number, answer = prepared.tokenizer.decode(batch.tokens[row][batch.segments[row] == 1]).split("+1=")
     assert answer == str(int(number) + 1)
 
 
@@ -59,8 +59,8 @@ def test_evaluation_leaves_instructions_and_histories_out(config):
     config = changed(config, blanks={"history": ((0, {"mask": 1.0}),), "replacement": True})
     for batches in heldout_batches(config, prepared).values():
         batch = batches.at(0, 20)
-        assert set(np.unique(batch["objective"])) == {0, 1, 2}
-    assert (training_batches(config, prepared).at(0, 20)["objective"] == 0).all()
+        assert set(np.unique(batch.objective)) == {0, 1, 2}
+    assert (training_batches(config, prepared).at(0, 20).objective == 0).all()
 
 
 def test_weights_may_follow_sizes_or_a_history(config):
@@ -71,4 +71,4 @@ def test_weights_may_follow_sizes_or_a_history(config):
         ({"weights": ((0, {"large": 1.0}),)}, 1.0),
     ):  # fmt: skip
         batch = training_batches(changed(config, blanks=blanks, **more), prepared).at(0, 300)
-        assert (batch["source"] == 0).mean() == pytest.approx(share, abs=0.03)
+        assert (batch.source == 0).mean() == pytest.approx(share, abs=0.03)

@@ -32,7 +32,7 @@ def take(made: Compiled, state: TrainState, poisoned: bool = False) -> tuple[Tra
     """Take a step; a poisoned batch has a target of infinite weight."""
     batch = make_batch()
     if poisoned:
-        batch["loss_mask"][0, 4] = np.inf
+        batch.loss_mask[0, 4] = np.inf
     state, metrics = made.train(state, meshes.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
     return state, jax.device_get(metrics)
 

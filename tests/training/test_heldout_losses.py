@@ -1,7 +1,6 @@
 """The numbers of an evaluation, held against a count of our own over texts that say where they come from."""
 
 import math
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from glm_jax.config import default_config, resolve, source
+from glm_jax.data.rows.rows import Rows
 from glm_jax.parallel import mesh as meshes
 from glm_jax.training.evaluation import Evaluation, training_batches
 
@@ -79,18 +79,18 @@ def build(eval_rows: int = 1000, rows: int = 4, **changes: Any) -> Any:
     return resolve(config)
 
 
-def evaluate(config: Any, step: int = 7) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
+def evaluate(config: Any, step: int = 7) -> tuple[dict[str, Any], list[Rows[np.ndarray]]]:
     """Run an evaluation whose losses are `nats`; gives the event and the batches that it asked about."""
-    batches: list[dict[str, np.ndarray]] = []
+    batches: list[Rows[np.ndarray]] = []
 
-    def losses(params: Any, batch: Mapping[str, Any]) -> tuple[np.ndarray, str]:
+    def losses(params: Any, batch: Rows[Any]) -> tuple[np.ndarray, str]:
         assert params == "params"
-        read = {name: np.asarray(array)[0] for name, array in batch.items()}
+        read = Rows(*(np.asarray(array)[0] for array in batch))
         batches.append(read)
-        assert read["tokens"].shape == (config.train.global_batch // config.train.microbatches, 32)
-        made = np.zeros(read["tokens"].shape, np.float32)  # [B, S]
-        for row, place in zip(*np.nonzero(read["loss_mask"]), strict=True):
-            made[row, place] = nats(int(read["targets"][row, place]), int(place))
+        assert read.tokens.shape == (config.train.global_batch // config.train.microbatches, 32)
+        made = np.zeros(read.tokens.shape, np.float32)  # [B, S]
+        for row, place in zip(*np.nonzero(read.loss_mask), strict=True):
+            made[row, place] = nats(int(read.targets[row, place]), int(place))
         return made, "of no account"
 
     return Evaluation(config, PREPARED, meshes.build(ONE_DEVICE)).run(losses, "params", step), batches
@@ -103,12 +103,12 @@ def name_of(row: np.ndarray) -> str:
     return name
 
 
-def count(batches: list[dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
+def count(batches: list[Rows[np.ndarray]]) -> dict[str, dict[str, Any]]:
     """Add up by source, a target at a time: nats, targets, bytes; `rows` that hold anything, `texts` they restore."""
     sums: dict[str, dict[str, Any]] = {}
     for batch in batches:
         for tokens, targets, segments, mask in zip(
-            *(batch[name].tolist() for name in ("tokens", "targets", "segments", "loss_mask")), strict=True
+            *(array.tolist() for array in (batch.tokens, batch.targets, batch.segments, batch.loss_mask)), strict=True
         ):
             if not any(segments):
                 assert not any(mask)
@@ -141,7 +141,7 @@ def test_losses_are_means_over_target_tokens_and_bits_are_per_byte_of_text(blank
     assert {name: value for name, value in event.items() if name != "event"} == pytest.approx(expected, rel=1e-12)
     means = [event["loss/large"], event["loss/little"]]
     assert abs(event["loss"] - sum(means) / 2) > 0.01  # the sources' own targets weigh, not the sources
-    ends = sum(int((batch["targets"] == EOP).sum()) for batch in batches)
+    ends = sum(int((batch.targets == EOP).sum()) for batch in batches)
     assert (ends == 0) == (blanks.get("gmask_eop") is False)  # the run's own options
     for name, mine in sums.items():  # one pass: no text twice, and most of it
         assert len(set(mine["texts"])) == len(mine["texts"])
@@ -154,13 +154,13 @@ def test_no_more_rows_than_asked_for_and_the_last_batch_may_be_part_empty() -> N
     assert most > 9
     for limit, rows, sizes in ((1, 4, [4]), (4, 4, [4]), (5, 4, [4, 4]), (7, 3, [3, 3, 3]), (9, 3, [3, 3, 3])):
         event, batches = evaluate(build(limit, rows))
-        large = [batch for batch in batches if name_of(batch["targets"].ravel()) == "large"]
-        assert [len(batch["tokens"]) for batch in large] == sizes
-        joined = {name: np.concatenate([batch[name] for batch in large]) for name in large[0]}
-        assert [bool(row.any()) for row in joined["segments"]] == [place < limit for place in range(sum(sizes))]
-        for name in ("tokens", "targets", "loss_mask", "positions", "context"):  # the first rows, in their order
-            first = np.concatenate([batch[name] for batch in whole[:limit]])
-            assert (joined[name][:limit] == first).all()
+        large = [batch for batch in batches if name_of(batch.targets.ravel()) == "large"]
+        assert [len(batch.tokens) for batch in large] == sizes
+        joined = Rows(*(np.concatenate(arrays) for arrays in zip(*large, strict=True)))
+        assert [bool(row.any()) for row in joined.segments] == [place < limit for place in range(sum(sizes))]
+        first = Rows(*(np.concatenate(arrays) for arrays in zip(*whole[:limit], strict=True)))
+        for expected, found in zip(first, joined, strict=True):  # the first rows, in their order
+            assert (found[:limit] == expected).all()
         mine = count(batches)["large"]
         assert mine["rows"] == limit and event["loss/large"] == pytest.approx(mine["nats"] / mine["targets"])
 
@@ -175,14 +175,14 @@ def test_rows_and_blanks_are_the_same_whatever_the_run_does() -> None:
         again, same = evaluate(build(**changes))
         assert again == event, changes
         for left, right in zip(batches, same, strict=True):
-            assert all((left[name] == right[name]).all() for name in left)
+            assert all((one == other).all() for one, other in zip(left, right, strict=True))
     assert evaluate(build(), step=9)[0] == event | {"step": 9}
 
 
 def test_models_of_two_position_streams_are_evaluated_with_two() -> None:
     for position, shape in (("learned_2d", (4, 2, 32)), ("rope", (4, 32))):
         _, batches = evaluate(build(model__position=position))
-        assert {batch["positions"].shape for batch in batches} == {shape}
+        assert {batch.positions.shape for batch in batches} == {shape}
 
 
 def test_losses_are_those_of_the_rows_of_other_versions() -> None:
@@ -204,7 +204,7 @@ def test_sixteen_tokens_are_enough_and_a_run_without_held_out_text_has_no_loss(
 def test_training_reads_the_other_documents_in_an_order_of_its_seed() -> None:
     def rows(**changes: Any) -> np.ndarray:
         batch = training_batches(build(**changes), PREPARED).at(0, 30)
-        return np.stack([batch["tokens"], batch["targets"]])
+        return np.stack([batch.tokens, batch.targets])
 
     ours = set().union(*(splits["train"].ids() for splits in PREPARED.shards.values()))
     assert {int(token) for token in rows().ravel()} - set(range(10)) <= ours

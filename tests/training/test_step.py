@@ -12,6 +12,7 @@ import pytest
 
 from glm_jax import model
 from glm_jax.config.data import OBJECTIVES
+from glm_jax.data.rows.rows import Rows
 from glm_jax.engine.bind import EngineConfig, row_weights
 from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.positions import position_terms
@@ -35,7 +36,7 @@ DROPPING = dataclasses.replace(MODEL, attention_dropout=0.1, hidden_dropout=0.2)
 WITH_DROPOUT = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, model=DROPPING))
 
 
-def make_batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
+def make_batch(rows: int = 8, length: int = 16) -> Rows[np.ndarray]:
     """Make rows of two packed segments and some padding, with few and uneven targets."""
     draw = np.random.default_rng(0)
     places = np.arange(length)
@@ -44,16 +45,16 @@ def make_batch(rows: int = 8, length: int = 16) -> dict[str, np.ndarray]:
     target = (segments > 0) & ~context
     loss_mask = (target & (draw.random((rows, length)) < 0.7)).astype(np.float32)
     loss_mask[1] = 0  # a row without a target
-    return {
-        "tokens": draw.integers(0, 60, (rows, length), np.int32),
-        "targets": draw.integers(0, 60, (rows, length), np.int32),
-        "positions": np.broadcast_to(np.where(places < 9, places, places - 9), (rows, length)).astype(np.int32),
-        "segments": np.broadcast_to(segments, (rows, length)).astype(np.int32),
-        "context": np.broadcast_to(context, (rows, length)),
-        "loss_mask": loss_mask,
-        "objective": (np.arange(rows) % 2).astype(np.int32),
-        "source": np.zeros(rows, np.int32),
-    }
+    return Rows(
+        tokens=draw.integers(0, 60, (rows, length), np.int32),
+        targets=draw.integers(0, 60, (rows, length), np.int32),
+        positions=np.broadcast_to(np.where(places < 9, places, places - 9), (rows, length)).astype(np.int32),
+        segments=np.broadcast_to(segments, (rows, length)).astype(np.int32),
+        context=np.broadcast_to(context, (rows, length)),
+        loss_mask=loss_mask,
+        objective=(np.arange(rows) % 2).astype(np.int32),
+        source=np.zeros(rows, np.int32),
+    )
 
 
 class Compiled(NamedTuple):
@@ -100,15 +101,15 @@ def run(
 
 def plain_step(cfg: StepConfig, state: TrainState) -> tuple[jax.Array, Any, Any]:
     """Take the same step with jax.value_and_grad over the whole batch at once."""
-    batch = {name: jnp.asarray(array) for name, array in make_batch().items()}
+    batch: Rows[jax.Array] = jax.tree.map(jnp.asarray, make_batch())
 
     def mean_loss(params: Any) -> jax.Array:
-        allowed = model.visibility(batch["segments"], batch["context"])
-        logits = model.apply(cfg.engine.model, params, batch["tokens"], batch["positions"], allowed)[
+        allowed = model.Visibility(batch.segments, batch.context).dense()
+        logits = model.apply(cfg.engine.model, params, batch.tokens, batch.positions, allowed)[
             ..., : cfg.engine.num_tokens
         ]
-        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
-        return (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
+        return (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
 
     loss, gradients = jax.value_and_grad(mean_loss)(state.params)
     params, _, _ = optimizer.update(cfg.optimizer, gradients, state.moments, state.params, jnp.float32(LR))
@@ -121,7 +122,7 @@ def test_a_step_is_adamw_on_the_mean_over_all_target_tokens(mesh_sizes: dict[str
     state, (metrics,) = run(CONFIG, mesh_sizes, microbatches, 1)
     sums, batch = metrics["sums"], make_batch()
     assert sums.loss.sum() / sums.targets.sum() == pytest.approx(float(loss), rel=1e-6)
-    assert sums.targets[:2].tolist() == [batch["loss_mask"][kind::2].sum() for kind in (0, 1)]
+    assert sums.targets[:2].tolist() == [batch.loss_mask[kind::2].sum() for kind in (0, 1)]
     assert len(sums.loss) == len(OBJECTIVES) and metrics["tokens"] == 8 * 14
     norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradients)))
     assert metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
@@ -131,10 +132,11 @@ def test_a_step_is_adamw_on_the_mean_over_all_target_tokens(mesh_sizes: dict[str
 
 def residual_rms(cfg: StepConfig, params: Any) -> list[float]:
     """Run the layers one after another and measure the stream after each."""
-    glm, batch = cfg.engine.model, {name: jnp.asarray(array) for name, array in make_batch().items()}
-    allowed = model.visibility(batch["segments"], batch["context"])
-    x = transformer.embed(glm, params, batch["tokens"], batch["positions"])
-    terms, scales = position_terms(glm, batch["positions"], x.dtype), []
+    glm = cfg.engine.model
+    batch: Rows[jax.Array] = jax.tree.map(jnp.asarray, make_batch())
+    allowed = model.Visibility(batch.segments, batch.context).dense()
+    x = transformer.embed(glm, params, batch.tokens, batch.positions)
+    terms, scales = position_terms(glm, batch.positions, x.dtype), []
     for layer in range(glm.num_layers):
         weights = jax.tree.map(lambda array, layer=layer: array[layer], params["blocks"])
         x = transformer.block(glm, weights, x, allowed, terms, jnp.int32(layer))[0]
@@ -166,14 +168,14 @@ def test_microbatches_and_meshes_do_not_change_five_steps(mesh_sizes: dict[str, 
 def reference_loss(cfg: GLMConfig, params: Any, key: jax.Array) -> float:
     """Return the summed loss of the batch in float64 numpy, with the masks that follow from a step's dropout key."""
     batch = make_batch()
-    segments, context = batch["segments"], batch["context"]
+    segments, context = batch.segments, batch.context
     seen = np.tril(np.ones((16, 16), bool)) | context[:, None]  # [B, S, S]
     allowed = seen & (segments[:, :, None] == segments[:, None])
     wide = jax.tree.map(lambda array: np.asarray(array, np.float64), params)
-    masks = numpy_reference.dropout_masks(cfg, key, *batch["tokens"].shape)
-    logits = numpy_reference.forward(cfg, wide, batch["tokens"], batch["positions"], allowed, masks)[..., :60]
-    chosen = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]  # [B, S]
-    return float(((np.log(np.exp(logits).sum(-1)) - chosen) * batch["loss_mask"]).sum())
+    masks = numpy_reference.dropout_masks(cfg, key, *batch.tokens.shape)
+    logits = numpy_reference.forward(cfg, wide, batch.tokens, batch.positions, allowed, masks)[..., :60]
+    chosen = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]  # [B, S]
+    return float(((np.log(np.exp(logits).sum(-1)) - chosen) * batch.loss_mask).sum())
 
 
 @pytest.mark.slow
@@ -216,7 +218,7 @@ def test_the_shrink_reaches_the_embedding_alone(mesh_sizes: dict[str, int]) -> N
 
 def test_a_batch_without_a_target_decays_and_moves_nothing_else(mesh_sizes: dict[str, int]) -> None:
     made = compiled(CONFIG, mesh_sizes)
-    batch = make_batch() | {"loss_mask": np.zeros((8, 16), np.float32)}
+    batch = make_batch()._replace(loss_mask=np.zeros((8, 16), np.float32))
     state, metrics = made.train(made.state(), meshes.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
     assert metrics["grad_norm"] == 0 and metrics["skipped"] == 0 and not metrics["sums"].targets.any()
     before, after = made.start.params["embedding"]["word"], jax.device_get(state.params)["embedding"]["word"]
@@ -276,6 +278,6 @@ def test_half_precision_stays_near_float32(mesh_sizes: dict[str, int], compute: 
 def test_evaluation_gives_the_loss_of_every_target(mesh_sizes: dict[str, int]) -> None:
     made, batch = compiled(CONFIG, mesh_sizes), make_batch()
     losses = np.asarray(made.evaluate(made.state().params, made.place(1)))[0]
-    assert losses.shape == (8, 16) and (losses[batch["loss_mask"] == 0] == 0).all()
+    assert losses.shape == (8, 16) and (losses[batch.loss_mask == 0] == 0).all()
     loss, _, _ = plain_step(CONFIG, made.start)
-    assert losses.sum() / batch["loss_mask"].sum() == pytest.approx(float(loss), rel=1e-6)
+    assert losses.sum() / batch.loss_mask.sum() == pytest.approx(float(loss), rel=1e-6)

@@ -26,6 +26,7 @@ from glm_jax.data.rows.blanks import Sample, make_samples
 from glm_jax.data.rows.mixture import History, Mixture
 from glm_jax.data.rows.packing import Packing
 from glm_jax.data.rows.room import SpecialTokens, places, text_length
+from glm_jax.data.rows.rows import Rows
 from glm_jax.data.rows.streams import Documents, Stream
 from glm_jax.errors import UserError
 
@@ -213,7 +214,7 @@ class Batches:
             if options.whole_documents and kind != "instruction":
                 spare += room - sum(map(len, samples))
 
-    def at(self, first_row: int, rows: int, only: Sequence[int] | np.ndarray | None = None) -> dict[str, np.ndarray]:
+    def at(self, first_row: int, rows: int, only: Sequence[int] | np.ndarray | None = None) -> Rows[np.ndarray]:
         """Return rows first_row, ..., first_row + rows - 1 as one batch, or a process's share of them.
 
         Args:
@@ -221,58 +222,25 @@ class Batches:
             only: the places in the batch, from 0 to rows - 1, of the rows to make, in that order; else all.
 
         Returns:
-            B = rows, or as many as in `only`; S = seq_length. `tokens`, `targets` int32 [B, S] (targets[b, i] is to
-            be predicted at token i), `positions` int32 [B, S] or [B, 2, S] with two streams, `segments` int32 [B, S]
-            (1, 2, ... the samples of a row, 0 padding), `context` bool [B, S], `loss_mask` float32 [B, S],
-            `objective` int32 [B] (index into OBJECTIVES), `source` int32 [B] (index into `sources`). Query i may see
-            key j where their segments are equal and j <= i or context[j].
+            B = rows, or as many as in `only`; S = seq_length.
         """
         chosen = range(rows) if only is None else [int(place) for place in only]
-        size, length, pad = len(chosen), self._seq_length, self._special.pad
-        streams = 2 if self._options.two_streams else 1
-        batch = {
-            "tokens": np.full((size, length), pad, np.int32),  # [B, S]
-            "targets": np.full((size, length), pad, np.int32),  # [B, S]
-            "positions": np.zeros((size, streams, length), np.int32),  # [B, 1 or 2, S]
-            "segments": np.zeros((size, length), np.int32),  # [B, S]
-            "context": np.zeros((size, length), bool),  # [B, S]
-            "loss_mask": np.zeros((size, length), np.float32),  # [B, S]
-            "objective": np.zeros(size, np.int32),  # [B]
-            "source": np.zeros(size, np.int32),  # [B]
-        }
+        batch = Rows.empty(len(chosen), self._seq_length, self._special.pad, two_streams=self._options.two_streams)
         for b, place in enumerate(chosen):
-            self._fill(batch, b, self.locate(first_row + place))
-        if streams == 1:
-            batch["positions"] = batch["positions"][:, 0]
+            row = self.locate(first_row + place)
+            batch.fill(b, self._samples(row), row.objective, row.source)
         return batch
-
-    def _fill(self, batch: dict[str, np.ndarray], b: int, row: Row) -> None:
-        """Write one row into row `b` of a batch."""
-        batch["objective"][b] = OBJECTIVES.index(row.objective)
-        batch["source"][b] = row.source
-        place = 0
-        for segment, sample in enumerate(self._samples(row), 1):
-            stop, divide = place + len(sample), place + sample.context
-            batch["tokens"][b, place:stop] = sample.tokens
-            batch["targets"][b, place:stop] = sample.targets
-            batch["positions"][b, 0, place:stop] = sample.positions
-            if self._options.two_streams:
-                batch["positions"][b, 1, place:stop] = sample.block_positions
-            batch["segments"][b, place:stop] = segment
-            batch["context"][b, place:divide] = True
-            batch["loss_mask"][b, divide:stop] = 1
-            place = stop
 
     def batch_at(
         self, step: int, global_batch: int, only: Sequence[int] | np.ndarray | None = None
-    ) -> dict[str, np.ndarray]:
+    ) -> Rows[np.ndarray]:
         """Return the batch of `step`, counted from 0, when every step takes `global_batch` rows; see `at`."""
         return self.at(step * global_batch, global_batch, only)
 
     def prefetched(
         self, first_row: int, rows: int, only: Sequence[int] | np.ndarray | None = None, *, threads: int = 2,
         ahead: int = 8,
-    ) -> grain.DatasetIterator[dict[str, np.ndarray]]:  # fmt: skip
+    ) -> grain.DatasetIterator[Rows[np.ndarray]]:  # fmt: skip
         """Iterate over `at(first_row, rows, only)`, `at(first_row + rows, rows, only)`, ..., made ahead by threads.
 
         The iterator's `close` ends the threads.

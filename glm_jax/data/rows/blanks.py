@@ -87,6 +87,30 @@ def place_spans(lengths: np.ndarray, length: int, generator: np.random.Generator
     return starts, lengths
 
 
+def sample_positions(
+    context: int, blanks: np.ndarray, widths: np.ndarray, *, repeat: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of a sample: int32 [S], and the places inside target blocks, int32 [S].
+
+    The context counts from 0. Each target block repeats its blank's position, or all go on counting after the context.
+    The second stream, which models with two streams read, is 0 in the context and 1, 2, ... in each block.
+
+    Args:
+        context: tokens of context.
+        blanks: int [blocks], the place of each block's blank in the context.
+        widths: int [blocks], the tokens of each block, in the order of the blocks.
+        repeat: whether blocks repeat. In training [MASK] and [sMASK] do, and all do with two streams; in inference
+            those of [MASK] and [sMASK] do.
+    """
+    ends = widths.cumsum()
+    positions = np.arange(context + ends[-1], dtype=np.int32)
+    inside = np.zeros_like(positions)
+    inside[context:] = np.arange(1, ends[-1] + 1) - (ends - widths).repeat(widths)
+    if repeat:
+        positions[context:] = blanks.repeat(widths)
+    return positions, inside
+
+
 def blank_spans(
     tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, order: np.ndarray, blank: int, special: SpecialTokens
 ) -> Sample:
@@ -118,17 +142,14 @@ def blank_spans(
     text = marked[kept[:n]]
     context = len(text)
 
-    read, predicted, positions, block_positions = np.empty((4, context + len(place)), np.int32)
+    read, predicted = np.empty((2, context + len(place)), np.int32)
     read[:context] = predicted[:context] = text
-    positions[:context] = np.arange(context)
-    block_positions[:context] = 0
     predicted[context:] = tokens.take(inside, mode="clip")
     predicted[context + ends - 1] = special.eop
     read[context + 1 :] = predicted[context:-1]
     read[context + heads] = special.sop
-    positions[context:] = (stops - lengths.cumsum() + np.arange(len(starts)))[order].repeat(width)
-    block_positions[context:] = place - (heads - 1).repeat(width)
-    return Sample(read, predicted, positions, block_positions, context)
+    blanks = stops - lengths.cumsum() + np.arange(len(starts))  # [spans], in the context
+    return Sample(read, predicted, *sample_positions(context, blanks[order], width, repeat=True), context)
 
 
 def blank_one(
@@ -149,7 +170,7 @@ def blank_one(
         A Sample of n + 2 tokens, n + 1 without `end`.
     """
     target, context = tokens[start:stop], len(tokens) - (stop - start) + 1
-    read, predicted, positions, block_positions = np.empty((4, context + len(target) + int(end)), np.int32)
+    read, predicted = np.empty((2, context + len(target) + int(end)), np.int32)
     read[:start] = tokens[:start]
     read[start] = blank
     read[start + 1 : context] = tokens[stop:]
@@ -159,12 +180,8 @@ def blank_one(
     predicted[context : context + len(target)] = target
     if end:
         predicted[-1] = special.eop
-    positions[:] = np.arange(len(read))
-    if two_streams:
-        positions[context:] = start
-    block_positions[:context] = 0
-    block_positions[context:] = np.arange(1, len(read) - context + 1)
-    return Sample(read, predicted, positions, block_positions, context)
+    width = np.array([len(read) - context])
+    return Sample(read, predicted, *sample_positions(context, np.array([start]), width, repeat=two_streams), context)
 
 
 def mask_sample(

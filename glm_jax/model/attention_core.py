@@ -1,0 +1,84 @@
+"""Cores of attention: from queries, keys and values to what each query has seen. `reference` has all options."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax.config.model import GLMConfig
+from glm_jax.model.layers import at_least_float32, dropout
+from glm_jax.model.positions import alibi_slopes
+from glm_jax.model.visibility import Visibility, dense
+
+Array = jax.Array
+
+
+class Core(Protocol):
+    """Attention without its projections."""
+
+    def __call__(
+        self, cfg: GLMConfig, queries: Array, keys: Array, values: Array, allowed: Array | Visibility,
+        distance: Array | None, layer: Array, heads: Array, dropout_keys: Array | None, /,
+    ) -> Array:  # fmt: skip
+        """Mix the values that each query may see.
+
+        Args:
+            cfg: the model.
+            queries: [B, S, N, K], rotated.
+            keys, values: [B, T, N, K], the keys rotated.
+            allowed: which of the T keys each query may see.
+            distance: ALiBi's, [B, S, T].
+            layer: int32 [], the index in the whole model.
+            heads: int32 [N], which heads these are.
+            dropout_keys: [B], one a row.
+
+        Returns:
+            [B, S, N, K].
+        """
+        ...
+
+
+def reference(
+    cfg: GLMConfig, queries: Array, keys: Array, values: Array, allowed: Array | Visibility, distance: Array | None,
+    layer: Array, heads: Array, dropout_keys: Array | None,
+) -> Array:  # fmt: skip
+    """Mix values by the dense softmax of all scores, in any dtype and with every option; see `Core`."""
+    seen = dense(allowed)  # [B, S, T]
+    probabilities = attention_probabilities(cfg, queries, keys, seen, distance, layer, heads)  # [B, N, S, T]
+    probabilities = dropout(probabilities.astype(values.dtype), cfg.attention_dropout, dropout_keys, heads)
+    return jnp.einsum("bnst,btnk->bsnk", probabilities, values)  # [B, S, N, K]
+
+
+def attention_probabilities(
+    cfg: GLMConfig,
+    queries: Array,
+    keys: Array,
+    allowed: Array,
+    distance: Array | None,
+    layer: Array,
+    heads: Array,
+) -> Array:
+    """Return float32 softmax probabilities [B, N, S, T] for queries [B, S, N, K], keys [B, T, N, K], allowed [B, S, T].
+
+    `heads`, int32 [N], says which heads they are.
+    With `score_scaling` the queries are divided by (layer + 1) sqrt(K) before the product in compute dtype, and the
+    float32 scores multiplied by layer + 1 after it (paper section 3.2: float32 softmax). With `pb_relax` alpha the
+    product is divided by alpha, less its largest magnitude, and multiplied by alpha (CogView, arXiv 2105.13290).
+    A query that may see nothing attends evenly to everything.
+    """
+    if cfg.pb_relax:
+        factor: Array | float = cfg.pb_relax
+    else:
+        factor = (layer + 1).astype(queries.dtype) if cfg.score_scaling else 1.0
+    queries = (queries / (factor * cfg.head_dim**0.5)).astype(queries.dtype)  # [B, S, N, K]
+    scores = jnp.einsum("bsnk,btnk->bnst", queries, keys)  # [B, N, S, T]
+    if cfg.pb_relax:
+        scores = scores - jax.lax.stop_gradient(jnp.max(jnp.abs(scores), axis=(-2, -1), keepdims=True))
+    scores = at_least_float32(scores) * factor  # [B, N, S, T]
+    if distance is not None:
+        slopes = jnp.asarray(alibi_slopes(cfg.num_heads), scores.dtype)[heads]  # [N]
+        scores = scores - slopes[:, None, None] * distance[:, None]  # [B, N, S, T]
+    scores = jnp.where(allowed[:, None], scores, jnp.finfo(scores.dtype).min)  # [B, N, S, T]
+    return jax.nn.softmax(scores, axis=-1)  # [B, N, S, T]
