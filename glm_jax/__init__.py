@@ -1,1 +1,84 @@
-"""GLM-130B in JAX: blank infilling, trained on a data x pipeline x tensor mesh."""
+"""GLM-130B in JAX: blank infilling, trained on a data x pipeline x tensor mesh.
+
+The front door in Python, without the command line:
+
+    import glm_jax
+
+    run = glm_jax.load("quickstart", "runs/mine", **{"train.steps": 20})
+    for step in run.steps():
+        print(step.number, step.loss)
+
+docs/library.md shows more. Nothing of JAX is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import optax
+
+    from glm_jax.config.experiment import Config, Experiment
+    from glm_jax.training.observers import Observer as Observer
+    from glm_jax.training.run import Run
+
+    __version__: str
+
+__all__ = ["Observer", "load"]
+
+
+def load(
+    experiment: str | Path | Config | Experiment,
+    workdir: str | Path | None = None,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    say: Callable[[str], None] = print,
+    **overrides: Any,
+) -> Run:
+    """Return the run of an experiment: its data prepared, standing at its newest checkpoint or at the start.
+
+    Args:
+        experiment: a name such as `quickstart`, a file, what its `get_config()` returns, or a resolved `Experiment`.
+        workdir: the folder that holds what the run makes, as `--workdir`; None for a temporary one, which goes when
+            the run is closed.
+        optimizer: any transformation of optax, in place of the experiment's AdamW.
+        say: told one line at a time what is done.
+        overrides: values by dotted key: `**{"train.steps": 20}`.
+
+    Raises:
+        UserError: an experiment, key or value that cannot be, or data and devices that do not fit.
+    """
+    import atexit
+    import tempfile
+    import weakref
+    from pathlib import Path
+
+    from glm_jax.cli import experiments
+    from glm_jax.config import with_changes
+    from glm_jax.training.run import Run
+
+    resolved = experiments.resolved(experiment)
+    if overrides:
+        resolved = with_changes(resolved, overrides)
+    temporary = tempfile.TemporaryDirectory(prefix="glm_jax-") if workdir is None else None
+    run = Run(resolved, Path(temporary.name if temporary else workdir or ""), say, optimizer)
+    if temporary:
+        run.closing.callback(temporary.cleanup)
+    living = weakref.ref(run)
+    atexit.register(lambda: (left := living()) and left.close())  # nothing is lost with a run that was not closed
+    return run
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        import importlib.metadata
+
+        return importlib.metadata.version("glm-jax")
+    if name == "Observer":
+        from glm_jax.training.observers import Observer
+
+        return Observer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

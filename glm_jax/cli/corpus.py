@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
         if values.strict:
             prepare.check_undamaged(prepared)
     else:
-        from glm_jax.training.evaluation import training_batches
+        from glm_jax.data.rows.experiment import training_batches
 
         prepared = prepare.prepare(resolved, say)
         for line in inspect.counts(prepared):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ast
+import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from glm_jax.config import Config, Experiment, resolve
+from glm_jax.config.fields import closest
+from glm_jax.errors import UserError
 
 FOLDERS = (Path(__file__).parents[2] / "experiments", Path(sys.prefix) / "share" / "glm_jax" / "experiments")
 
@@ -40,3 +45,24 @@ def _path(name: str) -> str:
         return name
     inside = root / Path(*[part for part in file.parts if part != "experiments"]).with_suffix(".py")
     return str(inside) if inside.is_file() else name
+
+
+def resolved(experiment: str | Path | Config | Experiment) -> Experiment:
+    """Return an experiment, resolved, from its name, its file, or what its `get_config()` returns.
+
+    Raises:
+        UserError: there is no such file, it cannot be run, or its config cannot be.
+    """
+    if isinstance(experiment, Experiment):
+        return experiment
+    if not isinstance(experiment, str | Path):
+        return resolve(experiment)
+    path = Path(_path(str(experiment)))
+    if not path.is_file():
+        known = [name for name, _ in summaries()]
+        raise UserError(f"there is no experiment {experiment}: {closest(str(experiment), known, 'config list')}")
+    try:
+        config = runpy.run_path(str(path))["get_config"]()
+    except (OSError, SyntaxError, ImportError, TypeError, ValueError, NameError, AttributeError, KeyError) as error:
+        raise UserError(f"the experiment {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    return resolve(config)

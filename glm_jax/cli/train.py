@@ -35,18 +35,19 @@ def run(arguments: Sequence[str]) -> int:
     processes.start(values.coordinator, values.processes, values.process, resolved.mesh.collective_timeout)
 
     from glm_jax.inference import Model, examples
-    from glm_jax.training import loop
+    from glm_jax.training.run import DONE, Run
 
     workdir = Path(values.workdir)
 
-    def run() -> int:
-        run = loop.Run(resolved, workdir, say)
+    def train() -> int:
+        run = Run(resolved, workdir, say)
         code = run.go()
-        if code == loop.DONE and processes.alone():  # the examples need the whole model on one device
+        if code == DONE and processes.alone():  # the examples need the whole model on one device
             model = Model.open(workdir)
-            documents, languages = run.heldout(), run.prepared.languages
+            documents = {source: splits["heldout"] for source, splits in run.prepared.shards.items()}
+            languages = run.prepared.languages
             for line in examples.heldout(model.config, model.params, model.tokenizer, documents, languages):
                 print(line, flush=True)
         return code
 
-    return processes.together(run)
+    return processes.together(train)

@@ -117,3 +117,15 @@ class GLMConfig(Architecture):
         layer = 2 * (4 * hidden * hidden + (self.up_projections + 1) * hidden * inner)  # projections, a token
         scores = 2 * 2 * sequence * hidden  # scores and weighted values, a token
         return sequence * (self.num_layers * (layer + scores) + 2 * hidden * self.vocab_size)
+
+    def published_flops(self, sequence: int, passes: int) -> float:
+        """Floating-point operations of a step's row by the formula of GLM-130B's training code, which its log quotes.
+
+        24 c s N h^2 (1 + s / 6h + V / 16 N h), with a row of s tokens, N layers, hidden size h and V rows of the
+        embedding; c is `passes`: 3 for forward and backward, 4 with the forward computed again. It takes a feed-forward
+        of 8 h^2 weights a layer, which GLM-130B's GeGLU has. The head, never computed again, is counted right for 4
+        passes; for 3 it counts as 3/4 of that, as the paper's MFU is 3/4 of its HFU.
+        """
+        hidden, layers = self.hidden_size, self.num_layers
+        attention, head = sequence / (6 * hidden), self.vocab_size / (16 * layers * hidden)
+        return 24 * passes * sequence * layers * hidden**2 * (1 + attention + head)

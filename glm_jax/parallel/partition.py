@@ -34,7 +34,8 @@ BATCH_AXES = ("microbatches", "rows")  # M, B/M; what follows stays whole
 
 
 def _is_axes(leaf: Any) -> bool:
-    return isinstance(leaf, tuple)
+    """Whether a leaf names logical axes: a plain tuple, unlike the states of optax."""
+    return type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)
 
 
 def spec(axes: tuple[str | None, ...], rules: Mapping[str, str | tuple[str, ...] | None] = RULES) -> jax.P:

@@ -10,8 +10,8 @@ from glm_jax.config import Experiment
 from glm_jax.data.tokenizers.load import read
 from glm_jax.engine import build
 from glm_jax.parallel import partition
-from glm_jax.training.segment import step_config
 from glm_jax.training.state import init_state, state_specs
+from glm_jax.training.stretch import step_config
 
 
 def table(config: Experiment) -> Iterator[str]:

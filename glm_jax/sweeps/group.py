@@ -22,11 +22,12 @@ from glm_jax.config import Experiment
 from glm_jax.config.fields import to_dict
 from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.data.rows.batches import Batches
+from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import build, passes
 from glm_jax.sweeps import second_half
-from glm_jax.training import recipe, segment
-from glm_jax.training.evaluation import Evaluation, training_batches
+from glm_jax.training import recipe, stretch
+from glm_jax.training.evaluation import HeldOut
 from glm_jax.training.state import StepConfig, TrainState, init_state
 from glm_jax.training.step import Controls, train_step
 
@@ -164,7 +165,7 @@ def begin(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tu
 def _shared(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tuple[StepConfig, jax.sharding.Mesh]:
     first = configs[0]
     engine, mesh = build(first, prepared[data_key(first)].tokenizer.size)
-    return segment.step_config(first, engine), mesh
+    return stretch.step_config(first, engine), mesh
 
 
 def train(
@@ -228,10 +229,10 @@ def _evaluate(
     for member, config in enumerate(configs):
         own = functools.partial(losses, member=np.int32(member))
         data = prepared[data_key(config)]
-        event = Evaluation(config, data, mesh).run(own, states.params, config.train.steps)
+        losses_by_name = HeldOut(config, data, mesh).losses(own, states.params)
         if differ:
-            event |= second_half.evaluate(config, data, functools.partial(own, states.params))
-        found.append({name: value for name, value in event.items() if name not in ("event", "step")})
+            losses_by_name |= second_half.evaluate(config, data, functools.partial(own, states.params))
+        found.append(losses_by_name)
     return found
 
 
@@ -243,7 +244,7 @@ def _outcome(
     uniform: float,
     unigram: float,
 ) -> Outcome:
-    of_step = [segment.loss_metrics(jax.tree.map(lambda array: array[member], step["sums"])) for step in taken]
+    of_step = [stretch.loss_metrics(jax.tree.map(lambda array: array[member], step["sums"])) for step in taken]
     every = config.train.log_every
     steps = np.array([step for step in range(1, len(taken) + 1) if step % every == 0 or step in (1, len(taken))])
     names = [name for name, value in taken[0].items() if name != "requests" and getattr(value, "ndim", 0) == 1]

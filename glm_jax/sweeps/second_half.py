@@ -14,8 +14,8 @@ import numpy as np
 from glm_jax.config import Experiment, with_changes
 from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.data.rows.blanks import Sample, blank_one
+from glm_jax.data.rows.experiment import heldout_batches
 from glm_jax.data.rows.rows import Rows
-from glm_jax.training.evaluation import heldout_batches
 
 NAME = "loss/second_half"
 

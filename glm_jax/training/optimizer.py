@@ -1,4 +1,4 @@
-"""AdamW on the mean gradient, clipped by its global norm (paper appendix B, table 11)."""
+"""AdamW on the mean gradient, clipped by its global norm (paper appendix B, table 11); or any optimizer of optax."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import optax
 from glm_jax.config.training import OptimizerConfig
 
 Array = jax.Array
+Optimizer = OptimizerConfig | optax.GradientTransformation
 
 
 def decays(params: Any) -> Any:
@@ -18,31 +19,37 @@ def decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
-def transformation(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Return AdamW's direction, without the learning rate (Loshchilov and Hutter, arXiv 1711.05101)."""
+def transformation(cfg: Optimizer) -> optax.GradientTransformation:
+    """Return what keeps the moments: a transformation as it is; of a config AdamW's direction, without learning rate.
+
+    AdamW: Loshchilov and Hutter, arXiv 1711.05101.
+    """
+    if isinstance(cfg, optax.GradientTransformation):
+        return cfg
     return optax.chain(
         optax.scale_by_adam(b1=cfg.beta1, b2=cfg.beta2, eps=cfg.epsilon),
         optax.add_decayed_weights(cfg.weight_decay, mask=decays),
     )
 
 
-def update(
-    cfg: OptimizerConfig, gradients: Any, moments: Any, params: Any, lr: Array
-) -> tuple[Any, Any, dict[str, Array]]:
-    """Clip by global norm, then take one AdamW step.
+def update(cfg: Optimizer, gradients: Any, moments: Any, params: Any, lr: Array) -> tuple[Any, Any, dict[str, Array]]:
+    """Take one step: clip by global norm, then AdamW; or a transformation of optax, which is all there is to it.
 
     Returns:
         The new params, the new moments, and global norms: `grad_norm` before clipping, `param_norm` before the step,
-        `update_norm` of what the step takes away.
+        `update_norm` of what the step changes.
     """
-    norm = optax.tree.norm(gradients)
-    factor = jnp.minimum(1.0, cfg.clip_norm / (norm + 1e-6))
-    gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
-    directions, moments = transformation(cfg).update(gradients, moments, params)
-    updates = jax.tree.map(lambda direction: lr * direction, directions)
-    norms = {"grad_norm": norm, "param_norm": optax.tree.norm(params), "update_norm": optax.tree.norm(updates)}
-    params = jax.tree.map(jnp.subtract, params, updates)
-    return params, moments, norms
+    norm, before = optax.tree.norm(gradients), optax.tree.norm(params)
+    if isinstance(cfg, optax.GradientTransformation):
+        updates, moments = cfg.update(gradients, moments, params)
+        params = optax.apply_updates(params, updates)
+    else:
+        factor = jnp.minimum(1.0, cfg.clip_norm / (norm + 1e-6))
+        gradients = jax.tree.map(lambda gradient: gradient * factor, gradients)
+        directions, moments = transformation(cfg).update(gradients, moments, params)
+        updates = jax.tree.map(lambda direction: lr * direction, directions)
+        params = jax.tree.map(jnp.subtract, params, updates)
+    return params, moments, {"grad_norm": norm, "param_norm": before, "update_norm": optax.tree.norm(updates)}
 
 
 LAYER_GROUPS = 4

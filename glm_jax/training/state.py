@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax import model
-from glm_jax.config.training import LossScaleConfig, OptimizerConfig
-from glm_jax.engine import bind
+from glm_jax.config.training import LossScaleConfig
 from glm_jax.engine.bind import EngineConfig
+from glm_jax.errors import UserError
 from glm_jax.parallel import partition
 from glm_jax.training import optimizer, precision
+from glm_jax.training.optimizer import Optimizer
 from glm_jax.training.precision import LossScale
 
 Array = jax.Array
@@ -28,7 +29,7 @@ class StepConfig:
     """All that a step depends on besides its arrays and the mesh; hashable."""
 
     engine: EngineConfig
-    optimizer: OptimizerConfig
+    optimizer: Optimizer
     loss_scale: LossScaleConfig | None  # None: the scale stays 1
     seed: int
     shrinks: bool = False  # whether `Controls.shrink` is heeded
@@ -48,16 +49,6 @@ class TrainState(NamedTuple):
     loss_scale: LossScale
 
 
-def _map_params(cfg: StepConfig, state: TrainState, change: Callable[[Any], Any], other: Callable[[Any], Any]) -> Any:
-    """Apply `change` to the params and to each moment of their structure, `other` to every array beside them."""
-    structure = jax.tree.structure(model.logical_axes(cfg.engine.model), is_leaf=lambda leaf: isinstance(leaf, tuple))
-
-    def is_params(subtree: Any) -> bool:
-        return jax.tree.structure(subtree) == structure
-
-    return jax.tree.map(lambda part: change(part) if is_params(part) else other(part), state, is_leaf=is_params)
-
-
 def init_state(cfg: StepConfig, stages: int = 1, key: Array | None = None) -> TrainState:
     """Make the state before the first step, its layers padded to `stages`; `key` by default follows from the seed."""
     axes = model.logical_axes(cfg.engine.model)
@@ -67,23 +58,37 @@ def init_state(cfg: StepConfig, stages: int = 1, key: Array | None = None) -> Tr
     return TrainState(jnp.int32(0), jnp.int32(0), params, moments, precision.initial_loss_scale(cfg.loss_scale))
 
 
+def _axes(cfg: StepConfig) -> TrainState:
+    """Return the logical axes of every array of the state: a moment has those of its param, others none.
+
+    A moment is known by its path, which ends as its param's does, and by its shape: those of adam, of lion, of a
+    transformation that is masked to some params. What else an optimizer keeps lies whole on every device.
+    """
+    shapes = jax.eval_shape(lambda: init_state(cfg))
+    axes = jax.tree.leaves(model.logical_axes(cfg.engine.model), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    params = jax.tree_util.tree_leaves_with_path(shapes.params)
+    known = {(tuple(path), array.shape): names for (path, array), names in zip(params, axes, strict=True)}
+
+    def axes_of(path: Any, array: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+        ends = (known.get((tuple(path[start:]), array.shape)) for start in range(len(path)))
+        return next((names for names in ends if names is not None), (None,) * array.ndim)
+
+    return jax.tree_util.tree_map_with_path(axes_of, shapes)
+
+
 def state_specs(cfg: StepConfig, mesh: Mesh) -> TrainState:
     """Return the PartitionSpec of every array of the state: moments lie as their params do, scalars everywhere."""
-    specs = bind.state_specs(cfg.engine.model, mesh)
-    state = jax.eval_shape(lambda: init_state(cfg))
-    return _map_params(cfg, state, lambda _: specs, lambda _: jax.P())
+    return partition.state_specs(_axes(cfg), cfg.engine.model.hidden_size, mesh.shape["data"])
 
 
 def true_layers(cfg: StepConfig, state: TrainState) -> TrainState:
     """Take away the layers that only fill up the stages."""
-    axes, layers = model.logical_axes(cfg.engine.model), cfg.engine.model.num_layers
-    return _map_params(cfg, state, lambda params: partition.true_layers(params, axes, layers), lambda array: array)
+    return partition.true_layers(state, _axes(cfg), cfg.engine.model.num_layers)
 
 
 def pad_layers(cfg: StepConfig, state: TrainState, stages: int) -> TrainState:
     """Undo `true_layers` for a pipeline of `stages`."""
-    axes = model.logical_axes(cfg.engine.model)
-    return _map_params(cfg, state, lambda params: partition.pad_layers(params, axes, stages), lambda array: array)
+    return partition.pad_layers(state, _axes(cfg), stages)
 
 
 def create_state(cfg: StepConfig, mesh: Mesh) -> TrainState:
@@ -124,8 +129,19 @@ def to_disk(cfg: StepConfig, mesh: Mesh, state: TrainState) -> Items:
 
 
 def disk_targets(cfg: StepConfig, mesh: Mesh) -> Items:
-    """Return the shapes, dtypes and shardings in which `from_disk` takes the trees of a checkpoint."""
+    """Return the shapes, dtypes and shardings in which `from_disk` takes the trees of a checkpoint.
+
+    Raises:
+        UserError: the layers are padded to the stages, and the optimizer keeps arrays that cannot be cut to the layers.
+    """
     shapes = jax.eval_shape(lambda: init_state(cfg))
+    if _is_padded(cfg, mesh):
+        cut = jax.eval_shape(lambda: true_layers(cfg, init_state(cfg, mesh.shape["pipeline"])))
+        if [array.shape for array in jax.tree.leaves(cut)] != [array.shape for array in jax.tree.leaves(shapes)]:
+            raise UserError(
+                f"the optimizer keeps arrays of other shapes than the params: choose mesh.pipeline so that it divides "
+                f"model.num_layers ({cfg.engine.model.num_layers})"
+            )
     target = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,

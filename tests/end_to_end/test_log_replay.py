@@ -15,7 +15,7 @@ import pytest
 
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.rows.rows import Rows
-from glm_jax.training.segment import Segment
+from glm_jax.training.stretch import Stretch
 from tests.end_to_end.runs import flags, in_process, lines, train, train_events
 from tests.proofs import kills
 from tests.proofs.kills import ONE, Kill
@@ -68,24 +68,24 @@ def lr(step: int) -> float:
 
 
 class Batches:
-    """What the steps of a run were given, by step: read off the segments as they hand it out."""
+    """What the steps of a run were given, by step: read off the stretches as they hand it out."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.given: dict[int, tuple[np.ndarray, Rows[np.ndarray]]] = {}
-        hand_out = Segment.batch
+        hand_out = Stretch.batch
 
-        def batch(part: Segment, samples: int, rows: int) -> Any:
+        def batch(part: Stretch, samples: int, rows: int) -> Any:
             given = hand_out(part, samples, rows)
             assert rows == ROWS
             labels = np.zeros((2, len(OBJECTIVES)), int)  # of sources and objectives, the rows
             np.add.at(labels, (given.source.ravel(), given.objective.ravel()), 1)
             self.given[samples // ROWS + 1] = labels, given
-            expected = part._batches.at(samples, ROWS)
+            expected = part.batches.at(samples, ROWS)
             for array, wanted in zip(given, expected, strict=True):
                 np.testing.assert_array_equal(array.reshape(wanted.shape), wanted)
             return given
 
-        monkeypatch.setattr(Segment, "batch", batch)
+        monkeypatch.setattr(Stretch, "batch", batch)
 
     def rows(self, first: int, last: int) -> list[int]:
         """Count the rows of some steps: English [MASK] and [gMASK], Chinese [MASK] and [gMASK]."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from glm_jax.cli import main
-from glm_jax.training.segment import Segment
+from glm_jax.training.stretch import Stretch
 from tests.end_to_end.runs import flags, in_process, lines, train, train_events
 from tests.proofs import kills
 
@@ -99,14 +99,14 @@ def test_a_stop_at_the_step_of_an_intervention_loses_nothing_of_it(
 ) -> None:
     planned = BASE | {"train.steps": 6, "interventions": ((4, {"optimizer.peak_lr": 1e-3}),)}
     train(experiment, tmp_path / "whole", planned)
-    hand_out = Segment.batch
+    hand_out = Stretch.batch
 
-    def batch(part: Segment, samples: int, rows: int) -> Any:
+    def batch(part: Stretch, samples: int, rows: int) -> Any:
         if samples == 16:  # of step 3; the stop is met with the next one
             os.kill(os.getpid(), signal.SIGTERM)
         return hand_out(part, samples, rows)
 
-    monkeypatch.setattr(Segment, "batch", batch)
+    monkeypatch.setattr(Stretch, "batch", batch)
     stopped = main.main(["train", f"--config={experiment}", f"--workdir={tmp_path / 'parts'}", *flags(planned)])
     assert stopped == 3 and checkpoints(tmp_path / "parts") == [4]
     train(experiment, tmp_path / "parts", planned)

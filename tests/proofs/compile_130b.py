@@ -76,14 +76,14 @@ def lower(options: argparse.Namespace) -> Any:
     from glm_jax.config import resolve
     from glm_jax.engine import build
     from glm_jax.parallel import partition
-    from glm_jax.training import segment, step
+    from glm_jax.training import step, stretch
     from glm_jax.training.state import init_state, state_specs
 
     config = experiment(options)
     config = resolve(config)
     length = config.data.seq_length
     engine, grid = build(config, NUM_TOKENS, devices(options.target))
-    cfg = segment.step_config(config, engine)
+    cfg = stretch.step_config(config, engine)
 
     def describe(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -37,9 +37,9 @@ ELSEWHERE = (
     ("glm_jax/config/model.py", "tests/end_to_end/test_train.py"),  # the section of an experiment
     ("glm_jax/engine/*.py", "tests/parallel/test_mesh.py"),
     ("glm_jax/engine/*.py", "tests/parallel/test_pipeline.py"),  # every mesh, zero=3 among them
-    ("glm_jax/training/loop.py", "tests/end_to_end/test_train.py"),
-    ("glm_jax/training/loop.py", "tests/end_to_end/test_resumes.py"),
-    ("glm_jax/training/segment.py", "tests/end_to_end/test_resumes.py"),
+    ("glm_jax/training/run.py", "tests/end_to_end/test_train.py"),
+    ("glm_jax/training/run.py", "tests/end_to_end/test_resumes.py"),
+    ("glm_jax/training/stretch.py", "tests/end_to_end/test_resumes.py"),
     ("glm_jax/workdir/folder.py", "tests/end_to_end/test_resumes.py"),
     ("glm_jax/workdir/events.py", "tests/end_to_end/test_train.py"),
 )

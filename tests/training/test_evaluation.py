@@ -9,7 +9,7 @@ from glm_jax.config import default_config, instructions, resolve, source, with_c
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.config.fields import flatten
 from glm_jax.data.corpora.prepare import prepare
-from glm_jax.training.evaluation import heldout_batches, training_batches
+from glm_jax.data.rows.experiment import heldout_batches, training_batches
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from glm_jax.config import default_config, resolve, source
+from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
 from glm_jax.parallel import mesh as meshes
-from glm_jax.training.evaluation import Evaluation, training_batches
+from glm_jax.training.evaluation import HeldOut
 
 ONE_DEVICE: dict[str, int] = dict.fromkeys(meshes.AXES, 1)
 EOS, EOP = 1, 6
@@ -79,8 +80,8 @@ def build(eval_rows: int = 1000, rows: int = 4, **changes: Any) -> Any:
     return resolve(config)
 
 
-def evaluate(config: Any, step: int = 7) -> tuple[dict[str, Any], list[Rows[np.ndarray]]]:
-    """Run an evaluation whose losses are `nats`; gives the event and the batches that it asked about."""
+def evaluate(config: Any) -> tuple[dict[str, Any], list[Rows[np.ndarray]]]:
+    """Run an evaluation whose losses are `nats`; gives its values and the batches that it asked about."""
     batches: list[Rows[np.ndarray]] = []
 
     def losses(params: Any, batch: Rows[Any]) -> tuple[np.ndarray, str]:
@@ -93,7 +94,7 @@ def evaluate(config: Any, step: int = 7) -> tuple[dict[str, Any], list[Rows[np.n
             made[row, place] = nats(int(read.targets[row, place]), int(place))
         return made, "of no account"
 
-    return Evaluation(config, PREPARED, meshes.build(ONE_DEVICE)).run(losses, "params", step), batches
+    return HeldOut(config, PREPARED, meshes.build(ONE_DEVICE)).losses(losses, "params"), batches
 
 
 def name_of(row: np.ndarray) -> str:
@@ -132,13 +133,12 @@ def test_losses_are_means_over_target_tokens_and_bits_are_per_byte_of_text(blank
     event, batches = evaluate(build(**{f"data__blanks__{name}": share for name, share in blanks.items()}))
     sums = count(batches)
     assert list(sums) == ["large", "little"]  # nothing of `scant`, which holds less than 16 tokens
-    assert event["event"] == "evaluation"
-    expected: dict[str, float] = {"step": 7}
+    expected: dict[str, float] = {}
     for name, mine in sums.items():
         expected[f"loss/{name}"] = mine["nats"] / mine["targets"]
         expected[f"bits_per_byte/{name}"] = mine["nats"] * 1.4426950408889634 / mine["bytes"]  # log2(e)
     expected["loss"] = sum(mine["nats"] for mine in sums.values()) / sum(mine["targets"] for mine in sums.values())
-    assert {name: value for name, value in event.items() if name != "event"} == pytest.approx(expected, rel=1e-12)
+    assert event == pytest.approx(expected, rel=1e-12)
     means = [event["loss/large"], event["loss/little"]]
     assert abs(event["loss"] - sum(means) / 2) > 0.01  # the sources' own targets weigh, not the sources
     ends = sum(int((batch.targets == EOP).sum()) for batch in batches)
@@ -176,7 +176,6 @@ def test_rows_and_blanks_are_the_same_whatever_the_run_does() -> None:
         assert again == event, changes
         for left, right in zip(batches, same, strict=True):
             assert all((one == other).all() for one, other in zip(left, right, strict=True))
-    assert evaluate(build(), step=9)[0] == event | {"step": 9}
 
 
 def test_models_of_two_position_streams_are_evaluated_with_two() -> None:
@@ -198,7 +197,7 @@ def test_sixteen_tokens_are_enough_and_a_run_without_held_out_text_has_no_loss(
     assert count(batches)["scant"]["rows"] == 1 and math.isfinite(event["loss/scant"])
     for splits in PREPARED.shards.values():
         monkeypatch.setitem(splits, "heldout", Documents(8500, []))
-    assert evaluate(build()) == ({"event": "evaluation", "step": 7}, [])
+    assert evaluate(build()) == ({}, [])
 
 
 def test_training_reads_the_other_documents_in_an_order_of_its_seed() -> None:

@@ -6,35 +6,18 @@ import math
 import re
 import struct
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
-from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
-from glm_jax.model import GLMConfig
-from glm_jax.parallel import mesh as meshes
-from glm_jax.training.monitor import (
-    Meter,
-    Monitor,
-    matmul_rate,
-    peak_flops,
-    peak_memory,
-    published_flops,
-    summary,
-)
-from glm_jax.training.profile import Profiler
 from glm_jax.workdir import events as sinks
-
-GLM_130B = GLMConfig(70, 12288, 96, 32768, 150528)
+from glm_jax.workdir.monitor import Monitor
 
 
 def read(workdir: Path) -> list[dict]:
@@ -252,88 +235,3 @@ def test_the_bar_shows_steps_and_values(tmp_path: Path, capsys: pytest.CaptureFi
     monitor.close()
     shown = capsys.readouterr().err
     assert "2/4" in shown and "mask=5.000" in shown and "a line\n" in shown
-
-
-def test_the_meter_counts_from_the_last_read() -> None:
-    cfg = GLMConfig(1, 16, 2, 24, 32)
-    meter = Meter(EngineConfig(cfg, 32, 3, keep="stage"), 8, peak=1e9)
-    meter.count(4, 30)
-    with meter.waiting():
-        time.sleep(0.05)
-    first = meter.read()
-    assert 0 < first["data_wait"] <= 1 and first["tokens_per_second"] <= 30 / 0.05
-    assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 4 / 30 * 3 * cfg.forward_flops(8) / 1e9)
-    assert first["hfu"] == pytest.approx(first["mfu"] * 5 / 3)
-    assert meter.read()["tokens_per_second"] == 0
-
-
-def test_the_formula_reproduces_the_training_log_of_glm_130b() -> None:
-    for rows, seconds, teraflops in ((4224, 88.5, 134.1), (6144, 122.5, 141.0)):
-        rate = published_flops(GLM_130B, rows, 2048, passes=4) / (seconds * 768)
-        assert round(rate / 1e12, 1) == teraflops
-    # With 4 passes it counts the head, which is not computed again, right: exact for a GeGLU of 8/3 h.
-    head = 2 * 2048 * GLM_130B.hidden_size * GLM_130B.vocab_size
-    exact = 4 * GLM_130B.forward_flops(2048) - head
-    assert published_flops(GLM_130B, 1, 2048, passes=4) == pytest.approx(exact, rel=1e-12)
-
-
-@pytest.mark.parametrize(("keep", "ratio"), [("all", 1), ("layer", 4 / 3), ("stage", 4 / 3)])
-def test_the_meter_also_reads_by_the_formula(keep: Any, ratio: float) -> None:
-    meter = Meter(EngineConfig(GLM_130B, 150000, 3, keep=keep), 2048, peak=1e9)
-    meter.count(3, 30)
-    read = meter.read()
-    exact = published_flops(GLM_130B, 1, 2048, passes=3) / (3 * GLM_130B.forward_flops(2048))
-    assert read["mfu_formula"] == pytest.approx(exact * read["mfu"]) and 0.99 < exact < 1
-    assert read["hfu_formula"] == pytest.approx(read["mfu_formula"] * ratio)
-    assert 50e6 < read["memory"] < 1e12
-
-
-def test_memory_is_that_of_the_fullest_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Device:
-        platform = "gpu"
-
-        def __init__(self, peak: int | None) -> None:
-            self.peak = peak
-
-        def memory_stats(self) -> dict[str, int] | None:
-            return None if self.peak is None else {"peak_bytes_in_use": self.peak, "bytes_in_use": 1}
-
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device(5), Device(7), Device(None)])
-    assert peak_memory() == 7
-
-
-def test_the_bar_has_the_losses_and_the_gradient_norm() -> None:
-    event = {"event": "train", "step": 1, "loss": 2.0, "loss/mask": 1.5, "grad_norm": 0.756, "mfu": 0.5,
-             "tokens_per_second": 1234.5}  # fmt: skip
-    assert summary(event) == {"mask": "1.500", "grad": "0.76", "tokens/s": "1,234", "mfu": "50.0%"}
-
-
-@pytest.mark.parametrize("first", [1, 3])
-def test_the_profiler_traces_the_steps_that_were_asked_for(tmp_path: Path, first: int) -> None:
-    profiler = Profiler(tmp_path, (2, 3))
-    double = jax.jit(lambda x: 2 * x)
-    running = {}
-    for step in range(first, 6):
-        profiler.before(step)
-        running[step] = profiler._tracing
-        profiler.after(step, double(jnp.ones(2)))
-    assert running == {step: step in (2, 3) for step in range(first, 6)}
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-    profiler.close()
-
-
-def test_a_run_that_stops_early_ends_its_trace_and_one_without_steps_has_none(tmp_path: Path) -> None:
-    profiler = Profiler(tmp_path / "traced", (1, 9))
-    profiler.before(1)
-    profiler.close()
-    assert list((tmp_path / "traced").rglob("*.xplane.pb"))
-    silent = Profiler(tmp_path / "silent", ())
-    silent.before(1)
-    silent.after(1, None)
-    silent.close()
-    assert not (tmp_path / "silent").exists()
-
-
-def test_emulated_devices_share_one_measured_peak() -> None:
-    mesh = meshes.build({"data": 1, "pipeline": 1, "tensor": 1})
-    assert 0.1 < peak_flops(mesh) / matmul_rate() < 10 and jax.devices()[0].platform == "cpu"

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from glm_jax.config import Experiment, by_key, role, with_changes
+from glm_jax.config.experiment import Experiment, by_key, role, with_changes
 
 
 def effective(config: Experiment, step: int, skipped: Iterable[tuple[int, int]] = ()) -> Experiment:
@@ -62,3 +62,17 @@ def after_spikes(before: Mapping[str, Any], skipped: Iterable[tuple[int, int]]) 
         "train.skip_steps": [*known, *ranges],
         "train.spike.rollbacks": max(0, left - len(ranges)),
     }
+
+
+def causes(
+    config: Experiment, step: int, before: Mapping[str, Any], now: Experiment, skipped: Iterable[tuple[int, int]]
+) -> list[tuple[str, dict[str, tuple[Any, Any]]]]:
+    """Return what differs now from the numbers `before`, by cause: `planned` in `config`, or by a new `config`.
+
+    Spikes that were gone back from, which had the steps `skipped`, have lines of their own in the record.
+    """
+    due = {key for at, values in config.interventions if at <= step for key in values}
+    found = changes(after_spikes(before, skipped), numbers(now))
+    by_cause = [(cause, {key: pair for key, pair in found.items() if (key in due) == planned})
+                for cause, planned in (("planned", True), ("config", False))]  # fmt: skip
+    return [(cause, changed) for cause, changed in by_cause if changed]

@@ -1,6 +1,6 @@
-"""The loop around the steps, with a part of a run that only counts: what is due at which step, and what follows."""
+"""A run's steps, with a stretch that only counts: what is due at which step, and what follows."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,15 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm_jax.config import Config, default_config, resolve
+from glm_jax.config import Config, default_config, interventions, resolve
 from glm_jax.errors import UserError
-from glm_jax.training import loop
-from glm_jax.training.loop import Progress, Run
+from glm_jax.training import run as running
+from glm_jax.training.observers import Observer, Request, Step
+from glm_jax.training.observers.evaluate import Evaluate
+from glm_jax.training.observers.log import Log
+from glm_jax.training.observers.save import Save
+from glm_jax.training.observers.spikes import Spikes
+from glm_jax.training.run import Run
+from glm_jax.training.spike import Bands
 from glm_jax.workdir.interventions import Record
+
+SPEED = {"tokens_per_second": 1.0, "mfu": 0.5}
 
 
 class Counting:
-    """Stands in for a Segment: its state is the steps taken, its losses are `losses[step]`, 2 where none is named."""
+    """Stands in for a Stretch: its state is the steps taken, its losses are `losses[step]`, 2 where none is named."""
 
     def __init__(
         self, diary: list[tuple[Any, ...]], config: Config, losses: dict[int, float], asks: dict[int, int]
@@ -24,6 +32,9 @@ class Counting:
         self.diary, self.config, self.losses, self.asks = diary, config, losses, asks
         self.cfg = SimpleNamespace(engine=None, loss_scale=None)
         self.mesh, self.prepared = SimpleNamespace(shape={}), SimpleNamespace(digests={})
+        self.meter = SimpleNamespace(
+            waiting=nullcontext, count=lambda *_: None, restart=lambda: None, read=lambda: dict(SPEED)
+        )
 
     def batch(self, samples: int, rows: int) -> tuple[int, int]:
         return samples, rows
@@ -36,12 +47,9 @@ class Counting:
         self.diary.append(("step", step, batch[0]))
         loss = self.losses.get(step, 2.0)
         sums = SimpleNamespace(loss=np.array([loss, 0, 0, 0]), targets=np.array([1, 0, 0, 0]))
-        request = max(request, self.asks.get(step, 0))
-        return step, {"sums": sums, "grad_norm": np.float32(1), "tokens": 1, "requests": np.int32(request)}
-
-    def evaluate(self, state: int, step: int) -> dict[str, Any]:
-        assert state == step
-        return {"event": "evaluation", "step": step}
+        scalars = {"grad_norm": np.float32(1), "tokens": np.int32(1), "skipped": np.int32(0)}
+        asked = np.int32(max(request, self.asks.get(step, 0)))
+        return step, {"sums": sums, **scalars, "activation_rms": np.ones(2), "requests": asked}
 
     def close(self) -> None:
         self.diary.append(("close",))
@@ -54,7 +62,8 @@ class Diary:
         self.diary, self.saved = diary, {}
 
     def log(self, event: dict[str, Any]) -> None:
-        self.diary.append((event["event"], event["step"]))
+        if event["event"] != "start":
+            self.diary.append((event["event"], event["step"]))
 
     def say(self, line: str) -> None:
         pass
@@ -67,6 +76,9 @@ class Diary:
 
     def events(self) -> list[Any]:
         return []
+
+    def close(self) -> None:
+        pass
 
     def save(self, state: int, run: dict[str, Any]) -> None:
         assert state == run["step"]
@@ -81,22 +93,28 @@ class Diary:
         return self.saved[max(steps)] if steps else None
 
 
+class Watch(Observer):
+    """Stands in for the profiler: writes down when it is told."""
+
+    def __init__(self, diary: list[tuple[Any, ...]]) -> None:
+        self.diary = diary
+
+    def before(self, run: Run) -> None:
+        self.diary.append(("before", run.step + 1))
+
+    def after(self, step: Step) -> None:
+        self.diary.append(("after", step.number))
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs to the end, from a start, and gives the diary; keys as in `train__steps=5`."""
-    monkeypatch.setattr(loop, "at_step", lambda mesh, state, step, samples, *scale: step)
-    monkeypatch.setattr(loop, "create_state", lambda cfg, mesh: 0)
-    monkeypatch.setattr(loop, "disk_targets", lambda cfg, mesh: None)
-    monkeypatch.setattr(loop, "to_disk", lambda cfg, mesh, state: state)
-    monkeypatch.setattr(loop, "from_disk", lambda cfg, mesh, items: items)
-    monkeypatch.setattr(loop, "peak_flops", lambda mesh: 1.0)
-    monkeypatch.setattr(loop, "versions", dict)
-    monkeypatch.setattr(
-        loop, "train_event", lambda progress, metrics, chosen: {"event": "train", "step": progress.step}
-    )
-    meter = SimpleNamespace(waiting=nullcontext, count=lambda *_: None, restart=lambda: None, read=dict)
-    monkeypatch.setattr(loop, "Meter", lambda *_: meter)
-    monkeypatch.setattr(loop, "summary", lambda event: {"at": event["step"]})
+    monkeypatch.setattr(running, "at_step", lambda mesh, state, step, samples, *scale: step)
+    monkeypatch.setattr(running, "create_state", lambda cfg, mesh: 0)
+    monkeypatch.setattr(running, "disk_targets", lambda cfg, mesh: None)
+    monkeypatch.setattr(running, "to_disk", lambda cfg, mesh, state: state)
+    monkeypatch.setattr(running, "from_disk", lambda cfg, mesh, items: items)
+    monkeypatch.setattr(running, "versions", dict)
 
     def go(
         start: tuple[int, int] = (0, 0), losses: dict[int, float] | None = None, asks: dict[int, int] | None = None,
@@ -108,19 +126,24 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         config = resolve(config)
         diary = [] if diary is None else diary
         book: Any = Diary(diary)
-        made: Any = object.__new__(Run)
-        made.config, made.workdir, made.say = config, tmp_path, book.say
-        made.record, made.checkpoints, made.monitor = Record(tmp_path, 0), book, book
-        made.profiler = SimpleNamespace(
-            before=lambda step: diary.append(("before", step)), after=lambda step, _: diary.append(("after", step))
+        monkeypatch.setattr(
+            running, "Stretch", lambda config, prepared, _: Counting(diary, config, losses or {}, asks or {})
         )
-        made.stop, made._last_save = SimpleNamespace(requested=False), loop.time.monotonic()
-        monkeypatch.setattr(loop, "Segment", lambda config, prepared: Counting(diary, config, losses or {}, asks or {}))
-        monkeypatch.setattr(loop.segment, "ready", ready)
-        part: Any = Counting(diary, config, losses or {}, asks or {})
-        progress = Progress(start[0], *start, saved=start[0] or None)  # pyright: ignore[reportArgumentType]
-        diary.append(("last", made._segments(progress, part)))
-        diary.append(("ends", progress.step, progress.samples, progress.stopping))
+        monkeypatch.setattr(running, "ready", ready)
+        made: Any = object.__new__(Run)
+        made.config, made.workdir, made._optimizer, made._say = config, tmp_path, None, book.say
+        made.stretch, made.closing = Counting(diary, config, losses or {}, asks or {}), ExitStack()
+        made.record, made.checkpoints, made.monitor = Record(tmp_path, 0), book, book
+        made.observers, made.evaluators = [Watch(diary), Spikes(), Log(), Evaluate(), Save()], [lambda run: {}]
+        made.stopping, made._asked, made._previous, made._closed = False, 0, None, False
+        made.saved_at = running.time.monotonic()
+        made.state, made.step, made.samples, made.bands, made.saved = start[0], *start, Bands(), start[0] or None
+        made._until = interventions.next_step(config, made.step, config.train.steps)
+        with made:
+            for step in made.steps():
+                diary.append(("seen", step.number))
+        diary.append(("last", made.current.train.steps))
+        diary.append(("ends", made.step, made.samples, made.stopping))
         return diary
 
     return go
@@ -142,7 +165,7 @@ def test_logs_evaluations_and_saves_come_at_their_multiples_and_at_the_end(run: 
     assert [entry[:2] for entry in tenth[:7]] == [
         ("before", 10), ("step", 10), ("after", 10), ("train", 10), ("bar", 1), ("evaluation", 10), ("save", 10)
     ]  # fmt: skip
-    assert diary.count(("close",)) == 1
+    assert diary.count(("close",)) == 1 and steps_of(diary, "seen") == list(range(1, 11))
 
 
 def test_a_run_that_is_not_evaluated_or_goes_on_does_not_evaluate_its_start(run: Any) -> None:
@@ -153,14 +176,14 @@ def test_a_run_that_is_not_evaluated_or_goes_on_does_not_evaluate_its_start(run:
 
 
 def test_a_request_is_met_a_step_later_and_saves(run: Any) -> None:
-    diary = run(asks={4: loop.STOP})
+    diary = run(asks={4: Request.STOP})
     assert steps_of(diary, "step") == [1, 2, 3, 4, 5] and diary[-1] == ("ends", 5, 20, True)
     assert steps_of(diary, "save") == [5]
-    diary = run(asks={4: loop.SAVE})
+    diary = run(asks={4: Request.SAVE})
     assert steps_of(diary, "save") == [5, 10] and diary[-1] == ("ends", 10, 40, False)
-    diary = run(asks={4: loop.SAVE, 5: loop.SAVE})  # the second was on its way when the first was met
+    diary = run(asks={4: Request.SAVE, 5: Request.SAVE})  # the second was on its way when the first was met
     assert steps_of(diary, "save") == [5, 10]
-    diary = run(asks={4: loop.STOP}, train__spike__rollbacks=1)  # steps that are watched are waited for
+    diary = run(asks={4: Request.STOP}, train__spike__rollbacks=1)  # steps that are watched are waited for
     assert diary[-1] == ("ends", 4, 16, True)
 
 
@@ -206,6 +229,7 @@ SPIKE = {"train__spike__window": 3, "train__spike__deviations": 1.0}
 def test_a_spike_goes_back_to_the_checkpoint_and_passes_over_the_data(run: Any) -> None:
     diary = run(losses={7: 90.0}, train__save_every=4, train__spike__rollbacks=1, **SPIKE)
     assert steps_of(diary, "step") == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert steps_of(diary, "seen") == [1, 2, 3, 4, 5, 6, 8, 9, 10]  # not the one that was gone back from
     assert ("restore", 6) in diary and ("rewind", 4) in diary and ("bar", 3) in diary
     assert steps_of(diary, "band") == [4, 5, 7]  # of steps 1 to 4, then 8, then 9 and 10
     assert [entry for entry in diary if entry[0] == "save"] == [("save", 4, 16), ("save", 8, 32), ("save", 10, 40)]

@@ -9,26 +9,33 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from glm_jax.config import Experiment
 from glm_jax.config.data import OBJECTIVES
-from glm_jax.data.corpora.prepare import Prepared
+from glm_jax.data.corpora.prepare import Prepared, prepare
+from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
-from glm_jax.engine import EngineConfig, Sums, build
+from glm_jax.engine import EngineConfig, Sums, build, passes
+from glm_jax.engine.passes import Gradients
 from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import processes
+from glm_jax.parallel.devices import peak_flops
 from glm_jax.training import recipe
-from glm_jax.training.evaluation import Evaluation, training_batches
+from glm_jax.training.evaluation import HeldOut
+from glm_jax.training.meter import Meter
 from glm_jax.training.state import StepConfig, TrainState
 from glm_jax.training.step import compile_steps, controls
 from glm_jax.workdir import folder as workdirs
 
 
-def step_config(config: Experiment, engine: EngineConfig) -> StepConfig:
-    """Return all that a step depends on besides its arrays and the mesh."""
+def step_config(
+    config: Experiment, engine: EngineConfig, optimizer: optax.GradientTransformation | None = None
+) -> StepConfig:
+    """Return all that a step depends on besides its arrays and the mesh; `optimizer` in place of AdamW."""
     return StepConfig(
         engine=engine,
-        optimizer=config.optimizer.constants(),
+        optimizer=optimizer or config.optimizer.constants(),
         loss_scale=config.train.scaling(),
         shrinks=recipe.shrinks(config),
         seed=config.seed,
@@ -48,10 +55,10 @@ def loss_metrics(sums: Sums) -> dict[str, float]:
 @functools.lru_cache(maxsize=2)  # a change of the learning rate alone, say, need not compile anything again
 def _compiled(cfg: StepConfig, mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], Callable[..., Any]]:
     train, evaluate = compile_steps(cfg, mesh)
-    return (train, evaluate) if jax.process_count() == 1 else (_together(train), _together(evaluate))
+    return (train, evaluate) if jax.process_count() == 1 else (compile_together(train), compile_together(evaluate))
 
 
-def _together(function: Any) -> Callable[..., Any]:
+def compile_together(function: Any) -> Callable[..., Any]:
     """Compile before the first call with new shapes, and wait until all processes have: collectives wait less long."""
     seen = set()
 
@@ -66,15 +73,20 @@ def _together(function: Any) -> Callable[..., Any]:
     return call
 
 
-class Segment:
+_gradients = jax.jit(passes.value_and_grad, static_argnums=(0, 1))
+
+
+class Stretch:
     """All that a run is done with while its config stays the same."""
 
-    def __init__(self, config: Experiment, prepared: Prepared) -> None:
+    def __init__(
+        self, config: Experiment, prepared: Prepared, optimizer: optax.GradientTransformation | None = None
+    ) -> None:
         self.config, self.prepared = config, prepared
         engine, self.mesh = build(config, prepared.tokenizer.size)
-        self.cfg = step_config(config, engine)
-        self.evaluation = Evaluation(config, prepared, self.mesh)
-        self._batches = training_batches(config, prepared)
+        self.cfg = step_config(config, engine, optimizer)
+        self._heldout = HeldOut(config, prepared, self.mesh)
+        self.batches = training_batches(config, prepared)
         self._train, self._evaluate = _compiled(self.cfg, self.mesh)
         self._microbatch = config.train.global_batch // config.train.microbatches  # rows
         self._stream: Any = None
@@ -85,7 +97,7 @@ class Segment:
         if self._stands != (samples, rows):
             self.close()
             mine = meshes.local_rows(self.mesh, rows, rows // self._microbatch).reshape(-1)
-            self._stream = self._batches.prefetched(samples, rows, mine)
+            self._stream = self.batches.prefetched(samples, rows, mine)
         self._stands = (samples + rows, rows)
         return next(self._stream)
 
@@ -96,9 +108,20 @@ class Segment:
         placed = meshes.place(self.mesh, batch, rows // self._microbatch)
         return self._train(state, placed, controls(self.mesh, chosen["lr"], chosen["embedding_shrink"], request))
 
-    def evaluate(self, state: TrainState, step: int) -> dict[str, Any]:
-        """Return the event of the held-out losses."""
-        return self.evaluation.run(self._evaluate, state.params, step)
+    def heldout(self, params: Any) -> dict[str, float]:
+        """Return the held-out losses of params on the mesh."""
+        return self._heldout.losses(self._evaluate, params)
+
+    def gradients(self, params: Any, rows: Rows[np.ndarray]) -> Gradients:
+        """Return the gradients of the mean loss over rows [B, ...], see `engine.passes.value_and_grad`."""
+        count = len(rows.tokens)
+        mine = rows.take(meshes.local_rows(self.mesh, count, count // self._microbatch).reshape(-1))
+        return _gradients(self.cfg.engine, self.mesh, params, meshes.place(self.mesh, mine, count // self._microbatch))
+
+    @functools.cached_property
+    def meter(self) -> Meter:
+        """The measure of the stretch's speed."""
+        return Meter(self.cfg.engine, self.config.data.seq_length, peak_flops(self.mesh))
 
     def close(self) -> None:
         """End the threads that read ahead."""
@@ -108,19 +131,25 @@ class Segment:
         self._stands = (-1, 0)
 
 
-def ready(config: Experiment, workdir: Path, prepare: Callable[[Experiment], Prepared]) -> Prepared:
+def ready(config: Experiment, workdir: Path, say: Callable[[str], None]) -> Prepared:
     """Check a config against its workdir and devices, and prepare its data.
+
+    The first process prepares alone, then the others, which find most of it in the cache.
 
     Args:
         config: resolved, as it holds where the run stands.
         workdir: of the run; nothing is written to it.
-        prepare: makes or finds the data.
+        say: told what is done.
 
     Raises:
         UserError: anything about the config, the data, the mesh or the workdir that does not fit.
     """
     workdirs.check(workdir, config)
     build(config)  # a mesh that cannot be should be said before minutes of data preparation
-    prepared = prepare(config)
+    if not processes.is_first():
+        processes.wait_for_all()
+    prepared = prepare(config, say)
+    if processes.is_first():
+        processes.wait_for_all()
     workdirs.check_tokenizer(workdir, prepared.tokenizer)
     return prepared

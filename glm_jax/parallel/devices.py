@@ -1,0 +1,59 @@
+"""The sheet of accelerators: what devices can do at most, and how much memory is in use."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense half-precision peaks in FLOP/s a device, from the makers' data sheets, by the start of jax's device_kind.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p; after the lighter ones, whose names begin the same
+}
+
+
+def matmul_rate(size: int = 1024, repeats: int = 8) -> float:
+    """Measure the float32 matmul rate of this process's device, in FLOP/s: the best of `repeats`."""
+    multiply = jax.jit(jnp.matmul)
+    matrix = jnp.ones((size, size))
+    multiply(matrix, matrix).block_until_ready()
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(matrix, matrix).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_flops(mesh: jax.sharding.Mesh) -> float:
+    """Return the FLOP/s that the whole mesh could do: by the data sheet, on CPU as measured now.
+
+    Emulated devices share one CPU, so there the measured rate counts once.
+    """
+    device = mesh.devices.flat[0]
+    for kind, peak in PEAK_FLOPS.items():
+        if device.device_kind.startswith(kind):
+            return peak * mesh.size
+    return matmul_rate() * (1 if device.platform == "cpu" else mesh.size)
+
+
+def peak_memory() -> int:
+    """Return the most bytes that were in use at once: on the fullest of this process's accelerators, or by the process.
+
+    An accelerator counts its own memory; on CPU it is the process's resident memory.
+    """
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices)

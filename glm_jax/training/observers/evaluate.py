@@ -1,0 +1,21 @@
+"""Evaluation in mid-run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from glm_jax.training.observers import Observer
+
+if TYPE_CHECKING:
+    from glm_jax.training.run import Step
+
+
+class Evaluate(Observer):
+    """Runs the evaluators every train.eval_every steps and after the last one; 0 disables it.
+
+    It comes before `Save`: then the step of each checkpoint has its evaluation in the log.
+    """
+
+    def after(self, step: Step) -> None:
+        if (every := step.run.current.train.eval_every) and step.is_due(every):
+            step.run.evaluate()

@@ -1,0 +1,29 @@
+"""Saving, by steps and by the clock."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from glm_jax.parallel import processes
+from glm_jax.training.observers import Observer, Request
+
+if TYPE_CHECKING:
+    from glm_jax.training.run import Run, Step
+
+
+class Save(Observer):
+    """Saves every train.save_every steps and when a request to save is met, and logs what became of earlier saves."""
+
+    def before(self, run: Run) -> None:
+        """Ask for a save every train.save_minutes; the clock is the first process's."""
+        minutes, passed = run.current.train.save_minutes, time.monotonic() - run.saved_at
+        if minutes and processes.is_first() and passed > 60 * minutes:
+            run.ask(Request.SAVE)
+
+    def after(self, step: Step) -> None:
+        run = step.run
+        for event in run.checkpoints.events():
+            run.log(event)
+        if step.number % run.current.train.save_every == 0 or step.request == Request.SAVE:
+            run.save()

@@ -1,0 +1,401 @@
+"""A run: steps from the newest good checkpoint to the last, under a config that may change in mid-run.
+
+Read `Run.steps` first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from glm_jax.config import Experiment, interventions
+from glm_jax.data.corpora.prepare import Prepared
+from glm_jax.data.rows.rows import Rows
+from glm_jax.engine import build
+from glm_jax.engine.passes import Gradients
+from glm_jax.errors import UserError
+from glm_jax.model import GLMConfig
+from glm_jax.parallel import processes
+from glm_jax.training import precision, recipe
+from glm_jax.training.evaluation import Evaluator, heldout
+from glm_jax.training.meter import Meter
+from glm_jax.training.observers import Observer, Request, Step, signals
+from glm_jax.training.observers.evaluate import Evaluate
+from glm_jax.training.observers.log import Log
+from glm_jax.training.observers.profile import Profile
+from glm_jax.training.observers.save import Save
+from glm_jax.training.observers.spikes import Spike, Spikes
+from glm_jax.training.spike import Bands
+from glm_jax.training.state import at_step, create_state, disk_targets, from_disk, to_disk, true_layers
+from glm_jax.training.stretch import Stretch, ready
+from glm_jax.workdir import folder as workdirs
+from glm_jax.workdir.checkpoints import Checkpoints
+from glm_jax.workdir.events import Event, import_wandb
+from glm_jax.workdir.interventions import Record
+from glm_jax.workdir.monitor import Monitor
+
+DONE, STOPPED = 0, 3  # exit codes
+
+Say = Callable[[str], None]
+
+
+class Run:
+    """One process's part of a run.
+
+    Attributes:
+        config: as it was asked for; `current` is the one in effect now, interventions applied.
+        step, samples: optimizer steps taken and rows seen.
+        state: the TrainState after them.
+        observers: told of each step, in order; append your own.
+        evaluators: functions of the run whose values make up an evaluation.
+    """
+
+    def __init__(
+        self, config: Experiment, workdir: Path, say: Say, optimizer: optax.GradientTransformation | None = None
+    ) -> None:
+        """Check everything, prepare the data, and restore the newest good checkpoint or make the first state.
+
+        Args:
+            config: resolved.
+            workdir: made if need be; a run that has a checkpoint there resumes.
+            say: told one line at a time.
+            optimizer: any transformation of optax in place of the experiment's AdamW. It is given the mean gradients,
+                not clipped, and its updates are added to the params; the experiment's learning rate has no part in it.
+
+        Raises:
+            UserError: anything about the config, the data, the mesh or the workdir that does not fit; nothing is
+                written to the workdir then.
+        """
+        if not config.data.sources:
+            raise UserError("data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
+        if config.train.wandb:
+            import_wandb()  # one that is missing should be said now
+        for step, _ in config.interventions:
+            build(interventions.effective(config, step))  # one that does not fit should be said now
+        self.config, self.workdir, self._optimizer = config, workdir, optimizer
+        self._say = say if processes.is_first() else lambda line: None
+        prepared = ready(config, workdir, self._say)
+        self.stretch = Stretch(config, prepared, optimizer)  # checks the rest, before anything is written
+        self.closing = contextlib.ExitStack()  # what is to be done when all is written
+        if processes.is_first():
+            self.closing.enter_context(workdirs.lock(workdir))
+            workdirs.write(workdir, config, prepared.tokenizer)
+        processes.wait_for_all()
+        self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every, self._say)
+        profiled = config.train.profile if processes.is_first() else ()
+        self.observers: list[Observer] = [Profile(workdir, profiled), Spikes(), Log(), Evaluate(), Save()]
+        self.evaluators: list[Evaluator] = [heldout]
+        self.stopping, self._asked, self.saved_at = False, Request.NOTHING, time.monotonic()
+        self._previous: Mapping[str, Any] | None = None  # the metrics of the step before
+        self._closed = False
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def steps(self) -> Iterator[Step]:
+        """Take the steps that are left, tell the observers of each, and yield it.
+
+        A step that an observer goes back from is not yielded. At the end, or after a request to stop, the run saves; a
+        loop that is left early saves nothing, and the next call continues from there.
+        """
+        self.stopping = False
+        if self.step >= self.current.train.steps:
+            self.say(f"{self.workdir} is finished: step {self.step} of {self.current.train.steps}")
+            return
+        self.log({"event": "start", "step": self.step, "versions": versions()})
+        try:
+            if self.step == 0 and self.current.train.eval_every:
+                self.evaluate()
+            while not self.stopping:
+                if self.step >= self._until:
+                    self._change()
+                if self.step >= self.current.train.steps:
+                    break
+                if self._skip():
+                    continue
+                step = self._take()
+                for observer in self.observers:
+                    observer.after(step)
+                    if self.step != step.number:  # it went back
+                        break
+                else:
+                    yield step
+            if self.saved != self.step:
+                self.save()
+        finally:
+            self._asked = Request.NOTHING
+            for observer in self.observers:
+                observer.close()
+
+    def go(self) -> int:
+        """Take all steps that are left, and stop with a checkpoint at a signal. Returns the exit code.
+
+        Raises:
+            UserError: the last step could not be saved.
+        """
+        with self, signals.listening(self.stop):
+            for _ in self.steps():
+                pass
+        if unsaved := self.checkpoints.unsaved():
+            raise UserError(f"step {self.step} could not be saved ({unsaved}): make room, then the same command "
+                            "resumes from the newest checkpoint")  # fmt: skip
+        if self.step < self.current.train.steps:
+            self.say(f"stopped: step {self.step} is saved in {self.workdir}; the same command resumes from there")
+            return STOPPED
+        return DONE
+
+    @property
+    def current(self) -> Experiment:
+        """The experiment in effect, interventions applied."""
+        return self.stretch.config
+
+    @property
+    def prepared(self) -> Prepared:
+        """The data: shards, tokenizer and what they were made of."""
+        return self.stretch.prepared
+
+    @property
+    def watches_spikes(self) -> bool:
+        """Whether each step is waited for and watched; also when the rollbacks are used up."""
+        return max(self.current.train.spike.rollbacks, self.config.train.spike.rollbacks) > 0
+
+    def _take(self) -> Step:
+        """Take one step, with the next one's work on its way while the caller looks at it."""
+        number, rows = self.step + 1, recipe.batch_rows(self.current, self.samples)
+        settings = recipe.describe(self.current, number, self.samples)
+        with self.meter.waiting():
+            batch = self.stretch.batch(self.samples, rows)
+        for observer in self.observers:
+            observer.before(self)
+        self.state, metrics = self.stretch.train(self.state, batch, rows, settings, self._asked)
+        self.step, self.samples = number, self.samples + rows
+        # At most one step ahead, so that a request is met at once; not at all where each step is watched.
+        settled, self._previous = (metrics if self.watches_spikes else self._previous), metrics
+        jax.block_until_ready(settled)
+        self.meter.count(rows, metrics["tokens"])
+        request = Request(int(settled["requests"])) if settled else Request.NOTHING
+        self.stopping = request == Request.STOP
+        return Step(self, number, self.samples, metrics, settings, request)
+
+    def _skip(self) -> bool:
+        """Skip the steps that train.skip_steps names next, with their data; False when there are none."""
+        step, samples = recipe.pass_over(self.current, self.step, self.samples)
+        if step == self.step:
+            return False
+        self.say(f"steps {self.step + 1} to {step} are skipped with their data")
+        self.monitor.progress(step - self.step)
+        self.state = at_step(self.stretch.mesh, self.state, step, samples)
+        self.step, self.samples = step, samples
+        if step == self.current.train.steps and self.current.train.eval_every:
+            self.evaluate()  # at the end, as of every run
+        return True
+
+    def ask(self, request: Request) -> None:
+        """Ask all processes for something; it is met a step or two later."""
+        self._asked = max(self._asked, request)
+
+    def stop(self) -> None:
+        """Ask for the end of `steps`, with a checkpoint."""
+        self.ask(Request.STOP)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Run the evaluators now; returns the event, which is logged."""
+        event: dict[str, Any] = {"event": "evaluation", "step": self.step}
+        for evaluator in self.evaluators:
+            event |= evaluator(self)
+        self.log(event)
+        shown = [f"{name} {value:.4f}" for name, value in event.items() if name not in ("event", "step")]
+        self.say(f"held-out at step {self.step}: " + ", ".join(shown))
+        self.meter.restart()
+        return event
+
+    def save(self) -> None:
+        """Save a checkpoint of where the run stands; it is written while training continues."""
+        run = {
+            "step": self.step,
+            "samples": self.samples,
+            "bands": self.bands.to_json(),
+            "numbers": interventions.numbers(self.current),
+            "sources": self.prepared.digests,
+            "versions": versions(),
+        }
+        self.checkpoints.save(to_disk(self.stretch.cfg, self.stretch.mesh, self.state), run)
+        self.saved, self.saved_at = self.step, time.monotonic()
+        self._asked = Request.STOP if self._asked == Request.STOP else Request.NOTHING
+        self._previous = None  # what it asked for is done
+        self.meter.restart()
+
+    def log(self, event: Event) -> None:
+        """Write an event to metrics.jsonl and the other sinks."""
+        self.monitor.log(event)
+
+    def say(self, line: str) -> None:
+        """Tell a line, above the progress bar while there is one."""
+        (self.monitor.say if "monitor" in self.__dict__ else self._say)(line)
+
+    @functools.cached_property
+    def monitor(self) -> Monitor:
+        """The sinks and the progress bar."""
+        first, project = processes.is_first(), self.config.train.wandb
+        return Monitor(self.workdir, self.current.train.steps, self.step, primary=first, wandb_project=project)
+
+    @property
+    def meter(self) -> Meter:
+        """The measure of speed, which starts anew after an evaluation and a save."""
+        return self.stretch.meter
+
+    def _begin(self) -> None:
+        """Take up the newest good checkpoint, or make a first state."""
+        run = self._restore()
+        self.record = Record(self.workdir, self.step, primary=processes.is_first())
+        if run is None:
+            parameters, mesh = self.stretch.cfg.engine.model.num_parameters, dict(self.stretch.mesh.shape)
+            self._say(f"model: {parameters:,} parameters, mesh {mesh}")
+        else:
+            self._say(f"resuming from step {self.step}, sample {self.samples:,}")
+            kept, now = run["sources"], self.prepared.digests
+            for name in [name for name in now if kept.get(name, now[name]) != now[name]]:
+                self._say(f"the text of {name} is not what it was: rows from here on are drawn from what it is now")
+        self._enter(run)
+
+    def _restore(self, at_most: int | None = None) -> Mapping[str, Any] | None:
+        """Stand at the newest good checkpoint, whose `run` is returned; without one at the start, and None."""
+        cfg, mesh = self.stretch.cfg, self.stretch.mesh
+        self._previous = None
+        restored = self.checkpoints.restore(disk_targets(cfg, mesh), at_most=at_most)
+        if restored is None:
+            self.state, self.step, self.samples, self.bands, self.saved = create_state(cfg, mesh), 0, 0, Bands(), None
+            return None
+        run, self.state = restored.run, from_disk(cfg, mesh, restored.items)
+        self.step, self.samples, self.bands = run["step"], run["samples"], Bands.from_json(run["bands"])
+        self.saved = self.step
+        return run
+
+    def _enter(self, run: Mapping[str, Any] | None) -> None:
+        """Bring into effect what holds after this step, and record what differs from the checkpoint of `run`."""
+        skipped, before = self.record.skipped(), run and run["numbers"]
+        config = interventions.effective(self.config, self.step, skipped)
+        if before is not None:
+            for cause, changes in interventions.causes(self.config, self.step, before, config, skipped):
+                self.record.add(self.step, self.samples, cause, changes)
+                shown = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changes.items())
+                self.say(f"from step {self.step} on ({cause}): {shown}")
+        scaling = config.train.scaling()
+        if before is None:  # a new state, made for the stretch
+            rescaled = scaling != self.stretch.cfg.loss_scale
+        else:
+            rescaled = before["train.precision"] != config.train.precision
+        if rescaled:
+            scale = precision.initial_loss_scale(scaling)
+            self.state = at_step(self.stretch.mesh, self.state, self.step, self.samples, scale)
+        if config != self.current:
+            self.stretch.close()
+            same = config.data == self.current.data
+            prepared = self.prepared if same else ready(config, self.workdir, self._say)
+            self.stretch = Stretch(config, prepared, self._optimizer)
+        self._until = interventions.next_step(self.config, self.step, self.current.train.steps)
+        self._previous = None
+
+    def _change(self) -> None:
+        """Make the change that is due after this step; one that does not fit, for its data say, costs no steps."""
+        if self.step >= self.current.train.steps and self.saved != self.step:
+            self.save()  # with the config that it was reached with, as all are
+        try:
+            self._enter({"numbers": interventions.numbers(self.current)})
+        except UserError:
+            if processes.alone() and self.saved != self.step:
+                self.save()
+            raise
+        self.meter.restart()
+
+    def restore(self, at_most: int | None = None) -> None:
+        """Go back to the newest good checkpoint, of step `at_most` or before; checkpoints after it are set aside."""
+        del self.state  # makes room for the one that takes its place
+        run = self._restore(at_most)
+        self.record.forget(self.step)
+        if "monitor" in self.__dict__:
+            self.monitor.rewind(self.step)
+        self._enter(run)
+
+    def go_back(self, seen: Spike) -> None:
+        """Restore the last good checkpoint before a spike and skip the data from there to it."""
+        del self.state
+        run = self._restore(seen.step - 1)
+        self.record.forget(self.step)
+        skipped, known = (self.step + 1, seen.step), self.record.skipped()
+        old, new = (
+            interventions.numbers(interventions.effective(self.config, self.step, pairs))
+            for pairs in (known, [*known, skipped])
+        )
+        change = interventions.changes(old, new)
+        self.record.add(self.step, self.samples, "spike", change, skipped=skipped, seen=dataclasses.asdict(seen))
+        self.monitor.rewind(self.step)
+        self.say(
+            f"spike at step {seen.step}: {seen.reason}; going back to step {self.step}, the data up to the spike is "
+            f"skipped ({len(known) + 1} of {self.config.train.spike.rollbacks} times)"
+        )
+        self._enter(run)
+
+    @property
+    def model(self) -> GLMConfig:
+        """The model, as `glm_jax.model.apply` takes it."""
+        return self.stretch.cfg.engine.model
+
+    @property
+    def params(self) -> Any:
+        """The float32 params on the mesh, as `glm_jax.model.apply` takes them."""
+        return true_layers(self.stretch.cfg, self.state).params
+
+    def rows(self, first: int | None = None, count: int | None = None) -> Rows[np.ndarray]:
+        """Return rows of the training data, a pure function of their numbers: by default those of the next step.
+
+        Args:
+            first: the first row's number, counted from the start of training.
+            count: of rows, B.
+        """
+        start = self.samples if first is None else first
+        return self.stretch.batches.at(start, recipe.batch_rows(self.current, start) if count is None else count)
+
+    def gradients(self, rows: Rows[np.ndarray]) -> Gradients:
+        """Return sums of losses and the gradients of the mean loss over rows, on the mesh, without dropout.
+
+        Args:
+            rows: [B, ...], of which microbatches of the run's size can be made.
+        """
+        return self.stretch.gradients(self.state.params, rows)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait until checkpoints are written, close the log and give the workdir free; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        with self.closing:
+            self.stretch.close()
+            self.checkpoints.close()
+            if "monitor" in self.__dict__:
+                for event in self.checkpoints.events():
+                    self.log(event)
+                self.monitor.close()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a run's numbers and files depend on."""
+    return {name: importlib.metadata.version(name) for name in ("glm-jax", "jax", "orbax-checkpoint")}

@@ -1,0 +1,99 @@
+"""Where a run's events go: every sink, and the progress bar on the console."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from glm_jax.errors import UserError
+from glm_jax.workdir.events import METRICS, Event, Jsonl, Sink, TensorBoard, WeightsAndBiases
+
+
+class Monitor:
+    """Writes events to every sink and moves the bar. An event is a flat mapping with `event` and `step`.
+
+    Values are numbers, lists of a number a layer, or text; text stays out of TensorBoard and Weights & Biases.
+
+    Args:
+        workdir: metrics.jsonl and tensorboard/ are made in it.
+        total_steps: of the run, for the progress bar.
+        first_step: where this process starts; what an earlier one logged beyond it is dropped, since those steps will
+            be done again.
+        primary: whether this process reports; the others write and show nothing.
+        wandb_project: a Weights & Biases project to report to as well.
+
+    Raises:
+        UserError: the workdir cannot be written to, or wandb is asked for and not installed.
+    """
+
+    def __init__(
+        self, workdir: Path, total_steps: int, first_step: int, *, primary: bool = True, wandb_project: str = ""
+    ) -> None:
+        self._sinks: list[Sink] = []
+        self._failing: set[Sink] = set()
+        done = first_step or -1  # a run that starts at 0 evaluates step 0 again
+        if primary and wandb_project:
+            self._sinks.append(WeightsAndBiases(workdir, wandb_project))
+        if primary:
+            try:
+                self._sinks.append(Jsonl(workdir / METRICS, done))
+            except OSError as error:
+                raise UserError(f"{workdir / METRICS} cannot be written: {error.strerror}, make room for it") from error
+            self._sinks.append(TensorBoard(workdir / "tensorboard", done))
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=not primary,
+        )
+
+    def log(self, event: Event) -> None:
+        """Write one event to every sink. One that cannot is named once, and the run goes on."""
+        for sink in self._sinks:
+            self._attempt(sink, lambda sink=sink: sink.write(event))
+
+    def _attempt(self, sink: Sink, act: Callable[[], None]) -> None:
+        try:
+            act()
+            self._failing.discard(sink)
+        except OSError as error:
+            if sink not in self._failing:
+                self.say(f"{sink.name} cannot be written ({error.strerror}); training goes on")
+            self._failing.add(sink)
+
+    def rewind(self, step: int) -> None:
+        """Forget the events after `step`, to which the run goes back, and move the bar there.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        for sink in self._sinks:
+            try:
+                sink.rewind(step)
+            except OSError as error:
+                raise UserError(f"{sink.name} cannot go back to step {step}: {error.strerror}, make room") from error
+        self._bar.update(step - self._bar.n)
+        self._bar.refresh()
+
+    def progress(self, steps: int, shown: Mapping[str, str] | None = None) -> None:
+        """Move the bar on, and change what it shows."""
+        if shown is not None:
+            self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(steps)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if not self._bar.disable:
+            self._bar.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        for sink in self._sinks:
+            self._attempt(sink, sink.close)
+        self._bar.close()
