@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from glm_jax.sweeps import run as sweep
+from glm_jax.sweeps import run
 
 
 def test_a_signal_that_does_not_end_the_wait_for_a_group_still_stops_the_sweep(
@@ -26,7 +26,7 @@ def test_a_signal_that_does_not_end_the_wait_for_a_group_still_stops_the_sweep(
             time.sleep(0.01)
         seen.append(pool._stopping)
 
-    monkeypatch.setattr(sweep._Pool, "_train", train)
+    monkeypatch.setattr(run._Pool, "_train", train)
     groups: Any = [SimpleNamespace(steps=1, members=(0,))]
-    assert sweep._Pool(tmp_path, groups, 1, lambda line: None).go() is None
+    assert run._Pool(tmp_path, groups, 1, lambda line: None).go() is None
     assert seen == [True]
