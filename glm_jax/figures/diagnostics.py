@@ -87,22 +87,38 @@ def rms(x: Array) -> Array:
     return jnp.sqrt(jnp.mean(x * x))
 
 
-def _probed_sublayer(
-    cfg: GLMConfig, x: Array, norm_in: Sublayer, sublayer: Sublayer, norm_out: Sublayer
-) -> tuple[Array, dict[str, Array]]:
-    """Apply one sublayer as `residual_update` does, and measure what passes through it."""
-    seen: dict[str, Array] = {}
+class _Probed(NamedTuple):
+    """The parts around one sublayer of a block with `weights`, and what has passed through some of them."""
 
-    def kept(name: str, function: Sublayer) -> Sublayer:
+    cfg: GLMConfig
+    weights: Params
+    sublayer: str
+    seen: dict[str, Array]
+
+    def norm(self, name: str) -> Sublayer:
+        weights = self.weights[f"{self.sublayer}_{name}"]
+        return self.kept(name, lambda z: run(LayerNorm(self.cfg.norm_epsilon), weights, z))  # [B, S, D]
+
+    def scale(self, initial: float) -> Array:
+        return self.weights[f"{self.sublayer}_scale"]
+
+    def kept(self, name: str, function: Sublayer) -> Sublayer:
         def call(z: Array) -> Array:
-            seen[name] = function(z)
-            return seen[name]
+            self.seen[name] = function(z)
+            return self.seen[name]
 
         return call
 
+
+def _probed_sublayer(
+    cfg: GLMConfig, weights: Params, name: str, x: Array, sublayer: Sublayer
+) -> tuple[Array, dict[str, Array]]:
+    """Apply one sublayer as `residual_update` does, and measure what passes through it."""
+    parts = _Probed(cfg, weights, name, {})
     alpha = depth_coefficients(cfg.norm, cfg.num_layers).alpha
-    updated = residual_update(cfg.norm, alpha, x, norm_in, kept("sublayer", sublayer), kept("normed", norm_out))
-    branch = seen.get("normed", seen["sublayer"])  # only sandwich has the second norm
+    updated = residual_update(cfg.norm, alpha, x, parts.kept("sublayer", sublayer), parts)
+    seen = parts.seen
+    branch = seen.get("output_norm", seen["sublayer"])  # only sandwich has the second norm
     measures = {"stream": x, "sublayer": seen["sublayer"], "branch": branch, "residual": updated - branch}
     return updated, jax.tree.map(rms, measures)
 
@@ -116,17 +132,14 @@ def probed_block(
         x, and the forward measures of `Scales`, float32 [2] each: of attention and of feed-forward.
     """
 
-    def norm(name: str) -> Sublayer:
-        return lambda z: run(LayerNorm(cfg.norm_epsilon), weights[name], z)  # [B, S, D]
-
     def attend(z: Array) -> Array:
         return run(Attention(cfg), weights["attention"], z, allowed, terms, layer, None, None)[0]  # [B, S, D]
 
     def feed(z: Array) -> Array:
         return run(FeedForward(cfg), weights["feedforward"], z)  # [B, S, D]
 
-    x, first = _probed_sublayer(cfg, x, norm("attention_norm"), attend, norm("attention_output_norm"))
-    x, second = _probed_sublayer(cfg, x, norm("feedforward_norm"), feed, norm("feedforward_output_norm"))
+    x, first = _probed_sublayer(cfg, weights, "attention", x, attend)
+    x, second = _probed_sublayer(cfg, weights, "feedforward", x, feed)
     return x, jax.tree.map(lambda *pair: jnp.stack(pair), first, second)
 
 

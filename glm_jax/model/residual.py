@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 
@@ -48,21 +49,26 @@ def depth_coefficients(norm: str, num_layers: int) -> DepthCoefficients:
     return DepthCoefficients()
 
 
-def residual_update(
-    norm: str,
-    alpha: float,
-    x: Array,
-    norm_in: Callable[[Array], Array],
-    sublayer: Callable[[Array], Array],
-    norm_out: Callable[[Array], Array],
-) -> Array:
+class Parts(Protocol):
+    """What a scheme may use around a sublayer. Each part that is asked for has params of its own in every sublayer."""
+
+    def norm(self, name: str, /) -> Callable[[Array], Array]:
+        """Return a layer norm, [B, S, D] -> [B, S, D]; the others use `norm` and `output_norm`."""
+        ...
+
+    def scale(self, initial: float, /) -> Array:
+        """Return a learnt scalar []."""
+        ...
+
+
+def residual_update(norm: str, alpha: float, x: Array, sublayer: Callable[[Array], Array], parts: Parts) -> Array:
     """Apply one sublayer to the residual stream x [B, S, D] under the scheme `norm`; see the table above.
 
     The residual that alpha multiplies is the *normalised* tensor.
     """
-    normed = norm_in(x)  # [B, S, D]
+    normed = parts.norm("norm")(x)  # [B, S, D]
     if norm in ("post", "deepnorm"):
         return alpha * normed + sublayer(normed)  # [B, S, D]
     if norm == "pre":
         return x + sublayer(normed)  # [B, S, D]
-    return x + norm_out(sublayer(normed))  # [B, S, D]
+    return x + parts.norm("output_norm")(sublayer(normed))  # [B, S, D]

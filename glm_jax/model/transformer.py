@@ -74,6 +74,21 @@ class Embedding(nn.Module):
         return param(self, name, nn.initializers.normal(stddev), (axis, "hidden"), (rows, width))  # [rows, D]
 
 
+class SublayerParts(NamedTuple):
+    """The parts of residual.py that stand around one sublayer of a block."""
+
+    block: Block
+    sublayer: str
+
+    def norm(self, name: str) -> LayerNorm:
+        """Return the layer norm `name` of the sublayer."""
+        return LayerNorm(self.block.cfg.norm_epsilon, name=f"{self.sublayer}_{name}")
+
+    def scale(self, initial: float) -> Array:
+        """Return the sublayer's learnt scalar []."""
+        return param(self.block, f"{self.sublayer}_scale", nn.initializers.constant(initial), (), ())
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each with its norms, under one of the schemes of residual.py."""
 
@@ -107,9 +122,7 @@ class Block(nn.Module):
             return dropout(feedforward(normed), cfg.hidden_dropout, fold_in(keys, 2), places)  # [B, S, D]
 
         for name, sublayer in (("attention", attend), ("feedforward", feed)):
-            norm_in = LayerNorm(cfg.norm_epsilon, name=f"{name}_norm")
-            norm_out = LayerNorm(cfg.norm_epsilon, name=f"{name}_output_norm")  # has params under sandwich alone
-            x = residual_update(cfg.norm, alpha, x, norm_in, sublayer, norm_out)  # [B, S, D]
+            x = residual_update(cfg.norm, alpha, x, sublayer, SublayerParts(self, name))  # [B, S, D]
         return x, grown
 
 

@@ -15,8 +15,8 @@ Optimizer = OptimizerConfig | optax.GradientTransformation
 
 
 def decays(params: Any) -> Any:
-    """Return which params weight decay touches: kernels and the embedding, not layer norms and biases."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+    """Return which params weight decay touches: kernels and the embedding, not scales and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), params)
 
 
 def transformation(cfg: Optimizer) -> optax.GradientTransformation:

@@ -11,8 +11,9 @@ import pytest
 
 from glm_jax.config.model import Activation, Model, Norm
 from glm_jax.errors import UserError
-from glm_jax.model import GLMConfig, Visibility, apply, apply_cached, init, init_cache, logical_axes
+from glm_jax.model import GLMConfig, Visibility, apply, apply_cached, init, init_cache, logical_axes, transformer
 from glm_jax.model.positions import alibi_distance, alibi_slopes
+from glm_jax.training.optimizer import decays
 
 SMALL = GLMConfig(3, 32, 4, 48, 64, max_length=32, attention_dropout=0.1, hidden_dropout=0.1)
 
@@ -132,6 +133,20 @@ def test_visibility_may_be_a_structure_or_dense() -> None:
         apply(SMALL, params, tokens, positions, seen), apply(SMALL, params, tokens, positions, seen.dense())
     )
     assert (apply(SMALL, params, tokens, positions, seen) != apply(SMALL, params, tokens, positions, allowed)).any()
+
+
+def test_a_scheme_may_have_a_learnt_scalar_in_every_sublayer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rezero(norm: str, alpha: float, x: jax.Array, sublayer: Any, parts: Any) -> jax.Array:
+        return x + parts.scale(0.5) * sublayer(x)
+
+    monkeypatch.setattr(transformer, "residual_update", rezero)
+    params = init(SMALL, jax.random.key(0))
+    scales = [params["blocks"][f"{name}_scale"] for name in ("attention", "feedforward")]
+    assert [scale.tolist() for scale in scales] == [[0.5] * SMALL.num_layers] * 2
+    assert logical_axes(SMALL)["blocks"]["attention_scale"] == ("layers",)
+    assert "attention_norm" not in params["blocks"] and not decays(params)["blocks"]["attention_scale"]
+    gradients = jax.grad(lambda params: apply(SMALL, params, *sample(SMALL)).std())(params)
+    assert (gradients["blocks"]["attention_scale"] != 0).all()
 
 
 def test_options_for_float16_scores_leave_the_logits_alone() -> None:
