@@ -34,7 +34,7 @@ class Sample(NamedTuple):
     Attributes:
         tokens: int32 [S], what the model reads.
         targets: int32 [S], the token to predict at each place; in the context the token itself, without
-        meaning.
+            meaning.
         positions: int32 [S], place in the text with blanks; see `BlankOptions.two_streams` for target tokens.
         block_positions: int32 [S], 0 in the context and 1, 2, ... inside each target block.
         context: number of context tokens.
