@@ -161,7 +161,7 @@ class Data(Section):
     cache: str = field(
         "", role="operational", doc="where fetched text, tokenizers and shards live; empty: the user's cache folder"
     )
-    sources: Mapping[str, Source] = section(dict, doc="corpora by name")
+    sources: Mapping[str, Source] = section(dict[str, Source], doc="corpora by name")
     seed: int = field(
         -1, at_least=-1, at_most=2**63 - 1, doc="of the order of the rows and of their blanks; -1: the run's"
     )
@@ -175,5 +175,5 @@ class Data(Section):
         0.0, at_least=0, doc="above 0: weights are times tokens ** (1 / temperature); 1 draws sources by size"
     )
     weights: History = field((), example=(0, {"name": 1.0}), doc="history of the sources' weights over samples")
-    instructions: Mapping[str, InstructionSet] = section(dict, doc="prompts with answers, by name")
+    instructions: Mapping[str, InstructionSet] = section(dict[str, InstructionSet], doc="prompts with answers, by name")
     blanks: Blanks = section(Blanks)

@@ -11,9 +11,9 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict  # pyright: ignore[reportMissingTypeStubs]
 
 from glm_jax.config.data import BlankOptions, Data, InstructionSet, Source
 from glm_jax.config.fields import (
@@ -25,6 +25,7 @@ from glm_jax.config.fields import (
     entry_type,
     field,
     flatten,
+    is_mapping,
     is_section,
     section,
     to_dict,
@@ -154,7 +155,13 @@ def resolve(config: Config | Mapping[str, Any]) -> Experiment:
     Raises:
         UserError: a key that does not exist (with the nearest that does), a value of the wrong type or out of range.
     """
-    return build(Experiment, config.to_dict() if isinstance(config, ConfigDict) else config)
+    return build(Experiment, _plain(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ConfigDict):
+        return value.to_dict()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return value
 
 
 def with_changes(experiment: Experiment, changes: Changes) -> Experiment:
@@ -168,13 +175,14 @@ def with_changes(experiment: Experiment, changes: Changes) -> Experiment:
         *path, last = key.split(".")
         part = plain
         for name in path:
-            part = part.setdefault(name, {})
-            if not isinstance(part, dict):
+            inner: Any = part.setdefault(name, {})
+            if not is_mapping(inner):
                 raise UserError(f"unknown config key {key}: {key.rpartition('.')[0]} has no parts")
+            part = cast(dict[str, Any], inner)
         if value is None:
             part.pop(last, None)
         else:
-            part[last] = value.to_dict() if isinstance(value, ConfigDict) else value
+            part[last] = _plain(value)
     for entries in (plain["data"]["sources"], plain["data"]["instructions"]):
         for name in [name for name, values in entries.items() if not values]:
             del entries[name]  # all of it was taken away

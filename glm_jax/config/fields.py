@@ -12,10 +12,10 @@ import difflib
 import functools
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, cast
+from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, Union
 
 from glm_jax.errors import UserError
 
@@ -86,12 +86,12 @@ def field(
     For a type checker this is the default itself.
     """
     key = Key(doc, role, above, at_least, at_most, below, example)
-    return cast(T, dataclasses.field(default=default, metadata={"key": key}))
+    return dataclasses.field(default=default, metadata={"key": key})
 
 
 def section(factory: Callable[[], T], *, doc: str = "", role: Role | None = None) -> T:
     """Define a section inside a section, or a table of sections by name (`factory` is dict)."""
-    return cast(T, dataclasses.field(default_factory=factory, metadata={"key": Key(doc, role)}))
+    return dataclasses.field(default_factory=factory, metadata={"key": Key(doc, role)})
 
 
 class Definition(NamedTuple):
@@ -158,10 +158,20 @@ def entry_type(kind: Any) -> type[Section] | None:
     return arguments[1] if len(arguments) == 2 and is_section(arguments[1]) else None
 
 
+def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
+    """Whether a value is a mapping."""
+    return isinstance(value, Mapping)
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether a value is a list or a tuple."""
+    return isinstance(value, list | tuple)
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) for every leaf of nested mappings, in order."""
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if is_mapping(value):
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
@@ -178,7 +188,7 @@ def to_dict(values: Section) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Section):
             return to_dict(value)
-        return {name: plain(inner) for name, inner in value.items()} if isinstance(value, Mapping) else value
+        return {name: plain(inner) for name, inner in value.items()} if is_mapping(value) else value
 
     return {name: plain(getattr(values, name)) for name, _, _, _ in definitions(type(values))}
 
@@ -219,7 +229,7 @@ def build(kind: type[S], values: Mapping[str, Any], where: str = "", known: list
         if entry is not None:
             made[name] = {label: _table_entry(entry, keys, f"{key}.{label}") for label, keys in value.items()}
         elif is_section(one.type):
-            if not isinstance(value, Mapping):
+            if not is_mapping(value):
                 raise UserError(f"{key} is {value!r}: it is a section, set its keys")
             made[name] = build(one.type, value, f"{key}.", known)
         else:
@@ -231,7 +241,7 @@ def build(kind: type[S], values: Mapping[str, Any], where: str = "", known: list
 
 
 def _table_entry(kind: type[Section], keys: Any, where: str) -> Section:
-    if not isinstance(keys, Mapping):
+    if not is_mapping(keys):
         raise UserError(f"{where} is {keys!r}: give it keys, such as path and weight")
     return build(kind, keys, f"{where}.")
 
@@ -254,7 +264,7 @@ def convert(where: str, value: Any, kind: Any, key: Key, default: Any) -> Any:
     origin = typing.get_origin(kind)
     if kind is Any or (origin is Literal and type(value) in {type(one) for one in typing.get_args(kind)}):
         return value
-    if origin in (tuple, Union, UnionType) and isinstance(value, list | tuple):
+    if origin in (tuple, Union, UnionType) and is_list(value):
         return _convert_tuple(where, value, kind, key)
     if kind is float and type(value) is int:
         return float(value)
@@ -263,7 +273,7 @@ def convert(where: str, value: Any, kind: Any, key: Key, default: Any) -> Any:
     return value
 
 
-def _convert_tuple(where: str, value: list[Any] | tuple[Any, ...], kind: Any, key: Key) -> tuple[Any, ...]:
+def _convert_tuple(where: str, value: Sequence[Any], kind: Any, key: Key) -> tuple[Any, ...]:
     if typing.get_origin(kind) is not tuple:  # numbers that come together, or none: tuple[int, int] | tuple[()]
         count = max(len(typing.get_args(one)) for one in typing.get_args(kind))
         if value and (len(value) != count or any(type(entry) is not int for entry in value)):
@@ -275,10 +285,10 @@ def _convert_tuple(where: str, value: list[Any] | tuple[Any, ...], kind: Any, ke
 def _convert_pair(where: str, entry: Any, kind: Any, key: Key) -> tuple[int, Any]:
     """Convert a pair of a whole number and a number, or a mapping by name."""
     second = typing.get_args(kind)[1]
-    if isinstance(entry, list | tuple) and len(entry) == 2 and type(entry[0]) is int:
+    if is_list(entry) and len(entry) == 2 and type(entry[0]) is int:
         inner = entry[1]
         if typing.get_origin(second) is not None:
-            if isinstance(inner, Mapping) and all(isinstance(name, str) for name in inner):
+            if is_mapping(inner) and all(isinstance(name, str) for name in inner):
                 of = typing.get_args(second)[1]
                 return entry[0], {name: convert(f"{where} of {name}", one, of, key, 0.0) for name, one in inner.items()}
         elif type(inner) in (int, second):

@@ -47,6 +47,11 @@ def alibi_slopes(num_heads: int) -> list[float]:
     """Return one slope a head: 2^(-8/n), 2^(-16/n), ... for n heads, n a power of two (arXiv 2108.12409).
 
     For other counts, the slopes of the power of two below, then every other slope of the one above, as its authors do.
+
+    >>> alibi_slopes(4)
+    [0.25, 0.0625, 0.015625, 0.00390625]
+    >>> alibi_slopes(3)
+    [0.0625, 0.00390625, 0.25]
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (head + 1) / power) for head in range(power)]

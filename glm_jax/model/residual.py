@@ -38,6 +38,10 @@ def depth_coefficients(norm: str, num_layers: int) -> DepthCoefficients:
     """Return the depth coefficients of a scheme.
 
     DeepNorm's exponents are 1/2, not the 1/4 of the DeepNet paper (arXiv 2203.00555): GLM-130B derives them for Adam.
+
+    >>> deep = depth_coefficients("deepnorm", num_layers=8)
+    >>> deep.alpha, deep.value_gain
+    (4.0, 0.25)
     """
     beta = (2 * num_layers) ** -0.5
     if norm == "deepnorm":

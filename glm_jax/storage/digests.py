@@ -109,11 +109,10 @@ def _read(path: Path) -> dict[str, Any]:
     """Read a list; it must be what `_render` wrote to the last byte, for a spoilt name would hide a file."""
     content = path.read_bytes()
     try:
-        entries = json.loads(content)["files"]
-        whole = _render(entries).encode() == content
+        entries: dict[str, Any] | None = json.loads(content)["files"]
     except (ValueError, KeyError, TypeError):  # ValueError: neither JSON nor UTF-8
-        whole = False
-    if not whole:
+        entries = None
+    if not isinstance(entries, dict) or _render(entries).encode() != content:
         raise _Damage(f"{path.name} " + ("differs from its digest" if content.endswith(b"}\n") else "is cut short"))
     return entries
 

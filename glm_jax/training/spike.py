@@ -13,11 +13,11 @@ from glm_jax.config import Experiment
 
 
 class Band(NamedTuple):
-    """The running mean and variance of a value, weighed exponentially, and how many values made them."""
+    """The running mean and variance of a value, weighed exponentially, and the steps that made them."""
 
     mean: float = 0.0
     variance: float = 0.0
-    count: int = 0
+    steps: int = 0
 
 
 class Bands(NamedTuple):
@@ -37,10 +37,10 @@ class Bands(NamedTuple):
 
 
 def _grown(band: Band, value: float, window: int) -> Band:
-    weight = 1.0 / min(band.count + 1, window)  # a plain mean until the window is full
+    weight = 1.0 / min(band.steps + 1, window)  # a plain mean until the window is full
     distance = value - band.mean
     variance = (1.0 - weight) * (band.variance + weight * distance**2)
-    return Band(band.mean + weight * distance, variance, band.count + 1)
+    return Band(band.mean + weight * distance, variance, band.steps + 1)
 
 
 def _upper(band: Band, deviations: float) -> float:
@@ -66,13 +66,13 @@ def watch(config: Experiment, bands: Bands, loss: float, grad_norm: float) -> tu
     if not math.isfinite(grad_norm) and not scaled:
         return bands, f"the gradient norm is {grad_norm}"
     limit = _upper(bands.loss, cfg.deviations)
-    if bands.loss.count >= cfg.window and loss > limit:
+    if bands.loss.steps >= cfg.window and loss > limit:
         return bands, f"the loss {loss:.4g} is above its band, which ends at {limit:.4g}"
     losses = _grown(bands.loss, loss, cfg.window)
     if not math.isfinite(grad_norm):
         return Bands(losses, bands.grad_norm), None
     height = math.log(max(grad_norm, 1e-30))
     limit = _upper(bands.grad_norm, cfg.deviations)
-    if bands.grad_norm.count >= cfg.window and height > limit:
+    if bands.grad_norm.steps >= cfg.window and height > limit:
         return bands, f"the gradient norm {grad_norm:.4g} is above its band, which ends at {math.exp(limit):.4g}"
     return Bands(losses, _grown(bands.grad_norm, height, cfg.window)), None

@@ -17,7 +17,7 @@ Arrays = dict[str, np.ndarray]
 class Moments(NamedTuple):
     """The steps taken, and both running means."""
 
-    count: int
+    steps: int
     first: Arrays
     second: Arrays
 
@@ -47,7 +47,7 @@ def update(
     weight_decay: float, clip_norm: float,
 ) -> tuple[Arrays, Moments]:  # fmt: skip
     norm = np.sqrt(sum(np.sum(gradient**2) for gradient in gradients.values()))
-    count, first, second, moved = moments.count + 1, {}, {}, {}
+    count, first, second, moved = moments.steps + 1, {}, {}, {}
     for name, param in params.items():
         gradient = gradients[name] * min(1.0, clip_norm / (norm + 1e-6))  # the 1e-6 is that of torch and Megatron-LM
         first[name] = beta1 * moments.first[name] + (1 - beta1) * gradient

@@ -63,7 +63,7 @@ def test_a_scale_that_is_too_high_comes_down_until_a_step_succeeds(mesh_sizes: d
     state, start = made.state(), 2.0**34
     high = jax.device_put(jnp.float32(start), state.loss_scale.scale.sharding)
     state = state._replace(loss_scale=state.loss_scale._replace(scale=high))
-    before, skipped = arrays(state), 0
+    before, skipped, metrics = arrays(state), 0, {}
     while equal(arrays(state), before):
         state, metrics = take(made, state)
         assert metrics["loss_scale"] == start / 2 ** max(skipped - 1, 0)  # the first is forgiven

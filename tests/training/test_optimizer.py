@@ -75,7 +75,7 @@ def test_six_updates_and_their_moments_are_those_of_the_paper(constants: dict[st
         ):
             for name, array in numpy_adamw.flat(ours).items():
                 np.testing.assert_allclose(array, theirs[name], rtol=1e-4, atol=2e-6, err_msg=f"{name}, step {step}")
-        assert moments[0].count == step + 1 == of_expected.count
+        assert moments[0].count == step + 1 == of_expected.steps
 
 
 def test_small_gradients_are_not_clipped() -> None:

@@ -28,7 +28,7 @@ def test_the_band_is_a_plain_mean_at_first_and_exponential_later() -> None:
     bands, reasons = follow(build(), [4.0, 2.0, 3.0, 3.0])
     assert reasons == [None] * 4
     assert bands.loss.mean == pytest.approx(3.0) and bands.loss.variance == pytest.approx(0.5)  # of 4, 2, 3, 3
-    assert bands.loss.count == 4 and bands.grad_norm == Band(0.0, 0.0, 4)  # ln 1
+    assert bands.loss.steps == 4 and bands.grad_norm == Band(0.0, 0.0, 4)  # ln 1
     bands, reason = watch(build(), bands, 4.0, math.e)  # weight 1/4: 3/4 (0.5 + 1/4)
     assert reason is not None and "gradient norm 2.718" in reason  # its band has no width yet
     bands, reason = watch(build(deviations=2.0), bands, 4.0, 1.0)

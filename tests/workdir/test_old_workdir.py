@@ -6,6 +6,7 @@ Its losses of steps 5 and 6 are those that the version which made it went on to.
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,8 @@ def test_an_old_workdir_is_read_and_resumed(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     model = Model.open("workdir")
     assert model.config.num_layers == 2 and model.params["embedding"]["word"].shape == (320, 8)
-    with glm_jax.load("tiny.py", "workdir", **{"train.steps": 6}) as run:
+    longer: dict[str, Any] = {"train.steps": 6}
+    with glm_jax.load("tiny.py", "workdir", **longer) as run:
         assert (run.step, run.samples) == (4, 16)
         assert run.current.optimizer.peak_lr == 5e-3  # the intervention after step 2
         losses = {step.number: step.loss for step in run.steps()}

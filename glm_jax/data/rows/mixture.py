@@ -27,6 +27,9 @@ def temperature_weights(sizes: Mapping[str, float], temperature: float) -> dict[
 
     At 1 sources are drawn by their size, towards infinity all alike (multilingual BERT, XLM: 1.4 to 3.3).
 
+    >>> temperature_weights({"en": 9.0, "zh": 1.0}, temperature=2.0)
+    {'en': 0.75, 'zh': 0.25}
+
     Raises:
         UserError: the temperature or a size is not positive.
     """
@@ -126,6 +129,14 @@ class Mixture:
 
     Rows count from 0 and stand for samples seen: a changed batch size changes nothing here. A label's count
     up to a row differs from its integrated weight by less than the number of labels.
+
+    >>> labels = [("en", "mask"), ("en", "gmask"), ("zh", "mask"), ("zh", "gmask")]
+    >>> mixture = Mixture(labels, {"en": 3.0, "zh": 1.0}, {"mask": 0.5, "gmask": 0.5})
+    >>> mixture.counts(800)
+    [300, 300, 100, 100]
+    >>> label, ordinal = mixture.draw(5)  # row 5 is the second English [MASK] row
+    >>> labels[label], ordinal, mixture.row_of(label, ordinal)
+    (('en', 'mask'), 1, 5)
     """
 
     def __init__(self, labels: Sequence[tuple[str, str]], sources: History, objectives: History) -> None:

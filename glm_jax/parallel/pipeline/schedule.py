@@ -117,6 +117,10 @@ SCHEDULES: dict[str, Callable[[int, int], tuple[Rows, Rows, int]]] = {
 def build(name: str, stages: int, microbatches: int) -> Schedule:
     """Build and prove a schedule.
 
+    >>> schedule = build("1f1b", stages=4, microbatches=8)
+    >>> schedule.ticks, schedule.bubble, schedule.in_flight
+    (14, Fraction(3, 11), (7, 5, 3, 1))
+
     Args:
         name: one of `SCHEDULES`.
         stages: P.
