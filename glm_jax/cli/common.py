@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from glm_jax.cli.experiments import summaries
-from glm_jax.config import Experiment, default_values, resolve
+from glm_jax.config import Experiment, default_values, resolve, with_changes
 from glm_jax.config.fields import closest
 from glm_jax.errors import UserError
+
+ENTRY = "entry"  # the flag that `with_entries` makes
+TABLES = ("sources", "instructions")  # of the section data: entries by name
 
 
 def say(line: str) -> None:
@@ -19,11 +23,12 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def flag_values(command: str) -> flags.FlagValues:
-    """Return an empty set of flags, so that commands do not share any."""
+def flag_values(command: str, example: str) -> flags.FlagValues:
+    """Return an empty set of flags, so that commands do not share any; the help shows an example of arguments."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
-    flags.DEFINE_bool("help", False, f"show the flags of {command}", short_name="h", flag_values=values)
+    shown = f"show the flags of {command}; an example: glm-jax {command} {example}"
+    flags.DEFINE_bool("help", False, shown, short_name="h", flag_values=values)
     return values
 
 
@@ -33,6 +38,43 @@ def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     config_flags.DEFINE_config_file(
         "config", None, summary, flag_values=values, lock_config=True, sys_argv=["glm-jax", *arguments]
     )
+    flags.DEFINE_multi_string(ENTRY, [], "of an entry that the file need not have", flag_values=values)
+
+
+def with_entries(arguments: Sequence[str]) -> list[str]:
+    """Return a command's arguments, those for keys of data.sources and data.instructions as values of `--entry`.
+
+    ml_collections knows the keys of an experiment's file alone; `--config.data.sources.NAME.path=...` may add a source.
+    """
+    found, waiting = list[str](), iter(arguments)
+    for argument in waiting:
+        key, equals, value = argument.removeprefix("--config.").partition("=")
+        if argument.startswith(tuple(f"--config.data.{table}." for table in TABLES)) and key.count(".") == 3:
+            found.append(f"--{ENTRY}={key}={value if equals else next(waiting, '')}")
+        else:
+            found.append(argument)
+    return found
+
+
+def entry_values(values: flags.FlagValues) -> dict[str, Any]:
+    """Return what the flags set of entries of data.sources and data.instructions, by dotted key.
+
+    Raises:
+        UserError: a key that no entry has, or a value of another type.
+    """
+    changes: dict[str, Any] = {}
+    for text in values[ENTRY].value:
+        key, _, value = text.partition("=")
+        _, table, name, _ = key.split(".")
+        known = default_values({table: [name]})
+        if key not in known:
+            raise UserError(f"unknown config key {key}: {closest(key, list(known))}")
+        default = known[key]
+        try:
+            changes[key] = type(default)(value) if isinstance(default, int | float) else value
+        except ValueError:
+            raise UserError(f"{key} is {value!r}, it must be a number such as {default!r}") from None
+    return changes
 
 
 def define_workdir(values: flags.FlagValues) -> None:
@@ -48,7 +90,10 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence
     """
     if {"-h", "--help"} & set(arguments):
         for name in values:
-            print(f"  --{name:14} {values[name].help}")
+            if name not in ("h", ENTRY):
+                default = values[name].default
+                shown = "" if default is None or default is False else f" (default: {default})"
+                print(f"  --{name:14} {values[name].help}{shown}")
         return False
     try:
         rest = values(["glm-jax", *arguments])
@@ -78,7 +123,8 @@ def require(values: flags.FlagValues, names: Sequence[str]) -> None:
 def load(values: flags.FlagValues) -> Experiment:
     """Return the resolved config that the flags describe."""
     try:
-        return resolve(values.config)
+        resolved, changes = resolve(values.config), entry_values(values)
+        return with_changes(resolved, changes) if changes else resolved
     except OSError as error:  # config_flags raises it only now
         name = config_flags.get_config_filename(values["config"])
         known = [found for found, _ in summaries()]
@@ -98,8 +144,6 @@ def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
         key = argument.split("=")[0].removeprefix("--config.")
         if not argument.startswith("--config."):
             continue
-        if key.startswith("data.sources.") and key.count(".") == 3:
-            known = list(default_values({"sources": [key.split(".")[2]]}))
         if key not in known:
             return f"unknown config key {key}: {closest(key, known)}"
     return f"unknown config key: {_one_line(error)}"

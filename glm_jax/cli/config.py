@@ -41,7 +41,7 @@ def _list_experiments() -> int:
 
 
 def _show_config(arguments: Sequence[str]) -> int:
-    values = common.flag_values("config show")
+    values = common.flag_values("config show", "--config quickstart")
     common.define_config(values, arguments)
     flags.DEFINE_bool("specs", False, "show how the mesh splits every array of the state instead", flag_values=values)
     if not common.parse(values, arguments, ["config"]):
@@ -54,7 +54,7 @@ def _show_config(arguments: Sequence[str]) -> int:
             print(line)
         return 0
     defaults = default_values({"sources": resolved.data.sources, "instructions": resolved.data.instructions})
-    overrides = config_flags.get_override_values(values["config"])
+    overrides = {*config_flags.get_override_values(values["config"]), *common.entry_values(values)}
     for key, value in by_key(resolved).items():
         if key in overrides:
             origin = f"--config.{key}"

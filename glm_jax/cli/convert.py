@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> int:
             return 0
         raise UserError(f"say which way to convert: {usage}")
     direction, *rest = arguments
-    values = common.flag_values(f"convert {direction}")
+    values = common.flag_values(f"convert {direction}", "--config glm_130b --path FROM --out TO")
     common.define_config(values, rest)
     flags.DEFINE_string("path", None, "the directory to read: it holds `latest`, or steps", flag_values=values)
     flags.DEFINE_string("out", None, "the directory to write", flag_values=values)

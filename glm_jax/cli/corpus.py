@@ -22,7 +22,7 @@ def run(arguments: Sequence[str]) -> int:
             return 0
         raise UserError(f"say what to do with the corpus: {usage}")
     action, *rest = arguments
-    values = common.flag_values(f"corpus {action}")
+    values = common.flag_values(f"corpus {action}", "--config quickstart")
     common.define_config(values, rest)
     if action == "build":
         workers = os.cpu_count() or 1

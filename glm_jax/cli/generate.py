@@ -12,7 +12,7 @@ from glm_jax.cli import common
 
 def run(arguments: Sequence[str]) -> int:
     """Fill the blanks of a prompt with the model of a workdir."""
-    values = common.flag_values("generate")
+    values = common.flag_values("generate", "--workdir runs/quickstart --prompt 'Return a new [MASK] of given shape.'")
     common.define_workdir(values)
     flags.DEFINE_string("prompt", None, "text with [MASK] or [gMASK] in it", flag_values=values)
     flags.DEFINE_enum("strategy", "greedy", ["greedy", "sample"], "how tokens are chosen", flag_values=values)

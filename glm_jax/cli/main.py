@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from absl import logging
 
-from glm_jax.cli.common import say
+from glm_jax.cli.common import say, with_entries
 from glm_jax.cli.experiments import with_paths
 from glm_jax.config.fields import closest
 from glm_jax.errors import UserError
@@ -62,7 +62,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise UserError(f"unknown command {arguments[0]}: {closest(arguments[0], list(COMMANDS))}")
-        return _command(arguments[0])(with_paths(arguments[1:]))
+        return _command(arguments[0])(with_entries(with_paths(arguments[1:])))
     except UserError as error:
         say(f"error: {error}")
         return 2

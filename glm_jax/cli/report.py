@@ -13,7 +13,7 @@ from glm_jax.cli.common import say
 
 def run(arguments: Sequence[str]) -> int:
     """Draw the curves and the events of a run on one page."""
-    values = common.flag_values("report")
+    values = common.flag_values("report", "--workdir runs/quickstart --out report.html")
     common.define_workdir(values)
     out = "the page, .html or .png; by default report.html in the workdir"
     flags.DEFINE_string("out", None, out, flag_values=values)

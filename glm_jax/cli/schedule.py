@@ -16,7 +16,7 @@ from glm_jax.errors import UserError
 
 def run(arguments: Sequence[str]) -> int:
     """Draw a pipeline schedule: which stage works on which microbatch when, its bubble and its stash."""
-    values = common.flag_values("schedule")
+    values = common.flag_values("schedule", "--stages 8 --microbatches 32")
     flags.DEFINE_enum("name", "1f1b", get_args(Schedule), "the schedule", flag_values=values)
     flags.DEFINE_integer("stages", 4, "stages of the pipeline", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("microbatches", 8, "microbatches of a step", lower_bound=1, flag_values=values)

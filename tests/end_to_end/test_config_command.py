@@ -1,6 +1,7 @@
 """`glm-jax config` shows every value and its origin, without jax; what is not read to its end ends in silence."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,3 +103,20 @@ def test_a_reader_of_one_line_gets_it_and_ends_the_command(environment: dict[str
     assert (writer.stderr.read(), writer.wait()) == ("", 141)
     assert reader.stdout.startswith("stage 0 F0 F1 F2")
     writer.stderr.close()
+
+
+def test_flags_may_add_a_source_and_help_has_defaults_choices_and_an_example(glm_jax: Cli, experiment: Path) -> None:
+    mine = ["--config.data.sources.mine.path=x.txt", "--config.data.sources.mine.weight", "2"]
+    shown = glm_jax("config", "show", "--config", experiment, *mine).stdout
+    assert re.search(r"data\.sources\.mine\.path +'x\.txt' +--config\.data\.sources\.mine\.path", shown)
+    assert re.search(r"data\.sources\.mine\.weight +2\.0 +--config", shown) and "data.sources.en.path" in shown
+    for flags, told in (
+        (["--config.data.sources.mine.weigt=2"], "did you mean data.sources.mine.weight?"),
+        (["--config.data.sources.mine.weight=a"], "must be a number such as 1.0"),
+        (["--config.data.sources.mine.weight=2"], "has neither path nor sample"),
+        (["--config.data.sources.mine.path=x", "--config.data.sources.mine.weight=-7"], "data.sources.mine"),
+    ):
+        assert told in glm_jax("config", "show", "--config", experiment, *flags).stderr.splitlines()[-1]
+    told = glm_jax("generate", "--help").stdout
+    assert "<greedy|sample>" in told and "(default: greedy)" in told and "0: all (default: 0)" in told
+    assert "glm-jax generate --workdir runs/quickstart --prompt" in told and "--entry" not in told
