@@ -67,7 +67,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        say("interrupted; what was finished is kept, and the same command goes on from there")
+        say("interrupted; what was finished is kept, and the same command resumes from there")
         return 130
 
 

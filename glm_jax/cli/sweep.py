@@ -14,7 +14,7 @@ from glm_jax.cli.common import say
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train the members of an ablation together, and gather their results; the same command goes on."""
+    """Train the members of an ablation together, and gather their results; the same command resumes."""
     values = common.flag_values("sweep", "--config ablations/norms --workdir runs/norms")
     common.define_config(values, arguments)
     common.define_workdir(values)

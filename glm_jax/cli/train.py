@@ -13,7 +13,7 @@ from glm_jax.config import with_changes
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train as an experiment says; the same command goes on from the newest checkpoint."""
+    """Train as an experiment says; the same command resumes from the newest checkpoint."""
     values = common.flag_values("train", "--config quickstart --workdir runs/quickstart --config.train.steps=100")
     common.define_config(values, arguments)
     common.define_workdir(values)

@@ -20,7 +20,7 @@ def effective(config: Experiment, step: int, skipped: Iterable[tuple[int, int]] 
     Args:
         config: resolved.
         step: the last one taken.
-        skipped: ranges of steps that a spike has had passed over; each uses up one of train.spike.rollbacks.
+        skipped: ranges of steps that a spike has had skipped; each uses up one of train.spike.rollbacks.
     """
     changes: dict[str, Any] = {}
     for at, values in sorted(config.interventions, key=lambda pair: pair[0]):

@@ -147,7 +147,7 @@ def together(run: Callable[[], int]) -> int:
             _tell(str(error))
             _leave(f"error: {error}", 2)
         if isinstance(error, KeyboardInterrupt):
-            _leave("interrupted; what was finished is kept, and the same command goes on from there", 130)
+            _leave("interrupted; what was finished is kept, and the same command resumes from there", 130)
         if isinstance(error, Gone):
             _leave(_stopped(str(error)), LOST)
         # a collective's error is a ValueError where no jit stands around it
@@ -174,7 +174,7 @@ def _tell(reason: str) -> None:
 
 
 def _stopped(reason: str) -> str:
-    return f"error: another process has stopped ({reason}): mend it, then start all again"
+    return f"error: another process has stopped ({reason}): fix it, then start all again"
 
 
 def _short(error: BaseException) -> str:

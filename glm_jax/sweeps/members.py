@@ -104,7 +104,7 @@ def load(path: Path) -> Sweep:
     try:
         axes = module.get_sweep()
     except Exception as error:  # whatever a person's own code may raise
-        raise UserError(f"{path}: get_sweep() fails with {type(error).__name__} ({error}): mend it") from error
+        raise UserError(f"{path}: get_sweep() fails with {type(error).__name__} ({error}): fix it") from error
     return read_axes(axes, str(path))
 
 

@@ -87,10 +87,10 @@ def _run(workdir: Path, description: dict[str, Any], groups: Sequence[Group], pa
         say(f"{len(groups) - len(waiting)} of {len(groups)} groups are done; going on with the others")
     failed = _Pool(workdir, waiting, parallel, say).go()
     if failed is None:
-        say(f"stopped: the groups that are done are kept in {workdir}; the same command goes on from there")
+        say(f"stopped: the groups that are done are kept in {workdir}; the same command resumes from there")
         return STOPPED
     if failed:
-        raise UserError(f"{len(failed)} of {len(waiting)} groups failed, the first is {failed[0]}: mend what its log "
+        raise UserError(f"{len(failed)} of {len(waiting)} groups failed, the first is {failed[0]}: fix what its log "
                         "says, and the same command tries them again")  # fmt: skip
     say(f"done: {workdir / results.TABLE}")
     return DONE

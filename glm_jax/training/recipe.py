@@ -72,7 +72,7 @@ def shrinks(config: Experiment) -> bool:
     return any(alpha != 1.0 for _, alpha in cfg.history or ((0, cfg.alpha),))
 
 
-def pass_over(config: Experiment, step: int, samples: int) -> tuple[int, int]:
+def skip(config: Experiment, step: int, samples: int) -> tuple[int, int]:
     """Return the step and samples from which to go on after `step`: past any skipped steps that come next.
 
     A skipped step is never taken, but counts: its rows are seen as far as data and schedules are concerned.

@@ -191,7 +191,7 @@ class Run:
 
     def _skip(self) -> bool:
         """Skip the steps that train.skip_steps names next, with their data; False when there are none."""
-        step, samples = recipe.pass_over(self.current, self.step, self.samples)
+        step, samples = recipe.skip(self.current, self.step, self.samples)
         if step == self.step:
             return False
         self.say(f"steps {self.step + 1} to {step} are skipped with their data")

@@ -1,7 +1,7 @@
 """Notices when the loss or the gradient norm leaves its running band, as it does before a run diverges.
 
 GLM-130B's operators watched both: a jump of the gradient norm came a few steps before the loss exploded, and what
-helped was to go back to the last checkpoint and pass over the data (training log, 12 June to 22 June 2022).
+helped was to go back to the last checkpoint and skip the data (training log, 12 June to 22 June 2022).
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def newest_good(
         if not told:
             return step, list(damaged)
         damaged[step] = told[0]
-        say(f"checkpoint {step} is passed over: {_sentence(told[0])}")
+        say(f"checkpoint {step} is skipped: {_sentence(told[0])}")
     if damaged:
         listed = "; ".join(f"{step}: {_sentence(damage)}" for step, damage in damaged.items())
         raise UserError(

@@ -114,7 +114,7 @@ class Checkpoints:
         """Restore the newest good step, each device reading its own part.
 
         Every file is compared with its digest first. Checkpoints that are damaged or were cut off are told to `say`
-        and passed over; once a good one is found they are set aside as `<step>.damaged`.
+        and skipped; once a good one is found they are set aside as `<step>.damaged`.
 
         Args:
             targets: trees of jax.ShapeDtypeStruct with shardings, by name. Config and mesh may differ from those of the
@@ -287,7 +287,7 @@ def load_params(workdir: Path, say: Callable[[str], None] = lambda line: print(l
 
     Args:
         workdir: of a run, or what `convert sat-to-orbax` was given.
-        say: told of every damaged checkpoint that is passed over.
+        say: told of every damaged checkpoint that is skipped.
 
     Raises:
         UserError: the workdir holds no checkpoint, or none with good params.

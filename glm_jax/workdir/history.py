@@ -113,7 +113,7 @@ def read(workdir: Path) -> Record:
     """Read the record of a run.
 
     Raises:
-        UserError: there is none, or a line of it is damaged; a last line that was cut off is passed over.
+        UserError: there is none, or a line of it is damaged; a last line that was cut off is skipped.
     """
     path = workdir / METRICS
     if not path.exists():
@@ -129,7 +129,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): mend it, or name another --workdir") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): fix it, or name another --workdir") from error
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)

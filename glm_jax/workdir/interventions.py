@@ -71,7 +71,7 @@ class Record:
             yield
         except OSError as error:
             raise UserError(
-                f"{self._path} cannot be written ({error.strerror}): make room, then the same command goes on"
+                f"{self._path} cannot be written ({error.strerror}): make room, then the same command resumes"
             ) from error
 
     def spikes(self) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ class Record:
         return [line for line in self.lines if line["cause"] == "spike"]
 
     def skipped(self) -> list[tuple[int, int]]:
-        """Return the ranges of steps, first and last, that those spikes had passed over."""
+        """Return the ranges of steps, first and last, that those spikes had skipped."""
         return [(line["skipped"][0], line["skipped"][1]) for line in self.spikes()]
 
 

@@ -1,4 +1,4 @@
-"""A user's mistakes: one line that says what and how to mend it, exit code 2, nothing half-written."""
+"""A user's mistakes: one line that says what and how to fix it, exit code 2, nothing half-written."""
 
 import subprocess
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """GLM-130B's training log in small: one run, changed at each of the log's incidents, against values worked out by hand.
 
 Incidents, of 2022: 6 May start, 7 May node failure, 10 May shrink, 29 May mixture ramp with a warm
-restart, 3 June learning rate halved, 12 and 14 June shrink, 20 and 22 June data passed over.
+restart, 3 June learning rate halved, 12 and 14 June shrink, 20 and 22 June data skipped.
 """
 
 import json
@@ -181,7 +181,7 @@ def test_a_spike_is_gone_back_from_once(experiment: Path, tmp_path: Path, capsys
     run, killed = tmp_path / "run", tmp_path / "killed"
     train(experiment, run, SPIKES)
     said = capsys.readouterr().err
-    spike, wrecked, mended = lines(run / "interventions.jsonl")
+    spike, wrecked, fixed = lines(run / "interventions.jsonl")
     assert {key: spike[key] for key in ("step", "samples", "cause", "changes", "skipped")} == {
         "step": 8,
         "samples": 64,
@@ -190,7 +190,7 @@ def test_a_spike_is_gone_back_from_once(experiment: Path, tmp_path: Path, capsys
         "skipped": [9, 12],
     }
     assert spike["seen"]["step"] == 12 and spike["seen"]["loss"] > 20 and "above its band" in spike["seen"]["reason"]
-    assert [(line["step"], line["cause"]) for line in (wrecked, mended)] == [(20, "planned"), (21, "planned")]
+    assert [(line["step"], line["cause"]) for line in (wrecked, fixed)] == [(20, "planned"), (21, "planned")]
     assert "going back to step 8" in said and "(1 of 1 times)" in said
     assert list(train_events(run)) == [*range(1, 9), *range(13, 27)]
     evaluated = [step for kind, step in kills.events(run) if kind == "evaluation"]
@@ -208,7 +208,7 @@ def test_a_spike_is_gone_back_from_once(experiment: Path, tmp_path: Path, capsys
     capsys.readouterr()
     train(experiment, killed, SPIKES)
     said = capsys.readouterr().err
-    assert "going on from step 8" in said and said.count("spike at step") == 1  # the first is not met again
+    assert "resuming from step 8" in said and said.count("spike at step") == 1  # the first is not met again
     assert kills.events(killed) == kills.events(run)
     assert lines(record) == lines(run / "interventions.jsonl")
 
@@ -217,7 +217,7 @@ def test_a_spike_is_gone_back_from_once(experiment: Path, tmp_path: Path, capsys
     train(experiment, again, changes, f"--replay={run / 'interventions.jsonl'}")
     assert kills.events(again) == kills.events(run)
     assert [line["changes"] for line in lines(again / "interventions.jsonl")] == [
-        line["changes"] for line in (spike, wrecked, mended)
+        line["changes"] for line in (spike, wrecked, fixed)
     ]
 
 

@@ -138,7 +138,7 @@ def test_two_processes_are_one_of_the_same_mesh(
     results = list(map(ends, start(alone, *mesh, *more)))  # and the other way
     assert [code for code, _ in results] == [0, 0], results
     for workdir, said in ((together, done.stderr), (alone, "\n".join(results[0][1]))):
-        assert f"going on from step {steps}" in said and steps + 2 in saved(workdir)
+        assert f"resuming from step {steps}" in said and steps + 2 in saved(workdir)
     ours, theirs = events(together, "train"), events(alone, "train")
     assert [ours[step]["loss"] for step in ours] == pytest.approx([theirs[step]["loss"] for step in theirs], rel=1e-4)
 
@@ -170,7 +170,7 @@ def test_a_request_to_one_stops_both_and_a_lost_one_ends_the_other(
     step = max(saved(workdir))
     more = ["--config.train.steps", str(step + 1), "--config.train.eval_every=0", *ALONE]
     done = glm_jax("train", "--config", experiment, "--workdir", workdir, *more)
-    assert done.returncode == 0 and f"going on from step {step}" in done.stderr, done.stderr
+    assert done.returncode == 0 and f"resuming from step {step}" in done.stderr, done.stderr
     assert list(events(workdir, "train")) == list(range(1, step + 2))
 
 
@@ -186,7 +186,7 @@ def test_a_mistake_is_said_and_nobody_waits_for_ever(start: Start, tmp_path: Pat
     assert (code, other) == (2, 1), (said, told)
     assert said[-1].startswith(f"error: --workdir {file / 'run'}")
     assert told == [f"error: another process has stopped (process 0: {said[-1].removeprefix('error: ')}): "
-                    "mend it, then start all again"]  # fmt: skip
+                    "fix it, then start all again"]  # fmt: skip
 
 
 def test_processes_that_do_not_find_one_another_say_so(glm_jax: Callable[..., Any], experiment: Path) -> None:

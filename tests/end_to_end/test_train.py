@@ -96,7 +96,7 @@ def test_stopping_saves_and_going_on_repeats_the_uninterrupted_run(
         time.sleep(0.01)
     _, said = process.communicate(timeout=HANG)
     assert process.returncode == 3, said
-    assert "the same command goes on from there" in said.splitlines()[-1]
+    assert "the same command resumes from there" in said.splitlines()[-1]
     assert 2 <= max(events(workdir, "train")) < 12
     assert glm_jax(*arguments).returncode == 0
     assert events(workdir, "train") == events(finished, "train")
@@ -130,10 +130,10 @@ def test_short_rows_train_and_a_damaged_checkpoint_is_passed_over(
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.rmtree(checkpoints / "4" / "params")
     filled = glm_jax(*generate)
-    assert filled.returncode == 0 and "checkpoint 4 is passed over: " in filled.stderr
+    assert filled.returncode == 0 and "checkpoint 4 is skipped: " in filled.stderr
     again = glm_jax(*arguments, "--config.train.steps=6", "--config.optimizer.decay_samples=96")
     assert again.returncode == 0, again.stderr
-    assert "checkpoint 4 is passed over: " in again.stderr and "going on from step 2" in again.stderr
+    assert "checkpoint 4 is skipped: " in again.stderr and "resuming from step 2" in again.stderr
     assert sorted(path.name for path in checkpoints.iterdir()) == ["2", "4", "4.damaged", "6"]
     assert list(events(tmp_path / "run", "train")) == [1, 2, 3, 4, 5, 6]
     for step in ("2", "4", "6"):

@@ -72,7 +72,7 @@ def test_the_model_is_asked_for_the_row_and_then_for_each_token(monkeypatch: pyt
     [
         ([[EOP, 3], [EOP]], 5, [3]),  # an end at once: no fill is empty, the next best token stands first
         ([[EOS, EOP, 3, 1], [2], [EOS]], 5, [3, 2]),
-        ([[MASK, SOP, 4], [SOP, MASK, 2], [EOP]], 5, [4, 2]),  # what is banned is passed over everywhere
+        ([[MASK, SOP, 4], [SOP, MASK, 2], [EOP]], 5, [4, 2]),  # what is banned is skipped everywhere
         ([[1], [EOP]], 5, [1]),
         ([[1], [EOS]], 5, [1]),
         ([[1], [2], [EOP]], 2, [1, 2]),  # the budget ends it

@@ -194,7 +194,7 @@ def test_the_others_are_told_of_a_mistake_that_one_has_met(meet: Meet, victim: i
     assert [started[victim].returncode, started[1 - victim].returncode] == [2, 1]
     reason = "its texts cannot be read: bring them"
     assert own == f"error: {reason}"
-    assert told == f"error: another process has stopped (process {victim}: {reason}): mend it, then start all again"
+    assert told == f"error: another process has stopped (process {victim}: {reason}): fix it, then start all again"
 
 
 @pytest.mark.slow

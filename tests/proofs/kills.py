@@ -141,7 +141,7 @@ def run(
         text = log(workdir).read_text(encoding="utf-8")
         if code:
             raise RuntimeError(f"{workdir}: exit code {code}: {text[-2000:]}")
-        outcome.damaged += [line for line in text.splitlines() if "damaged" in line or "passed over:" in line]
+        outcome.damaged += [line for line in text.splitlines() if "damaged" in line or "skipped:" in line]
         return outcome
 
 

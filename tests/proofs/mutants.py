@@ -6,7 +6,7 @@
 Needs the extra `mutation`. The sample is the same for the same seed and code. It is printed, then each mutant meets
 the tests of its room (and what mutants_tests.ELSEWHERE adds), those that run the changed line first, in a private copy
 of the tree; a failure that a busy machine may have brought about must repeat. What is finished stands in FILE.jsonl,
-a line each: the same command goes on where it was stopped, and `--rerun survived` takes the survivors again, after the
+a line each: the same command resumes where it was stopped, and `--rerun survived` takes the survivors again, after the
 tests have changed. FILE.clean.jsonl holds what the tests are like on the clean tree; only files that changed are
 measured again. mutants_equivalent.txt names the mutants that no input can tell from the code; they are counted apart
 and do not run.
@@ -46,7 +46,7 @@ NEVER_COMPILES = ("rows",)  # there the test files that it meets are enough to g
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; one that was cut off in the writing is passed over."""
+    """Read a file of JSON lines; one that was cut off in the writing is skipped."""
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

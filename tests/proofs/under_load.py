@@ -3,7 +3,7 @@
     python -m tests.proofs.under_load --rounds 20 --load 8 --out FILE.jsonl
 
 Keeps `--load` processes busy: `--jobs` rounds at a time, each of a test at a time, and loops for the rest. Each round
-that has ended stands in FILE.jsonl; the same command goes on where it was stopped.
+that has ended stands in FILE.jsonl; the same command resumes where it was stopped.
 """
 
 from __future__ import annotations

@@ -70,9 +70,9 @@ def test_the_shrink_is_linear_between_its_knots_and_constant_beyond() -> None:
 
 def test_skipped_steps_count_with_their_samples() -> None:
     config = build(train__steps=20, train__global_batch=4, train__skip_steps=((3, 5), (6, 6), (19, 40)))
-    assert recipe.pass_over(config, 1, 4) == (1, 4)
-    assert recipe.pass_over(config, 2, 8) == (6, 24)
-    assert recipe.pass_over(config, 18, 72) == (20, 80)  # not beyond the run's end
+    assert recipe.skip(config, 1, 4) == (1, 4)
+    assert recipe.skip(config, 2, 8) == (6, 24)
+    assert recipe.skip(config, 18, 72) == (20, 80)  # not beyond the run's end
 
 
 @pytest.mark.parametrize(

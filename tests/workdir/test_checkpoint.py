@@ -107,6 +107,6 @@ def test_two_processes_save_together_and_agree_on_what_is_good(tmp_path: Path) -
             "damaged": [1, [1], [], ["1", "3.damaged"]],
             "said": [
                 f"checkpoint 2 could not be saved ({reason}): the run goes on, the newest is still that of step 1",
-                "checkpoint 3 is passed over: params/manifest.ocdbt is cut short",
+                "checkpoint 3 is skipped: params/manifest.ocdbt is cut short",
             ],
         }

@@ -1,4 +1,4 @@
-"""What can befall a checkpoint on a disk is noticed, named and passed over for the newest good one."""
+"""What can befall a checkpoint on a disk is noticed, named and skipped for the newest good one."""
 
 import itertools
 import json
@@ -123,7 +123,7 @@ def test_the_newest_good_one_is_restored(
     jax.tree.map(
         lambda leaf, start: np.testing.assert_array_equal(leaf, start + 1), restored.items["params"], state.params
     )
-    assert said == ["checkpoint 2 is passed over: " + words.format(path.relative_to(folder))]
+    assert said == ["checkpoint 2 is skipped: " + words.format(path.relative_to(folder))]
     assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2.damaged"] and checkpoints.steps() == [1]
     checkpoints.close()
     # the run goes on and comes to the same step, which may be damaged again
@@ -157,7 +157,7 @@ def test_what_a_cut_off_save_leaves_is_passed_over(workdir: Path, tmp_path: Path
     assert checkpoints.steps() == [1, 2] and checkpoints.latest_step() == 2
     restored = checkpoints.restore(disk_targets(CONFIG, MESH))
     assert restored is not None and restored.run["step"] == 2
-    assert said == ["checkpoint 3 is passed over: it was cut off while it was saved"]
+    assert said == ["checkpoint 3 is skipped: it was cut off while it was saved"]
     empty = Checkpoints(tmp_path / "empty")
     assert empty.restore(disk_targets(CONFIG, MESH)) is None and empty.latest_step() is None and empty.unsaved() is None
     assert not (tmp_path / "empty").exists()
@@ -181,7 +181,7 @@ def test_generation_passes_over_damage_and_changes_nothing(
     flip(workdir / "checkpoints/2/params/manifest.ocdbt")
     params = load_params(workdir)
     np.testing.assert_array_equal(params["embedding"]["word"], state.params["embedding"]["word"] + 1)
-    line = "checkpoint 2 is passed over: params/manifest.ocdbt differs from its digest\n"
+    line = "checkpoint 2 is skipped: params/manifest.ocdbt differs from its digest\n"
     assert capsys.readouterr() == ("", line)
     flip(workdir / "checkpoints/1/params/manifest.ocdbt")
     with pytest.raises(UserError, match="no checkpoint in .* is good"):

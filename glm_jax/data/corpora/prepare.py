@@ -118,7 +118,7 @@ def check_undamaged(prepared: Prepared) -> None:
         for reason, skipped in index["skipped"].items():
             place = skipped["places"][0]
             raise UserError(
-                f"{place['file']}, line {place['line']}: {reason}, left out of {name} by an earlier build: mend it, "
+                f"{place['file']}, line {place['line']}: {reason}, left out of {name} by an earlier build: fix it, "
                 "or build without --strict"
             )
 

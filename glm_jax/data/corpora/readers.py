@@ -29,7 +29,7 @@ class Damaged:
     Attributes:
         reason: one of a few names, for counting.
         line: where the record begins or is broken; from 1. In parquet it counts rows.
-        message: what is wrong and how to mend it, to follow "file, line n: ".
+        message: what is wrong and how to fix it, to follow "file, line n: ".
     """
 
     reason: str
@@ -274,7 +274,7 @@ def _text_of(number: int, record: dict[str, Any], fields: Sequence[str]) -> str 
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:  # an escape such as "\ud800" alone
-            return Damaged("invalid UTF-8", number, f"half a surrogate pair in {field!r}: mend it")
+            return Damaged("invalid UTF-8", number, f"half a surrogate pair in {field!r}: fix it")
         if "\0" in text:
             return Damaged("NUL", number, f"a NUL character in {field!r}: remove it")
         texts.append(text)

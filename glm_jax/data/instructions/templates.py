@@ -79,7 +79,7 @@ class Template:
             self._prompt = environment.from_string(jinja)
             self._choices = environment.from_string(answer_choices) if answer_choices else None
         except self._errors as error:
-            raise UserError(f"template {name} does not parse ({error}): mend it") from None
+            raise UserError(f"template {name} does not parse ({error}): fix it") from None
 
     def render(self, record: Mapping[str, Any], seed: int = 0) -> tuple[str, str] | None:
         """Return (prompt, answer), stripped, or None where the template has nothing to ask about the record.
