@@ -63,7 +63,7 @@ def entry_values(values: flags.FlagValues) -> dict[str, Any]:
         UserError: a key that no entry has, or a value of another type.
     """
     changes: dict[str, Any] = {}
-    for text in values[ENTRY].value:
+    for text in values[ENTRY].value or ():
         key, _, value = text.partition("=")
         _, table, name, _ = key.split(".")
         known = default_values({table: [name]})

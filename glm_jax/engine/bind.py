@@ -7,8 +7,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glm_jax import model
+from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.rows.rows import Rows
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig, transformer
@@ -51,6 +53,16 @@ class Sums(NamedTuple):
 
     loss: Array
     targets: Array
+
+
+def loss_metrics(sums: Sums) -> dict[str, float]:
+    """Turn sums by objective into `loss` and `loss/<objective>`, nats a target token; absent objectives stay out."""
+    losses, targets = np.asarray(sums.loss, np.float64), np.asarray(sums.targets, np.float64)
+    metrics = {"loss": float(losses.sum() / max(targets.sum(), 1.0))}
+    for name, loss, count in zip(OBJECTIVES, losses, targets, strict=True):
+        if count:
+            metrics[f"loss/{name}"] = float(loss / count)
+    return metrics
 
 
 def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microbatches: int, length: int) -> None:

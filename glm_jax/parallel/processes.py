@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from orbax.checkpoint import multihost
@@ -129,6 +130,27 @@ def wait_for_all() -> None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # that one may have left before the answer came
                 wait(key=f"{key}_told", timeout_ms=HOUR * 1000)
             raise Gone(min(reasons)[1])
+
+
+def compiled_together(function: Any) -> Callable[..., Any]:
+    """Return a jitted function for all processes to call alike.
+
+    It compiles before the first call with new shapes, and waits until all have: collectives wait less long, gloo half a
+    minute to connect.
+    """
+    if alone():
+        return function
+    seen: set[tuple[tuple[int, ...], ...]] = set()
+
+    def call(*arguments: Any) -> Any:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
+        if shapes not in seen:
+            function.lower(*arguments).compile()
+            wait_for_all()
+            seen.add(shapes)
+        return function(*arguments)
+
+    return call
 
 
 def together(run: Callable[[], int]) -> int:

@@ -24,7 +24,7 @@ from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.data.rows.batches import Batches
 from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
-from glm_jax.engine import build, passes
+from glm_jax.engine import build, loss_metrics, passes
 from glm_jax.sweeps import second_half
 from glm_jax.training import recipe, stretch
 from glm_jax.training.evaluation import HeldOut
@@ -244,7 +244,7 @@ def _outcome(
     uniform: float,
     unigram: float,
 ) -> Outcome:
-    of_step = [stretch.loss_metrics(jax.tree.map(lambda array: array[member], step["sums"])) for step in taken]
+    of_step = [loss_metrics(jax.tree.map(lambda array: array[member], step["sums"])) for step in taken]
     every = config.train.log_every
     steps = np.array([step for step in range(1, len(taken) + 1) if step % every == 0 or step in (1, len(taken))])
     names = [name for name, value in taken[0].items() if name != "requests" and getattr(value, "ndim", 0) == 1]

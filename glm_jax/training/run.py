@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,19 +27,17 @@ from glm_jax.model import GLMConfig
 from glm_jax.parallel import processes
 from glm_jax.training import precision, recipe
 from glm_jax.training.evaluation import Evaluator, heldout
-from glm_jax.training.meter import Meter
 from glm_jax.training.observers import Observer, Request, Step, signals
 from glm_jax.training.observers.evaluate import Evaluate
 from glm_jax.training.observers.log import Log
 from glm_jax.training.observers.profile import Profile
 from glm_jax.training.observers.save import Save
-from glm_jax.training.observers.spikes import Spike, Spikes
-from glm_jax.training.spike import Bands
+from glm_jax.training.observers.spikes import Bands, Spike, Spikes
 from glm_jax.training.state import at_step, create_state, disk_targets, from_disk, to_disk, true_layers
 from glm_jax.training.stretch import Stretch, ready
 from glm_jax.workdir import folder as workdirs
 from glm_jax.workdir.checkpoints import Checkpoints
-from glm_jax.workdir.events import Event, import_wandb
+from glm_jax.workdir.events import Event, import_wandb, versions
 from glm_jax.workdir.interventions import Record
 from glm_jax.workdir.monitor import Monitor
 
@@ -175,7 +172,7 @@ class Run:
         """Take one step, with the next one's work on its way while the caller looks at it."""
         number, rows = self.step + 1, recipe.batch_rows(self.current, self.samples)
         settings = recipe.describe(self.current, number, self.samples)
-        with self.meter.waiting():
+        with self.stretch.meter.waiting():
             batch = self.stretch.batch(self.samples, rows)
         for observer in self.observers:
             observer.before(self)
@@ -184,7 +181,7 @@ class Run:
         # At most one step ahead, so that a request is met at once; not at all where each step is watched.
         settled, self._previous = (metrics if self.watches_spikes else self._previous), metrics
         jax.block_until_ready(settled)
-        self.meter.count(rows, metrics["tokens"])
+        self.stretch.meter.count(rows, metrics["tokens"])
         request = Request(int(settled["requests"])) if settled else Request.NOTHING
         self.stopping = request == Request.STOP
         return Step(self, number, self.samples, metrics, settings, request)
@@ -218,7 +215,7 @@ class Run:
         self.log(event)
         shown = [f"{name} {value:.4f}" for name, value in event.items() if name not in ("event", "step")]
         self.say(f"held-out at step {self.step}: " + ", ".join(shown))
-        self.meter.restart()
+        self.stretch.meter.restart()
         return event
 
     def save(self) -> None:
@@ -235,7 +232,7 @@ class Run:
         self.saved, self.saved_at = self.step, time.monotonic()
         self._asked = Request.STOP if self._asked == Request.STOP else Request.NOTHING
         self._previous = None  # what it asked for is done
-        self.meter.restart()
+        self.stretch.meter.restart()
 
     def log(self, event: Event) -> None:
         """Write an event to metrics.jsonl and the other sinks."""
@@ -250,11 +247,6 @@ class Run:
         """The sinks and the progress bar."""
         first, project = processes.is_first(), self.config.train.wandb
         return Monitor(self.workdir, self.current.train.steps, self.step, primary=first, wandb_project=project)
-
-    @property
-    def meter(self) -> Meter:
-        """The measure of speed, which starts anew after an evaluation and a save."""
-        return self.stretch.meter
 
     def _begin(self) -> None:
         """Take up the newest good checkpoint, or make a first state."""
@@ -318,7 +310,7 @@ class Run:
             if processes.alone() and self.saved != self.step:
                 self.save()
             raise
-        self.meter.restart()
+        self.stretch.meter.restart()
 
     def restore(self, at_most: int | None = None) -> None:
         """Go back to the newest good checkpoint, of step `at_most` or before; checkpoints after it are set aside."""
@@ -394,8 +386,3 @@ class Run:
                 for event in self.checkpoints.events():
                     self.log(event)
                 self.monitor.close()
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what a run's numbers and files depend on."""
-    return {name: importlib.metadata.version(name) for name in ("glm-jax", "jax", "orbax-checkpoint")}

@@ -12,11 +12,10 @@ import numpy as np
 import optax
 
 from glm_jax.config import Experiment
-from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
-from glm_jax.engine import EngineConfig, Sums, build, passes
+from glm_jax.engine import EngineConfig, build, passes
 from glm_jax.engine.passes import Gradients
 from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import processes
@@ -42,35 +41,14 @@ def step_config(
     )
 
 
-def loss_metrics(sums: Sums) -> dict[str, float]:
-    """Turn sums by objective into `loss` and `loss/<objective>`, nats a target token; absent objectives stay out."""
-    losses, targets = np.asarray(sums.loss, np.float64), np.asarray(sums.targets, np.float64)
-    metrics = {"loss": float(losses.sum() / max(targets.sum(), 1.0))}
-    for name, loss, count in zip(OBJECTIVES, losses, targets, strict=True):
-        if count:
-            metrics[f"loss/{name}"] = float(loss / count)
-    return metrics
-
-
 @functools.lru_cache(maxsize=2)  # a change of the learning rate alone, say, need not compile anything again
 def _compiled(cfg: StepConfig, mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], Callable[..., Any]]:
     train, evaluate = compile_steps(cfg, mesh)
-    return (train, evaluate) if jax.process_count() == 1 else (compile_together(train), compile_together(evaluate))
-
-
-def compile_together(function: Any) -> Callable[..., Any]:
-    """Compile before the first call with new shapes, and wait until all processes have: collectives wait less long."""
-    seen = set()
-
-    def call(*arguments: Any) -> Any:
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
-        if shapes not in seen:
-            function.lower(*arguments).compile()
-            processes.wait_for_all()
-            seen.add(shapes)
-        return function(*arguments)
-
-    return call
+    return (
+        (train, evaluate)
+        if processes.alone()
+        else (processes.compiled_together(train), processes.compiled_together(evaluate))
+    )
 
 
 _gradients = jax.jit(passes.value_and_grad, static_argnums=(0, 1))

@@ -6,6 +6,7 @@ A sink has `write(event)`, `rewind(step)`, which forgets what came after a step 
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import secrets
 import socket
@@ -196,3 +197,8 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a run's numbers and files depend on."""
+    return {name: importlib.metadata.version(name) for name in ("glm-jax", "jax", "orbax-checkpoint")}

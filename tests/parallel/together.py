@@ -1,4 +1,4 @@
-"""What several processes compute together in tests, in step: gloo connects in half a minute or not at all."""
+"""Arrays of several processes, whole."""
 
 from typing import Any
 
@@ -8,14 +8,8 @@ import numpy as np
 from glm_jax.parallel import processes
 
 
-def together(function: Any, *arguments: Any) -> Any:
-    """Compile a jitted function and wait until all processes have; then call it."""
-    compiled = function.lower(*arguments).compile()
-    processes.wait_for_all()
-    return compiled(*arguments)
-
-
 def whole(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Give the whole arrays of a tree that lies on a mesh of several processes, as numpy arrays."""
-    gathered = together(jax.jit(lambda tree: tree, out_shardings=jax.NamedSharding(mesh, jax.P())), tree)
+    """Return the whole arrays of a tree that lies on a mesh of several processes, as numpy arrays."""
+    copy = jax.jit(lambda tree: tree, out_shardings=jax.NamedSharding(mesh, jax.P()))
+    gathered = processes.compiled_together(copy)(tree)
     return jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), gathered)

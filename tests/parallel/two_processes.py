@@ -24,7 +24,7 @@ from glm_jax import model  # noqa: E402
 from glm_jax.engine import bind, passes  # noqa: E402
 from glm_jax.parallel import mesh, partition, processes  # noqa: E402
 from tests.parallel import parity  # noqa: E402
-from tests.parallel.together import together, whole  # noqa: E402
+from tests.parallel.together import whole  # noqa: E402
 
 MESHES = [1, 2, 4], [2, 2, 2]  # of two processes, each holds a stage; each holds a member of data
 
@@ -46,7 +46,7 @@ def run(shape: list[int]) -> None:
     wanted = mesh.local_rows(grid, rows, microbatches)  # [M, B/M of this process]
     batch = mesh.place(grid, parity.make_batch(glm, rows).take(wanted.ravel()), microbatches)
     step = jax.jit(lambda params, batch: passes.value_and_grad(cfg, grid, params, batch, jax.random.key(7), 0.3, 64.0))
-    got = together(step, placed, batch)
+    got = processes.compiled_together(step)(placed, batch)
     gradients = whole(grid, got.gradients)
     if INDEX == 0:
         stages = [sorted({device.process_index for device in grid.devices[:, stage].ravel()}) for stage in range(2)]

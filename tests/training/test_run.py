@@ -15,9 +15,8 @@ from glm_jax.training.observers import Observer, Request, Step
 from glm_jax.training.observers.evaluate import Evaluate
 from glm_jax.training.observers.log import Log
 from glm_jax.training.observers.save import Save
-from glm_jax.training.observers.spikes import Spikes
+from glm_jax.training.observers.spikes import Bands, Spikes
 from glm_jax.training.run import Run
-from glm_jax.training.spike import Bands
 from glm_jax.workdir.interventions import Record
 
 SPEED = {"tokens_per_second": 1.0, "mfu": 0.5}

@@ -7,7 +7,7 @@ import enum
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from glm_jax.training.stretch import loss_metrics
+from glm_jax.engine import loss_metrics
 
 if TYPE_CHECKING:
     from glm_jax.training.run import Run

@@ -17,7 +17,7 @@ class Log(Observer):
     def after(self, step: Step) -> None:
         run, shown = step.run, None
         if step.is_due(run.current.train.log_every):
-            event = step.event() | run.meter.read()
+            event = step.event() | run.stretch.meter.read()
             run.log(event)
             shown = summary(event)
         run.monitor.progress(1, shown)

@@ -1,15 +1,86 @@
-"""Spikes of the loss or the gradient norm: go back to the last good checkpoint, or say that the run goes on."""
+"""Spikes: the loss or the gradient norm leaves its running band, as it does before a run diverges.
+
+GLM-130B's operators watched both: a jump of the gradient norm came a few steps before the loss exploded, and what
+helped was to go back to the last checkpoint and skip the data (training log, 12 June to 22 June 2022).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from glm_jax.training import spike
+from glm_jax.config import Experiment
 from glm_jax.training.observers import Observer
 
 if TYPE_CHECKING:
     from glm_jax.training.run import Step
+
+
+class Band(NamedTuple):
+    """The running mean and variance of a value, weighed exponentially, and the steps that made them."""
+
+    mean: float = 0.0
+    variance: float = 0.0
+    steps: int = 0
+
+
+class Bands(NamedTuple):
+    """What the watch knows: the band of the loss, in nats, and of the gradient norm's natural logarithm."""
+
+    loss: Band = Band()
+    grad_norm: Band = Band()
+
+    def to_json(self) -> list[list[float]]:
+        """Return what `from_json` takes."""
+        return [list(band) for band in self]
+
+    @classmethod
+    def from_json(cls, values: Any) -> Bands:
+        """Read what `to_json` gave; nothing is the start."""
+        return cls(*(Band(*band) for band in values or ()))
+
+
+def _grown(band: Band, value: float, window: int) -> Band:
+    weight = 1.0 / min(band.steps + 1, window)  # a plain mean until the window is full
+    distance = value - band.mean
+    variance = (1.0 - weight) * (band.variance + weight * distance**2)
+    return Band(band.mean + weight * distance, variance, band.steps + 1)
+
+
+def _upper(band: Band, deviations: float) -> float:
+    return band.mean + deviations * math.sqrt(band.variance)
+
+
+def watch(config: Experiment, bands: Bands, loss: float, grad_norm: float) -> tuple[Bands, str | None]:
+    """Take in one step's values.
+
+    Args:
+        config: its section `train.spike` says how wide the bands are and when they begin to count.
+        bands: before the step.
+        loss: nats a target token.
+        grad_norm: global, before clipping. One that is not finite says nothing with a loss scale, which it lowers.
+
+    Returns:
+        The bands after it, and why the step is a spike, or None. A spike does not change the bands.
+    """
+    cfg = config.train.spike
+    scaled = config.train.precision == "float16"
+    if not math.isfinite(loss):
+        return bands, f"the loss is {loss}"
+    if not math.isfinite(grad_norm) and not scaled:
+        return bands, f"the gradient norm is {grad_norm}"
+    limit = _upper(bands.loss, cfg.deviations)
+    if bands.loss.steps >= cfg.window and loss > limit:
+        return bands, f"the loss {loss:.4g} is above its band, which ends at {limit:.4g}"
+    losses = _grown(bands.loss, loss, cfg.window)
+    if not math.isfinite(grad_norm):
+        return Bands(losses, bands.grad_norm), None
+    height = math.log(max(grad_norm, 1e-30))
+    limit = _upper(bands.grad_norm, cfg.deviations)
+    if bands.grad_norm.steps >= cfg.window and height > limit:
+        return bands, f"the gradient norm {grad_norm:.4g} is above its band, which ends at {math.exp(limit):.4g}"
+    return Bands(losses, _grown(bands.grad_norm, height, cfg.window)), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +107,7 @@ class Spikes(Observer):
         if not run.watches_spikes:
             return
         loss, grad_norm = step.loss, float(step.metrics["grad_norm"])
-        run.bands, reason = spike.watch(run.current, run.bands, loss, grad_norm)
+        run.bands, reason = watch(run.current, run.bands, loss, grad_norm)
         if reason is None:
             return
         seen = Spike(step.number, loss, grad_norm, reason)

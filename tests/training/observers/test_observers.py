@@ -17,8 +17,7 @@ from glm_jax.training.observers.evaluate import Evaluate
 from glm_jax.training.observers.log import Log, summary
 from glm_jax.training.observers.profile import Profile
 from glm_jax.training.observers.save import Save
-from glm_jax.training.observers.spikes import Spikes
-from glm_jax.training.spike import Bands
+from glm_jax.training.observers.spikes import Bands, Spikes
 
 
 def at(step: int, diary: list[Any] | None = None, **changes: Any) -> Any:
@@ -28,7 +27,7 @@ def at(step: int, diary: list[Any] | None = None, **changes: Any) -> Any:
     told = [] if diary is None else diary
     return SimpleNamespace(
         step=step, current=resolve(config), bands=Bands(), watches_spikes=True, saved_at=0.0,
-        meter=SimpleNamespace(read=lambda: {"tokens_per_second": 5.0, "mfu": 0.5}),
+        stretch=SimpleNamespace(meter=SimpleNamespace(read=lambda: {"tokens_per_second": 5.0, "mfu": 0.5})),
         monitor=SimpleNamespace(progress=lambda steps, shown: told.append(("bar", steps, shown))),
         checkpoints=SimpleNamespace(events=lambda: [{"event": "checkpoint"}]),
         log=lambda event: told.append(("log", event["event"])), say=lambda line: told.append(("say", line)),

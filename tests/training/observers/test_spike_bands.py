@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from glm_jax.config import default_config, resolve
-from glm_jax.training.spike import Band, Bands, watch
+from glm_jax.training.observers.spikes import Band, Bands, watch
 
 
 def build(precision: str = "float32", window: int = 4, deviations: float = 2.0) -> Any:
