@@ -142,7 +142,7 @@ class Run:
         Raises:
             UserError: the last step could not be saved.
         """
-        with self, signals.listening(self.stop):
+        with signals.listening(self.stop), self:  # a signal while the last checkpoint is written does not lose it
             for _ in self.steps():
                 pass
         if unsaved := self.checkpoints.unsaved():

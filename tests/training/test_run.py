@@ -1,5 +1,7 @@
 """A run's steps, with a stretch that only counts: what is due at which step, and what follows."""
 
+import os
+import signal
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,3 +250,17 @@ def test_used_up_rollbacks_are_said_once_for_steps_in_a_row(run: Any) -> None:
     assert steps_of(diary, "spike") == [5, 8]
     watched_by_none = run(losses=losses, train__save_every=2, **spike)
     assert steps_of(watched_by_none, "spike") == steps_of(watched_by_none, "rewind") == []
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it() -> None:
+    made: Any = object.__new__(Run)
+    wrote: list[str] = []
+
+    def close() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        wrote.append("all")
+
+    made.step, made.stretch = 3, SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(steps=3)))
+    made.steps, made.close, made._asked = lambda: iter(()), close, Request.NOTHING
+    made.checkpoints = SimpleNamespace(unsaved=lambda: None)
+    assert made.go() == running.DONE and wrote == ["all"]
