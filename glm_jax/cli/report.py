@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> int:
     if not common.parse(values, arguments, ["workdir"]):
         return 0
 
-    from glm_jax.figures import report as reports
+    from glm_jax.figures.report import write
 
-    say(f"written: {reports.write(Path(values.workdir), Path(values.out) if values.out else None)}")
+    say(f"written: {write(Path(values.workdir), Path(values.out) if values.out else None)}")
     return 0

@@ -24,11 +24,11 @@ def run(arguments: Sequence[str]) -> int:
     if not common.parse(values, arguments, []):
         return 0
 
-    from glm_jax.parallel.pipeline import schedule as schedules
     from glm_jax.parallel.pipeline.drawing import ascii_timeline, svg_timeline
+    from glm_jax.parallel.pipeline.schedule import build
     from glm_jax.storage.files import write_atomic
 
-    built = schedules.build(values.name, values.stages, values.microbatches)
+    built = build(values.name, values.stages, values.microbatches)
     print(ascii_timeline(built), end="")
     if values.svg:
         try:

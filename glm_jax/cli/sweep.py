@@ -29,10 +29,10 @@ def run(arguments: Sequence[str]) -> int:
     resolved = common.load(values)
     path = Path(config_flags.get_config_filename(values["config"]))
 
-    from glm_jax.sweeps import run as sweeps
+    from glm_jax.sweeps.run import listing, train_all
 
     if lists:
-        for line in sweeps.listing(resolved, path):
+        for line in listing(resolved, path):
             print(line)
         return 0
-    return sweeps.run(resolved, path, Path(values.workdir), values.parallel, say)
+    return train_all(resolved, path, Path(values.workdir), values.parallel, say)

@@ -16,8 +16,8 @@ from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.layers import row_keys
 from glm_jax.model.positions import position_terms
-from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import partition, tensor, zero
+from glm_jax.parallel.mesh import check_divides, nearest
 from glm_jax.parallel.pipeline import run
 from glm_jax.parallel.pipeline.stage import Keep
 from glm_jax.parallel.tensor import ShardedAxis
@@ -83,7 +83,7 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
             f"mesh.zero=3 gathers each layer's weights in every slot and does not go with {what}: use mesh.zero=1, or "
             "mesh.pipeline=1 and pipeline.stash=layer"
         )
-    meshes.check_divides(
+    check_divides(
         sizes,
         [
             ("tensor", "model.num_heads", glm.num_heads),
@@ -96,7 +96,7 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
     if glm.vocab_size % shards:
         raise UserError(
             f"mesh.pipeline x mesh.tensor={shards} does not divide the padded vocabulary ({glm.vocab_size}): "
-            f"{meshes.nearest(shards, glm.vocab_size)} would, or a model.vocab_multiple that {shards} divides"
+            f"{nearest(shards, glm.vocab_size)} would, or a model.vocab_multiple that {shards} divides"
         )
 
 

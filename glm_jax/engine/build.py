@@ -12,7 +12,8 @@ from glm_jax.config.data import OBJECTIVES
 from glm_jax.engine import bind
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel.mesh import AXES, REST
+from glm_jax.parallel.mesh import build as build_mesh
 
 
 class Engine(NamedTuple):
@@ -39,7 +40,7 @@ def build(
         UserError: too few devices, a size that does not divide, or an abstract mesh with a size of -1.
     """
     sizes = experiment.mesh.sizes()
-    mesh = _abstract(sizes) if abstract else meshes.build(sizes, devices)
+    mesh = _abstract(sizes) if abstract else build_mesh(sizes, devices)
     train, glm = experiment.train, experiment.glm(pieces)
     config = EngineConfig(
         model=glm,
@@ -57,9 +58,7 @@ def build(
 
 
 def _abstract(sizes: dict[str, int]) -> jax.sharding.Mesh:
-    if meshes.REST in sizes.values():
-        raise UserError(
-            f"a mesh size of {meshes.REST} depends on the devices: give a number, such as --config.mesh.data=1"
-        )
-    mesh = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in meshes.AXES), meshes.AXES)
+    if REST in sizes.values():
+        raise UserError(f"a mesh size of {REST} depends on the devices: give a number, such as --config.mesh.data=1")
+    mesh = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
     return cast(jax.sharding.Mesh, mesh)  # it has the shape and the axes, which is what specs need

@@ -13,9 +13,8 @@ from glm_jax.config import default_values
 from glm_jax.config.fields import flatten
 from glm_jax.errors import UserError
 from glm_jax.storage.files import write_atomic
-from glm_jax.workdir import history as records
 from glm_jax.workdir.folder import CONFIG
-from glm_jax.workdir.history import MARK_NAMES, Mark, Record
+from glm_jax.workdir.history import MARK_NAMES, Mark, Record, read
 
 PAGE = "report.html"
 PANELS_A_ROW = 2
@@ -63,7 +62,7 @@ def write(workdir: Path, out: Path | None = None) -> Path:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError("report needs matplotlib: pip install 'glm-jax[plots]'") from error
-    record = records.read(workdir)
+    record = read(workdir)
     config = _read_config(workdir)
     name = workdir.absolute().name
     made = picture(record, config, name) if path.suffix.lower() == ".png" else page(record, config, name)

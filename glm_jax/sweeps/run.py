@@ -41,7 +41,7 @@ FREE_KEYS = ("data.cache",)  # may differ when a sweep goes on
 Say = Callable[[str], None]
 
 
-def run(base: Experiment, path: Path, workdir: Path, parallel: int, say: Say) -> int:
+def train_all(base: Experiment, path: Path, workdir: Path, parallel: int, say: Say) -> int:
     """Train what is missing of a sweep.
 
     Args:

@@ -13,7 +13,7 @@ from glm_jax.config import Experiment
 from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.data.rows.experiment import heldout_batches
 from glm_jax.data.rows.rows import Rows
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel.mesh import local_rows, place
 
 if TYPE_CHECKING:
     from glm_jax.training.run import Run
@@ -51,13 +51,13 @@ class HeldOut:
         """
         found: dict[str, float] = {}
         total, count = 0.0, 0.0
-        mine = meshes.local_rows(self._mesh, self._rows, 1).reshape(-1)
+        mine = local_rows(self._mesh, self._rows, 1).reshape(-1)
         for source, batches in self._batches.items():
             nats, targets, size = 0.0, 0.0, 0.0
             rows = min(self._limit, max(batches.rows_per_epoch, 1))  # a short text makes one row, partly empty
             for first in range(0, rows, self._rows):
                 batch = batches.at(first, min(self._rows, rows - first)).pad(self._rows)
-                placed = meshes.place(self._mesh, batch.take(mine), 1)
+                placed = place(self._mesh, batch.take(mine), 1)
                 losses = np.asarray(evaluate(params, placed)[0], np.float64)  # [B, S]
                 nats += losses.sum()
                 targets += batch.loss_mask.sum()

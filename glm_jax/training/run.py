@@ -35,7 +35,7 @@ from glm_jax.training.observers.save import Save
 from glm_jax.training.observers.spikes import Bands, Spike, Spikes
 from glm_jax.training.state import at_step, create_state, disk_targets, from_disk, to_disk, true_layers
 from glm_jax.training.stretch import Stretch, ready
-from glm_jax.workdir import folder as workdirs
+from glm_jax.workdir import folder
 from glm_jax.workdir.checkpoints import Checkpoints
 from glm_jax.workdir.events import Event, import_wandb, versions
 from glm_jax.workdir.interventions import Record
@@ -85,8 +85,8 @@ class Run:
         self.stretch = Stretch(config, prepared, optimizer)  # checks the rest, before anything is written
         self.closing = contextlib.ExitStack()  # what is to be done when all is written
         if processes.is_first():
-            self.closing.enter_context(workdirs.lock(workdir))
-            workdirs.write(workdir, config, prepared.tokenizer)
+            self.closing.enter_context(folder.lock(workdir))
+            folder.write(workdir, config, prepared.tokenizer)
         processes.wait_for_all()
         self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every, self._say)
         profiled = config.train.profile if processes.is_first() else ()

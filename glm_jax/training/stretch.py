@@ -17,15 +17,15 @@ from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import EngineConfig, build, passes
 from glm_jax.engine.passes import Gradients
-from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import processes
 from glm_jax.parallel.devices import peak_flops
+from glm_jax.parallel.mesh import local_rows, place
 from glm_jax.training import recipe
 from glm_jax.training.evaluation import HeldOut
 from glm_jax.training.meter import Meter
 from glm_jax.training.state import StepConfig, TrainState
 from glm_jax.training.step import compile_steps, controls
-from glm_jax.workdir import folder as workdirs
+from glm_jax.workdir import folder
 
 
 def step_config(
@@ -74,7 +74,7 @@ class Stretch:
         """Read this process's share of the batch of `rows` rows that begins at row `samples`."""
         if self._stands != (samples, rows):
             self.close()
-            mine = meshes.local_rows(self.mesh, rows, rows // self._microbatch).reshape(-1)
+            mine = local_rows(self.mesh, rows, rows // self._microbatch).reshape(-1)
             self._stream = self.batches.prefetched(samples, rows, mine)
         self._stands = (samples + rows, rows)
         return next(self._stream)
@@ -83,7 +83,7 @@ class Stretch:
         self, state: TrainState, batch: Rows[np.ndarray], rows: int, chosen: Mapping[str, float], request: int
     ) -> tuple[TrainState, dict[str, Any]]:
         """Take a step with a batch of `rows` rows in all, and what recipe.py has `chosen`."""
-        placed = meshes.place(self.mesh, batch, rows // self._microbatch)
+        placed = place(self.mesh, batch, rows // self._microbatch)
         return self._train(state, placed, controls(self.mesh, chosen["lr"], chosen["embedding_shrink"], request))
 
     def heldout(self, params: Any) -> dict[str, float]:
@@ -93,8 +93,8 @@ class Stretch:
     def gradients(self, params: Any, rows: Rows[np.ndarray]) -> Gradients:
         """Return the gradients of the mean loss over rows [B, ...], see `engine.passes.value_and_grad`."""
         count = len(rows.tokens)
-        mine = rows.take(meshes.local_rows(self.mesh, count, count // self._microbatch).reshape(-1))
-        return _gradients(self.cfg.engine, self.mesh, params, meshes.place(self.mesh, mine, count // self._microbatch))
+        mine = rows.take(local_rows(self.mesh, count, count // self._microbatch).reshape(-1))
+        return _gradients(self.cfg.engine, self.mesh, params, place(self.mesh, mine, count // self._microbatch))
 
     @functools.cached_property
     def meter(self) -> Meter:
@@ -122,12 +122,12 @@ def ready(config: Experiment, workdir: Path, say: Callable[[str], None]) -> Prep
     Raises:
         UserError: anything about the config, the data, the mesh or the workdir that does not fit.
     """
-    workdirs.check(workdir, config)
+    folder.check(workdir, config)
     build(config)  # a mesh that cannot be should be said before minutes of data preparation
     if not processes.is_first():
         processes.wait_for_all()
     prepared = prepare(config, say)
     if processes.is_first():
         processes.wait_for_all()
-    workdirs.check_tokenizer(workdir, prepared.tokenizer)
+    folder.check_tokenizer(workdir, prepared.tokenizer)
     return prepared
