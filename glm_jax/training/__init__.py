@@ -1,1 +1,1 @@
-"""Optimizer, precision, the training step, checkpoints, metrics and the loop around them."""
+"""Optimizer, precision, state, step, and the run with its observers."""
