@@ -98,6 +98,9 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence
     try:
         rest = values(["glm-jax", *arguments])
     except flags.Error as error:
+        key = error.flagname if isinstance(error, flags.UnrecognizedFlagError) else ""
+        if key in default_values({}):
+            raise UserError(f"unknown flag --{key}: keys of the config are written --config.{key}=VALUE") from error
         raise UserError(_one_line(error)) from error
     except (AttributeError, KeyError) as error:
         raise UserError(_unknown_key(arguments, error)) from error

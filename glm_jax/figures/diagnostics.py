@@ -29,7 +29,7 @@ from glm_jax.model.attention import Attention
 from glm_jax.model.feedforward import FeedForward
 from glm_jax.model.layers import LayerNorm, run
 from glm_jax.model.positions import PositionTerms, position_terms
-from glm_jax.model.residual import depth_coefficients, residual_update
+from glm_jax.model.residual import residual_update
 from glm_jax.model.transformer import blocks, embed, head
 
 Array = jax.Array
@@ -115,8 +115,7 @@ def _probed_sublayer(
 ) -> tuple[Array, dict[str, Array]]:
     """Apply one sublayer as `residual_update` does, and measure what passes through it."""
     parts = _Probed(cfg, weights, name, {})
-    alpha = depth_coefficients(cfg.norm, cfg.num_layers).alpha
-    updated = residual_update(cfg.norm, alpha, x, parts.kept("sublayer", sublayer), parts)
+    updated = residual_update(x, parts.kept("sublayer", sublayer), parts)
     seen = parts.seen
     branch = seen.get("output_norm", seen["sublayer"])  # only sandwich has the second norm
     measures = {"stream": x, "sublayer": seen["sublayer"], "branch": branch, "residual": updated - branch}

@@ -20,6 +20,8 @@ from typing import Protocol
 
 import jax
 
+from glm_jax.config.model import GLMConfig
+
 Array = jax.Array
 
 
@@ -56,6 +58,11 @@ def depth_coefficients(norm: str, num_layers: int) -> DepthCoefficients:
 class Parts(Protocol):
     """What a scheme may use around a sublayer. Each part that is asked for has params of its own in every sublayer."""
 
+    @property
+    def cfg(self) -> GLMConfig:
+        """The model: its scheme, its depth, and the keys of a scheme's own."""
+        ...
+
     def norm(self, name: str, /) -> Callable[[Array], Array]:
         """Return a layer norm, [B, S, D] -> [B, S, D]; the others use `norm` and `output_norm`."""
         ...
@@ -65,14 +72,14 @@ class Parts(Protocol):
         ...
 
 
-def residual_update(norm: str, alpha: float, x: Array, sublayer: Callable[[Array], Array], parts: Parts) -> Array:
-    """Apply one sublayer to the residual stream x [B, S, D] under the scheme `norm`; see the table above.
+def residual_update(x: Array, sublayer: Callable[[Array], Array], parts: Parts) -> Array:
+    """Apply one sublayer to the residual stream x [B, S, D] under the model's scheme; see the table above.
 
     The residual that alpha multiplies is the *normalised* tensor.
     """
-    normed = parts.norm("norm")(x)  # [B, S, D]
+    norm = parts.cfg.norm
     if norm in ("post", "deepnorm"):
-        return alpha * normed + sublayer(normed)  # [B, S, D]
-    if norm == "pre":
-        return x + sublayer(normed)  # [B, S, D]
-    return x + parts.norm("output_norm")(sublayer(normed))  # [B, S, D]
+        normed = parts.norm("norm")(x)  # [B, S, D]
+        return depth_coefficients(norm, parts.cfg.num_layers).alpha * normed + sublayer(normed)  # [B, S, D]
+    branch = sublayer(parts.norm("norm")(x))  # [B, S, D]
+    return x + (parts.norm("output_norm")(branch) if norm == "sandwich" else branch)  # [B, S, D]

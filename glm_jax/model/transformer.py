@@ -25,7 +25,7 @@ from glm_jax.model.layers import (
     xavier_stddev,
 )
 from glm_jax.model.positions import PositionTerms, alibi_distance, position_terms
-from glm_jax.model.residual import depth_coefficients, residual_update
+from glm_jax.model.residual import residual_update
 from glm_jax.model.visibility import Visibility, queries
 
 Array = jax.Array
@@ -80,9 +80,14 @@ class SublayerParts(NamedTuple):
     block: Block
     sublayer: str
 
+    @property
+    def cfg(self) -> GLMConfig:
+        """The model."""
+        return self.block.cfg
+
     def norm(self, name: str) -> LayerNorm:
         """Return the layer norm `name` of the sublayer."""
-        return LayerNorm(self.block.cfg.norm_epsilon, name=f"{self.sublayer}_{name}")
+        return LayerNorm(self.cfg.norm_epsilon, name=f"{self.sublayer}_{name}")
 
     def scale(self, initial: float) -> Array:
         """Return the sublayer's learnt scalar []."""
@@ -107,7 +112,6 @@ class Block(nn.Module):
     ) -> tuple[Array, LayerCache | None]:
         """x [B, S, D], `allowed` of T keys, dropout keys [B] -> [B, S, D] and the layer's cache, extended."""
         cfg = self.cfg
-        alpha = depth_coefficients(cfg.norm, cfg.num_layers).alpha
         places = self.axis.part(queries(allowed))  # [S]: the tokens of x
         attention = Attention(cfg, self.axis, name="attention")
         feedforward = FeedForward(cfg, self.axis, name="feedforward")
@@ -122,7 +126,7 @@ class Block(nn.Module):
             return dropout(feedforward(normed), cfg.hidden_dropout, fold_in(keys, 2), places)  # [B, S, D]
 
         for name, sublayer in (("attention", attend), ("feedforward", feed)):
-            x = residual_update(cfg.norm, alpha, x, sublayer, SublayerParts(self, name))  # [B, S, D]
+            x = residual_update(x, sublayer, SublayerParts(self, name))  # [B, S, D]
         return x, grown
 
 

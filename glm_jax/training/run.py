@@ -385,4 +385,4 @@ class Run:
             if "monitor" in self.__dict__:
                 for event in self.checkpoints.events():
                     self.log(event)
-                self.monitor.close()
+                self.__dict__.pop("monitor").close()  # what is said after it has no bar to stand above

@@ -66,7 +66,7 @@ def test_every_parameter_has_its_scale(norm: Any, initialisation: Any) -> None:
     params, stddevs = paths(jax.jit(init, static_argnums=0)(cfg, jax.random.key(0))), expected(norm, initialisation)
     for name, array in params.items():
         if name not in stddevs:
-            assert re.search("/(scale|bias)$", name), name
+            assert re.search("(scale|bias)$", name), name
             assert (array == name.endswith("/scale")).all(), name
         elif name.endswith("qkv/kernel"):  # [L, D, N, 3, K]
             of_heads = {(head, part): array[:, :, head, part] for head in range(N) for part in range(3)}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def sample(cfg: GLMConfig, length: int = 12, context: int = 7) -> tuple[jax.Arra
     return tokens, positions, Visibility(segments, jnp.broadcast_to(places < context, (2, length))).dense()
 
 
-@pytest.mark.parametrize("norm", ["deepnorm", "post", "pre", "sandwich"])
+@pytest.mark.parametrize("norm", get_args(Norm))
 @pytest.mark.parametrize("position, activation", [("rope", "geglu"), ("learned_2d", "gelu"), ("alibi", "gelu_tanh")])
 def test_parameter_count_and_axes_follow_the_params(norm: str, position: str, activation: str) -> None:
     cfg = dataclasses.replace(SMALL, norm=norm, position=position, activation=activation, embedding_norm=True)
@@ -136,7 +136,7 @@ def test_visibility_may_be_a_structure_or_dense() -> None:
 
 
 def test_a_scheme_may_have_a_learnt_scalar_in_every_sublayer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rezero(norm: str, alpha: float, x: jax.Array, sublayer: Any, parts: Any) -> jax.Array:
+    def rezero(x: jax.Array, sublayer: Any, parts: Any) -> jax.Array:
         return x + parts.scale(0.5) * sublayer(x)
 
     monkeypatch.setattr(transformer, "residual_update", rezero)

@@ -6,6 +6,7 @@ import pytest
 from sweep_cases import tiny, write_text
 
 from glm_jax.config import default_config
+from glm_jax.config.fields import to_dict
 from glm_jax.errors import UserError
 from glm_jax.sweeps import results as sweep_results
 from glm_jax.sweeps import saved as sweep_saved
@@ -112,8 +113,7 @@ def test_a_small_sweep_is_trained_on_the_spot(tmp_path, monkeypatch):
     texts = write_text(tmp_path).read_text().split("\n\n")
     monkeypatch.setattr(sweep_saved, "standard_docstrings", lambda: texts)
     base = default_config()
-    for key, value in tiny(tmp_path).model.items():
-        base.model[key] = value
+    base.model.update(to_dict(tiny(tmp_path).model))
     base.data.seq_length, base.data.tokenizer.vocab_size = 16, 300
     base.train.steps, base.train.global_batch, base.train.log_every, base.train.eval_rows = 4, 2, 2, 2
     base.optimizer.warmup_samples = 2

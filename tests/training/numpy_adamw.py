@@ -53,6 +53,6 @@ def update(
         first[name] = beta1 * moments.first[name] + (1 - beta1) * gradient
         second[name] = beta2 * moments.second[name] + (1 - beta2) * gradient**2
         direction = (first[name] / (1 - beta1**count)) / (np.sqrt(second[name] / (1 - beta2**count)) + epsilon)
-        decayed = 0.0 if name.endswith(("/scale", "/bias")) else weight_decay * param
+        decayed = 0.0 if name.endswith(("scale", "bias")) else weight_decay * param
         moved[name] = param - lr * (direction + decayed)
     return moved, Moments(count, first, second)

@@ -1,6 +1,6 @@
 """One of two processes that save and restore together; test_checkpoint.py runs both.
 
-`python -m tests.training.checkpoint_processes PORT INDEX WORKDIR` prints, as JSON, what this process was told and what
+`python -m tests.workdir.checkpoint_processes PORT INDEX WORKDIR` prints, as JSON, what this process was told and what
 it got.
 """
 

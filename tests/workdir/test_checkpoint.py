@@ -86,7 +86,7 @@ def test_two_processes_save_together_and_agree_on_what_is_good(tmp_path: Path) -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-W", "error", "-m", "tests.training.checkpoint_processes", port]
+    command = [sys.executable, "-W", "error", "-m", "tests.workdir.checkpoint_processes", port]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # one process may write small files only
     running = [
