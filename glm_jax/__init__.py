@@ -58,11 +58,15 @@ def load(
 
     from glm_jax.cli import experiments
     from glm_jax.config import with_changes
+    from glm_jax.errors import UserError
+    from glm_jax.parallel import processes
     from glm_jax.training.run import Run
 
     resolved = experiments.resolved(experiment)
     if overrides:
         resolved = with_changes(resolved, overrides)
+    if workdir is None and not processes.alone():
+        raise UserError("a run of several processes needs a workdir that all of them share: name one")
     temporary = tempfile.TemporaryDirectory(prefix="glm_jax-") if workdir is None else None
     run = Run(resolved, Path(temporary.name if temporary else workdir or ""), say, optimizer)
     if temporary:

@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from glm_jax.cli.experiments import summaries
-from glm_jax.config import Experiment, default_values, resolve, with_changes
+from glm_jax.config import Experiment, default_values, resolve
 from glm_jax.config.fields import closest
 from glm_jax.errors import UserError
 
@@ -126,8 +126,11 @@ def require(values: flags.FlagValues, names: Sequence[str]) -> None:
 def load(values: flags.FlagValues) -> Experiment:
     """Return the resolved config that the flags describe."""
     try:
-        resolved, changes = resolve(values.config), entry_values(values)
-        return with_changes(resolved, changes) if changes else resolved
+        config, changes = values.config.to_dict(), entry_values(values)
+        for key, value in changes.items():
+            section, table, name, one = key.split(".")
+            config.setdefault(section, {}).setdefault(table, {}).setdefault(name, {})[one] = value
+        return resolve(config)
     except OSError as error:  # config_flags raises it only now
         name = config_flags.get_config_filename(values["config"])
         known = [found for found, _ in summaries()]

@@ -17,7 +17,7 @@ FOLDERS = (Path(__file__).parents[2] / "experiments", Path(sys.prefix) / "share"
 
 def folder() -> Path | None:
     """Return the folder of the experiments that come with the package, or None if it came without."""
-    return next((path for path in FOLDERS if path.is_dir()), None)
+    return next((path for path in FOLDERS if (path / "quickstart.py").is_file()), None)
 
 
 def summaries() -> Iterator[tuple[str, str]]:
@@ -41,9 +41,11 @@ def with_paths(arguments: Sequence[str]) -> list[str]:
 
 def _path(name: str) -> str:
     root, file = folder(), Path(name)
-    if root is None or file.exists() or file.is_absolute():
+    parts = [part for part in file.parts if part != "experiments"]
+    a_path = file.is_absolute() or (file.is_file() and (file.suffix or len(file.parts) > 1))
+    if root is None or a_path or not parts:
         return name
-    inside = root / Path(*[part for part in file.parts if part != "experiments"]).with_suffix(".py")
+    inside = root / Path(*parts).with_suffix(".py")
     return str(inside) if inside.is_file() else name
 
 

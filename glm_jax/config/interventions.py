@@ -72,6 +72,7 @@ def causes(
     Spikes that were gone back from, which had the steps `skipped`, have lines of their own in the record.
     """
     due = {key for at, values in config.interventions if at <= step for key in values}
+    before = {**numbers(Experiment()), **before}  # an older version did not know every key, and did as the default says
     found = changes(after_spikes(before, skipped), numbers(now))
     by_cause = [(cause, {key: pair for key, pair in found.items() if (key in due) == planned})
                 for cause, planned in (("planned", True), ("config", False))]  # fmt: skip

@@ -1,7 +1,4 @@
-"""A run: steps from the newest good checkpoint to the last, under a config that may change in mid-run.
-
-Read `Run.steps` first.
-"""
+"""A run: steps from the newest good checkpoint on, under a config that may change; read `Run.steps` first."""
 
 from __future__ import annotations
 
@@ -92,7 +89,8 @@ class Run:
         profiled = config.train.profile if processes.is_first() else ()
         self.observers: list[Observer] = [Profile(workdir, profiled), Spikes(), Log(), Evaluate(), Save()]
         self.evaluators: list[Evaluator] = [heldout]
-        self.stopping, self._asked, self.saved_at = False, Request.NOTHING, time.monotonic()
+        self.stopping, self._asked, self._stop_asked = False, Request.NOTHING, False
+        self.saved_at = time.monotonic()
         self._previous: Mapping[str, Any] | None = None  # the metrics of the step before
         self._closed = False
         try:
@@ -107,11 +105,15 @@ class Run:
         A step that an observer goes back from is not yielded. At the end, or after a request to stop, the run saves; a
         loop that is left early saves nothing, and the next call continues from there.
         """
+        self._check_open()
         self.stopping = False
+        if self.step >= self._until and self.saved != self.step:
+            self._change()  # a loop that was left at its last step has neither saved nor changed anything
         if self.step >= self.current.train.steps:
             self.say(f"{self.workdir} is finished: step {self.step} of {self.current.train.steps}")
             return
         self.log({"event": "start", "step": self.step, "versions": versions()})
+        self.stretch.meter.restart()
         try:
             if self.step == 0 and self.current.train.eval_every:
                 self.evaluate()
@@ -132,7 +134,7 @@ class Run:
             if self.saved != self.step:
                 self.save()
         finally:
-            self._asked = Request.NOTHING
+            self._asked, self._stop_asked, self._previous = Request.NOTHING, False, None
             for observer in self.observers:
                 observer.close()
 
@@ -176,7 +178,8 @@ class Run:
             batch = self.stretch.batch(self.samples, rows)
         for observer in self.observers:
             observer.before(self)
-        self.state, metrics = self.stretch.train(self.state, batch, rows, settings, self._asked)
+        asked = Request.STOP if self._stop_asked else self._asked
+        self.state, metrics = self.stretch.train(self.state, batch, rows, settings, asked)
         self.step, self.samples = number, self.samples + rows
         # At most one step ahead, so that a request is met at once; not at all where each step is watched.
         settled, self._previous = (metrics if self.watches_spikes else self._previous), metrics
@@ -204,14 +207,15 @@ class Run:
         self._asked = max(self._asked, request)
 
     def stop(self) -> None:
-        """Ask for the end of `steps`, with a checkpoint."""
-        self.ask(Request.STOP)
+        """Ask for the end of `steps`, with a checkpoint. A signal may call it between any two lines."""
+        self._stop_asked = True
 
     def evaluate(self) -> dict[str, Any]:
         """Run the evaluators now; returns the event, which is logged."""
+        self._check_open()
         event: dict[str, Any] = {"event": "evaluation", "step": self.step}
         for evaluator in self.evaluators:
-            event |= evaluator(self)
+            event |= {name: float(value) for name, value in evaluator(self).items()}
         self.log(event)
         shown = [f"{name} {value:.4f}" for name, value in event.items() if name not in ("event", "step")]
         self.say(f"held-out at step {self.step}: " + ", ".join(shown))
@@ -219,7 +223,10 @@ class Run:
         return event
 
     def save(self) -> None:
-        """Save a checkpoint of where the run stands; it is written while training continues."""
+        """Save a checkpoint of where the run stands, once a step; it is written while training continues."""
+        self._check_open()
+        if self.saved == self.step:
+            return
         run = {
             "step": self.step,
             "samples": self.samples,
@@ -230,8 +237,7 @@ class Run:
         }
         self.checkpoints.save(to_disk(self.stretch.cfg, self.stretch.mesh, self.state), run)
         self.saved, self.saved_at = self.step, time.monotonic()
-        self._asked = Request.STOP if self._asked == Request.STOP else Request.NOTHING
-        self._previous = None  # what it asked for is done
+        self._asked, self._previous = Request.NOTHING, None  # what was asked for is done
         self.stretch.meter.restart()
 
     def log(self, event: Event) -> None:
@@ -314,6 +320,7 @@ class Run:
 
     def restore(self, at_most: int | None = None) -> None:
         """Go back to the newest good checkpoint, of step `at_most` or before; checkpoints after it are set aside."""
+        self._check_open()
         del self.state  # makes room for the one that takes its place
         run = self._restore(at_most)
         self.record.forget(self.step)
@@ -351,21 +358,12 @@ class Run:
         return true_layers(self.stretch.cfg, self.state).params
 
     def rows(self, first: int | None = None, count: int | None = None) -> Rows[np.ndarray]:
-        """Return rows of the training data, a pure function of their numbers: by default those of the next step.
-
-        Args:
-            first: the first row's number, counted from the start of training.
-            count: of rows, B.
-        """
+        """Return `count` rows of the training data from row `first` on: by default those of the next step."""
         start = self.samples if first is None else first
         return self.stretch.batches.at(start, recipe.batch_rows(self.current, start) if count is None else count)
 
     def gradients(self, rows: Rows[np.ndarray]) -> Gradients:
-        """Return sums of losses and the gradients of the mean loss over rows, on the mesh, without dropout.
-
-        Args:
-            rows: [B, ...], of which microbatches of the run's size can be made.
-        """
+        """Return sums of losses and gradients of the mean loss over rows [B, ...], whole microbatches; no dropout."""
         return self.stretch.gradients(self.state.params, rows)
 
     def __enter__(self) -> Run:
@@ -382,7 +380,11 @@ class Run:
         with self.closing:
             self.stretch.close()
             self.checkpoints.close()
-            if "monitor" in self.__dict__:
+            if monitor := self.__dict__.pop("monitor", None):  # what is said after it has no bar to stand above
                 for event in self.checkpoints.events():
-                    self.log(event)
-                self.__dict__.pop("monitor").close()  # what is said after it has no bar to stand above
+                    monitor.log(event)
+                monitor.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the run is closed: load it again")

@@ -137,6 +137,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         made.record, made.checkpoints, made.monitor = Record(tmp_path, 0), book, book
         made.observers, made.evaluators = [Watch(diary), Spikes(), Log(), Evaluate(), Save()], [lambda run: {}]
         made.stopping, made._asked, made._previous, made._closed = False, 0, None, False
+        made._stop_asked = False
         made.saved_at = running.time.monotonic()
         made.state, made.step, made.samples, made.bands, made.saved = start[0], *start, Bands(), start[0] or None
         made._until = interventions.next_step(config, made.step, config.train.steps)
