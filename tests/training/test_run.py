@@ -1,5 +1,6 @@
 """A run's steps, with a stretch that only counts: what is due at which step, and what follows."""
 
+import json
 import os
 import signal
 from contextlib import ExitStack, nullcontext
@@ -63,6 +64,7 @@ class Diary:
         self.diary, self.saved = diary, {}
 
     def log(self, event: dict[str, Any]) -> None:
+        json.dumps(event)
         if event["event"] != "start":
             self.diary.append((event["event"], event["step"]))
 
@@ -107,6 +109,11 @@ class Watch(Observer):
         self.diary.append(("after", step.number))
 
 
+def scalar(run: Run) -> Any:
+    """Stands in for an evaluator, whose values may be of any scalar type."""
+    return {"loss": np.float32(2)}
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs to the end, from a start, and gives the diary; keys as in `train__steps=5`."""
@@ -119,7 +126,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def go(
         start: tuple[int, int] = (0, 0), losses: dict[int, float] | None = None, asks: dict[int, int] | None = None,
-        diary: list[tuple[Any, ...]] | None = None, ready: Any = lambda *_: SimpleNamespace(digests={}), **changes: Any,
+        diary: list[tuple[Any, ...]] | None = None, leave: int = 0,
+        ready: Any = lambda *_: SimpleNamespace(digests={}), **changes: Any,
     ) -> list[tuple[Any, ...]]:  # fmt: skip
         config = default_config()
         config.train.update(steps=10, global_batch=4, log_every=100, eval_every=0, save_every=100)
@@ -135,7 +143,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         made.config, made.workdir, made._optimizer, made._say = config, tmp_path, None, book.say
         made.stretch, made.closing = Counting(diary, config, losses or {}, asks or {}), ExitStack()
         made.record, made.checkpoints, made.monitor = Record(tmp_path, 0), book, book
-        made.observers, made.evaluators = [Watch(diary), Spikes(), Log(), Evaluate(), Save()], [lambda run: {}]
+        made.observers, made.evaluators = (
+            [Watch(diary), Spikes(), Log(), Evaluate(), Save()],
+            [lambda run: {"loss": np.float32(2)}],
+        )
         made.stopping, made._asked, made._previous, made._closed = False, 0, None, False
         made._stop_asked = False
         made.saved_at = running.time.monotonic()
@@ -144,6 +155,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         with made:
             for step in made.steps():
                 diary.append(("seen", step.number))
+                if step.number == leave:
+                    break
+            if leave:
+                diary.extend(("seen", step.number) for step in made.steps())
+            made.save()  # what is saved is not saved again
+        with pytest.raises(ValueError, match="the run is closed"):
+            next(made.steps())
         diary.append(("last", made.current.train.steps))
         diary.append(("ends", made.step, made.samples, made.stopping))
         return diary
@@ -251,6 +269,13 @@ def test_used_up_rollbacks_are_said_once_for_steps_in_a_row(run: Any) -> None:
     assert steps_of(diary, "spike") == [5, 8]
     watched_by_none = run(losses=losses, train__save_every=2, **spike)
     assert steps_of(watched_by_none, "spike") == steps_of(watched_by_none, "rewind") == []
+
+
+@pytest.mark.parametrize("leave", [4, 10])
+def test_a_loop_that_is_left_goes_on_where_it_was_and_loses_no_step(run: Any, leave: int) -> None:
+    diary = run(leave=leave, train__eval_every=5, interventions=((10, {"train.steps": 12}),))
+    assert steps_of(diary, "step") == steps_of(diary, "seen") == list(range(1, 13))
+    assert steps_of(diary, "save") == [10, 12] and steps_of(diary, "evaluation") == [0, 5, 10, 12]
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it() -> None:
