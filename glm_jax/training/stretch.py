@@ -44,11 +44,7 @@ def step_config(
 @functools.lru_cache(maxsize=2)  # a change of the learning rate alone, say, need not compile anything again
 def _compiled(cfg: StepConfig, mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], Callable[..., Any]]:
     train, evaluate = compile_steps(cfg, mesh)
-    return (
-        (train, evaluate)
-        if processes.alone()
-        else (processes.compiled_together(train), processes.compiled_together(evaluate))
-    )
+    return processes.compiled_together(train), processes.compiled_together(evaluate)
 
 
 _gradients = jax.jit(passes.value_and_grad, static_argnums=(0, 1))

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from glm_jax.training.observers import Observer
-
-if TYPE_CHECKING:
-    from glm_jax.training.run import Step
+from glm_jax.training.observers import Observer, Step
 
 
 class Evaluate(Observer):

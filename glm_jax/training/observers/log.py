@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from glm_jax.training.observers import Observer
+from glm_jax.training.observers import Observer, Step
 from glm_jax.workdir.events import Event
-
-if TYPE_CHECKING:
-    from glm_jax.training.run import Step
 
 
 class Log(Observer):

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from glm_jax.training.observers import Observer
+from glm_jax.training.observers import Observer, Step
 
 if TYPE_CHECKING:
-    from glm_jax.training.run import Run, Step
+    from glm_jax.training.run import Run
 
 FOLDER = "profile"
 

@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING
 
 from glm_jax.parallel import processes
-from glm_jax.training.observers import Observer, Request
+from glm_jax.training.observers import Observer, Request, Step
 
 if TYPE_CHECKING:
-    from glm_jax.training.run import Run, Step
+    from glm_jax.training.run import Run
 
 
 class Save(Observer):

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from glm_jax.config import Experiment
-from glm_jax.training.observers import Observer
-
-if TYPE_CHECKING:
-    from glm_jax.training.run import Step
+from glm_jax.training.observers import Observer, Step
 
 
 class Band(NamedTuple):
