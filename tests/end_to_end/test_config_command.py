@@ -30,6 +30,7 @@ def test_list_gives_each_experiment_a_line(glm_jax: Cli) -> None:
 
 
 def test_experiments_are_found_by_name_from_any_directory(tmp_path: Path) -> None:
+    (tmp_path / "quickstart").mkdir()  # a workdir, say, is no experiment
     names = ("quickstart", "quickstart.py", "experiments/quickstart.py", "ablations/norms", "quickstar")
     shown = [["config", "show", f"--config={names[0]}", "--config.seed=5"]]
     shown += [["config", "show", "--config", name] for name in names]
