@@ -17,12 +17,10 @@ from typing import NamedTuple
 
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig
+from glm_jax.workdir.checkpoint_format import Index, ParamPath
 
 CHUNK_BYTES = 32 * 2**20  # of float32, the most that is read, turned and written at a time
 AXIS_NAMES = {"N": "num_heads", "F": "ffn_size", "V": "vocab_size"}  # the axes that ranks split
-
-ParamPath = tuple[str, ...]
-Index = tuple[slice, ...]
 
 
 class Rule(NamedTuple):

@@ -9,7 +9,7 @@ import collections
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ import numpy as np
 
 from glm_jax.errors import UserError
 from glm_jax.interop.layout import (
-    ParamPath,
     Rule,
     axis_sizes,
     check_ranks,
@@ -29,12 +28,23 @@ from glm_jax.interop.layout import (
 from glm_jax.interop.shards import RANK_FILE, Parameter, gather, infer_config, open_parameters, open_ranks
 from glm_jax.interop.torch_archive import TensorStream, write_archive
 from glm_jax.model import GLMConfig
+from glm_jax.model.transformer import Params
 from glm_jax.storage.files import atomic_directory
+from glm_jax.types import Tree
+from glm_jax.workdir.checkpoint_format import ParamPath
 
 Array = jax.Array
 
 
-def load(path: str | Path, cfg: GLMConfig) -> dict[str, Any]:
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+S = TypeVar("S", bound=_Shaped)
+
+
+def load(path: str | Path, cfg: GLMConfig) -> Params:
     """Load an official checkpoint onto the default device.
 
     Args:
@@ -51,7 +61,7 @@ def load(path: str | Path, cfg: GLMConfig) -> dict[str, Any]:
     return load_sharded(path, cfg, nest({rule.path: device for rule in rules(cfg)}))
 
 
-def load_sharded(path: str | Path, cfg: GLMConfig, shardings: dict[str, Any]) -> dict[str, Any]:
+def load_sharded(path: str | Path, cfg: GLMConfig, shardings: Tree) -> Params:
     """Load an official checkpoint onto a mesh, reading of the files what this process's devices hold.
 
     Beyond the arrays themselves the host needs memory for one chunk.
@@ -65,7 +75,7 @@ def load_sharded(path: str | Path, cfg: GLMConfig, shardings: dict[str, Any]) ->
     """
     arrays = {}
     for param_path, parameter in open_parameters(path, cfg).items():
-        sharding: Any = shardings
+        sharding = shardings
         for name in param_path:
             sharding = sharding[name]
         arrays[param_path] = _place(parameter, sharding)
@@ -124,18 +134,18 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def nest(arrays: Mapping[ParamPath, Any]) -> dict[str, Any]:
-    """Turn {path: array} into nested dicts."""
-    tree: dict[str, Any] = {}
-    for (*parents, last), value in arrays.items():
-        functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = value
+def nest(leaves: Mapping[ParamPath, object]) -> Tree:
+    """Turn {path: leaf} into nested dicts."""
+    tree: Tree = {}
+    for (*parents, last), leaf in leaves.items():
+        functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = leaf
     return tree
 
 
 def save(
     path: str | Path,
     cfg: GLMConfig,
-    params: Mapping[str, Any],
+    params: Params,
     *,
     tensor_parallel: int,
     iteration: int,
@@ -163,8 +173,8 @@ def save(
 def write(
     path: str | Path,
     cfg: GLMConfig,
-    sources: Mapping[ParamPath, Any],
-    read: Callable[[Any, tuple[slice | int, ...]], np.ndarray],
+    sources: Mapping[ParamPath, S],
+    read: Callable[[S, tuple[slice | int, ...]], np.ndarray],
     tensor_parallel: int,
     iteration: int,
     dtype: str,

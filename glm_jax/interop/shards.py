@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from glm_jax.errors import UserError
-from glm_jax.interop.layout import Index, ParamPath, Rule, axis_sizes, check_ranks, official_tensors, rules
+from glm_jax.interop.layout import Rule, axis_sizes, check_ranks, official_tensors, rules
 from glm_jax.interop.torch_archive import StoredTensor, read_archive
 from glm_jax.model import GLMConfig
+from glm_jax.workdir.checkpoint_format import Index, ParamPath
 
 RANK_FILE = "mp_rank_{:02d}_model_states.pt"
 FLOATS = ("float32", "float16", "bfloat16", "float64")

@@ -22,13 +22,14 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from glm_jax.errors import UserError
 from glm_jax.storage.files import open_atomic
+from glm_jax.types import Tree
 
 MAP_BYTES = 32 * 2**20  # the longest stretch of a file that is mapped at a time
 ALIGNMENT = 64  # of each record's first byte, as torch aligns them
@@ -117,17 +118,24 @@ class _Reference(NamedTuple):
     strides: tuple[int, ...]
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Reference:
+def _rebuild_tensor(storage: object, offset: object, shape: object, strides: object, *_: object) -> _Reference:
     """Stand in for torch._utils._rebuild_tensor_v2."""
-    numbers = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or any(type(number) is not int or number < 0 for number in numbers):
-        raise pickle.UnpicklingError("a tensor is described by something else than a storage and sizes")
-    if len(shape) != len(strides):
-        raise pickle.UnpicklingError("a tensor has another number of sizes than of strides")
-    return _Reference(storage, offset, tuple(shape), tuple(strides))
+    (first,), sizes, steps = _whole_numbers((offset,)), _whole_numbers(shape), _whole_numbers(strides)
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor refers to something other than a storage")
+    if len(sizes) != len(steps):
+        raise pickle.UnpicklingError("a tensor has more or fewer sizes than strides")
+    return _Reference(storage, first, sizes, steps)
 
 
-ALLOWED: Mapping[tuple[str, str], Any] = {
+def _whole_numbers(values: object) -> tuple[int, ...]:
+    """Check what a pickle gives as sizes: whole numbers that are not negative."""
+    if not isinstance(values, tuple) or any(type(value) is not int or value < 0 for value in values):
+        raise pickle.UnpicklingError("a tensor is described by something other than sizes")
+    return values
+
+
+ALLOWED: Mapping[tuple[str, str], object] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("collections", "OrderedDict"): collections.OrderedDict,
     **{("torch", name): dtype for name, (_, dtype) in DTYPES.items()},
@@ -142,13 +150,13 @@ class _Forbidden(Exception):
 class _Unpickler(pickle.Unpickler):
     """Knows the names in ALLOWED and no other."""
 
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
+    def find_class(self, module_name: str, global_name: str, /) -> object:
         allowed = ALLOWED.get((module_name, global_name))
         if allowed is None:
             raise _Forbidden(f"{module_name}.{global_name}")
         return allowed
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: tuple[object, ...]) -> _Storage:
         kind, dtype, key, _, _ = pid
         if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
             raise pickle.UnpicklingError(f"an unknown reference {kind!r}")
@@ -199,7 +207,7 @@ class _Archive:
         raise UserError(f"{self.path}: the bytes of {name} are not where the archive says: the file is damaged")
 
 
-def read_archive(path: Path) -> Any:
+def read_archive(path: Path) -> Tree:
     """Read what torch.save wrote: the pickled object with a StoredTensor in place of each tensor.
 
     Raises:
@@ -224,7 +232,7 @@ def read_archive(path: Path) -> Any:
         raise UserError(f"{path}: data.pkl cannot be read: {reason}") from error
 
 
-def _unpickle(index: bytes) -> Any:
+def _unpickle(index: bytes) -> Tree:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # a damaged string may hold an escape of no meaning
         for opcode, number, _ in pickletools.genops(index):
@@ -234,7 +242,7 @@ def _unpickle(index: bytes) -> Any:
         return _Unpickler(io.BytesIO(index), encoding="utf-8").load()
 
 
-def _resolve(archive: _Archive, tree: Any, name: str) -> Any:
+def _resolve(archive: _Archive, tree: Tree, name: str) -> Tree:
     if isinstance(tree, _Reference):
         return archive.locate(tree, name)
     if isinstance(tree, dict):

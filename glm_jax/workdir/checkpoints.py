@@ -24,13 +24,11 @@ from etils import epath
 from glm_jax.errors import UserError
 from glm_jax.storage import digests
 from glm_jax.storage.files import sync
-from glm_jax.workdir import checkpoint_folders
+from glm_jax.workdir import checkpoint_folders, checkpoint_format
 from glm_jax.workdir.checkpoint_folders import disk_reason, everyone, newest_good, refusal, temporary, written_by
 
 CHUNK_BYTES = 32 * 2**20
 PATIENCE = 3600  # seconds that the processes of a run wait for one another's part of a checkpoint
-HANDLERS = {"params": ocp.StandardCheckpointHandler, "training": ocp.StandardCheckpointHandler,
-            "run": ocp.JsonCheckpointHandler}  # fmt: skip
 
 _saves = itertools.count()  # the same in all processes, for all save together
 
@@ -227,9 +225,8 @@ class Checkpoints:
             raise OSError(errno.EIO, "another process could not write its part")
         for item in ("params", "training"):
             self._handler.finalize(epath.Path(folder / item))
-        names = {item: f"{handler.__module__}.{handler.__qualname__}" for item, handler in HANDLERS.items()}
         (folder / "run" / "metadata").write_text(record, "utf-8")
-        (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": names}), "utf-8")
+        checkpoint_format.describe(folder, checkpoint_format.HANDLERS)
         digests.seal(folder, written_by(folder, 0), 0, count)
         os.rename(folder, self.directory / str(step))
         sync(self.directory)

@@ -1,0 +1,140 @@
+"""The files of a checkpoint as orbax reads them: its metadata, and params written and read in chunks.
+
+Orbax itself saves and restores whole arrays, which may be larger than a host's memory. A conversion therefore writes
+zarr arrays chunk by chunk and describes them here as orbax describes its own; `checkpoints` lets orbax write arrays
+and takes the rest from here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from glm_jax.errors import UserError
+from glm_jax.storage import digests
+from glm_jax.storage.files import atomic_directory
+
+PARAMS = "params"  # the item of a checkpoint that holds params
+HANDLERS = {PARAMS: ocp.StandardCheckpointHandler, "training": ocp.StandardCheckpointHandler,
+            "run": ocp.JsonCheckpointHandler}  # fmt: skip
+
+ParamPath = tuple[str, ...]
+Index = tuple[slice, ...]
+
+
+class Chunked(NamedTuple):
+    """A float32 array that never is in memory as a whole."""
+
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]  # the shape of a chunk on disk
+    values: Iterable[tuple[Index, np.ndarray]]  # regions, each read as it is asked for
+
+
+def describe(folder: Path, items: Iterable[str]) -> None:
+    """Write which orbax handler restores each item of a checkpoint."""
+    names = {item: f"{HANDLERS[item].__module__}.{HANDLERS[item].__qualname__}" for item in items}
+    (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": names}), "utf-8")
+
+
+def write_params(directory: Path, step: int, arrays: Mapping[ParamPath, Chunked]) -> Path:
+    """Write a checkpoint that holds params alone, in memory for one chunk.
+
+    Args:
+        directory: of the checkpoints, such as WORKDIR/checkpoints.
+        step: names the checkpoint.
+        arrays: params by path.
+
+    Returns:
+        The folder of the step, which appears whole or not at all, sealed with digests.
+
+    Raises:
+        UserError: the step exists already.
+    """
+    folder = directory / str(step)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another directory or remove it")
+    with atomic_directory(folder) as temporary:
+        for path, array in arrays.items():
+            _write(temporary / PARAMS / ".".join(path), array)
+        _describe_params(temporary / PARAMS, {path: array.shape for path, array in arrays.items()})
+        describe(temporary, [PARAMS])
+        digests.seal(temporary, digests.files(temporary))
+    return folder
+
+
+def open_params(path: Path) -> tuple[Path, dict[ParamPath, tensorstore.TensorStore]]:
+    """Open the params of a checkpoint without reading them.
+
+    Args:
+        path: the folder of one step, or a directory of checkpoints, of which the newest step is taken.
+
+    Returns:
+        The folder of the step, and the arrays by path.
+
+    Raises:
+        UserError: there is no checkpoint with params, its files differ from their digests (orbax alone writes none),
+            or they are not an orbax checkpoint's.
+    """
+    folder = _find_step(path)
+    if any(folder.glob("digests-*")) and (damage := digests.damage(folder, f"{PARAMS}/")):
+        raise UserError(f"{folder} is damaged ({damage}): bring it back, or name another step's folder")
+    try:
+        return folder, dict(_open(folder / PARAMS))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder / PARAMS} cannot be read as an orbax checkpoint: {reason}") from error
+
+
+def _write(directory: Path, array: Chunked) -> None:
+    metadata = {"shape": array.shape, "chunks": array.chunk, "dtype": "<f4", "compressor": None}
+    specification = {"driver": "zarr", "kvstore": _file_store(directory), "metadata": metadata}
+    store = tensorstore.open(specification, create=True).result()
+    for region, values in array.values:
+        store[region].write(values).result()
+
+
+def _describe_params(item: Path, shapes: Mapping[ParamPath, tuple[int, ...]]) -> None:
+    """Write the tree of the item, as orbax does."""
+    tree = {
+        str(path): {
+            "key_metadata": [{"key": name, "key_type": 2} for name in path],  # 2: the key of a dict
+            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": shape},
+        }
+        for path, shape in shapes.items()
+    }
+    metadata = {"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False,
+                "store_array_data_equal_to_fill_value": True, "custom_metadata": None}  # fmt: skip
+    (item / "_METADATA").write_text(json.dumps(metadata), "utf-8")
+
+
+def _file_store(directory: Path) -> dict[str, str]:
+    return {"driver": "file", "path": f"{directory.resolve()}/"}
+
+
+def _find_step(path: Path) -> Path:
+    """Return `path` itself if it is the folder of a step, else that of the newest step in it."""
+    if (path / PARAMS).is_dir():
+        return path
+    steps = [step for step in path.iterdir() if step.name.isdigit()] if path.is_dir() else []
+    steps = [step for step in steps if (step / PARAMS).is_dir()]
+    if not steps:
+        raise UserError(f"{path} holds no checkpoint with the item {PARAMS!r}")
+    return max(steps, key=lambda step: int(step.name))
+
+
+def _open(item: Path) -> Iterator[tuple[ParamPath, tensorstore.TensorStore]]:
+    metadata = json.loads((item / "_METADATA").read_text("utf-8"))
+    paths = [tuple(key["key"] for key in leaf["key_metadata"]) for leaf in metadata["tree_metadata"].values()]
+    driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+    for path in paths:
+        name = ".".join(path)
+        store = _file_store(item / name)
+        if (item / "manifest.ocdbt").exists():
+            store = {"driver": "ocdbt", "base": f"file://{item.resolve()}/", "path": f"{name}/"}
+        yield path, tensorstore.open({"driver": driver, "kvstore": store}, open=True).result()
