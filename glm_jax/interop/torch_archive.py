@@ -1,34 +1,31 @@
 """The .pt container that torch.save writes, read and written without torch.
 
 It is a zip archive, nothing compressed: `data.pkl` (a pickle of the structure, in which each tensor is a reference),
-`data/<key>` (the bytes of one storage), `version`, `byteorder` and an id. The pickle goes through an unpickler that
-knows a handful of names and refuses every other, so nothing in a file is ever executed. Tensors stay on disk until a
-region of one is read, through a mapping that is dropped again: resident memory does not grow with the file.
+`data/<key>` (the bytes of one storage), `version`, `byteorder` and an id. `pickle_reader` reads the pickle, so nothing
+in a file is ever executed. Tensors stay on disk until a region of one is read, through a mapping that is closed again:
+resident memory does not grow with the file.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
-import io
 import math
 import mmap
 import os
 import pickle
-import pickletools
 import struct
-import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import ml_dtypes
 import numpy as np
 
 from glm_jax.errors import UserError
-from glm_jax.storage.files import open_atomic
+from glm_jax.interop import pickle_reader
+from glm_jax.storage.files import open_atomic, open_regular
 from glm_jax.types import Tree
 
 MAP_BYTES = 32 * 2**20  # the longest stretch of a file that is mapped at a time
@@ -47,6 +44,13 @@ DTYPES: Mapping[str, tuple[str, np.dtype]] = {
     "int64": ("LongStorage", np.dtype(np.int64)),
     "bool": ("BoolStorage", np.dtype(np.bool_)),
 }
+
+STORAGES = {f"torch.{storage}": dtype for storage, dtype in DTYPES.values()}
+ALLOWED = frozenset([*STORAGES, *(f"torch.{name}" for name in DTYPES)])
+MAX_INDEX_BYTES = 64 * 2**20  # of data.pkl; that of a rank of GLM-130B has 100 kB
+MAX_NODES, MAX_DEPTH = 1_000_000, 50  # of the pickled object: parts of it may be shared without end
+MAX_MEMBERS = 100_000  # of the archive
+MAX_NAME = 200  # characters of a name in a message
 
 Index = tuple[slice, ...]
 
@@ -104,65 +108,6 @@ class StoredTensor:
             del view
 
 
-class _Storage(NamedTuple):
-    dtype: np.dtype
-    key: str
-
-
-class _Reference(NamedTuple):
-    """What a pickled tensor says of itself: a storage, and in elements, offset, shape and strides."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def _rebuild_tensor(storage: object, offset: object, shape: object, strides: object, *_: object) -> _Reference:
-    """Stand in for torch._utils._rebuild_tensor_v2."""
-    (first,), sizes, steps = _whole_numbers((offset,)), _whole_numbers(shape), _whole_numbers(strides)
-    if not isinstance(storage, _Storage):
-        raise pickle.UnpicklingError("a tensor refers to something other than a storage")
-    if len(sizes) != len(steps):
-        raise pickle.UnpicklingError("a tensor has more or fewer sizes than strides")
-    return _Reference(storage, first, sizes, steps)
-
-
-def _whole_numbers(values: object) -> tuple[int, ...]:
-    """Check what a pickle gives as sizes: whole numbers that are not negative."""
-    if not isinstance(values, tuple) or any(type(value) is not int or value < 0 for value in values):
-        raise pickle.UnpicklingError("a tensor is described by something other than sizes")
-    return values
-
-
-ALLOWED: Mapping[tuple[str, str], object] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    **{("torch", name): dtype for name, (_, dtype) in DTYPES.items()},
-    **{("torch", storage): dtype for storage, dtype in DTYPES.values()},
-}
-
-
-class _Forbidden(Exception):
-    pass
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the names in ALLOWED and no other."""
-
-    def find_class(self, module_name: str, global_name: str, /) -> object:
-        allowed = ALLOWED.get((module_name, global_name))
-        if allowed is None:
-            raise _Forbidden(f"{module_name}.{global_name}")
-        return allowed
-
-    def persistent_load(self, pid: tuple[object, ...]) -> _Storage:
-        kind, dtype, key, _, _ = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
-            raise pickle.UnpicklingError(f"an unknown reference {kind!r}")
-        return _Storage(dtype, key)
-
-
 class _Archive:
     """The members of a zip archive and where their bytes lie."""
 
@@ -170,32 +115,49 @@ class _Archive:
         self.path, self.file = path, file
         self.zip = zipfile.ZipFile(file)
         self.members = {info.filename: info for info in self.zip.infolist()}
+        if len(self.members) > MAX_MEMBERS:
+            raise UserError(f"{path} has {len(self.members)} members, at most {MAX_MEMBERS} are read")
         pickles = [name for name in self.members if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise UserError(f"{path} is a zip archive without a data.pkl: torch.save did not write it")
         self.prefix = pickles[0].removesuffix("data.pkl")
-        if self.prefix + "byteorder" in self.members and self.zip.read(self.prefix + "byteorder") != b"little":
+        if self.prefix + "byteorder" in self.members and self._read("byteorder", 16) != b"little":
             raise UserError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
 
-    def locate(self, reference: _Reference, name: str) -> StoredTensor:
-        """Find the bytes of the tensor `name`."""
-        dtype, record = reference.storage.dtype, f"data/{reference.storage.key}"
-        info = self.members.get(self.prefix + record)
-        if info is None:
-            raise UserError(f"{self.path}: {name} refers to the storage {record}, which is not in the archive")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise UserError(f"{self.path}: the storage {record} of {name} is compressed: save the file with torch.save")
-        start = self._data_offset(info, name)
-        extents = [(size - 1) * step for size, step in zip(reference.shape, reference.strides, strict=True)]
-        needed = (reference.offset + sum(extents) + 1) * dtype.itemsize if 0 not in reference.shape else 0
-        if needed > info.file_size:
-            raise UserError(
-                f"{self.path}: {name} needs {needed} bytes of its storage {record}, which has {info.file_size}"
-            )
-        strides = tuple(step * dtype.itemsize for step in reference.strides)
-        return StoredTensor(self.path, dtype, reference.shape, strides, start + reference.offset * dtype.itemsize)
+    def index(self) -> bytes:
+        """Read the pickle."""
+        return self._read("data.pkl", MAX_INDEX_BYTES)
 
-    def _data_offset(self, info: zipfile.ZipInfo, name: str) -> int:
+    def _read(self, record: str, limit: int) -> bytes:
+        size = self.members[self.prefix + record].file_size
+        if size > limit:
+            raise UserError(f"{self.path}: {record} has {size} bytes, at most {limit} are read: no checkpoint has more")
+        return self.zip.read(self.prefix + record)
+
+    def locate(self, tensor: pickle_reader.Tensor, path: tuple[object, ...]) -> StoredTensor:
+        """Find the bytes of the tensor at `path` of the pickled object."""
+        record, dtype = f"data/{tensor.storage.key}", STORAGES.get(tensor.storage.kind)
+        info = self.members.get(self.prefix + record)
+        if dtype is None:
+            raise self._bad(path, f"has a storage of the kind {tensor.storage.kind}")
+        if info is None:
+            raise self._bad(path, f"refers to the storage {record}, which is not in the archive")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise self._bad(path, f"has the storage {record}, which is compressed: save the file with torch.save")
+        extents = [(size - 1) * step for size, step in zip(tensor.shape, tensor.strides, strict=True)]
+        needed = (tensor.offset + sum(extents) + 1) * dtype.itemsize if 0 not in tensor.shape else 0
+        # a stride of 0 could make any number of values out of one
+        if max(needed, math.prod(tensor.shape) * dtype.itemsize) > info.file_size:
+            raise self._bad(path, f"needs {needed} bytes of its storage {record}, which has {info.file_size}")
+        start = self._data_offset(info, path)
+        strides = tuple(step * dtype.itemsize for step in tensor.strides)
+        return StoredTensor(self.path, dtype, tensor.shape, strides, start + tensor.offset * dtype.itemsize)
+
+    def _bad(self, path: tuple[object, ...], reason: str) -> UserError:
+        name = ".".join(str(part)[:MAX_NAME] for part in path)
+        return UserError(f"{self.path}: {name} {reason[:MAX_NAME]}")
+
+    def _data_offset(self, info: zipfile.ZipInfo, path: tuple[object, ...]) -> int:
         """Return the place of a member's first byte: its local header has a length of its own."""
         self.file.seek(info.header_offset)
         header = self.file.read(30)
@@ -204,7 +166,7 @@ class _Archive:
             start = info.header_offset + 30 + name_length + extra_length
             if start + info.file_size <= os.fstat(self.file.fileno()).st_size:
                 return start
-        raise UserError(f"{self.path}: the bytes of {name} are not where the archive says: the file is damaged")
+        raise self._bad(path, "is not where the archive says: the file is damaged")
 
 
 def read_archive(path: Path) -> Tree:
@@ -215,11 +177,11 @@ def read_archive(path: Path) -> Tree:
             is missing or too short.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             archive = _Archive(path, file)
-            tree = _unpickle(archive.zip.read(archive.prefix + "data.pkl"))
-            return _resolve(archive, tree, "")
-    except _Forbidden as error:
+            tree = pickle_reader.read(archive.index(), ALLOWED)
+            return _Resolver(archive).resolve(tree)
+    except pickle_reader.Forbidden as error:
         raise UserError(
             f"{path}: data.pkl asks for {error}, which no checkpoint of tensors needs: refused, nothing was run"
         ) from error
@@ -232,24 +194,25 @@ def read_archive(path: Path) -> Tree:
         raise UserError(f"{path}: data.pkl cannot be read: {reason}") from error
 
 
-def _unpickle(index: bytes) -> Tree:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a damaged string may hold an escape of no meaning
-        for opcode, number, _ in pickletools.genops(index):
-            # the unpickler would set aside memory for as many notes
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(number or 0) < len(index):
-                raise pickle.UnpicklingError(f"a note has the number {number}")
-        return _Unpickler(io.BytesIO(index), encoding="utf-8").load()
+class _Resolver:
+    """Puts StoredTensors in the place of what the pickle says of tensors, within MAX_NODES and MAX_DEPTH."""
 
+    def __init__(self, archive: _Archive) -> None:
+        self._archive = archive
+        self._nodes = 0
 
-def _resolve(archive: _Archive, tree: Tree, name: str) -> Tree:
-    if isinstance(tree, _Reference):
-        return archive.locate(tree, name)
-    if isinstance(tree, dict):
-        return {key: _resolve(archive, value, f"{name}.{key}".lstrip(".")) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_resolve(archive, value, f"{name}[{place}]") for place, value in enumerate(tree)]
-    return tree
+    def resolve(self, tree: object, path: tuple[object, ...] = ()) -> Tree:
+        """Return the tree with its tensors found in the archive."""
+        self._nodes += 1
+        if self._nodes > MAX_NODES or len(path) > MAX_DEPTH:
+            raise pickle.UnpicklingError(f"it has more than {MAX_NODES} parts, or more than {MAX_DEPTH} in one another")
+        if isinstance(tree, pickle_reader.Tensor):
+            return self._archive.locate(tree, path)
+        if isinstance(tree, dict):
+            return {key: self.resolve(part, (*path, key)) for key, part in tree.items()}
+        if isinstance(tree, list | tuple):
+            return [self.resolve(part, (*path, place)) for place, part in enumerate(tree)]
+        return tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -213,12 +213,6 @@ def test_what_is_not_plain_is_refused(tmp_path: Path) -> None:
         assert "data.pkl cannot be read" in line(path)
 
 
-def test_a_pickle_cannot_ask_for_the_memory_of_the_machine(tmp_path: Path) -> None:
-    index = pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.LONG_BINPUT + b"\xff" * 4 + pickle.STOP
-    archives.write(tmp_path / "a.pt", index, {})
-    assert "4294967295" in line(tmp_path / "a.pt")
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_damaged_pickle_gives_one_line_or_a_tree(data: st.DataObject) -> None:
