@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from glm_jax.config import default_config, resolve, source
-from glm_jax.data.corpora import corpus, readers
+from glm_jax.data.corpora import corpus
 from glm_jax.data.corpora.prepare import prepare
 
 folder, workers, commits = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -34,7 +34,7 @@ os.replace = replace  # here, as a worker runs this module, too
 
 
 def main() -> None:
-    corpus.PART_BYTES, readers.RANGE_BYTES = 6000, 3000
+    corpus.PART_BYTES = 4000
     config = default_config()
     config.data.cache = str(folder / "cache")
     config.data.tokenizer.vocab_size = 400

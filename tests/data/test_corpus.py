@@ -17,91 +17,19 @@ import zstandard
 from array_record.python.array_record_module import ArrayRecordReader
 from hypothesis import given
 from hypothesis import strategies as st
+from texts import chinese, english
 
 from glm_jax.data.corpora import corpus, readers
 from glm_jax.data.corpora.build import Workers
 from glm_jax.data.corpora.corpus import Input, Shards, read_documents, split, write_documents, write_shards
-from glm_jax.data.corpora.deduplicate import digest_of, distinct, near_duplicates, shingles, signature
+from glm_jax.data.corpora.deduplicate import digest_of
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
 from glm_jax.errors import UserError
-
-WORDS = [
-    "return",
-    "array",
-    "shape",
-    "type",
-    "value",
-    "index",
-    "axis",
-    "scalar",
-    "matrix",
-    "vector",
-    "norm",
-    "mean",
-    "sum",
-    "product",
-    "input",
-    "output",
-]
-CHARACTERS = "天下大势分久必合周末七国争并入于秦及灭之后楚汉又自高祖斩白蛇而起义一统"
-
-
-def english(seed: int, words: int = 40) -> str:
-    draw = random.Random(seed)
-    return " ".join(draw.choice(WORDS) for _ in range(words)) + "."
-
-
-def chinese(seed: int, characters: int = 120) -> str:
-    draw = random.Random(seed)
-    return "".join(draw.choice(CHARACTERS) for _ in range(characters)) + "。"
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(train([english(seed) for seed in range(50)] + [chinese(seed) for seed in range(50)], 400))
-
-
-# Duplicates
-
-
-def test_exact_duplicates_differ_in_whitespace_at_most():
-    first, second = english(1), english(2)
-    kept, dropped = distinct([first, second, first, first.replace(" ", "\n  "), second + "\n"])
-    assert dropped == 3
-    assert {" ".join(document.text.split()) for document in kept} == {first, second}
-
-
-def near(texts: list[str], threshold: float) -> list[bool]:
-    return list(near_duplicates(map(signature, texts), threshold))
-
-
-@pytest.mark.parametrize("make", [english, chinese])
-def test_near_duplicates(make):
-    texts = [make(seed, 300) for seed in range(20)]
-    changed = [text[:-9] + "Changed." for text in texts[:5]]
-    far = [text[: len(text) // 3] + make(seed + 100, 300) for seed, text in enumerate(texts[5:10])]
-    assert near([*texts, *changed, *far], 0.8) == [False] * 20 + [True] * 5 + [False] * 5
-
-
-def test_the_kept_do_not_depend_on_the_order():
-    texts = [english(seed, 100) for seed in range(30)]
-    texts += [text.replace(" ", "  ") for text in texts[:4]]
-    kept, dropped = distinct(texts)
-    assert dropped == 4
-    for seed in range(3):
-        random.Random(seed).shuffle(texts)
-        assert distinct(iter(texts)) == (kept, dropped)
-    assert [document.digest for document in kept] == sorted(digest_of(document.text) for document in kept)
-
-
-def test_shingles():
-    assert shingles("One two, three FOUR") == shingles("one TWO three\nfour!")
-    assert len(shingles("one two three four")) == 2
-    assert len(shingles("天下大势，分久")) == 4
-    assert len(shingles("numpy天下")) == 1  # three units: a word and two characters
-    assert shingles("天下势") != shingles("天势下")
-    assert shingles("😀 😀") != shingles("--- ---")  # no words: the text itself
-    assert len(shingles("")) == 1
 
 
 # Split
@@ -138,7 +66,7 @@ def make_documents(
     directory.mkdir()
     with Workers(1) as workers:
         given = Input(tuple(files), form, where="here")
-        write_documents(directory, given, heldout, 0.8, workers, strict=strict)
+        write_documents(directory, given, heldout, 0.8, workers, strict=strict, report=print)
     return corpus.read_index(directory)
 
 

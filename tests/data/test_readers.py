@@ -233,9 +233,7 @@ def test_a_record_too_long_is_skipped_in_little_memory(tmp_path: Path, form: str
 def test_a_file_may_be_read_in_ranges(tmp_path_factory, form: str, lines: list[bytes], size: int, last: bytes):
     path = tmp_path_factory.getbasetemp() / "ranges"
     path.write_bytes(b"\n".join(lines) + last)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "RANGE_BYTES", size)
-        parts = ranges(path, form)
+    parts = ranges(path, form, size)
     assert parts[0][0] == 0 and parts[-1][1] == path.stat().st_size
     assert [start for start, _ in parts[1:]] == [stop for _, stop in parts[:-1]]
     found = []
@@ -247,13 +245,12 @@ def test_a_file_may_be_read_in_ranges(tmp_path_factory, form: str, lines: list[b
     assert found == list(read(path, form))
 
 
-def test_files_without_lines_are_one_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(readers, "RANGE_BYTES", 10)
+def test_files_without_lines_are_one_range(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"[1,\n2,\n3]\n" * 10)
-    assert ranges(tmp_path / "file", "json") == [(0, 100)]
-    assert len(ranges(tmp_path / "file", "jsonl")) == 10
+    assert ranges(tmp_path / "file", "json", 10) == [(0, 100)]
+    assert len(ranges(tmp_path / "file", "jsonl", 10)) == 10
     (tmp_path / "empty").touch()
-    assert ranges(tmp_path / "empty", "jsonl") == [(0, 0)]
+    assert ranges(tmp_path / "empty", "jsonl", 10) == [(0, 0)]
 
 
 # JSON arrays

@@ -18,7 +18,7 @@ import io
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,8 +26,9 @@ from typing import Any, TextIO
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from glm_jax.data.corpora import deduplicate
 from glm_jax.data.corpora.build import Workers
-from glm_jax.data.corpora.deduplicate import digest_of, distinct, near_duplicates, signature
+from glm_jax.data.corpora.deduplicate import StoredShingles, digest_of, distinct, near_duplicates, shingles, signature
 from glm_jax.data.corpora.readers import Damaged, lines_before, normaliser, ranges, read
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
@@ -36,8 +37,10 @@ from glm_jax.storage.files import atomic_directory, write_atomic
 SPLITS = ("train", "heldout")
 DUPLICATE = len(SPLITS)  # what sides.npy says of a document in neither split
 ALWAYS_HELD_OUT = 10  # a corpus of at least this many documents has a held-out one
-PART_BYTES = 64_000_000  # of text, about; a worker holds one part in memory
-MOST_PARTS = 512  # a worker has a file open for each
+PART_BYTES = 4_000_000  # of text, about; several workers then share a small source, too
+MOST_PARTS = 512  # a worker has a file open for each, and holds one part in memory
+SAMPLE = 200  # documents whose mean size says how many there will be
+WORTH_SAYING = 64_000_000  # bytes of memory
 EXPANSION = {"jsonl.zst": 4, "parquet": 4}  # text bytes a file byte, roughly
 PLACES = 1000  # damaged records that the index lists a reason; skipped.jsonl lists all
 
@@ -85,7 +88,14 @@ class _ShardJob:
 
 
 def write_documents(
-    directory: Path, source: Input, heldout: float, threshold: float, workers: Workers, *, strict: bool
+    directory: Path,
+    source: Input,
+    heldout: float,
+    threshold: float,
+    workers: Workers,
+    *,
+    strict: bool,
+    report: Callable[[str], None],
 ) -> None:
     """Write the documents stage into a `directory` that may hold pieces of it; see the module's docstring.
 
@@ -94,18 +104,23 @@ def write_documents(
 
     Args:
         heldout: expected share of held-out documents.
-        threshold: similarity from which documents count as one; 0: exact copies only. Above 0 it takes some 2 kB of
-            memory a document.
+        threshold: similarity from which documents count as one; 0 drops exact copies alone. Above 0 it takes memory
+            for each document, deduplicate.BYTES_A_DOCUMENT.
         strict: stop at the first damaged record instead of counting it.
+        report: told before the start how much memory that will be, if it is worth saying.
 
     Raises:
         UserError: there is no document; a damaged record, when strict.
     """
     if not (directory / "index.json").exists():
-        found = [(file, bounds) for file in source.files for bounds in ranges(file, source.form)]
-        sizes = [stop - start for _, (start, stop) in found]
-        text_bytes = sum(sizes) * EXPANSION.get(source.form, 1)
+        file_bytes = sum(file.stat().st_size for file in source.files)
+        text_bytes = file_bytes * EXPANSION.get(source.form, 1)
+        if threshold:
+            _say_memory(source, text_bytes, report)
         parts = max(1, min(MOST_PARTS, -(-text_bytes // PART_BYTES)))
+        cut = max(PART_BYTES, file_bytes // MOST_PARTS)
+        found = [(file, bounds) for file in source.files for bounds in ranges(file, source.form, cut)]
+        sizes = [stop - start for _, (start, stop) in found]
         reads = [
             _ReadJob(source, file, bounds, parts, strict, directory / "read" / f"{number:06d}")
             for number, (file, bounds) in enumerate(found)
@@ -120,8 +135,21 @@ def write_documents(
         _finish_documents(directory, files, heldout, threshold, source.where)
     shutil.rmtree(directory / "read", ignore_errors=True)
     for part in _parts(directory):
-        for name in ("numbers.npz", "dropped.json"):
+        for name in ("numbers.npz", "signatures.npy", "shingles.npy", "dropped.json"):
             (part / name).unlink(missing_ok=True)
+
+
+def _say_memory(source: Input, text_bytes: int, report: Callable[[str], None]) -> None:
+    """Say how much memory near duplicates will take, from the mean size of the first documents."""
+    first = itertools.islice(read(source.files[0], source.form, source.field), SAMPLE)
+    sizes = [len(text.encode()) for text in first if isinstance(text, str)]
+    documents = text_bytes * len(sizes) // max(1, sum(sizes))
+    needed = documents * deduplicate.BYTES_A_DOCUMENT
+    if needed >= WORTH_SAYING:
+        report(
+            f"{source.where}: about {documents:,} documents; to find near duplicates takes about "
+            f"{needed / 1e9:.1f} GB of memory"
+        )
 
 
 def _read(job: _ReadJob) -> None:
@@ -163,9 +191,12 @@ def _merge(job: _PartJob) -> None:
         "places": np.array([int.from_bytes(document.digest[16:24], "big") for document in kept], np.uint64),
         "sizes": np.array([len(document.text.encode()) for document in kept], np.int64),
     }
-    if job.signatures:
-        numbers["signatures"] = np.array([signature(document.text) for document in kept], np.uint32)
     with atomic_directory(job.directory) as temporary:
+        if job.signatures:
+            hashes = [shingles(document.text) for document in kept]
+            numbers["shingles"] = np.array([len(own) for own in hashes], np.int64)
+            np.save(temporary / "signatures.npy", np.array([signature(own) for own in hashes], np.uint32))
+            np.save(temporary / "shingles.npy", np.concatenate([np.empty(0, np.uint32), *hashes]))
         with _open_text(temporary / "documents.jsonl") as file:
             for document in kept:
                 _write_line(file, {"text": document.text})
@@ -183,11 +214,7 @@ def _finish_documents(directory: Path, files: list[Path], heldout: float, thresh
         damaged = sum(reason["count"] for reason in skipped.values())
         said = f"; {damaged:,} damaged records were skipped" if damaged else ""
         raise UserError(f"corpus {where} is empty: it needs at least one line of text{said}")
-    near = np.zeros(sum(counts), bool)
-    if threshold:
-        near[:] = list(near_duplicates((row for part in numbers for row in part["signatures"]), threshold))
-    sides = np.full(sum(counts), DUPLICATE, np.uint8)
-    sides[~near] = split(np.concatenate([part["places"] for part in numbers])[~near], heldout)
+    sides = _sides(parts, numbers, heldout, threshold)
     for part, own in zip(parts, np.split(sides, np.cumsum(counts)[:-1]), strict=True):
         buffer = io.BytesIO()
         np.save(buffer, own)
@@ -200,10 +227,33 @@ def _finish_documents(directory: Path, files: list[Path], heldout: float, thresh
         {
             "documents": {name: int((sides == side).sum()) for side, name in enumerate(SPLITS)},
             "bytes": {name: int(sizes[sides == side].sum()) for side, name in enumerate(SPLITS)},
-            "dropped": {"exact": exact, "near": int(near.sum())},
+            "dropped": {"exact": exact, "near": int((sides == DUPLICATE).sum())},
             "skipped": skipped,
         },
     )
+
+
+def _sides(parts: list[Path], numbers: list[dict[str, np.ndarray]], heldout: float, threshold: float) -> np.ndarray:
+    """Say of each document on which side of the split it is, or that it is a near duplicate."""
+    places = np.concatenate([part["places"] for part in numbers])
+    sides = np.full(len(places), DUPLICATE, np.uint8)
+    if not threshold:
+        sides[:] = split(places, heldout)
+        return sides
+    documents = StoredShingles([part / "shingles.npy" for part in parts], [part["shingles"] for part in numbers])
+    signatures = np.empty((len(places), deduplicate.PERMUTATIONS), np.uint32)
+    first = 0
+    for part in parts:
+        own = np.load(part / "signatures.npy", mmap_mode="r")
+        signatures[first : first + len(own)] = own.reshape(-1, deduplicate.PERMUTATIONS)
+        first += len(own)
+    kept = np.flatnonzero(~near_duplicates(signatures, documents, threshold))
+    sides[kept] = split(places[kept], heldout)
+    # the search above misses some pairs; between the two sides there must be none
+    train, held = (np.flatnonzero(sides == side).tolist() for side in range(len(SPLITS)))
+    found = deduplicate.twins([documents[number] for number in held], map(documents.__getitem__, train), threshold)
+    sides[list(itertools.compress(train, found))] = DUPLICATE
+    return sides
 
 
 def _load_numbers(part: Path) -> dict[str, np.ndarray]:

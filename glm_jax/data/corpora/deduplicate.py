@@ -1,17 +1,28 @@
-"""Exact and near duplicates: which documents of a corpus to keep, whatever order they come in."""
+"""Exact and near duplicates: which documents of a corpus to keep, whatever order they come in.
+
+Two documents are near duplicates if the sets of their shingles (runs of three words, or of three characters of Chinese)
+have a Jaccard similarity of at least a threshold. Candidates are found by MinHash signatures and locality-sensitive
+hashing (Broder 1997; Indyk and Motwani 1998), which misses some pairs; each candidate is then compared by its shingles.
+Between held-out and training documents nothing is missed: `twins` compares all of them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
+from datasketch import MinHash
 
-PERMUTATIONS = 128  # the estimate of a similarity is then within about 0.09 (two standard errors at 0.5)
+PERMUTATIONS = 128  # of a signature
+FOUND = 0.97  # of the pairs at the threshold share a band, in expectation
+SLACK = 0.15  # four standard errors of the similarity that two signatures estimate
+BYTES_A_DOCUMENT = 800  # of memory that `near_duplicates` takes at a threshold of 0.8, signatures included
 SHINGLE = 3  # units a shingle
 BATCH = 1 << 14  # shingles permuted at once, so that a huge document needs no huge array
 SCHEME = "affine32"  # of datasketch's signatures: 32-bit hashes
@@ -53,46 +64,142 @@ def distinct(texts: Iterable[str]) -> tuple[list[Kept], int]:
     return [Kept(digest, first[digest]) for digest in sorted(first)], dropped
 
 
-def signature(text: str) -> np.ndarray:
-    """Return the MinHash signature of a text's shingles: uint32 [PERMUTATIONS] (Broder 1997)."""
-    sketch = MinHash(PERMUTATIONS, hashfunc=int, scheme=SCHEME)
-    hashes = list(shingles(text))
-    for start in range(0, len(hashes), BATCH):
-        sketch.update_batch(hashes[start : start + BATCH])
-    return sketch.hashvalues.astype(np.uint32)
-
-
-def near_duplicates(signatures: Iterable[np.ndarray], threshold: float) -> Iterator[bool]:
-    """Say of each document whether it is similar to one before it that was not.
-
-    Similar means an estimated Jaccard similarity of at least `threshold`, among the pairs that locality-sensitive
-    hashing finds. With the documents in hash order the answer does not depend on the order they were read in.
-
-    Args:
-        signatures: of the documents, in order; those of the kept are held in memory.
-        threshold: in (0, 1).
-    """
-    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
-    sketches: dict[int, MinHash] = {}
-    for number, values in enumerate(signatures):
-        sketch = MinHash(PERMUTATIONS, hashvalues=values, hashfunc=int, scheme=SCHEME)
-        near = any(sketch.jaccard(sketches[other]) >= threshold for other in map(_number, index.query(sketch)))
-        if not near:
-            index.insert(number, sketch, check_duplication=False)
-            sketches[number] = sketch
-        yield near
-
-
-def _number(key: object) -> int:
-    assert isinstance(key, int)  # what was inserted
-    return key
-
-
-def shingles(text: str) -> set[int]:
-    """Return the 32-bit hashes of each run of SHINGLE units (words, or characters of Chinese), case aside.
+def shingles(text: str) -> np.ndarray:
+    """Return the hashes of each run of SHINGLE units (words, or characters of Chinese), case aside.
 
     A text with fewer units is one shingle; one without any letter or digit stands for itself.
+
+    Returns:
+        uint32 [shingles], ascending, each once.
     """
     units = _UNIT.findall(text.casefold()) or [text]
     runs = range(max(1, len(units) - SHINGLE + 1))
-    return {zlib.crc32(" ".join(units[start : start + SHINGLE]).encode()) for start in runs}
+    hashes = {zlib.crc32(" ".join(units[start : start + SHINGLE]).encode()) for start in runs}
+    return np.array(sorted(hashes), np.uint32)
+
+
+def signature(hashes: np.ndarray) -> np.ndarray:
+    """Return the MinHash signature of a text's shingles: uint32 [PERMUTATIONS]."""
+    sketch = MinHash(PERMUTATIONS, hashfunc=int, scheme=SCHEME)
+    for start in range(0, len(hashes), BATCH):
+        sketch.update_batch(hashes[start : start + BATCH].tolist())
+    return sketch.hashvalues.astype(np.uint32)
+
+
+def similarity(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the Jaccard similarity of two sets of shingles."""
+    shared = len(np.intersect1d(first, second, assume_unique=True))
+    return shared / (len(first) + len(second) - shared)
+
+
+def bands(threshold: float) -> tuple[int, int]:
+    """Choose how many bands a signature is cut into, and the rows of each.
+
+    A pair of similarity s shares a band of r rows with the probability 1 - (1 - s ** r) ** bands. The rows are the most
+    that find FOUND of the pairs at the threshold: more rows make fewer candidates.
+    """
+    chosen = 1
+    for rows in range(1, PERMUTATIONS + 1):
+        if 1 - (1 - threshold**rows) ** (PERMUTATIONS // rows) >= FOUND:
+            chosen = rows
+    return PERMUTATIONS // chosen, chosen
+
+
+def near_duplicates(signatures: np.ndarray, documents: Sequence[np.ndarray], threshold: float) -> np.ndarray:
+    """Find the documents that are similar to one before them that is kept.
+
+    With the documents in hash order the answer does not depend on the order they were read in.
+
+    Args:
+        signatures: uint32 [documents, PERMUTATIONS].
+        documents: the shingles of each, which may be read from disk: they are asked for when a candidate is compared.
+        threshold: in (0, 1).
+
+    Returns:
+        bool [documents]. The true similarity of each True to a kept document is at least the threshold.
+    """
+    count = len(signatures)
+    near = np.zeros(count, bool)
+    groups = _groups(signatures, threshold)  # [bands, documents]
+    newest = np.full(int(groups.max(initial=-1)) + 1, -1, np.int32)  # the kept document last put into each group
+    before = np.full(groups.shape, -1, np.int32)  # the one before it in the same group
+    for number in np.flatnonzero((groups >= 0).any(0)).tolist():
+        own = np.flatnonzero(groups[:, number] >= 0)
+        candidates: set[int] = set()
+        for band in own.tolist():
+            other = int(newest[groups[band, number]])
+            while other >= 0:
+                candidates.add(other)
+                other = int(before[band, other])
+        found = np.array(sorted(candidates), np.int64)
+        estimates = (signatures[found] == signatures[number]).mean(1)
+        likely = found[estimates >= threshold - SLACK].tolist()
+        near[number] = any(similarity(documents[other], documents[number]) >= threshold for other in likely)
+        if not near[number]:
+            before[own, number] = newest[groups[own, number]]
+            newest[groups[own, number]] = number
+    return near
+
+
+def _groups(signatures: np.ndarray, threshold: float) -> np.ndarray:
+    """Number the sets of documents that share a band: int32 [bands, documents], -1 for a document alone."""
+    count, rows = bands(threshold)
+    groups = np.full((count, len(signatures)), -1, np.int32)
+    first = 0
+    for band in range(count):
+        part = np.ascontiguousarray(signatures[:, band * rows : (band + 1) * rows])  # [documents, rows]
+        keys = part.view(f"V{part.itemsize * rows}").ravel()
+        _, inverse, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+        shared = sizes > 1
+        numbers = np.where(shared, first + np.cumsum(shared) - 1, -1)
+        groups[band], first = numbers[inverse], first + int(shared.sum())
+    return groups
+
+
+class StoredShingles(Sequence[np.ndarray]):
+    """The shingles of documents, read from disk one document at a time.
+
+    Args:
+        paths: .npy files, each the shingles of some documents one after another, uint32.
+        lengths: for each file, the shingles of each of its documents.
+    """
+
+    def __init__(self, paths: Sequence[Path], lengths: Sequence[np.ndarray]) -> None:
+        self._files = [np.load(path, mmap_mode="r") for path in paths]
+        self._first = np.cumsum([0, *map(len, lengths)])  # document of each file
+        self._starts = [np.concatenate([[0], np.cumsum(part)]) for part in lengths]
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        file = int(np.searchsorted(self._first, index, "right")) - 1
+        start, stop = self._starts[file][index - self._first[file] :][:2]
+        return np.asarray(self._files[file][start:stop])
+
+
+def twins(heldout: Sequence[np.ndarray], training: Iterable[np.ndarray], threshold: float) -> Iterator[bool]:
+    """Say of each training document whether a held-out one is similar to it; unlike `near_duplicates`, miss none.
+
+    Args:
+        heldout, training: shingles of documents; those of the held-out are held in memory, 8 bytes a shingle.
+        threshold: in (0, 1).
+    """
+    sizes = np.array([len(hashes) for hashes in heldout], np.int64)
+    values = np.concatenate([*heldout, np.empty(0, np.uint32)])
+    order = np.argsort(values, kind="stable")
+    values, owners = values[order], np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[order]
+    for hashes in training:
+        left, right = np.searchsorted(values, hashes), np.searchsorted(values, hashes, "right")
+        if (right > left).sum() < threshold * len(hashes):  # all held-out documents together do not hold enough of it
+            yield False
+            continue
+        sharing = np.concatenate([owners[a:b] for a, b in zip(left.tolist(), right.tolist(), strict=True)])
+        shared = np.bincount(sharing, minlength=len(sizes))
+        yield bool((shared >= threshold * (sizes + len(hashes) - shared)).any())

@@ -35,7 +35,7 @@ from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.storage.files import write_atomic
 
-FORMAT_VERSION = 2  # raised when a stage's content changes for the same input
+FORMAT_VERSION = 3  # raised when a stage's content changes for the same input
 CLOCK = 2_000_000_000  # nanoseconds; a file changed this shortly before it was read may change unnoticed
 
 Report = Callable[[str], None]
@@ -186,7 +186,7 @@ def _documents(name: str, source: Any, data: Any, cache: Path, report: Report, p
     directory = cache / "documents" / key
 
     def make(building: Path) -> None:
-        corpus.write_documents(building, given, data.heldout, data.near_duplicates, pool, strict=strict)
+        corpus.write_documents(building, given, data.heldout, data.near_duplicates, pool, strict=strict, report=report)
 
     cached = made(directory, make)
     index = corpus.read_index(directory)

@@ -18,7 +18,6 @@ from glm_jax.errors import UserError
 LONGEST_RECORD = 64_000_000  # bytes; what is longer is hardly one document, and would fill the memory of a worker
 # What a format needs beyond our own dependencies, and the extra of setup.cfg that brings it.
 PACKAGES = {"jsonl.zst": ("zstandard", "corpora"), "parquet": ("pyarrow", "parquet")}
-RANGE_BYTES = 64_000_000  # of a file that can be cut, what one worker reads at a time
 ZSTANDARD_CHUNK = 1 << 14  # compressed bytes read at a time: a run of one character makes a thousand times as many
 
 
@@ -64,16 +63,16 @@ def find_files(path: str) -> list[Path]:
     return sorted(files)
 
 
-def ranges(file: Path, form: str) -> list[tuple[int, int]]:
+def ranges(file: Path, form: str, length: int) -> list[tuple[int, int]]:
     """Cut a file into ranges of bytes, (start, stop), that `read` can read by themselves; one for a form without cuts.
 
-    Files of lines are cut where a record ends, about every RANGE_BYTES.
+    Files of lines are cut where a record ends, about every `length` bytes.
     """
     size = file.stat().st_size
     cuts = [0]
     if form in ("text", "jsonl"):
         with open(file, "rb") as stream:
-            for place in range(RANGE_BYTES, size, RANGE_BYTES):
+            for place in range(length, size, length):
                 if place > cuts[-1]:
                     stream.seek(place)
                     _skip_record(stream, form)
