@@ -34,7 +34,7 @@ LIMIT, GOAL = 4.0, 2e6  # ratio, tokens a second of one core
 
 
 def write_corpus(path: Path, documents: int, seed: int = 0) -> Shards:
-    """Write made-up documents, a few tokens to some ten thousand long (log-normal), and open them."""
+    """Write made-up documents, from a few tokens to tens of thousands (log-normal), and open them."""
     generator = np.random.default_rng(seed)
     lengths = np.clip(generator.lognormal(6.2, 1.2, documents), 8, 50_000).astype(np.int64)
     writer = ArrayRecordWriter(str(path), "group_size:1")

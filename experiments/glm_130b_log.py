@@ -30,7 +30,7 @@ def get_config() -> Config:
         # 10 May: the shrink is lifted linearly over 500 steps
         (6_000, {"train.embedding_shrink.history": ((6_000, 0.1), (6_500, 1.0))}),
         # 28 and 29 May: the run diverges on corrected instruction data. In the end their share, the learning rate and
-        # the shrink ramp up again. That the share starts from none is assumed: text alone had been stable.
+        # the shrink ramp up again. That the share starts at 0 is an assumption: text alone had been stable.
         (
             22_800,
             {
