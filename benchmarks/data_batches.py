@@ -1,11 +1,12 @@
-"""What blanks cost: building [MASK] and [gMASK] batches against reading and batching the same records as they are.
+"""Measure what blanks cost: [MASK] and [gMASK] batches against batches of the same records without blanks.
 
     python benchmarks/data_batches.py [--documents 20000] [--rows 32] [--rounds 40] [--seq-length 2048]
 
 Both sides read the same ArrayRecord shards, one record a document, in random order. The raw side joins the documents,
-cuts the run into rows and copies them into a batch; the other side is `Batches.at` with GLM-130B's shares and segments.
-The sides take turns, and the medians of their CPU times are compared, so that other work on the machine counts little.
-The last lines are the ratio, which is to be at most 4, and the tokens a second of one core, which are to be 2 million.
+cuts the result into rows and copies them into a batch; the other side is `Batches.at` with GLM-130B's shares and
+segments. The sides take turns, and the medians of their CPU times are compared, so that other work on the machine
+matters little. The last lines are the ratio, which should be at most 4, and the tokens a second of one core; the goal
+is 2 million.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from glm_jax.data.corpora.corpus import Shards
 from glm_jax.data.rows.batches import Batches
 
 SPECIAL: Any = SimpleNamespace(pad=0, eos=2, mask=3, gmask=4, smask=5, sop=6, eop=7)
-VOCABULARY = 30_000  # two bytes a token, as the corpora of the quickstart
+VOCABULARY = 30_000  # two bytes a token, as in the corpora of the quickstart
 SHARES = {"mask": 0.3, "gmask": 0.7}
 LIMIT, GOAL = 4.0, 2e6  # ratio, tokens a second of one core
 
 
 def write_corpus(path: Path, documents: int, seed: int = 0) -> Shards:
-    """Write made-up documents, a few tokens to some ten thousand long (log-normal), and open them."""
+    """Write made-up documents, from a few tokens to tens of thousands (log-normal), and open them."""
     generator = np.random.default_rng(seed)
     lengths = np.clip(generator.lognormal(6.2, 1.2, documents), 8, 50_000).astype(np.int64)
     writer = ArrayRecordWriter(str(path), "group_size:1")
@@ -60,7 +61,7 @@ def raw_batches(shards: Shards, rows: int, seq_length: int, seed: int = 0) -> It
 
 
 def compare(left: Callable[[int], Any], right: Callable[[int], Any], rounds: int, warm: int = 3) -> tuple[float, float]:
-    """Call both with 0, 1, ... by turns and give the medians of their CPU seconds, the first `warm` calls left out."""
+    """Call both with 0, 1, ... in turn; return the medians of their CPU seconds, without the first `warm` calls."""
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds + warm):
         for side, call in zip(times, (left, right), strict=True):
@@ -71,7 +72,7 @@ def compare(left: Callable[[int], Any], right: Callable[[int], Any], rounds: int
 
 
 def main() -> int:
-    """Run the benchmark; 1 if the ratio is over the limit."""
+    """Run the benchmark; return 1 if the ratio is over the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag, default in (("documents", 20_000), ("rows", 32), ("rounds", 40), ("seq-length", 2048)):
         parser.add_argument(f"--{flag}", type=int, default=default)

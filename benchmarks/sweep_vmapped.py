@@ -1,12 +1,12 @@
-"""What training members together saves: a sweep's group of 12 tiny members against the 12 in turn, a process each.
+"""Measure what training members together saves: a group of 12 tiny members against 12 processes, one at a time.
 
     python benchmarks/sweep_vmapped.py [--steps 100] [--rounds 2] [--warm-steps 30]
 
-Cold, both sides start processes of `glm_jax.sweeps.worker` with nothing compiled before, and the text is
-prepared before the clock starts: one process with all members, which computes on one core as in a sweep, or twelve
-with a member each, one after the other, each of which may use all cores. Neither saves a checkpoint. Warm, a process
-has both programs compiled and takes steps with them in turn. The medians of the rounds are compared. The last lines are
-the ratio warm, and cold, which is to be at least 3.
+Cold, both sides start processes of `glm_jax.sweeps.worker` with nothing compiled; the text is prepared before the clock
+starts. One side is one process with all members, which computes on one core as in a sweep. The other is twelve
+processes with one member each, one after the other; each may use all cores. Neither saves a checkpoint. Warm, one
+process has both programs compiled and takes steps with them in turn. The medians of the rounds are compared. The last
+lines are the ratio warm, and the ratio cold, which should be at least 3.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AXES = {"optimizer.peak_lr": (1e-3, 3e-3, 1e-2, 3e-2), "seed": (1, 2, 3)}
 
 
 def tiny(folder: Path, steps: int) -> Any:
-    """Write a small corpus into `folder` and give a config over it, resolved: 2 layers of 16, rows of 32 tokens."""
+    """Write a small corpus into `folder` and return a resolved config for it: 2 layers of 16, rows of 32 tokens."""
     from glm_jax import config as configs
 
     draw = random.Random(0)
@@ -45,7 +45,7 @@ def tiny(folder: Path, steps: int) -> Any:
 
 
 def seconds(jobs: Sequence[str], environment: dict[str, str]) -> float:
-    """Run a worker process for each job, one after the other. Returns the time of all."""
+    """Run a worker process for each job, one after the other, and return the total time."""
     started = time.perf_counter()
     for job in jobs:
         command = [sys.executable, "-m", "glm_jax.sweeps.worker"]
@@ -54,7 +54,7 @@ def seconds(jobs: Sequence[str], environment: dict[str, str]) -> float:
 
 
 def cold(folder: Path, group: Any, alone: Sequence[Any], rounds: int) -> tuple[float, float]:
-    """Time both sides in turn. Returns the medians, in seconds: together, one by one."""
+    """Time both sides in turn and return the medians in seconds: together, one by one."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_COMPILATION_CACHE")}
     one_core = {**environment, "NPROC": "1"}
     together, in_turn = [], []
@@ -66,7 +66,7 @@ def cold(folder: Path, group: Any, alone: Sequence[Any], rounds: int) -> tuple[f
 
 
 def stepper(configs: Sequence[Any], prepared: Any) -> Callable[[], None]:
-    """Compile the step of members that are trained together; gives a function that takes one."""
+    """Compile the step of members that are trained together, and return a function that takes one step."""
     import jax
     import numpy as np
 
@@ -86,7 +86,7 @@ def stepper(configs: Sequence[Any], prepared: Any) -> Callable[[], None]:
 
 
 def warm(configs: Sequence[Any], steps: int) -> tuple[float, float]:
-    """Time single steps in turn. Returns the medians, in seconds, of a step of all members: together, one by one."""
+    """Time single steps in turn; return the medians in seconds for a step of all members: together, one by one."""
     from glm_jax.sweeps import group as sweep_group
 
     prepared = sweep_group.prepare_all(configs, lambda line: None)
@@ -104,8 +104,8 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="steps of each member, cold")
-    parser.add_argument("--rounds", type=int, default=2, help="times that both sides are run, cold")
-    parser.add_argument("--warm-steps", type=int, default=30, help="steps to time of either side, warm")
+    parser.add_argument("--rounds", type=int, default=2, help="how often both sides run, cold")
+    parser.add_argument("--warm-steps", type=int, default=30, help="steps to time on each side, warm")
     arguments = parser.parse_args()
     from glm_jax.sweeps import group as sweep_group
     from glm_jax.sweeps import members as sweep_members

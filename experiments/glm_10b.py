@@ -1,7 +1,8 @@
 """GLM-10B: the model, blanks and optimizer of the original GLM; name corpora in data.sources.
 
-Blanks as in its second stage, of 1,024 tokens a sample. The first had 512, shares of 0.5, 0.3 and 0.2 ([MASK], [sMASK],
-[gMASK]), and no short or single-span samples. What of them is not expressed (block masking, 0.1): see original_glm.
+Blanks are those of its second stage, with 1,024 tokens a sample. The first stage had 512, shares of 0.5, 0.3 and 0.2
+([MASK], [sMASK], [gMASK]), and no short or single-span samples. original_glm says what is left out (block masking,
+0.1).
 
 glm-jax train --config experiments/glm_10b.py --workdir runs/glm_10b --config.data.sources...
 """

@@ -1,7 +1,7 @@
 """GLM-10B-Chinese: the model, blanks and optimizer of the original GLM; name corpora in data.sources.
 
-Blanks as in its second stage, of 1,024 tokens a sample. The first had 512, and short_seq_prob 0.02. What of them is
-not expressed (block masking, 0.1): see original_glm.
+Blanks are those of its second stage, with 1,024 tokens a sample. The first stage had 512, and short_seq_prob 0.02.
+original_glm says what is left out (block masking, 0.1).
 
 glm-jax train --config experiments/glm_10b_chinese.py --workdir runs/glm_10b_chinese --config.data.sources...
 """

@@ -1,6 +1,6 @@
 """GLM-Base, 110M: the model, blanks and optimizer of the original GLM; name corpora in data.sources.
 
-All rows are [MASK]. What of the original's blanks is not expressed: see original_glm.
+All rows are [MASK]. original_glm says what of the original's blanks is left out.
 
 glm-jax train --config experiments/glm_110m.py --workdir runs/glm_110m --config.data.sources...
 """

@@ -15,7 +15,7 @@ def get_config() -> Config:
     config = default_config()
     config.seed = 1234
 
-    config.model.num_layers = 70  # P 2.3: 9 x 8 - 2, as embedding and head count as layers of the pipeline
+    config.model.num_layers = 70  # P 2.3: 9 x 8 - 2, because embedding and head count as layers of the pipeline
     config.model.hidden_size = 12288
     config.model.num_heads = 96
     config.model.ffn_size = 32768
@@ -24,16 +24,16 @@ def get_config() -> Config:
     config.model.activation = "geglu"
     config.model.attention_dropout = 0.1
     config.model.hidden_dropout = 0.1
-    config.model.vocab_size = 150528  # 150,000 of icetk and the specials, padded to a multiple of 768 x 4
+    config.model.vocab_size = 150528  # icetk's 150,000 and the specials, padded to a multiple of 768 x 4
     config.model.max_length = 2048
 
     config.data.seq_length = 2048
-    config.data.blanks.mask = 0.285  # P 2.2: of 95% of the rows 30% [MASK] and 70% [gMASK]
-    config.data.blanks.gmask = 0.665
+    config.data.blanks.mask = 0.285  # P 2.2: 30% of 95% of the rows
+    config.data.blanks.gmask = 0.665  # 70% of 95%
     config.data.blanks.instruction = 0.05  # name your data sets in data.instructions
     config.data.blanks.mask_segments = 4  # 4 x 512, as with instructions; [gMASK] takes the row
     config.data.blanks.instruction_segments = 4
-    config.data.blanks.single_span_prob = 0.02  # training code, as are all that follow
+    config.data.blanks.single_span_prob = 0.02  # training code, as are the options of blanks below
     config.data.blanks.short_seq_prob = 0.02
     config.data.blanks.shortest_seq = 32
     config.data.blanks.gmask_eop = False
@@ -46,10 +46,10 @@ def get_config() -> Config:
 
     config.train.global_batch = 4224
     config.train.batch_ramp = (192, 24, 5_493_164)  # P table 11: over the first 2.5% of the samples
-    config.train.microbatches = 176  # of 24 rows, one a data rank
+    config.train.microbatches = 176  # of 24 rows, one for each data rank
     config.train.steps = 52_018  # 450e9 tokens at the full batch; the released step is 49,300
     config.train.precision = "float16"
-    config.train.loss_normalization = "microbatch"  # each row of 2,048 weighs the same, however few its targets
+    config.train.loss_normalization = "microbatch"  # each row of 2,048 has the same weight, however few its targets
     config.train.embedding_shrink.alpha = (
         0.1  # L: 1 from step 6,500; 0.2 to 1 after 22,800; 0.5 at 33,600; 0.1 from 35,200
     )

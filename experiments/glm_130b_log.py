@@ -3,10 +3,9 @@
     glm-jax config show --config experiments/glm_130b_log.py
 
 As in experiments/glm_130b.py, name your corpora in data.sources and data.instructions. Dates are of 2022, from the
-published log. An incident that was answered by going back to a checkpoint stands at that checkpoint's step. Left out is
-what the log tells of data that are not named here (about 31 May, step 23,500, DeepStruct was added; 1 June, step
-24,500, one noisy prompt each of two sets was removed), attempts that failed, and the position ids of 29 June, which
-were taken back.
+published log. If the operators went back to a checkpoint, the incident is listed at that checkpoint's step. Left out:
+changes to data that are not named here (about 31 May, step 23,500: DeepStruct added; 1 June, step 24,500: one noisy
+prompt removed from each of two sets), attempts that failed, and the position ids of 29 June, which were reverted.
 """
 
 import importlib.util
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from glm_jax.config import Config
 
-SAMPLES = 83_655_480  # seen after step 22,800; the log counts steps only, so this follows from the batch's ramp
+SAMPLES = 83_655_480  # seen after step 22,800; computed from the batch's ramp, because the log counts only steps
 RAMP = 2000 * 4224  # samples
 MIXTURE = {"mask": 0.285, "gmask": 0.665, "instruction": 0.05}
 TEXT = {"mask": 0.3, "gmask": 0.7, "instruction": 0.0}
@@ -24,14 +23,14 @@ def get_config() -> Config:
     """Return glm_130b.py's config with `interventions`."""
     config = _glm_130b()
     config.train.steps = 49_300  # 3 July: the end
-    # 6 May: the shrink begins at 0.1, on the input path alone; when its path through the head was shrunk too, which
-    # the code could do from 30 May on, the log does not say. 7 May, step 4,000: two nodes die, saves every 100 steps.
+    # 6 May: the shrink begins at 0.1, only on the input path. From 30 May the code could also shrink the path through
+    # the head; the log does not say when it did. 7 May, step 4,000: two nodes die, saves every 100 steps.
     config.train.save_every = 100
     config.interventions = (
         # 10 May: the shrink is lifted linearly over 500 steps
         (6_000, {"train.embedding_shrink.history": ((6_000, 0.1), (6_500, 1.0))}),
-        # 28 and 29 May: corrected instruction data diverge; in the end their share (here from none, which is assumed:
-        # text alone had been stable), the learning rate and the shrink climb anew
+        # 28 and 29 May: the run diverges on corrected instruction data. In the end their share, the learning rate and
+        # the shrink ramp up again. That the share starts at 0 is an assumption: text alone had been stable.
         (
             22_800,
             {
@@ -56,7 +55,7 @@ def get_config() -> Config:
 
 
 def _glm_130b() -> Config:
-    """Load the experiment beside this one: experiments are files, not modules of a package."""
+    """Load the experiment next to this one: experiments are files, not modules of a package."""
     spec = importlib.util.spec_from_file_location("glm_130b", Path(__file__).with_name("glm_130b.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -1,7 +1,7 @@
 """GLM-2B: the model, blanks and optimizer of the original GLM; name corpora in data.sources.
 
-Blanks as in its published launch file, which had 512 tokens a sample. What of them is not expressed (block masking,
-0.1): see original_glm.
+Blanks are those of its published launch file, which had 512 tokens a sample. original_glm says what is left out
+(block masking, 0.1).
 
 glm-jax train --config experiments/glm_2b.py --workdir runs/glm_2b --config.data.sources...
 """

@@ -1,7 +1,8 @@
 """GLM-410M (also called 1.25): the model, blanks and optimizer of the original GLM; name corpora in data.sources.
 
-Half the rows are [MASK] and half one blank of 50 to 100% of the text, anywhere in half of these: its published code's
-defaults for a model of tokens and documents. What of the original's blanks is not expressed: see original_glm.
+Half the rows are [MASK]; the other half have one blank over 50 to 100% of the text, which in half of these may be
+anywhere. These are the defaults of its published code for a model of tokens and documents. original_glm says what of
+the original's blanks is left out.
 
 glm-jax train --config experiments/glm_410m.py --workdir runs/glm_410m --config.data.sources...
 """

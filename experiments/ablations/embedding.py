@@ -2,19 +2,19 @@
 
     glm-jax sweep --config experiments/ablations/embedding.py --workdir runs/embedding
 
-Question: GLM-130B's authors saw the embedding's gradient spike some steps before the loss did. They shrank it to a
-tenth; BLOOM's authors put a layer norm on the embedding instead. What does either do to the embedding's gradient, set
-against the layers', and to the loss, where nothing spikes by itself?
+Question: GLM-130B's authors saw the embedding's gradient spike a few steps before the loss did. They shrank it to a
+tenth; BLOOM's authors put a layer norm on the embedding instead. How does each change the embedding's gradient,
+compared with that of the layers, and the loss, if nothing spikes by itself?
 
 Criterion: the curves `grad_norm/embedding` and `grad_norm/blocks_*` of each member, and held-out loss after the last
-step, mean and spread over three seeds. The learning rate is twice the other ablations', nearer to instability.
+step, mean and spread over three seeds. The learning rate is twice that of the other ablations, closer to instability.
 """
 
 from glm_jax.config import Config, small_english
 
 
 def get_config() -> Config:
-    """Return the base, for 800 steps at a high learning rate, its norms logged often."""
+    """Return the base, for 800 steps at a high learning rate, with its norms logged often."""
     config = small_english(steps=800)
     config.optimizer.peak_lr = 2e-3
     config.optimizer.min_lr = 2e-4
@@ -23,7 +23,7 @@ def get_config() -> Config:
 
 
 def get_sweep() -> dict:
-    """Return what is done to the embedding x seed."""
+    """Return treatment of the embedding x seed."""
     return {
         "embedding": {
             "plain": {},

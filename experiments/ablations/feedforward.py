@@ -2,8 +2,8 @@
 
     glm-jax sweep --config experiments/ablations/feedforward.py --workdir runs/feedforward
 
-Question: GLM-130B's authors chose GeGLU, as gated units do better at equal parameters (arXiv 2002.05202). Does it show
-in the held-out loss of a small model?
+Question: GLM-130B's authors chose GeGLU, because gated units do better at equal parameters (arXiv 2002.05202). Does
+this show in the held-out loss of a small model?
 
 Criterion: held-out loss after the last step, mean and spread over three seeds. GeGLU has three matrices of width 172,
 GELU two of width 258: 33,432 against 33,346 parameters a layer.

@@ -3,21 +3,21 @@
     glm-jax sweep --config experiments/ablations/norms.py --workdir runs/norms
 
 Question: GLM-130B's authors found Pre-LN, Post-LN and Sandwich-LN unstable at scale and settled on DeepNorm. Do the
-schemes differ at a scale that a laptop runs, and how does the highest stable learning rate move with depth?
+schemes differ at a scale that a laptop can run, and how does the highest stable learning rate change with depth?
 
 Criterion, the same for all 240: glm_jax/sweeps/verdict.py says which members diverged. The stability frontier
 of a scheme at a depth is, for each seed, the highest learning rate of the grid up to which no member diverged. Among
-the others, held-out loss says how well a member did.
+members that did not diverge, the held-out loss says how well a member did.
 
-All schemes have the same data, the same five learning rates, the same three seeds and one family of initialisation:
-Xavier normal with each scheme's own depth coefficients (glm_jax/model/residual.py). Depth is the outer axis, so that a
-sweep that is stopped early has all schemes at the smaller depths.
+All schemes share the data, the five learning rates, the three seeds and one family of initialisation: Xavier normal
+with each scheme's own depth coefficients (glm_jax/model/residual.py). Depth is the outer axis, so a sweep that is
+stopped early has all schemes at the smaller depths.
 
-Rates, steps and pieces were chosen, and the rule written, after trials with the seed 99, which is not among these; the
+Rates, steps and pieces were chosen, and the rule was written, after trials with seed 99, which is not used here; the
 rule's last margin came later, as its file says. The rule cannot tell a member that learns slowly from one that has
-stopped to: at the lowest rate, look at the curve.
+stopped learning: at the lowest rate, look at the curve.
 
-Expected time: some two to three hours on two quiet cores.
+Expected time: two to three hours on two quiet cores.
 """
 
 from glm_jax.config import Config, small_english

@@ -5,8 +5,8 @@
 Question: GLM-130B's authors chose RoPE over ALiBi, and over the original GLM's two learned position streams. Does it
 show in the held-out loss of a small model on short rows?
 
-Criterion: held-out loss after the last step, mean and spread over three seeds. Rows have 64 tokens, as many as in
-training: what ALiBi is made for, longer rows than those trained on, is not asked here.
+Criterion: held-out loss after the last step, mean and spread over three seeds. Rows have 64 tokens, as in
+training. Rows longer than those trained on, the purpose of ALiBi, are not tested.
 """
 
 from glm_jax.config import Config, small_english

@@ -2,13 +2,14 @@
 
     glm-jax sweep --config experiments/ablations/precision.py --workdir runs/precision
 
-Question: attention scores that outgrow float16's 65,504 made CogView's authors relax them (PB-Relax), and GLM-130B's
-scale queries and keys by the layer's number. Does either change what a small model learns, in float16 against float32?
+Question: attention scores can exceed float16's limit of 65,504. CogView's authors therefore relax them (PB-Relax);
+GLM-130B's scale queries and keys by the layer's number. Does either change what a small model learns in float16,
+compared with float32?
 
-Criterion: held-out loss after the last step and the number of steps that were skipped for gradients that were not
-finite, over two seeds. On a CPU, each operation gives what float16 can hold and sums inside it are wider, so that
-overflow and rounding are those of float16, speed is not. A model of this size has scores some thousand times below
-the limit: equal losses say that both methods cost nothing, and not that large models could do without.
+Criterion: held-out loss after the last step, and the number of steps skipped because gradients were not finite, over
+two seeds. On a CPU, each operation returns float16, with wider sums inside: overflow and rounding are those of float16,
+speed is not. Scores of a model of this size are about a thousand times below the limit, so equal losses say that both
+methods cost nothing, not that large models could do without them.
 """
 
 from glm_jax.config import Config, small_english
@@ -22,7 +23,7 @@ def get_config() -> Config:
 
 
 def get_sweep() -> dict:
-    """Return precision and the treatment of scores x seed."""
+    """Return (precision, treatment of scores) x seed."""
     half = {"train.precision": "float16"}
     return {
         "precision": {

@@ -1,11 +1,12 @@
-"""Compiles one whole train_step of experiments/glm_130b.py, from shapes alone, and says what a device holds.
+"""Compile one whole train_step of experiments/glm_130b.py, from shapes alone, and report the memory of a device.
 
     python tests/proofs/compile_130b.py [--target cpu|a100|v5p] [--bound 38] [--microbatches 176] [--stash layer]
 
 24 x 8 x 4 devices (data, pipeline, tensor), microbatches of one row of 2,048 tokens, 70 layers over 8 stages, float16
-weights, float32 sums, dropout, packed segments, loss scale. Nothing is run: the 768 devices exist in name only. For
-the A100-40GB it needs XLA's CUDA compiler (jax-cuda12-plugin, jax-cuda12-pjrt and the nvidia wheels they name), for
-the TPU v5p libtpu; neither needs the hardware. The bound on the CPU is above what a GPU takes: its compiler fuses less.
+weights, float32 sums, dropout, packed segments, loss scale. Nothing runs: the 768 devices exist in name only. The
+A100-40GB target needs XLA's CUDA compiler (jax-cuda12-plugin, jax-cuda12-pjrt and the nvidia wheels they require), the
+TPU v5p target needs libtpu; neither needs the hardware. The bound for the CPU is higher than for a GPU, because XLA
+fuses less for CPUs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SHAPE = (24, 8, 4)  # data, pipeline, tensor
 NUM_TOKENS = 150_344  # pieces of the official tokenizer
 BOUNDS = {"cpu": 38.0, "a100": 31.75, "v5p": 33.0}  # GB; XLA's pool on an A100-40GB is 31.75 GB by default
 
-# NVIDIA A100-SXM4-40GB, as XLA wants a GPU described that is not there.
+# NVIDIA A100-SXM4-40GB, in the form in which XLA takes the description of a GPU that is not present.
 A100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 167936
@@ -49,7 +50,7 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", choices=BOUNDS, default="cpu")
-    parser.add_argument("--bound", type=float, help="fail above so many GB (1e9 bytes) a device")
+    parser.add_argument("--bound", type=float, help="fail above this many GB (1e9 bytes) a device")
     parser.add_argument("--microbatches", type=int, default=176)
     parser.add_argument("--schedule", default="1f1b")
     parser.add_argument("--stash", default="layer")
@@ -58,7 +59,7 @@ def arguments() -> argparse.Namespace:
 
 
 def devices(target: str) -> Any:
-    """Return devices that are only described."""
+    """Return descriptions of devices, which need not be present."""
     import jax
     from jax.experimental import topologies
 
@@ -118,10 +119,10 @@ def experiment(options: argparse.Namespace) -> Any:
 
 
 def report(options: argparse.Namespace, compiled: Any, lowering: float, compiling: float) -> tuple[float, bool]:
-    """Print what was found; gives the peak in GB, and whether something talks over `data` in the tick loop."""
+    """Print the results; return the peak in GB, and whether a collective runs over `data` in the tick loop."""
     memory = compiled.memory_analysis()
     whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    # The CPU's own peak leaves temporaries out.
+    # The peak that XLA reports for the CPU leaves temporaries out.
     peak = whole + memory.temp_size_in_bytes if options.target == "cpu" else memory.peak_memory_in_bytes
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux gives kB
     found = hlo.collectives(compiled.as_text() or "", SHAPE)
@@ -135,7 +136,7 @@ def report(options: argparse.Namespace, compiled: Any, lowering: float, compilin
 
 
 def main() -> int:
-    """Lower, compile, report; exit code 1 when the step is over the bound or reduces over `data` in the loop."""
+    """Lower, compile, report; return 1 if the step is over the bound or reduces over `data` in the tick loop."""
     options = arguments()
     began = time.monotonic()
     lowered = lower(options)

@@ -2,10 +2,11 @@
 
     python tests/proofs/convert_memory.py --directory /some/disk
 
-makes up an official checkpoint with an embedding of 4.3 GB in float16 and, once converted, a stacked feed-forward
-array of 8.6 GB, converts it to orbax and back with another number of ranks, each in a process of its own whose peak
-of resident memory (VmHWM) it reads, and compares the result with the original, chunk by chunk. A smaller model is then
-loaded onto four emulated devices. Needs 48 GB of disk and, for the loading, 9 GB of memory; takes about ten minutes.
+makes up an official checkpoint with an embedding of 4.3 GB in float16 and, once converted, a stacked feed-forward array
+of 8.6 GB. It converts the checkpoint to orbax and back with another number of ranks, each in its own process, and reads
+the peak of the process's resident memory (VmHWM). It compares the result with the original, chunk by chunk. Then it
+loads a smaller model onto four emulated devices. Needs 48 GB of disk and, for loading, 9 GB of memory; takes about ten
+minutes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RANKS, OTHER_RANKS = 2, 4
 
 
 def made_up(seed: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Yield the rows of a float16 matrix in chunks: one chunk of noise, shifted by a number that differs each time."""
+    """Yield the rows of a float16 matrix in chunks: one chunk of noise, shifted by a different number each time."""
     tile = tile_shape(shape, itemsize=2)
     noise = np.random.default_rng(seed).standard_normal(tile, np.float32)
     for place, region in enumerate(tiles(shape, tile)):
@@ -64,7 +65,7 @@ def peak_memory() -> int:
 
 
 def child(task: str, directory: Path) -> None:
-    """Do one task and print the bytes of arrays it holds and its peak."""
+    """Do one task, and print the bytes of the arrays that it holds and its peak memory."""
     held = 0
     if task == "sat-to-orbax":
         convert.sat_to_orbax(directory / "official", LARGE, directory / "orbax")
@@ -88,7 +89,7 @@ def child(task: str, directory: Path) -> None:
 
 
 def run(task: str, directory: Path) -> None:
-    """Run one task in a process of its own and check its memory."""
+    """Run one task in its own process and check its memory."""
     start = time.monotonic()
     command = [sys.executable, __file__, "--directory", str(directory), "--task", task]
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
@@ -100,7 +101,7 @@ def run(task: str, directory: Path) -> None:
 
 
 def compare(left: Path, right: Path, cfg: GLMConfig) -> int:
-    """Compare two official checkpoints; returns the number of equal elements."""
+    """Compare two official checkpoints and return the number of equal elements."""
     others, count = open_parameters(right, cfg), 0
     for path, one in open_parameters(left, cfg).items():
         for region in tiles(one.shape, tile_shape(one.shape)):

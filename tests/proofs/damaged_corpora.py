@@ -1,11 +1,11 @@
-"""Build corpora in five formats with one damaged record in a hundred, as `glm-jax corpus build` does it.
+"""Build corpora in five formats, with one damaged record in a hundred, using `glm-jax corpus build`.
 
     python tests/proofs/damaged_corpora.py [KILLS]
 
-Among the damage are a line of 100 MB and a truncated .zst. The build is killed KILLS times (3) at random moments, goes
-on each time, and must end byte-identical to one that was left alone; every good record must arrive and every damaged
-one be counted with its file and line; `--strict` must stop with exit code 2. Prints the counts, times and the largest
-memory of a process. About two minutes on two cores.
+The damage includes a line of 100 MB and a truncated .zst. The build is killed KILLS times (3 by default) at random
+moments and resumed each time. Its result must be byte-identical to that of an undisturbed build. Every good record must
+arrive, and every damaged one must be counted with its file and line. `--strict` must stop with exit code 2. Prints the
+counts, times and the largest memory of a process. Takes about two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import zstandard
 
 from glm_jax.data.corpora import corpus
 
-RECORDS = 3000  # a file
+RECORDS = 3000  # in each file
 DAMAGE = {
     "invalid UTF-8": b'{"text": "caf\xe9"}',
     "broken JSON": b'{"text": "no end',
@@ -47,7 +47,7 @@ def get_config():
 
 
 def write(folder: Path) -> tuple[dict[str, set[str]], Counter[tuple[str, str, int]]]:
-    """Write two files a format and one empty one; give the good texts by format and the damaged records."""
+    """Write two files and an empty one for each format; return the good texts by format, and the damaged records."""
     draw = random.Random(0)
     good: dict[str, set[str]] = {}
     bad: Counter[tuple[str, str, int]] = Counter()
@@ -74,7 +74,7 @@ def write(folder: Path) -> tuple[dict[str, set[str]], Counter[tuple[str, str, in
 
 
 def _write_file(path: Path, form: str, records: list[bytes], name: str, bad: Counter[tuple[str, str, int]]) -> None:
-    """Write records in a format; what cannot be damaged there in the same way is counted as it is."""
+    """Write records in a format. Where a format cannot hold a kind of damage, correct the expected counts in `bad`."""
     reasons = {line: reason for reason, file, line in bad if file == name}
     if form == "jsonl":
         path.write_bytes(b"\n".join(records) + b"\n")
@@ -142,7 +142,7 @@ def main() -> None:
             assert texts in list(good.values())
             for line in map(json.loads, (directory / "skipped.jsonl").read_text().splitlines()):
                 found[line["reason"], Path(line["file"]).name, line["line"]] += 1
-        assert found == bad, (found - bad, bad - found)  # a count of 0 is as none
+        assert found == bad, (found - bad, bad - found)  # equal whether a count is 0 or missing
         print("damaged by reason:", dict(Counter(reason for reason, *_ in found)))
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
         print(f"built alone in {whole:.0f} s, at most {memory:.0f} MB a process")
@@ -158,7 +158,7 @@ def main() -> None:
         process = build(folder / "experiment.py", folder / "killed")
         assert process.communicate() and process.returncode == 0
         assert content(folder / "killed") == content(folder / "alone")
-        print(f"gone on with, and byte-identical: {len(content(folder / 'alone'))} files")
+        print(f"resumed, and byte-identical: {len(content(folder / 'alone'))} files")
         process = build(folder / "experiment.py", folder / "strict", "--strict")
         _, said = process.communicate()
         assert process.returncode == 2, said

@@ -1,10 +1,11 @@
-"""Kills runs at random moments, some inside a save, restarts them until they are done, and compares their numbers.
+"""Kill runs at random moments, some inside a save, restart them until they are done, and compare their numbers.
 
     python tests/proofs/kills.py [--runs 20] [--kills 3] [--workers 2] [--seed 0]
 
-Each run takes 50 float32 steps of the tiny experiment, a save every 5. Half of them stay on one device and must repeat
-the uninterrupted run bit for bit; the others go on with another mesh at each restart, and their losses must be within
-1e-5 of it. A checkpoint that a start finds damaged fails the proof: a save that was cut off leaves none.
+Each run takes 50 float32 steps of the tiny experiment and saves every 5. Half of the runs stay on one device and must
+repeat the uninterrupted run bit for bit. The others resume on another mesh at each restart; their losses must be within
+1e-5 of the uninterrupted run's. The proof fails if a start finds a damaged checkpoint: an interrupted save must not
+leave one.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Kill:
 
     where: str  # start, step, save
     delay: float
-    step: int = 0  # of the run, for the latter two the first at which it may be
+    step: int = 0  # for step and save, the first step of the run at which to kill
 
 
 @dataclasses.dataclass
@@ -55,7 +56,7 @@ class Outcome:
 
 
 def write_experiment(folder: Path) -> Path:
-    """Write the tiny experiment of the end-to-end tests with text of its own."""
+    """Write the tiny experiment of the end-to-end tests with its own text."""
     draw = random.Random(1)
     english = [" ".join(draw.choices(ENGLISH, k=60)) + "." for _ in range(120)]
     chinese = ["".join(draw.choices(CHINESE, k=90)) + "。" for _ in range(120)]
@@ -67,7 +68,7 @@ def write_experiment(folder: Path) -> Path:
 
 
 def start(experiment: Path, workdir: Path, flags: Sequence[str], mesh: tuple[int, int, int]) -> subprocess.Popen[str]:
-    """Start `glm-jax train` with a device for each place of the mesh."""
+    """Start `glm-jax train` with one device for each position of the mesh."""
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -87,19 +88,19 @@ def start(experiment: Path, workdir: Path, flags: Sequence[str], mesh: tuple[int
 
 
 def log(workdir: Path) -> Path:
-    """Return the file that holds what all starts of a run said."""
+    """Return the file that holds the output of all starts of a run."""
     return workdir.with_name(f"{workdir.name}.log")
 
 
 def last_step(workdir: Path) -> int:
-    """Return the step of the last train event that is whole."""
+    """Return the step of the last complete train event."""
     metrics = workdir / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.exists() else []
     return max((json.loads(line)["step"] for line in lines if '"train"' in line), default=0)
 
 
 def kill_at(process: subprocess.Popen[str], workdir: Path, kill: Kill) -> str | None:
-    """Wait for the moment and kill; says where the run then stood, or None if it ended before."""
+    """Wait for the moment and kill; return where the run was, or None if it ended before."""
     folder, deadline = workdir / "checkpoints", time.monotonic() + PATIENCE
     reached: Callable[[], bool] = lambda: True  # noqa: E731
     if kill.where == "step":
@@ -123,7 +124,7 @@ def kill_at(process: subprocess.Popen[str], workdir: Path, kill: Kill) -> str | 
 def run(
     experiment: Path, workdir: Path, flags: Sequence[str], kills: Sequence[Kill], meshes: Sequence[tuple[int, int, int]]
 ) -> Outcome:
-    """Start, kill and restart a run until it is done, each start on the next of `meshes`, in turn.
+    """Start, kill and restart a run until it is done; each start uses the next of `meshes`, in turn.
 
     Raises:
         RuntimeError: a start ends with an error.
@@ -146,10 +147,10 @@ def run(
 
 
 def events(workdir: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Read the train events and evaluations, less what depends on the clock.
+    """Read the train events and evaluations, without values that depend on the clock.
 
     Raises:
-        ValueError: a step has two.
+        ValueError: a step has two events of the same kind.
     """
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for event in map(json.loads, (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
@@ -175,7 +176,7 @@ def difference(run: Path, whole: Path) -> float:
 
 
 def draw_kills(draw: random.Random, steps: int, count: int) -> list[Kill]:
-    """Draw moments, in the order in which they come: at least one in a save, one of three at the start."""
+    """Draw moments in order: one in a save, each of the others at the start, at a step or in a save."""
     places = sorted(draw.sample(range(1, steps - 4), count))
     kinds = ["save", *draw.choices(("start", "step", "save"), k=count - 1)]
     draw.shuffle(kinds)
@@ -184,10 +185,10 @@ def draw_kills(draw: random.Random, steps: int, count: int) -> list[Kill]:
 
 
 def main() -> int:
-    """Run the proof and print a line a run; returns the exit code."""
+    """Run the proof, print a line for each run, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--kills", type=int, default=3, help="the most of a run")
+    parser.add_argument("--kills", type=int, default=3, help="the most kills of a run")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

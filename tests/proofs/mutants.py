@@ -1,15 +1,15 @@
-"""Mutates the code with cosmic-ray, a line at a time, and counts the mutants that the tests notice.
+"""Mutate the code with cosmic-ray, one place at a time, and count the mutants that the tests detect.
 
     python -m tests.proofs.mutants --sample 300 --seed 1 --out FILE.jsonl [--jobs 2] [--rooms model parallel ...]
     python -m tests.proofs.mutants --table FILE.jsonl
 
-Needs the extra `mutation`. The sample is the same for the same seed and code. It is printed, then each mutant meets
-the tests of its room (and what mutants_tests.ELSEWHERE adds), those that run the changed line first, in a private copy
-of the tree; a failure that a busy machine may have brought about must repeat. What is finished stands in FILE.jsonl,
-a line each: the same command resumes where it was stopped, and `--rerun survived` takes the survivors again, after the
-tests have changed. FILE.clean.jsonl holds what the tests are like on the clean tree; only files that changed are
-measured again. mutants_equivalent.txt names the mutants that no input can tell from the code; they are counted apart
-and do not run.
+Needs the extra `mutation`. The sample is the same for the same seed and code, and is printed first. Each mutant then
+runs the tests of its room (and those that mutants_tests.ELSEWHERE adds) in a private copy of the tree, starting with
+the tests that run the changed line. A failure that a busy machine may have caused must repeat. FILE.jsonl holds a line
+for each finished mutant: the same command resumes where it stopped, and `--rerun survived` runs the survivors again
+after the tests have changed. FILE.clean.jsonl holds measurements of the tests on the clean tree; only files that
+changed are measured again. mutants_equivalent.txt lists the mutants that no input can tell from the code; they are
+counted separately and do not run.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from tests.proofs.mutants_tests import Copy, TestFile
 ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENT = Path(__file__).with_name("mutants_equivalent.txt")
 STATUSES = ("killed", "timeout", "equivalent", "survived", "broken")
-PATIENCE = 1800  # seconds that a clean test file may take, compiling included
-LEAST, GENEROUS = 120, 5  # a mutant may take so many seconds, or times what its room's clean tests take
-NEVER_COMPILES = ("rows",)  # there the test files that it meets are enough to go by
+PATIENCE = 1800  # seconds that a clean test file may take, including compilation
+LEAST, GENEROUS = 120, 5  # a mutant may take so many seconds, or so many times what its room's clean tests take
+NEVER_COMPILES = ("rows",)  # here the limit follows from the test files of the mutant alone
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; one that was cut off in the writing is skipped."""
+    """Read a file of JSON lines, and skip a line that was cut off while it was written."""
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -57,12 +57,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, entry: Mapping[str, Any]) -> None:
-    """Append an entry that survives whatever ends the script next."""
+    """Append an entry so that it survives a crash of the script."""
     with open(path, "a+b") as file:
         file.seek(0, os.SEEK_END)
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # the line before was cut off
+            if file.read(1) != b"\n":  # the previous line was cut off
                 file.write(b"\n")
         file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         file.flush()
@@ -77,7 +77,7 @@ def known_equivalents(text: str) -> dict[tuple[str, str, str], str]:
 
 
 def newest(entries: Iterable[Mapping[str, Any]], equivalent: Mapping[tuple[str, str, str], str]) -> dict[str, Any]:
-    """Return the newest result of each mutant, by its key; a survivor that is known to be equivalent is called so."""
+    """Return the newest result of each mutant by its key; mark survivors known to be equivalent as equivalent."""
     results: dict[str, Any] = {}
     for entry in entries:
         if entry["kind"] == "result":
@@ -87,12 +87,12 @@ def newest(entries: Iterable[Mapping[str, Any]], equivalent: Mapping[tuple[str, 
 
 
 def remaining(keys: Sequence[str], results: Mapping[str, Any], rerun: Iterable[str] = ()) -> list[str]:
-    """Return the keys that are to run, in their order: those without a result, and those whose status is in `rerun`."""
+    """Return the keys to run, in their order: those without a result, and those whose status is in `rerun`."""
     return [key for key in keys if key not in results or results[key]["status"] in (*rerun, "broken")]
 
 
 def table(entries: Sequence[Mapping[str, Any]], equivalent: Mapping[tuple[str, str, str], str]) -> str:
-    """Return the results of the newest sample as a markdown table by room, and the survivors."""
+    """Return the results of the newest sample as a markdown table by room, with a list of the survivors."""
     sample = next(entry for entry in reversed(entries) if entry["kind"] == "sample")
     results = newest(entries, equivalent)
     rooms = sample["rooms"]
@@ -122,7 +122,7 @@ def table(entries: Sequence[Mapping[str, Any]], equivalent: Mapping[tuple[str, s
 
 
 def percent_killed(count: Mapping[str, int]) -> str:
-    """Return the share of those killed, by time as well, of all that ended and could be told apart."""
+    """Return the share killed, including by timeout, of all that ended and are not equivalent."""
     killed = count["killed"] + count["timeout"]
     judged = killed + count["survived"]
     return f"{100 * killed / judged:.1f}" if judged else "-"
@@ -134,7 +134,7 @@ def describe(entry: Mapping[str, Any]) -> str:
 
 
 def draw_sample(rooms: Sequence[str], sample: int, seed: int) -> tuple[list[Mutant], dict[str, Any]]:
-    """Draw the sample; give also the entry that says what it was drawn from."""
+    """Draw the sample; also return the entry that says what it was drawn from."""
     mutants: list[Mutant] = []
     left_out: collections.Counter[str] = collections.Counter()
     for room in rooms:
@@ -157,10 +157,10 @@ def draw_sample(rooms: Sequence[str], sample: int, seed: int) -> tuple[list[Muta
 def settle(copy: Copy, files: Sequence[str], order: Sequence[str], limit: float, steady: Callable[[str], bool]) -> Any:
     """Run a mutant's tests; a failure of a test that is not `steady` counts only if it repeats on the same mutant.
 
-    Such are tests that do not run the changed line, or start processes, which a busy machine may delay.
+    A test is not steady if it does not run the changed line, or starts processes, which a busy machine may delay.
 
     Returns:
-        How it went, and the tests whose failures did not repeat. After three of these the mutant has survived.
+        The outcome, and the tests whose failures did not repeat. After three of these the mutant counts as survived.
     """
     unsteady: list[str] = []
     while True:
@@ -175,7 +175,7 @@ def settle(copy: Copy, files: Sequence[str], order: Sequence[str], limit: float,
 
 
 class Proof:
-    """The clean tree's measures, the results, and the copies in which mutants run."""
+    """The measurements of the clean tree, the results, and the copies in which mutants run."""
 
     def __init__(self, out: Path, copies: Sequence[Copy]) -> None:
         self.out, self.clean = out, out.with_suffix(".clean.jsonl")
@@ -188,7 +188,7 @@ class Proof:
         self.equivalent = known_equivalents(EQUIVALENT.read_text(encoding="utf-8"))
 
     def measure(self, mutants: Iterable[Mutant]) -> None:
-        """See that the clean tree passes the tests of these mutants, and learn what they run and how long they take.
+        """Check that the clean tree passes the tests of these mutants; measure which lines they run and their times.
 
         Raises:
             RuntimeError: a test fails.
@@ -211,7 +211,7 @@ class Proof:
         bar.close()
 
     def limits(self, mutants: Iterable[Mutant]) -> dict[str, float]:
-        """Run each room's tests clean, but in another order and without coverage, and give each mutant's time limit.
+        """Run each room's tests clean, in another order and without coverage; return each mutant's time limit.
 
         Raises:
             RuntimeError: a test fails that passed under coverage and in another order.
@@ -236,7 +236,7 @@ class Proof:
         return {mutant.key: max(LEAST, GENEROUS * self._clean_seconds(mutant, seconds)) for mutant in mutants}
 
     def _clean_seconds(self, mutant: Mutant, rooms: Mapping[str, float]) -> float:
-        """Return what the clean tests of a mutant take: all that it could meet, as compiling anew may take longer."""
+        """Return the time of all clean tests that a mutant could run, because compiling again may take longer."""
         if mutant.room in NEVER_COMPILES:
             source = (ROOT / mutant.path).read_text(encoding="utf-8")
             return sum(sum(self._files[name].seconds) for name in self._plan(mutant, source)[0])
@@ -249,14 +249,14 @@ class Proof:
         return mutants_tests.plan(mutant, source, [self._files[name] for name in mine])
 
     def close(self) -> None:
-        """Start nothing more, and kill what runs."""
+        """Start nothing more, and kill what is running."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         for copy in self._all:
             copy.close()
         self._pool.shutdown()
 
     def run(self, mutants: Sequence[Mutant], limits: Mapping[str, float]) -> None:
-        """Run mutants, write down how each ends, and say who survives."""
+        """Run mutants, record how each ends, and print the survivors."""
         bar = tqdm(total=len(mutants), desc="mutants", unit="mutant", smoothing=0)
         for entry in self._each(lambda copy, mutant: self._one(copy, mutant, limits[mutant.key]), mutants):
             append_line(self.out, entry)
@@ -290,7 +290,7 @@ class Proof:
         return any(word in text for word in mutants_tests.SPAWNS)
 
     def _each(self, function: Any, items: Sequence[Any]) -> Iterable[Any]:
-        """Return the results of `function(copy, item)` as they come; the first error ends all."""
+        """Yield the results of `function(copy, item)` as they come; the first error ends all."""
 
         def lend(item: Any) -> Any:
             copy = self._copies.get()
@@ -337,14 +337,14 @@ def prove(options: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> int:
-    """Run the proof, or print its table; returns the exit code."""
+    """Run the proof, or print its table, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sample", type=int, default=300, help="the least number of mutants")
+    parser.add_argument("--sample", type=int, default=300, help="the minimum number of mutants")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="the results, a JSON line each")
+    parser.add_argument("--out", type=Path, help="the results, one JSON line each")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--rooms", nargs="+", choices=mutants_draw.ROOMS, default=list(mutants_draw.ROOMS))
-    parser.add_argument("--rerun", nargs="+", choices=STATUSES, default=[], help="take these again")
+    parser.add_argument("--rerun", nargs="+", choices=STATUSES, default=[], help="run these again")
     parser.add_argument("--draw-only", action="store_true", help="print the sample and end")
     parser.add_argument("--table", type=Path, help="print the results of this file and end")
     options = parser.parse_args()

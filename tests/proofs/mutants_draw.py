@@ -1,4 +1,4 @@
-"""Finds where cosmic-ray can mutate the code, leaves out what cannot change behaviour, and draws a sample."""
+"""Find where cosmic-ray can mutate the code, leave out what cannot change behaviour, and draw a sample."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "training": ("glm_jax/engine/*.py", "glm_jax/training/*.py"),
     "parallel": ("glm_jax/parallel/*.py", "glm_jax/parallel/pipeline/*.py"),
 }
-FLOOR = 20  # each room has at least one in so many of the sample
+FLOOR = 20  # each room has at least a share of 1 / FLOOR of the sample
 SAYING = {"print", "say", "debug", "info", "warning", "error", "exception", "warn"}
 
 ANNOTATION = "a type annotation or alias"
@@ -35,7 +35,7 @@ WORDS = "the words of an error or a log"
 NO_OPERATOR = "a star or slash that is no operator"
 LITERAL = "`is` with a literal, which the compiler warns of"
 
-# Leaves that no operator of cosmic-ray mutates; to look at each with 200 operators takes most of the time.
+# Leaves that no operator of cosmic-ray mutates; trying 200 operators on each would take most of the time.
 INERT = {"name", "string", "newline", "endmarker", "fstring_start", "fstring_string", "fstring_end"}
 PUNCTUATION = set("()[]{},.:=;")
 
@@ -50,7 +50,7 @@ class Mutant:
     occurrence: int  # among the operator's places in the module
     span: Span
     digest: str  # of the module's source
-    place: str  # tells the place from others by its line's text, so that edits elsewhere leave it alone
+    place: str  # identifies the place by its line's text, so that edits elsewhere do not change it
 
     @property
     def key(self) -> str:
@@ -67,7 +67,7 @@ def modules(root: Path, room: str) -> list[str]:
 
 
 def silent_spans(source: str) -> Iterator[tuple[Span, str]]:
-    """Return the stretches of a module where a mutation cannot change what it does, each with the reason.
+    """Yield the spans of a module where a mutation cannot change what it does, each with the reason.
 
     Docstrings need none: cosmic-ray does not mutate strings.
     """
@@ -136,7 +136,7 @@ def _inside(span: Span, outer: Span) -> bool:
 
 
 def find(root: Path, room: str, path: str) -> tuple[list[Mutant], collections.Counter[str]]:
-    """Find a module's mutants; those that cannot change behaviour are counted by reason instead."""
+    """Find a module's mutants, and count those that cannot change behaviour by reason."""
     plugins, trees = _cosmic_ray("plugins"), _cosmic_ray("ast")
     source = (root / path).read_text(encoding="utf-8")
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
@@ -148,7 +148,7 @@ def find(root: Path, room: str, path: str) -> tuple[list[Mutant], collections.Co
     left_out: collections.Counter[str] = collections.Counter()
     for name in sorted(plugins.operator_names()):
         kind = plugins.get_operator(name)
-        if kind.arguments():  # those that want to be told which variables
+        if kind.arguments():  # those that need a list of variables
             continue
         operator = kind()
         spans = (span for node in nodes for span in operator.mutation_positions(node))
@@ -183,11 +183,11 @@ def _place_names(path: str, source: str) -> Callable[[Span], str]:
 
 
 def _cosmic_ray(name: str) -> Any:
-    return importlib.import_module(f"cosmic_ray.{name}")  # an extra, which the tests of this module do without
+    return importlib.import_module(f"cosmic_ray.{name}")  # an extra, which the tests of this module do not need
 
 
 def mutated(root: Path, mutant: Mutant) -> str | None:
-    """Return the mutant's source, or None if it does not compile or says the same as before."""
+    """Return the mutant's source, or None if it does not compile or means the same as before."""
     source = (root / mutant.path).read_text(encoding="utf-8")
     operator = _cosmic_ray("plugins").get_operator(mutant.operator)()
     text = _cosmic_ray("mutating").mutate_code(source, operator, mutant.occurrence)
@@ -214,7 +214,7 @@ def changed_line(source: str, text: str) -> tuple[str, str]:
 
 
 def shares(sizes: Mapping[str, int], sample: int) -> dict[str, int]:
-    """Share a sample out over rooms by their sizes, each at least its floor; the shares sum to `sample` or more."""
+    """Divide a sample among rooms by their sizes, each at least its floor; the shares sum to `sample` or more."""
     floor, total = math.ceil(sample / FLOOR), max(sum(sizes.values()), 1)
     return {room: min(size, max(floor, math.ceil(sample * size / total))) for room, size in sizes.items()}
 
@@ -222,9 +222,9 @@ def shares(sizes: Mapping[str, int], sample: int) -> dict[str, int]:
 def draw(mutants: Sequence[Mutant], sample: int, seed: int, usable: Callable[[Mutant], bool]) -> list[Mutant]:
     """Draw at least `sample` mutants: room by room in proportion to their mutants, no two at the same place.
 
-    Places are taken in the order of a seeded digest, and of each place one mutant in the same way: one line of
-    arithmetic, which eleven operators can change, weighs no more than one comparison. Edits leave the order of all
-    other places alone.
+    Places are taken in the order of a seeded digest, and one mutant of each place in the same way. A line of
+    arithmetic, which eleven operators can change, thus has no more weight than a comparison. Edits do not change the
+    order of other places.
     """
     rooms: dict[str, list[Mutant]] = {}
     for mutant in mutants:

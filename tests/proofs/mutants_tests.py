@@ -1,8 +1,8 @@
-"""Runs pytest for mutants.py: measures which test runs which line, and orders the tests by how likely they tell.
+"""Run pytest for mutants.py: measure which test runs which line, and run the tests most likely to fail first.
 
-Also a plugin of pytest (`-p tests.proofs.mutants_tests`), which is told by MUTANTS_PLAN, the path of a JSON file:
-`order`, node ids in the order in which to run them (others come after, by file); `measure`, whether coverage runs;
-`report`, where to write what happened.
+This is also a pytest plugin (`-p tests.proofs.mutants_tests`). MUTANTS_PLAN is the path of a JSON file with its
+instructions: `order`, node ids in the order in which to run them (others come after, by file); `measure`, whether
+coverage runs; `report`, where to write the results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.proofs import mutants_draw
 from tests.proofs.mutants_draw import Mutant
 
 ROOM_TESTS = {name: f"tests/{'data' if name == 'rows' else name}/test_*.py" for name in mutants_draw.ROOMS}
-# Tests that lie elsewhere, but were written for these modules as much as for their own room's.
+# Tests in other folders that were written for these modules as much as for their own room.
 ELSEWHERE = (
     ("glm_jax/parallel/*.py", "tests/training/test_step*.py"),  # the step's tests run again on a mesh
     ("glm_jax/model/layers.py", "tests/parallel/test_pipeline.py"),  # a layer's parts over the tensor axis
@@ -44,7 +44,7 @@ ELSEWHERE = (
     ("glm_jax/workdir/events.py", "tests/end_to_end/test_train.py"),
 )
 SPAWNS = ("subprocess", "multiprocessing")
-IMPORTED = -1  # stands for the test in the map of lines: the line runs while the file is imported
+IMPORTED = -1  # in place of a test in the map of lines: the line runs while the file is imported
 COVERAGE = """
 [run]
 data_file = {folder}/coverage
@@ -58,14 +58,14 @@ disable_warnings = no-data-collected,module-not-measured,module-not-imported
 
 
 class Plugin:
-    """Orders the tests, records how they go, and tells coverage which test is running."""
+    """Order the tests, record their results, and tell coverage which test is running."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.plan = plan
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self.failed: list[tuple[str, str]] = []
 
-    @pytest.hookimpl(trylast=True)  # after pytest has put tests of one fixture together
+    @pytest.hookimpl(trylast=True)  # after pytest has grouped tests by fixture
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         ranks = {name: rank for rank, name in enumerate(self.plan["order"])}
         items.sort(key=lambda item: ranks.get(item.nodeid, len(ranks)))
@@ -113,7 +113,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run of pytest went: `status` is passed, failed, timeout or broken (which says nothing of the code)."""
+    """How a run of pytest ended: `status` is passed, failed, timeout or broken (which says nothing about the code)."""
 
     status: str
     by: str
@@ -123,7 +123,7 @@ class Outcome:
 
 
 class Copy:
-    """A private copy of the tree, where one mutant at a time lives."""
+    """A private copy of the tree, which holds one mutant at a time."""
 
     def __init__(self, root: Path, folder: Path, cache: Path) -> None:
         self.root, self.folder, self._cache = folder / "tree", folder, cache
@@ -137,13 +137,13 @@ class Copy:
                 shutil.copyfile(root / name, self.root / name)
 
     def write(self, path: str, text: str) -> None:
-        """Write a module, each time with another time: bytecode is kept by time and size, which may not change."""
+        """Write a module with a new modification time: bytecode is cached by time and size."""
         self._stamp += 10
         (self.root / path).write_text(text, encoding="utf-8")
         os.utime(self.root / path, (self._stamp, self._stamp))
 
     def run(self, files: Sequence[str], order: Sequence[str], limit: float, measure: bool = False) -> Outcome:
-        """Run test files until the first failure, in a session of its own, of which nothing stays behind."""
+        """Run test files until the first failure, in a session of its own, and leave nothing running."""
         plan, report, temporary = (self.folder / name for name in ("plan.json", "report.json", "tmp"))
         said = {"order": list(order), "measure": measure, "report": str(report)}
         plan.write_text(json.dumps(said), encoding="utf-8")
@@ -152,7 +152,7 @@ class Copy:
         environment |= {
             "PYTHONPATH": str(self.root),
             "MUTANTS_PLAN": str(plan),
-            "JAX_COMPILATION_CACHE_DIR": str(self._cache),  # what a mutant leaves unchanged is not compiled again
+            "JAX_COMPILATION_CACHE_DIR": str(self._cache),  # unchanged programs are not compiled again
         }
         if measure:
             (self.folder / "coverage.ini").write_text(COVERAGE.format(folder=self.folder), encoding="utf-8")
@@ -174,18 +174,18 @@ class Copy:
             self.stop()
         elapsed = time.monotonic() - started
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(self.root / ".hypothesis", ignore_errors=True)  # examples of one mutant are not for the next
+        shutil.rmtree(self.root / ".hypothesis", ignore_errors=True)  # examples of one mutant must not reach the next
         return self._outcome(code, report, elapsed)
 
     def stop(self) -> None:
-        """Kill what the last run started and is still there."""
+        """Kill what the last run started and left running."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def close(self) -> None:
-        """Start nothing more, and kill what runs."""
+        """Start nothing more, and kill what is running."""
         with self._lock:
             self._closed = True
         self.stop()
@@ -209,7 +209,7 @@ class Copy:
 
 @dataclasses.dataclass(frozen=True)
 class TestFile:
-    """A test file on the clean tree: its tests with their seconds, and which of them run which line of a module."""
+    """A test file on the clean tree: its tests and their seconds, and which of them run which line of a module."""
 
     __test__ = False
 
@@ -218,10 +218,10 @@ class TestFile:
     text: str
     tests: list[str]
     seconds: list[float]
-    lines: dict[str, dict[int, list[int]]]  # by module; the tests by their number, or IMPORTED
+    lines: dict[str, dict[int, list[int]]]  # by module; tests by number, or IMPORTED
 
     def names(self, module: str) -> int:
-        """Return how near the file is to a module: 0 its own tests, 1 it imports it, 2 neither."""
+        """Return how close the file is to a module: 0 if it has its tests, 1 if it imports it, 2 otherwise."""
         stem = Path(module).stem
         if Path(self.path).stem.startswith(f"test_{stem}"):
             return 0
@@ -235,14 +235,14 @@ def room_tests(root: Path, room: str) -> list[str]:
 
 
 def test_files(root: Path, module: str, room: str) -> list[str]:
-    """Return the test files that a module's mutants may run."""
+    """Return the test files that mutants of a module may run."""
     patterns = [tests for modules, tests in ELSEWHERE if Path(module).match(modules)]
     elsewhere = {path.relative_to(root).as_posix() for pattern in patterns for path in root.glob(pattern)}
     return sorted({*room_tests(root, room), *elsewhere})
 
 
 def digest(root: Path, path: str) -> str:
-    """Return a digest of all that a test file's coverage depends on: the code, the helpers of tests, and the file."""
+    """Return a digest of everything a test file's coverage depends on: the code, the tests' helpers, and the file."""
     code = [*root.glob("glm_jax/**/*.py"), *root.glob("tests/**/*.py")]
     helpers = [other for other in code if not other.name.startswith("test_") and "proofs" not in other.parts]
     hashed = hashlib.sha256()
@@ -252,7 +252,7 @@ def digest(root: Path, path: str) -> str:
 
 
 def measure(copy: Copy, path: str, limit: float) -> TestFile:
-    """Run a test file on the clean tree under coverage, the processes that it starts included.
+    """Run a test file on the clean tree under coverage, including the processes that it starts.
 
     Raises:
         RuntimeError: a test fails.
@@ -287,10 +287,10 @@ def measure(copy: Copy, path: str, limit: float) -> TestFile:
 
 
 def _statement(source: str, line: int) -> tuple[range, set[int]]:
-    """Return the lines of the statement at `line` (of a compound one, its head), and those to which an import lends it.
+    """Return the lines of the statement at `line` (its head, if compound), and the lines that depend on it at import.
 
-    The latter are the body of the function or class whose head it is or in which it stands, or, of an assignment to a
-    name, the lines that use the name: tests that run them are those that may notice a change.
+    The latter are the body of the function or class that it heads or is part of or, for an assignment to a name, the
+    lines that use the name. Tests that run these lines may detect a change.
     """
     tree = ast.parse(source)
     best: ast.stmt | None = None
@@ -318,12 +318,12 @@ def _statement(source: str, line: int) -> tuple[range, set[int]]:
 def plan(mutant: Mutant, source: str, files: Iterable[TestFile]) -> tuple[list[str], list[str], bool]:
     """Choose and order tests: first those that run the changed line, then the rest of their files.
 
-    What a test compiles or computes serves later ones of its file, which then do not run the line though they depend
-    on it: hence the rest. The order is by the time that the file's tests take, times how near it is to the module.
+    Later tests of a file reuse what a test compiles or computes: they depend on the line without running it, hence the
+    rest. Files are ordered by the time of their tests, times how close they are to the module.
 
     Returns:
-        The files, the node ids to begin with, and whether any test runs the line. If none does, the files are those
-        that start processes, some of which end before coverage is written, and the module's own.
+        The files, the node ids to run first, and whether any test runs the line. If none does, the files are the
+        module's own and those that start processes, some of which end before coverage is written.
     """
     lines, inside = _statement(source, mutant.line)
     first: list[tuple[float, str, list[str]]] = []

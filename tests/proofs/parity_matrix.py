@@ -1,6 +1,7 @@
-"""Compares the engine with plain autodiff on all 10 factorisations of 8 devices, both schedules, both stashes.
+"""Compare the engine with plain autodiff on all 10 factorisations of 8 devices, two schedules and two stashes.
 
-python tests/proofs/parity_matrix.py [--x64]   # 5 to 10 minutes; one line a case, exit code 1 at an error above 1e-5
+python tests/proofs/parity_matrix.py [--x64]   # 5 to 10 minutes; one line for each case; exit code 1 if an error
+exceeds 1e-5
                                                # (1e-9 with --x64)
 """
 
@@ -31,7 +32,7 @@ def cases(x64: bool) -> list[dict]:
 
 
 def main() -> int:
-    """Run all cases in one process and say how far each is off."""
+    """Run all cases in one process and print the errors of each."""
     x64 = "--x64" in sys.argv[1:]
     bound = 1e-9 if x64 else 1e-5
     root = Path(__file__).resolve().parents[2]

@@ -1,11 +1,12 @@
-"""Show with torch itself that our .pt files are torch's and that torch's are read right.
+"""Show with torch itself that torch reads our .pt files, and that we read torch's correctly.
 
     pip install torch && python tests/proofs/torch_files.py --directory /some/disk
 
 1. Files that `write_archive` makes, of every dtype and one of more than 4 GB, open with
-   `torch.load(weights_only=True)`, mapped and not, with the same names, shapes and values.
-2. Checkpoints that `sat.save` makes of the goldens open likewise, for 1, 2 and 4 ranks, in float32 and float16.
-3. What torch.save writes reads back equal: every dtype, tensors that share a storage, turned and expanded views.
+   `torch.load(weights_only=True)`, memory-mapped or not, with the same names, shapes and values.
+2. Checkpoints that `sat.save` makes of the goldens open in the same way, for 1, 2 and 4 ranks, in float32 and float16.
+3. We read back what torch.save writes: every dtype, tensors that share a storage, transposed and expanded views.
+
 Needs 5 GB of disk; takes about a minute.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch  # pyright: ignore[reportMissingImports]  (of no other use to the project)
+import torch  # pyright: ignore[reportMissingImports]  (the project does not need it elsewhere)
 
 from glm_jax.interop import sat
 from glm_jax.interop.torch_archive import DTYPES, TensorStream, read_archive, write_archive

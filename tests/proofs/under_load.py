@@ -1,9 +1,9 @@
-"""Runs the tests that have a clock in them many times over on a busy machine, and counts how each ends.
+"""Run the tests that depend on time many times on a busy machine, and count how each ends.
 
     python -m tests.proofs.under_load --rounds 20 --load 8 --out FILE.jsonl
 
-Keeps `--load` processes busy: `--jobs` rounds at a time, each of a test at a time, and loops for the rest. Each round
-that has ended stands in FILE.jsonl; the same command resumes where it was stopped.
+Keeps `--load` processes busy: `--jobs` rounds in parallel, each of which runs one test at a time, and busy loops for
+the rest. FILE.jsonl holds a line for each round that has ended; the same command resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-# Those that send signals, kill, wait for others, or read a clock.
+# Tests that send signals, kill processes, wait for them, or read a clock.
 TESTS = (
     "tests/data/test_build.py",
     "tests/data/test_samples.py",
@@ -37,9 +37,9 @@ TESTS = (
     "tests/end_to_end/test_train.py",
     "tests/parallel/test_mesh.py",
     "tests/parallel/test_start.py",
-    "tests/training/test_monitor.py",
     "tests/workdir/test_checkpoint.py",
     "tests/workdir/test_checkpoint_damage.py",
+    "tests/workdir/test_monitor.py",
 )
 
 
@@ -50,7 +50,7 @@ def busy() -> None:
 
 
 def one_round(number: int, tests: Sequence[str]) -> dict[str, object]:
-    """Run every test once; gives how each has ended."""
+    """Run every test once and return how each ended."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -64,7 +64,7 @@ def one_round(number: int, tests: Sequence[str]) -> dict[str, object]:
 
 
 def table(rounds: list[dict[str, dict[str, str]]]) -> str:
-    """Give how often each test ran and failed: all that failed, and the number of those that never did."""
+    """Return how often each test that failed ran and failed, and the number of tests that never failed."""
     runs, failures = collections.Counter[str](), collections.defaultdict[str, list[str]](list)
     for entry in rounds:
         for test, why in entry["outcomes"].items():
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--load", type=int, default=8)
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("tests", nargs="*", default=TESTS, help="as pytest takes them; all with a clock by default")
+    parser.add_argument("tests", nargs="*", default=TESTS, help="as pytest takes them; by default all of TESTS")
     options = parser.parse_args()
     text = options.out.read_text(encoding="utf-8") if options.out.exists() else ""
     done = [json.loads(line) for line in text.splitlines()]
