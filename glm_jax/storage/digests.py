@@ -14,12 +14,19 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from glm_jax.storage.files import sync, write_atomic
 
 UNFINISHED = "was cut off while it was saved"
 _LIST = re.compile(r"digests-(\d+)-of-(\d+)\.json")
+
+
+class _Entry(TypedDict):
+    """What a list says of one file."""
+
+    bytes: int
+    sha256: str
 
 
 class _Damage(Exception):
@@ -38,7 +45,8 @@ def seal(folder: Path, names: Iterable[str], index: int = 0, count: int = 1) -> 
     Raises:
         OSError: a file cannot be read, or the list cannot be written; no list is left then.
     """
-    entries, parents = {}, {folder}
+    entries: dict[str, _Entry] = {}
+    parents = {folder}
     for name in names:
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
@@ -72,7 +80,7 @@ def damage(folder: Path, under: str = "", index: int = 0, count: int = 1) -> str
         index, count: look at the part `index` of `count` of those files; all lists are looked at in any case.
     """
     try:
-        entries: dict[str, Any] = {}
+        entries: dict[str, _Entry] = {}
         for path in _lists(folder):
             entries |= _read(path)
         names = sorted(name for name in entries if name.startswith(under))
@@ -99,17 +107,17 @@ def _lists(folder: Path) -> list[Path]:
     return paths
 
 
-def _render(entries: dict[str, Any]) -> str:
+def _render(entries: dict[str, _Entry]) -> str:
     """Write a list with a digest of itself."""
     body = json.dumps(entries, sort_keys=True)
     return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "files": entries}, indent=1) + "\n"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, _Entry]:
     """Read a list; it must be what `_render` wrote to the last byte, for a spoilt name would hide a file."""
     content = path.read_bytes()
     try:
-        entries: dict[str, Any] | None = json.loads(content)["files"]
+        entries: dict[str, _Entry] | None = json.loads(content)["files"]
     except (ValueError, KeyError, TypeError):  # ValueError: neither JSON nor UTF-8
         entries = None
     if not isinstance(entries, dict) or _render(entries).encode() != content:
@@ -117,7 +125,7 @@ def _read(path: Path) -> dict[str, Any]:
     return entries
 
 
-def _check(folder: Path, name: str, entry: dict[str, Any]) -> None:
+def _check(folder: Path, name: str, entry: _Entry) -> None:
     try:
         with open(folder / name, "rb") as file:
             if os.fstat(file.fileno()).st_size < entry["bytes"]:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 
 def sync(path: Path) -> None:
@@ -46,12 +46,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def json_line(value: Any) -> str:
+def json_line(value: object) -> str:
     """Write a value as a line of JSON, null for a number that is not finite: JSON has none."""
     return json.dumps(_finite(value), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

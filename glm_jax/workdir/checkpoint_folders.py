@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -138,7 +137,7 @@ def disk_reason(error: BaseException | None) -> str | None:
     return os.strerror(int(code[1])) if code else None
 
 
-def refusal(write: Callable[[], Any]) -> str | None:
+def refusal(write: Callable[[], object]) -> str | None:
     """Run `write`; returns why the disk refused, or None if it did not. Errors of another kind pass."""
     try:
         write()

@@ -14,16 +14,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import future
 
 from glm_jax.errors import UserError
 from glm_jax.storage import digests
 from glm_jax.storage.files import sync
+from glm_jax.types import Json, Tree
 from glm_jax.workdir import checkpoint_folders
 from glm_jax.workdir.checkpoint_folders import disk_reason, everyone, newest_good, refusal, temporary, written_by
 
@@ -38,8 +40,8 @@ _saves = itertools.count()  # the same in all processes, for all save together
 class Restored(NamedTuple):
     """The trees of a checkpoint on the mesh, by name, and the numbers that were saved beside them."""
 
-    items: dict[str, Any]
-    run: dict[str, Any]
+    items: dict[str, Tree]
+    run: Json
 
 
 class _Outcome(NamedTuple):
@@ -81,7 +83,7 @@ class Checkpoints:
         self._handler = ocp.StandardCheckpointHandler()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Json] = []
         self._unsaved: str | None = None
         _hush()
         if jax.process_index() == 0:
@@ -95,7 +97,7 @@ class Checkpoints:
         """Return the newest of `steps`, or None."""
         return max(self.steps(), default=None)
 
-    def save(self, items: Mapping[str, Any], run: dict[str, Any]) -> None:
+    def save(self, items: Mapping[str, Tree], run: Json) -> None:
         """Save trees of arrays, by name, under `run["step"]`; return once they are copied, before they are written.
 
         A save that the disk refuses is told to `say`, and changes nothing else: see `events` and `unsaved`.
@@ -110,7 +112,7 @@ class Checkpoints:
         outcome = self._thread.submit(self._finish, step, record, commits, reason, started, key)
         self._save = _Save(step, time.monotonic() - started, outcome)
 
-    def restore(self, targets: Mapping[str, Any], at_most: int | None = None) -> Restored | None:
+    def restore(self, targets: Mapping[str, Tree], at_most: int | None = None) -> Restored | None:
         """Restore the newest good step, each device reading its own part.
 
         Every file is compared with its digest first. Checkpoints that are damaged or were cut off are told to `say`
@@ -142,7 +144,7 @@ class Checkpoints:
         everyone("")  # nobody lists the folder before it is tidy
         return restored
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Json]:
         """Return what has happened since the last call, for the log.
 
         Returns:
@@ -183,7 +185,7 @@ class Checkpoints:
         reason = refusal(make) if jax.process_index() == 0 else None
         return everyone(reason or "")[0] or None
 
-    def _copy(self, step: int, items: Mapping[str, Any]) -> Iterator[Any]:
+    def _copy(self, step: int, items: Mapping[str, Tree]) -> Iterator[future.Future]:
         """Copy the arrays off the devices; gives what orbax calls futures, done when they are written."""
         for item, tree in items.items():
             args = ocp.args.StandardSave(tree, save_args=_in_chunks(tree))
@@ -192,7 +194,7 @@ class Checkpoints:
             yield from self._thread.submit(asyncio.run, saving).result() or []
 
     def _finish(
-        self, step: int, record: str, commits: Sequence[Any], reason: str | None, started: float, key: str
+        self, step: int, record: str, commits: Sequence[future.Future], reason: str | None, started: float, key: str
     ) -> _Outcome:
         """Wait for this process's arrays and seal them; process 0 then completes the folder. Runs in the thread.
 
@@ -240,7 +242,7 @@ class Checkpoints:
             return
         (step, blocked, outcome), self._save = self._save, None
         reason, seconds, size = outcome.result()
-        event: dict[str, Any] = {"event": "checkpoint", "step": step}
+        event: Json = {"event": "checkpoint", "step": step}
         if reason is None:
             event |= {"seconds": seconds, "blocked_seconds": blocked, "bytes": size}
         else:
@@ -251,7 +253,7 @@ class Checkpoints:
         self._events.append(event)
         self._unsaved = reason
 
-    def _read(self, targets: Mapping[str, Any], step: int) -> Restored:
+    def _read(self, targets: Mapping[str, Tree], step: int) -> Restored:
         folder = epath.Path(self.directory / str(step))
         for item, tree in targets.items():
             if not (folder / item).exists():
@@ -267,7 +269,7 @@ class Checkpoints:
         }
         return Restored(items, json.loads((folder / "run" / "metadata").read_text("utf-8")))
 
-    def _check_fits(self, item: epath.Path, target: Any) -> None:
+    def _check_fits(self, item: epath.Path, target: Tree) -> None:
         """Compare shapes and dtypes, of which orbax changes the latter without a word."""
         stored, wanted = (
             {"/".join(path): f"{np.dtype(leaf.dtype)} {list(leaf.shape)}" for path, leaf in flat.items()}
@@ -282,7 +284,7 @@ class Checkpoints:
                 )
 
 
-def load_params(workdir: Path, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> Any:
+def load_params(workdir: Path, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> Tree:
     """Load the newest good params of a workdir onto one device, as generation needs them; changes nothing on disk.
 
     Args:
@@ -316,6 +318,6 @@ def _hush() -> None:
     sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
 
 
-def _in_chunks(tree: Any) -> Any:
+def _in_chunks(tree: Tree) -> Tree:
     """Ask for small chunks on disk, so that a reader need not hold a whole array of a large model."""
     return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)

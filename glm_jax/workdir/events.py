@@ -11,10 +11,10 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tensorboardX import summary
 from tensorboardX.proto import event_pb2
@@ -22,8 +22,12 @@ from tensorboardX.record_writer import RecordWriter
 
 from glm_jax.errors import UserError
 from glm_jax.storage.files import json_line, write_atomic
+from glm_jax.types import Json
 
-Event = Mapping[str, Any]
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+Event = Json
 
 METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 30.0  # how far TensorBoard may lag behind
@@ -149,7 +153,15 @@ class TensorBoard:
             self._writer = None
 
 
-def _message(step: int, **content: Any) -> Any:
+class _Message(Protocol):
+    """What is used of TensorBoard's message, whose class has no types."""
+
+    summary: Message
+
+    def SerializeToString(self) -> bytes: ...
+
+
+def _message(step: int, **content: object) -> _Message:
     return event_pb2.Event(wall_time=time.time(), step=step, **content)  # pyright: ignore[reportAttributeAccessIssue]
 
 

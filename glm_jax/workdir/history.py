@@ -6,13 +6,14 @@ import dataclasses
 import fnmatch
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from glm_jax.errors import UserError
+from glm_jax.types import Json
 from glm_jax.workdir import interventions
 from glm_jax.workdir.events import METRICS
 
@@ -49,8 +50,8 @@ class Series:
 class Record:
     """A run's events by kind, in order, and its marks."""
 
-    def __init__(self, events: list[dict[str, Any]], changes: list[dict[str, Any]]) -> None:
-        self.events: dict[str, list[dict[str, Any]]] = {}
+    def __init__(self, events: list[Json], changes: list[Json]) -> None:
+        self.events: dict[str, list[Json]] = {}
         for event in events:
             self.events.setdefault(event["event"], []).append(event)
         found = sorted([*_operator_marks(changes), *_run_marks(events)], key=lambda mark: mark.step)
@@ -71,7 +72,7 @@ class Record:
         """The last step that anything is known of."""
         return max(events[-1]["step"] for events in self.events.values())
 
-    def last(self, kind: str) -> Mapping[str, Any]:
+    def last(self, kind: str) -> Json:
         """Return the last event of a kind; empty if there is none."""
         return self.events.get(kind, [{}])[-1]
 
@@ -125,7 +126,7 @@ def read(workdir: Path) -> Record:
     return Record(events, interventions.read(changes) if changes.exists() else [])
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[Json]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     except OSError as error:
@@ -141,14 +142,14 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError(f"line {number} of {path} is damaged: take it out, and ask for the report again")
 
 
-def _not_finite_again(value: Any) -> Any:
+def _not_finite_again(value: object) -> object:
     """Return NaN for the null that a number is written as which is not finite, by itself or in a list."""
     if isinstance(value, list):
         return [_not_finite_again(entry) for entry in value]
     return math.nan if value is None else value
 
 
-def _operator_marks(changes: list[dict[str, Any]]) -> Iterator[Mark]:
+def _operator_marks(changes: list[Json]) -> Iterator[Mark]:
     for event in changes:
         kind = "spike" if event.get("cause") == "spike" else "intervention"
         lines = []
@@ -161,7 +162,7 @@ def _operator_marks(changes: list[dict[str, Any]]) -> Iterator[Mark]:
         yield Mark(0, event["step"], event.get("samples"), kind, event.get("cause", ""), tuple(lines))
 
 
-def _run_marks(events: list[dict[str, Any]]) -> Iterator[Mark]:
+def _run_marks(events: list[Json]) -> Iterator[Mark]:
     for event in events:
         if event["event"] == "checkpoint" and "error" in event:
             yield Mark(0, event["step"], event.get("samples"), "failure", "checkpoint failed", (str(event["error"]),))
@@ -169,9 +170,9 @@ def _run_marks(events: list[dict[str, Any]]) -> Iterator[Mark]:
             yield Mark(0, event["step"], event.get("samples"), "restart", "restart", ())
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     return "absent" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     return "not finite" if value is None else f"{value:.4g}" if isinstance(value, int | float) else str(value)

@@ -10,14 +10,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from glm_jax.errors import UserError
 from glm_jax.storage.files import json_line, write_atomic
+from glm_jax.types import Json
 
 RECORD = "interventions.jsonl"
 
-Changes = Mapping[str, tuple[Any, Any]]  # dotted key -> before, after; None where the key is absent
+Changes = Mapping[str, tuple[object, object]]  # dotted key -> before, after; None where the key is absent
 
 
 class Record:
@@ -47,7 +47,7 @@ class Record:
             with self._writing():
                 write_atomic(self._path, text)
 
-    def add(self, step: int, samples: int, cause: str, changes: Changes, **more: Any) -> dict[str, Any]:
+    def add(self, step: int, samples: int, cause: str, changes: Changes, **more: object) -> Json:
         """Write down changes that take effect with the step after `step`. Returns the line."""
         line = {
             "event": "intervention",
@@ -74,7 +74,7 @@ class Record:
                 f"{self._path} cannot be written ({error.strerror}): make room, then the same command resumes"
             ) from error
 
-    def spikes(self) -> list[dict[str, Any]]:
+    def spikes(self) -> list[Json]:
         """Return the lines of the spikes that were gone back from."""
         return [line for line in self.lines if line["cause"] == "spike"]
 
@@ -83,7 +83,7 @@ class Record:
         return [(line["skipped"][0], line["skipped"][1]) for line in self.spikes()]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Json]:
     """Read a record.
 
     Raises:
@@ -104,7 +104,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _entry(line: Any) -> dict[str, Any]:
+def _entry(line: Json) -> Json:
     changes = {key: [before, after] for key, (before, after) in line["changes"].items()}
     entry = {**line, "step": int(line["step"]), "cause": str(line["cause"]), "changes": changes}
     if entry["cause"] == "spike":
@@ -113,6 +113,6 @@ def _entry(line: Any) -> dict[str, Any]:
     return entry
 
 
-def plan(lines: Iterable[Mapping[str, Any]]) -> tuple[tuple[int, dict[str, Any]], ...]:
+def plan(lines: Iterable[Json]) -> tuple[tuple[int, Json], ...]:
     """Turn a record into the config's `interventions`, which make the same changes at the same steps."""
     return tuple((line["step"], {key: after for key, (_, after) in line["changes"].items()}) for line in lines)

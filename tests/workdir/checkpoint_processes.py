@@ -16,8 +16,8 @@ import numpy as np
 
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.model import GLMConfig
-from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import processes
+from glm_jax.parallel.mesh import build
 from glm_jax.storage import digests
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.state import StepConfig, create_state, disk_targets, to_disk
@@ -42,7 +42,7 @@ def outcome(checkpoints: Checkpoints, mesh: jax.sharding.Mesh, expected: Any) ->
 
 
 def main() -> None:
-    mesh = meshes.build({"data": 2, "pipeline": 1, "tensor": 1})
+    mesh = build({"data": 2, "pipeline": 1, "tensor": 1})
     state, said = create_state(CONFIG, mesh), []
     expected = whole(mesh, state.params)
     checkpoints = Checkpoints(Path(WORKDIR), say=said.append)

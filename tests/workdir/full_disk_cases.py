@@ -21,13 +21,13 @@ import numpy as np
 
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.model import GLMConfig
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.state import StepConfig, create_state, disk_targets, to_disk
 from glm_jax.workdir.checkpoints import Checkpoints
 
 CONFIG = StepConfig(EngineConfig(GLMConfig(2, 64, 2, 64, 512, max_length=8), 512, 4), OptimizerConfig(), None, seed=3)
-MESH = meshes.build(dict.fromkeys(meshes.AXES, 1))
+MESH = mesh.build(dict.fromkeys(mesh.AXES, 1))
 
 
 def mounted(directory: Path) -> bool:

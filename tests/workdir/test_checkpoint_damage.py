@@ -17,7 +17,7 @@ import pytest
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.storage import digests
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.state import StepConfig, TrainState, create_state, disk_targets, to_disk
@@ -26,7 +26,7 @@ from tests.journal import Journal
 from tests.patience import HANG
 
 CONFIG = StepConfig(EngineConfig(GLMConfig(2, 8, 2, 8, 16, max_length=8), 16, 4), OptimizerConfig(), None, seed=3)
-MESH = meshes.build(dict.fromkeys(meshes.AXES, 1))
+MESH = mesh.build(dict.fromkeys(mesh.AXES, 1))
 
 
 @pytest.fixture(scope="module")

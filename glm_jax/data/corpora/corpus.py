@@ -32,6 +32,7 @@ from glm_jax.data.corpora.readers import Damaged, lines_before, normaliser, rang
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.storage.files import atomic_directory, write_atomic
+from glm_jax.types import Json
 
 SPLITS = ("train", "heldout")
 DUPLICATE = len(SPLITS)  # what sides.npy says of a document in neither split
@@ -211,10 +212,10 @@ def _load_numbers(part: Path) -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-def _skipped(files: list[Path]) -> tuple[dict[str, Any], str]:
+def _skipped(files: list[Path]) -> tuple[Json, str]:
     """Return the damaged records by reason, and the lines of all of them."""
     lines = "".join((file / "skipped.jsonl").read_text(encoding="utf-8") for file in files)
-    skipped: dict[str, Any] = {}
+    skipped: Json = {}
     for record in map(json.loads, filter(None, lines.split("\n"))):
         reason = skipped.setdefault(record["reason"], {"count": 0, "places": []})
         reason["count"] += 1
@@ -315,22 +316,22 @@ def _open_text(path: Path) -> TextIO:
     return open(path, "w", encoding="utf-8", newline="\n")
 
 
-def _write_line(file: TextIO, value: Any) -> None:
+def _write_line(file: TextIO, value: object) -> None:
     file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-def _read_lines(paths: Iterable[Path]) -> Iterator[Any]:
+def _read_lines(paths: Iterable[Path]) -> Iterator[Any]:  # JSON: texts in read/, objects in documents.jsonl
     for path in paths:
         with open(path, encoding="utf-8", newline="\n") as file:
             yield from map(json.loads, file)
 
 
-def read_index(directory: Path) -> dict[str, Any]:
+def read_index(directory: Path) -> Json:
     """Read the index of a documents or shards directory."""
     return json.loads((directory / "index.json").read_text(encoding="utf-8"))
 
 
-def _write_index(directory: Path, index: dict[str, Any]) -> None:
+def _write_index(directory: Path, index: Json) -> None:
     write_atomic(directory / "index.json", json.dumps(index, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from glm_jax.config import Experiment
+from glm_jax.config.data import Data, Source, TokenizerConfig
 from glm_jax.data.corpora import corpus, samples
 from glm_jax.data.corpora.build import Workers, made
 from glm_jax.data.corpora.corpus import Input, Shards
@@ -34,6 +34,7 @@ from glm_jax.data.tokenizers.load import load
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.storage.files import write_atomic
+from glm_jax.types import Json
 
 FORMAT_VERSION = 2  # raised when a stage's content changes for the same input
 CLOCK = 2_000_000_000  # nanoseconds; a file changed this shortly before it was read may change unnoticed
@@ -55,7 +56,7 @@ class Prepared:
 
     tokenizer: Tokenizer
     shards: dict[str, dict[str, Shards]]
-    indexes: dict[str, dict[str, Any]]
+    indexes: dict[str, Json]
     digests: dict[str, str]
     languages: dict[str, str]
     weights: dict[str, float]
@@ -159,7 +160,7 @@ def cache_directory(configured: str) -> Path:
     return cache
 
 
-def _key(*parts: Any) -> str:
+def _key(*parts: object) -> str:
     text = json.dumps([FORMAT_VERSION, *parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -171,13 +172,13 @@ def _fetch_sample(name: str, cache: Path, report: Report) -> Path:
     return fetched
 
 
-def _documents(name: str, source: Any, data: Any, cache: Path, report: Report, pool: Workers, strict: bool) -> Path:
+def _documents(name: str, source: Source, data: Data, cache: Path, report: Report, pool: Workers, strict: bool) -> Path:
     """Bring one source to its documents stage and return its directory."""
     started = time.monotonic()
     if source.sample and not source.path:
         fetched = _fetch_sample(source.sample, cache, report)
         given = Input((fetched,), "jsonl", "text", source.normalise, source.sample)
-        content: Any = fetched.parent.name
+        content: str | list[str] = fetched.parent.name
     else:
         files = tuple(find_files(source.path))
         given = Input(files, source.format, source.field, source.normalise, source.path)
@@ -214,7 +215,7 @@ def _file_digests(files: tuple[Path, ...], cache: Path, pool: Workers, name: str
 def _file_digest(job: tuple[Path, Path]) -> str:
     file, memory = job
     found = file.stat()
-    known: dict[str, Any] = {}
+    known: Json = {}
     if memory.exists():
         known = json.loads(memory.read_text(encoding="utf-8"))
         same = known["size"] == found.st_size and known["changed"] == found.st_mtime_ns
@@ -229,7 +230,7 @@ def _file_digest(job: tuple[Path, Path]) -> str:
 
 
 def _tokenizer(
-    documents: Mapping[str, Path], weights: Mapping[str, float], wanted: Any, cache: Path, report: Report
+    documents: Mapping[str, Path], weights: Mapping[str, float], wanted: TokenizerConfig, cache: Path, report: Report
 ) -> Tokenizer:
     """Read the tokenizer that the config names, or train one on the training documents of all sources."""
     started = time.monotonic()

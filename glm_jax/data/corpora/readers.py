@@ -10,10 +10,16 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from glm_jax.data.corpora.json_array import Elements
 from glm_jax.errors import UserError
+from glm_jax.types import Json
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+    from zstandard import ZstdDecompressor
 
 LONGEST_RECORD = 64_000_000  # bytes; what is longer is hardly one document, and would fill the memory of a worker
 # What a format needs beyond our own dependencies, and the extra of setup.cfg that brings it.
@@ -37,7 +43,7 @@ class Damaged:
     message: str
 
 
-Located = tuple[int, dict[str, Any]]  # a record and its line, or row
+Located = tuple[int, Json]  # a record and its line, or row
 
 
 def find_files(path: str) -> list[Path]:
@@ -179,10 +185,11 @@ class _Limited(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any, /) -> int:
-        data = self._stream.read(min(len(buffer), self._left))
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        room = memoryview(buffer)
+        data = self._stream.read(min(len(room), self._left))
         self._left -= len(data)
-        buffer[: len(data)] = data
+        room[: len(data)] = data
         return len(data)
 
 
@@ -264,7 +271,7 @@ def _parse(number: int, line: bytes | None) -> Located | Damaged:
     return number, record
 
 
-def _text_of(number: int, record: dict[str, Any], fields: Sequence[str]) -> str | Damaged:
+def _text_of(number: int, record: Json, fields: Sequence[str]) -> str | Damaged:
     """Join the fields of a record; see `read`."""
     texts = []
     for field in fields:
@@ -281,7 +288,7 @@ def _text_of(number: int, record: dict[str, Any], fields: Sequence[str]) -> str 
     return "\n".join(texts)
 
 
-def _lookup(record: Any, field: str) -> Any:
+def _lookup(record: object, field: str) -> object:
     """Follow a name into a record: "a.b" is the key "a.b", or else the key "b" in the object "a"."""
     if not isinstance(record, dict):
         return None
@@ -294,7 +301,7 @@ def _lookup(record: Any, field: str) -> Any:
 class _Decompressed(io.RawIOBase):
     """The content of a zstd file of one or more frames. Raises EOFError where the file ends in mid-frame."""
 
-    def __init__(self, stream: BinaryIO, decompressor: Any) -> None:
+    def __init__(self, stream: BinaryIO, decompressor: ZstdDecompressor) -> None:
         self._stream, self._decompressor = stream, decompressor
         self._frame = decompressor.decompressobj()
         self._begun = False
@@ -303,7 +310,7 @@ class _Decompressed(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any, /) -> int:
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
         while not self._ready:
             data = self._stream.read(ZSTANDARD_CHUNK) if not self._frame.unused_data else self._frame.unused_data
             if self._frame.eof:
@@ -314,8 +321,9 @@ class _Decompressed(io.RawIOBase):
                 return 0
             self._begun = True
             self._ready = memoryview(self._frame.decompress(data))
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
+        room = memoryview(buffer)
+        size = min(len(room), len(self._ready))
+        room[:size] = self._ready[:size]
         self._ready = self._ready[size:]
         return size
 
@@ -361,14 +369,14 @@ def _read_parquet(file: Path, stream: BinaryIO, fields: Sequence[str]) -> Iterat
         before += table.metadata.row_group(group).num_rows
 
 
-def _parquet_row(number: int, batch: Any, row: int) -> Located | Damaged:
+def _parquet_row(number: int, batch: Any, row: int) -> Located | Damaged:  # a pyarrow.RecordBatch: pyarrow has no types
     try:
         return number, {name: batch.column(name)[row].as_py() for name in batch.schema.names}
     except UnicodeDecodeError:
         return Damaged("invalid UTF-8", number, "invalid UTF-8: convert the column to UTF-8")
 
 
-def _import_package(form: str, module: str) -> Any:
+def _import_package(form: str, module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:

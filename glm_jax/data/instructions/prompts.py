@@ -11,7 +11,7 @@ import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from glm_jax.data.instructions.templates import Template, read_templates
 from glm_jax.data.rows.streams import shuffled
 from glm_jax.errors import UserError
 from glm_jax.storage.files import atomic_directory
+from glm_jax.types import Json
 
 FORMAT_VERSION = 1  # raised when the same records give other tokens
 SEED = 0  # which of a set's prompted samples are taken under its cap: the same in every run
@@ -79,7 +80,7 @@ def write(directory: Path, prompts: Iterable[tuple[str, str]], tokenizer: Tokeni
     np.save(directory / "lengths.npy", np.array(lengths, np.int64))
 
 
-def read_records(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(files: Iterable[Path]) -> Iterator[tuple[str, Json]]:
     """Yield (where it stands, record) of .jsonl, .jsonl.zst and .parquet files, in order.
 
     Raises:
@@ -133,7 +134,7 @@ def prompted(files: Sequence[Path], templates: Sequence[Template], cap: int) -> 
                 yield sample
 
 
-def _plain(where: str, record: Mapping[str, Any]) -> tuple[str, str]:
+def _plain(where: str, record: Mapping[str, object]) -> tuple[str, str]:
     text, target = record.get("text"), record.get("target")
     if not isinstance(text, str) or not isinstance(target, str):
         raise UserError(f"{where}: no text in fields 'text' and 'target': add them or give templates")

@@ -13,16 +13,23 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
 
 from glm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from jinja2.runtime import Context
+    from jinja2.sandbox import SandboxedEnvironment
+
+Item = TypeVar("Item")
 
 SEPARATOR = "|||"
 PROTECTED = "\ue000|\ue000|\ue000"  # what a separator in a record's own text becomes while the template runs
 DRAWS = "_draws"  # the variable that holds the render's random generator
 
 
-def _import_package(package: str, module: str) -> Any:
+def _import_package(package: str, module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -30,14 +37,14 @@ def _import_package(package: str, module: str) -> Any:
 
 
 @functools.cache
-def _environment() -> Any:
+def _environment() -> SandboxedEnvironment:
     """Make the sandbox, with the filters that PromptSource's templates use; a field that is missing is an error."""
     jinja2 = _import_package("jinja2", "jinja2")
     sandbox = _import_package("jinja2", "jinja2.sandbox")
-    environment = sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    environment: SandboxedEnvironment = sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
     @jinja2.pass_context
-    def choice(context: Any, choices: Sequence[Any]) -> Any:
+    def choice(context: Context, choices: Sequence[Item]) -> Item:
         return context[DRAWS].choice(list(choices))
 
     environment.filters["choice"] = environment.filters["random"] = choice
@@ -46,7 +53,7 @@ def _environment() -> Any:
     return environment
 
 
-def most_frequent(items: Sequence[Any]) -> list[Any]:
+def most_frequent(items: Sequence[Item]) -> list[Item]:
     """Return the items that occur as often as the most frequent one, in order; none of none."""
     counts = Counter(items)
     return [item for item, count in counts.items() if count == max(counts.values())]
@@ -81,7 +88,7 @@ class Template:
         except self._errors as error:
             raise UserError(f"template {name} does not parse ({error}): fix it") from None
 
-    def render(self, record: Mapping[str, Any], seed: int = 0) -> tuple[str, str] | None:
+    def render(self, record: Mapping[str, object], seed: int = 0) -> tuple[str, str] | None:
         """Return (prompt, answer), stripped, or None where the template has nothing to ask about the record.
 
         Args:
@@ -102,7 +109,7 @@ class Template:
         return (parts[0], parts[1]) if len(parts) == 2 and parts[1] else None
 
 
-def _protect(value: Any) -> Any:
+def _protect(value: object) -> object:
     """Hide separators in any string of a JSON value."""
     if isinstance(value, str):
         return value.replace(SEPARATOR, PROTECTED)
