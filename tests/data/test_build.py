@@ -119,7 +119,7 @@ def test_workers_give_results_in_order_and_the_first_error():
         assert workers.run("square", square, [3, 1, 2], [1, 1, 1]) == [9, 1, 4]
         with pytest.raises(UserError, match="-1 is negative"):
             workers.run("square", square, [3, -1, -2], [1, 1, 1])
-        with pytest.raises(WorkerDied, match="fewer --workers"):
+        with pytest.raises(WorkerDied, match="with fewer --workers"):
             workers.run("square", square, [1, 101], [1, 1])
         assert workers.run("square", square, [3, 1], [1, 1]) == [9, 1]
     with Workers(1) as workers, pytest.raises(UserError, match="-1 is negative"):
@@ -184,7 +184,7 @@ def test_a_full_disk_is_said_and_costs_nothing(tmp_path: Path):
         (building / "piece").touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(UserError, match="no room for .*key .No space left on device.: make some"):
+    with pytest.raises(UserError, match="no room for .*key .No space left on device.: make room"):
         made(tmp_path / "stage" / "key", make)
     made(tmp_path / "stage" / "key", make)
     assert (tmp_path / "stage" / "key" / "piece").exists()

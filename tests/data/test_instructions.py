@@ -142,7 +142,7 @@ def test_records_are_read_from_every_format(tmp_path):
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1: invalid UTF-8"),
         ("a.jsonl.zst", b"nothing", "not a whole zstd file"),
         ("a.parquet", b"nothing", "not a parquet file"),
-        ("a.csv", b"a,b\n", "no file of records"),
+        ("a.csv", b"a,b\n", "not a file of records"),
     ],
 )
 def test_damaged_records_are_refused(tmp_path, name, content, message):
@@ -210,7 +210,7 @@ def test_a_known_data_set_is_capped_as_in_the_paper_unless_told_otherwise(tmp_pa
 def test_mistakes_in_the_section_are_refused(tmp_path):
     data = write_lines(tmp_path / "a.jsonl", [{"text": "a", "target": ""}])
     for section, message in (
-        ({"a": entry(path=str(data))}, "data.instructions.a gives no sample"),
+        ({"a": entry(path=str(data))}, "data.instructions.a has no samples"),
         ({"a": entry(path=str(data), dataset="super_glue/rt")}, "did you mean super_glue/rte"),
         ({"a": entry(path=str(tmp_path / "none"))}, "is not there"),
         ({"a": entry(sample="reviews")}, "no example set 'reviews': choose one of aligned-manuals"),

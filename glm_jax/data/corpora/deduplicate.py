@@ -1,4 +1,4 @@
-"""Exact and near duplicates: which documents of a corpus to keep, whatever order they come in."""
+"""Find exact and near duplicates: which documents of a corpus to keep, whatever order they come in."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 PERMUTATIONS = 128  # the estimate of a similarity is then within about 0.09 (two standard errors at 0.5)
-SHINGLE = 3  # units a shingle
+SHINGLE = 3  # units per shingle
 BATCH = 1 << 14  # shingles permuted at once, so that a huge document needs no huge array
-SCHEME = "affine32"  # of datasketch's signatures: 32-bit hashes
+SCHEME = "affine32"  # datasketch's name for signatures of 32-bit hashes
 
 # A word, or one character of scripts without spaces: kana, Han with extensions and compatibility forms.
 _UNIT = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|"
@@ -23,25 +23,25 @@ _UNIT = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003fff
 
 @dataclass(frozen=True)
 class Kept:
-    """A document that stays: its text and its digest, which orders and splits a corpus."""
+    """A document to keep: its text, and its digest, which orders and splits a corpus."""
 
     digest: bytes
     text: str
 
 
 def digest_of(text: str) -> bytes:
-    """Return the sha256 of a text whose runs of whitespace count as one space: equal digests, exact duplicates."""
+    """Return the sha256 of a text, runs of whitespace as one space. Equal digests mean exact duplicates."""
     return hashlib.sha256(" ".join(text.split()).encode()).digest()
 
 
 def distinct(texts: Iterable[str]) -> tuple[list[Kept], int]:
-    """Keep one of each set of exact duplicates: the one that sorts first.
+    """Keep one document of each set of exact duplicates: the one that sorts first.
 
     Args:
-        texts: documents; their text is held in memory once.
+        texts: documents. Each distinct text is held in memory once.
 
     Returns:
-        The kept documents in the order of their digests, which shuffles them, and the count of the others.
+        The kept documents in the order of their digests, which shuffles them, and the number dropped.
     """
     first: dict[bytes, str] = {}
     dropped = 0
@@ -63,13 +63,13 @@ def signature(text: str) -> np.ndarray:
 
 
 def near_duplicates(signatures: Iterable[np.ndarray], threshold: float) -> Iterator[bool]:
-    """Say of each document whether it is similar to one before it that was not.
+    """Yield, for each document, whether it is similar to an earlier one that was not a near duplicate itself.
 
     Similar means an estimated Jaccard similarity of at least `threshold`, among the pairs that locality-sensitive
-    hashing finds. With the documents in hash order the answer does not depend on the order they were read in.
+    hashing finds. With the documents in hash order, the answer does not depend on the order they were read in.
 
     Args:
-        signatures: of the documents, in order; those of the kept are held in memory.
+        signatures: of the documents, in order. Those of kept documents are held in memory.
         threshold: in (0, 1).
     """
     index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
@@ -84,14 +84,14 @@ def near_duplicates(signatures: Iterable[np.ndarray], threshold: float) -> Itera
 
 
 def _number(key: object) -> int:
-    assert isinstance(key, int)  # what was inserted
+    assert isinstance(key, int)  # near_duplicates inserts numbers only
     return key
 
 
 def shingles(text: str) -> set[int]:
-    """Return the 32-bit hashes of each run of SHINGLE units (words, or characters of Chinese), case aside.
+    """Return the 32-bit hashes of each run of SHINGLE units (words or Chinese characters), ignoring case.
 
-    A text with fewer units is one shingle; one without any letter or digit stands for itself.
+    A text with fewer units is one shingle. So is a text without letters or digits, taken whole.
     """
     units = _UNIT.findall(text.casefold()) or [text]
     runs = range(max(1, len(units) - SHINGLE + 1))

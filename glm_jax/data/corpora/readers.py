@@ -1,4 +1,4 @@
-"""Readers: from files of text in several formats to documents, damaged records told apart from good ones."""
+"""Read documents from files of text in several formats, and report damaged records."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from zstandard import ZstdDecompressor
 
-LONGEST_RECORD = 64_000_000  # bytes; what is longer is hardly one document, and would fill the memory of a worker
-# What a format needs beyond our own dependencies, and the extra of setup.cfg that brings it.
+LONGEST_RECORD = 64_000_000  # bytes; anything longer is hardly one document, and would fill a worker's memory
+# The package that a format needs beyond our own dependencies, and the extra in setup.cfg that installs it.
 PACKAGES = {"jsonl.zst": ("zstandard", "corpora"), "parquet": ("pyarrow", "parquet")}
-RANGE_BYTES = 64_000_000  # of a file that can be cut, what one worker reads at a time
-ZSTANDARD_CHUNK = 1 << 14  # compressed bytes read at a time: a run of one character makes a thousand times as many
+RANGE_BYTES = 64_000_000  # how much of a file that can be split one worker reads at a time
+ZSTANDARD_CHUNK = 1 << 14  # compressed bytes read at a time; a run of one character expands a thousandfold
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Damaged:
 
     Attributes:
         reason: one of a few names, for counting.
-        line: where the record begins or is broken; from 1. In parquet it counts rows.
-        message: what is wrong and how to fix it, to follow "file, line n: ".
+        line: where the record starts or is broken, from 1. For parquet, the row.
+        message: what is wrong and how to fix it, worded to follow "file, line n: ".
     """
 
     reason: str
@@ -43,17 +43,17 @@ class Damaged:
     message: str
 
 
-Located = tuple[int, Json]  # a record and its line, or row
+Located = tuple[int, Json]  # line, or row, and the record
 
 
 def find_files(path: str) -> list[Path]:
-    """List the files that a source's `path` names, sorted; a directory's hidden files are left out.
+    """List the files that a source's `path` names, sorted, without a directory's hidden files.
 
     Args:
         path: a file, a directory (searched to any depth) or a glob.
 
     Raises:
-        UserError: no file is there.
+        UserError: there is no such file.
     """
     root = Path(path).expanduser()
     if root.is_file():
@@ -71,9 +71,9 @@ def find_files(path: str) -> list[Path]:
 
 
 def ranges(file: Path, form: str) -> list[tuple[int, int]]:
-    """Cut a file into ranges of bytes, (start, stop), that `read` can read by themselves; one for a form without cuts.
+    """Split a file into ranges of bytes, (start, stop), that `read` can read independently.
 
-    Files of lines are cut where a record ends, about every RANGE_BYTES.
+    Files of lines are split where a record ends, about every RANGE_BYTES. Files of other forms are one range.
     """
     size = file.stat().st_size
     cuts = [0]
@@ -89,8 +89,8 @@ def ranges(file: Path, form: str) -> list[tuple[int, int]]:
 
 
 def _skip_record(stream: BinaryIO, form: str) -> None:
-    """Go on to the end of the line, and in "text" to the end of the next blank one."""
-    begins = False  # whether what is read next begins a line
+    """Move to the end of the line; in "text", to the end of the next blank line."""
+    begins = False  # whether the next read starts a line
     while line := stream.readline(1 << 20):
         ends = line.endswith(b"\n")
         if ends and (form != "text" or (begins and not line.strip())):
@@ -109,14 +109,14 @@ def lines_before(file: Path, place: int) -> int:
 
 
 def read(file: Path, form: str, field: str = "text", part: tuple[int, int] | None = None) -> Iterator[str | Damaged]:
-    """Yield the documents of a file that have any text, in file order, without holding the file in memory.
+    """Yield the documents of a file that are not blank, in file order, without holding the file in memory.
 
     Args:
-        file: one of those that `find_files` gave.
+        file: one of those that `find_files` returned.
         form: one of config.FORMATS. In "text" a blank line ends a document, and so does the end of the file.
         field: the key or column that holds the text. Several, separated by commas, are joined by newlines; a dot
             leads into a nested object.
-        part: read this one of the file's `ranges`; lines are counted from its start.
+        part: which of the file's `ranges` to read. Lines are counted from its start.
 
     Raises:
         UserError: as `read_records` does.
@@ -133,14 +133,14 @@ def read(file: Path, form: str, field: str = "text", part: tuple[int, int] | Non
 def read_records(
     file: Path, form: str, fields: Sequence[str] = (), part: tuple[int, int] | None = None
 ) -> Iterator[Located | Damaged]:
-    """Yield the records of a file with their lines, and what is damaged among them; see `read`.
+    """Yield the records of a file with their lines, and the damaged ones as Damaged; see `read`.
 
     Args:
-        file, form, part: as in `read`; a document of form "text" is a record with the key "text".
-        fields: what is wanted of a record, for formats that need not read the rest. Empty: everything.
+        file, form, part: as in `read`. A document of form "text" is a record with the key "text".
+        fields: the fields needed, for formats that can skip the others. Empty means all.
 
     Raises:
-        UserError: the file cannot be opened; a format whose package is not installed; no such parquet column.
+        UserError: the file cannot be opened, the format's package is not installed, or a parquet column is missing.
     """
     try:
         with open(file, "rb") as stream:
@@ -158,11 +158,11 @@ def read_records(
 
 
 def normaliser(options: str) -> Callable[[str], str]:
-    """Return the function that `normalise` of a source names.
+    """Return the function that a source's `normalise` key names.
 
     Args:
-        options: names separated by commas: "nfc" and "nfkc" are the Unicode forms, "newlines" makes \\r\\n and \\r to
-            \\n. Empty: text stays as it is.
+        options: names separated by commas: "nfc" and "nfkc" are the Unicode forms, "newlines" turns \\r\\n and \\r
+            into \\n. Empty leaves text unchanged.
     """
     names = {name.strip() for name in options.split(",")}
 
@@ -177,7 +177,7 @@ def normaliser(options: str) -> Callable[[str], str]:
 
 
 class _Limited(io.RawIOBase):
-    """The next `size` bytes of a stream."""
+    """A stream of the next `size` bytes of another."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self._left = stream, size
@@ -194,7 +194,7 @@ class _Limited(io.RawIOBase):
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (line number from 1, line without its end), None for a line that is too long; a byte order mark goes."""
+    """Yield (number from 1, line without its end), None for a line too long; drop a byte order mark."""
     number = 0
     while line := stream.readline(LONGEST_RECORD + 2):
         number += 1
@@ -210,7 +210,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 def _decode(number: int, line: bytes | None) -> str | Damaged:
     if line is None:
-        return Damaged("too long", number, f"over {LONGEST_RECORD // 1_000_000} MB in one record: cut it up")
+        return Damaged("too long", number, f"over {LONGEST_RECORD // 1_000_000} MB in one record: split it")
     if b"\0" in line:
         return Damaged("NUL", number, f"a NUL byte at {line.index(0)}: remove it")
     try:
@@ -222,7 +222,7 @@ def _decode(number: int, line: bytes | None) -> str | Damaged:
 
 def _read_text(stream: BinaryIO) -> Iterator[Located | Damaged]:
     document: list[str] = []
-    size, damage, number = 0, None, 0  # of the document so far, and the first damage in it
+    size, damage, number = 0, None, 0  # of the document so far: its size, and the first damage in it
     for number, raw in _lines(stream):
         if raw is not None and not raw.strip():
             if document or damage:
@@ -265,9 +265,9 @@ def _parse(number: int, line: bytes | None) -> Located | Damaged:
         record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        return Damaged("broken JSON", number, f"broken JSON ({reason}): mend the line")
+        return Damaged("broken JSON", number, f"broken JSON ({reason}): fix the line")
     if not isinstance(record, dict):
-        return Damaged("missing field", number, "no JSON object: mend the line, or give another `format`")
+        return Damaged("missing field", number, "no JSON object: fix the line, or give another `format`")
     return number, record
 
 
@@ -280,7 +280,7 @@ def _text_of(number: int, record: Json, fields: Sequence[str]) -> str | Damaged:
             return Damaged("missing field", number, f"no text in field {field!r}: set the source's `field`")
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError:  # an escape such as "\ud800" alone
+        except UnicodeEncodeError:  # a lone escape such as "\ud800"
             return Damaged("invalid UTF-8", number, f"half a surrogate pair in {field!r}: fix it")
         if "\0" in text:
             return Damaged("NUL", number, f"a NUL character in {field!r}: remove it")
@@ -289,7 +289,7 @@ def _text_of(number: int, record: Json, fields: Sequence[str]) -> str | Damaged:
 
 
 def _lookup(record: object, field: str) -> object:
-    """Follow a name into a record: "a.b" is the key "a.b", or else the key "b" in the object "a"."""
+    """Look a name up in a record: "a.b" is the key "a.b", or else the key "b" in the object "a"."""
     if not isinstance(record, dict):
         return None
     if field in record:
@@ -299,7 +299,7 @@ def _lookup(record: object, field: str) -> object:
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a zstd file of one or more frames. Raises EOFError where the file ends in mid-frame."""
+    """The content of a zstd file of one or more frames. Raises EOFError if the file ends in mid-frame."""
 
     def __init__(self, stream: BinaryIO, decompressor: ZstdDecompressor) -> None:
         self._stream, self._decompressor = stream, decompressor
