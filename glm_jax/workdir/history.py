@@ -1,4 +1,4 @@
-"""What a workdir holds of a run's course: its events, and the marks of what was done to it or befell it."""
+"""A run's history as its workdir holds it: its events, and marks of what was done or happened to it."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Mark:
     step: int
     samples: int | None
     kind: Kind
-    cause: str  # in a word or two
-    lines: tuple[str, ...]  # what it was: changes `key: before → after`, or a message
+    cause: str  # a word or two
+    lines: tuple[str, ...]  # the details: changes `key: before → after`, or a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A value's course: steps [n], int64, ascending, and values [n], float64, where not finite NaN."""
+    """A value over time: steps [n], int64, ascending, and values [n], float64, NaN where not finite."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -58,31 +58,31 @@ class Record:
         self.marks = [dataclasses.replace(mark, number=number) for number, mark in enumerate(found, 1)]
 
     def kinds(self) -> list[Kind]:
-        """List the kinds of marks that there are."""
+        """Return the kinds of marks that occur."""
         present = {mark.kind for mark in self.marks}
         return [kind for kind in MARK_NAMES if kind in present]
 
     @property
     def first_step(self) -> int:
-        """The first step that anything is known of."""
+        """The first step with an event."""
         return min(events[0]["step"] for events in self.events.values())
 
     @property
     def last_step(self) -> int:
-        """The last step that anything is known of."""
+        """The last step with an event."""
         return max(events[-1]["step"] for events in self.events.values())
 
     def last(self, kind: str) -> Json:
-        """Return the last event of a kind; empty if there is none."""
+        """Return the last event of a kind, or an empty one if there is none."""
         return self.events.get(kind, [{}])[-1]
 
     def names(self, kind: str, pattern: str) -> list[str]:
-        """List the keys of a kind's events that match a pattern such as loss/*, in order of appearance."""
+        """Return the keys of a kind's events that match a pattern such as loss/*, in order of appearance."""
         seen = dict.fromkeys(key for event in self.events.get(kind, []) for key in event)
         return [key for key in seen if fnmatch.fnmatchcase(key, pattern)]
 
     def series(self, kind: str, key: str) -> Series | None:
-        """Return the course of one key's numbers; None if none of them is finite."""
+        """Return the numbers of one key over time, or None if none of them is finite."""
         pairs = [
             (event["step"], event[key])
             for event in self.events.get(kind, [])
@@ -93,7 +93,7 @@ class Record:
         return Series(steps, np.where(finite, values, np.nan)) if finite.any() else None
 
     def layers(self, key: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return a train event's value by layer, as steps [n] and values [n, L]; None if there is none."""
+        """Return a key's values by layer in train events, steps [n] and values [n, L], or None if there are none."""
         found = [event for event in self.events.get("train", []) if isinstance(event.get(key), list)]
         found = [event for event in found if len(event[key]) == len(found[-1][key])]
         values = np.array([event[key] for event in found], float)  # [n, L]
@@ -102,7 +102,7 @@ class Record:
         return np.array([event["step"] for event in found]), np.where(np.isfinite(values), values, np.nan)
 
     def tokens(self) -> int:
-        """Return about how many tokens were trained on: each logged step stands for those since the one before."""
+        """Return the approximate number of tokens trained on: each logged step stands for those since the last one."""
         total, before = 0, 0
         for event in self.events.get("train", []):
             total += event.get("tokens", 0) * (event["step"] - before)
@@ -114,7 +114,7 @@ def read(workdir: Path) -> Record:
     """Read the record of a run.
 
     Raises:
-        UserError: there is none, or a line of it is damaged; a last line that was cut off is skipped.
+        UserError: there is none, or a line of it is damaged. An incomplete last line is skipped.
     """
     path = workdir / METRICS
     if not path.exists():
@@ -139,11 +139,11 @@ def _lines(path: Path) -> Iterator[Json]:
         if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("step"), int):
             yield {key: _not_finite_again(value) for key, value in event.items()}
         elif number < len(lines):
-            raise UserError(f"line {number} of {path} is damaged: take it out, and ask for the report again")
+            raise UserError(f"line {number} of {path} is damaged: remove it, then make the report again")
 
 
 def _not_finite_again(value: object) -> object:
-    """Return NaN for the null that a number is written as which is not finite, by itself or in a list."""
+    """Return NaN for null, alone or in a list: numbers that are not finite are written as null."""
     if isinstance(value, list):
         return [_not_finite_again(entry) for entry in value]
     return math.nan if value is None else value

@@ -1,4 +1,4 @@
-"""Samples with blanks: what the facts about GLM say, checked on random texts."""
+"""Samples with blanks: the facts about GLM, checked on random texts."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ ratios = st.sampled_from([0.05, 0.15, 0.3, 0.5])
 
 
 def text_of(length):
-    """Return a text in which every token is another one, so that places can be told from tokens."""
+    """Return a text of distinct tokens, so that tokens show their places."""
     return np.arange(FIRST, FIRST + length, dtype=np.int32)
 
 
@@ -32,7 +32,7 @@ def generator(seed):
 
 
 def blocks_of(sample):
-    """Cut the target part into blocks at each sop: (inputs, targets, positions, block positions) of each."""
+    """Split the target part into blocks at each sop: (inputs, targets, positions, block positions) of each."""
     heads = [i for i in range(sample.context, len(sample)) if sample.tokens[i] == SPECIAL.sop]
     assert heads[0] == sample.context
     return [
@@ -42,7 +42,7 @@ def blocks_of(sample):
 
 
 def rebuild(sample, blank):
-    """Put each target block back in place of the blank that its positions name, one element at a time."""
+    """Put each target block back in place of the blank that its positions name, token by token."""
     filled = {positions[0]: targets[:-1] for _, targets, positions, _ in blocks_of(sample)}
     text = []
     for place, token in enumerate(sample.tokens[: sample.context].tolist()):
@@ -52,7 +52,7 @@ def rebuild(sample, blank):
 
 
 def check_short_blanks(sample, text, blank):
-    """Check everything that the facts say about [MASK] and [sMASK] samples."""
+    """Check all facts about [MASK] and [sMASK] samples."""
     context = sample.tokens[: sample.context]
     assert (sample.targets[: sample.context] == context).all()
     assert sample.positions[: sample.context].tolist() == list(range(sample.context))
@@ -94,7 +94,7 @@ def test_spans_never_touch(length, seed, ratio):
 
 
 def test_half_of_a_short_text_can_be_masked():
-    """Where the last span would leave too few tokens to stand between the spans, it is cut."""
+    """If the last span would leave too few tokens between the spans, it is cut."""
     options = BlankOptions(mask_ratio=0.5, mean_span=1.0)
     for seed in range(3000):
         drawn = blanks.draw_lengths(8, generator(seed), options)
@@ -111,7 +111,7 @@ def test_no_span_is_longer_than_half_a_short_text(length, longest):
 
 
 def test_every_place_is_masked_alike():
-    """The first and last tokens come off lightly, as spans lie in the text whole; all others are alike."""
+    """The first and last tokens are masked less often, because spans fit in the text whole; all others are alike."""
     source, hits = generator(0), np.zeros(60)
     for _ in range(4000):
         starts, placed = blanks.place_spans(blanks.draw_lengths(60, source, PLAIN), 60, source)
@@ -211,7 +211,7 @@ def test_gmask_infill_leaves_context_on_both_sides(length, seed):
     text, options = text_of(length), BlankOptions(gmask_infill_prob=1.0, two_streams=True)
     sample = blanks.gmask_sample(text, generator(seed), SPECIAL, options)
     check_short_blanks(sample, text, SPECIAL.gmask)
-    text[0] = SPECIAL.eos  # two documents: the blank must stay at the end
+    text[0] = SPECIAL.eos  # two documents, so the blank must stay at the end
     sample = blanks.gmask_sample(text, generator(seed), SPECIAL, options)
     assert sample.tokens[sample.context - 1] == SPECIAL.gmask
 

@@ -1,4 +1,4 @@
-"""From records and prompts to rows of instruction samples."""
+"""From records and templates to rows of instruction samples."""
 
 import collections
 import dataclasses
@@ -34,13 +34,13 @@ TOKENIZER: Any = SimpleNamespace(
 
 
 def document(text, target):
-    """Return a document of distinct tokens: `text` of prompt, `target` of answer."""
+    """Return a document of distinct tokens, `text` of them in the prompt and `target` in the answer."""
     tokens = np.arange(FIRST, FIRST + text + target, dtype=np.int32)
     return np.concatenate([tokens[:text], [SPECIAL.mask], tokens[text:], [SPECIAL.eos]])
 
 
 class Prompted:
-    """Samples in which every ordinary token is another one."""
+    """Samples in which all ordinary tokens differ."""
 
     def __init__(self, sizes):
         self.documents = [
@@ -270,7 +270,7 @@ def test_chapter_titles_and_docstring_summaries():
 
 
 def write_page(path, *sections):
-    """Write an XHTML page of (id, paragraphs) as DocBook makes them."""
+    """Write an XHTML page of (id, paragraphs) sections, in DocBook's form."""
     body = "".join(
         f'<h2 class="title"><a id="{name}"/>{name}</h2><p class="title">skip</p>'
         + "".join(f"<p>{t}</p>" for t in texts)

@@ -1,4 +1,4 @@
-"""The whole way from sources to shards, and the cache that skips what is there."""
+"""The whole way from sources to shards, and the cache, which skips what exists."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_two_sources(folder: Path):
     assert len(decoded["en"]) == 30 and set(decoded["en"]) <= {*ENGLISH, ENGLISH[1] + "\nOne more line."}
     assert not any(
         near_duplicates(map(signature, decoded["en"]), 0.8)
-    )  # so no held-out document has a twin in training
+    )  # so no held-out document has a near duplicate in training
 
 
 def test_a_second_run_does_nothing(folder: Path):
@@ -221,7 +221,7 @@ def test_damaged_records_are_left_out_when_not_strict(folder: Path):
     assert lines[1].startswith("documents en: 1 damaged records left out, broken JSON")
     with pytest.raises(UserError, match=r"en\.jsonl, line 33: broken JSON, left out of en by an earlier build"):
         prepare.check_undamaged(prepared)
-    assert run(config)[0].digests == prepared.digests  # training goes on with what was built
+    assert run(config)[0].digests == prepared.digests  # training continues with what was built
     prepare.check_undamaged(run(make_config(folder, zh={"path": str(folder / "zh.txt")}))[0])
 
 
@@ -248,7 +248,7 @@ def test_files_are_hashed_again_only_when_touched(folder: Path, monkeypatch: pyt
         return digest(file, name)
 
     monkeypatch.setattr(hashlib, "file_digest", record)
-    monkeypatch.setattr(prepare, "CLOCK", 3_600_000_000_000)  # an hour, so that a slow machine finds it fresh, too
+    monkeypatch.setattr(prepare, "CLOCK", 3_600_000_000_000)  # an hour, so that files are fresh on slow machines, too
     for name in ("en.jsonl", "zh.txt"):
         os.utime(folder / name, (1e9, 1e9))
     first, _ = run(make_config(folder))

@@ -1,4 +1,4 @@
-"""Saves a state under one mesh of eight emulated devices and restores it under others; test_checkpoint.py runs it."""
+"""Save a state under one mesh of eight emulated devices and restore it under others; test_checkpoint.py runs this."""
 
 import os
 import sys
@@ -60,7 +60,7 @@ def main(workdir: Path) -> None:
     checkpoints = Checkpoints(workdir / "1x1x1")
     try:
         checkpoints.restore(disk_targets(other, build((1, 1, 1))))
-    except Exception as error:  # noqa: BLE001 (its type and text are what is asserted)
+    except Exception as error:  # noqa: BLE001 (the test checks its type and text)
         print(json.dumps([type(error).__name__, str(error)]))
     checkpoints.close()
 

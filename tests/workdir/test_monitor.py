@@ -1,4 +1,4 @@
-"""The record of a run: what is written, and what a resumed run drops because it will be done again."""
+"""The record of a run: what is written, and what a resumed run drops because it will be repeated."""
 
 import io
 import json
@@ -107,7 +107,7 @@ def test_only_the_primary_process_reports(tmp_path: Path, capsys: pytest.Capture
 
 
 class FullDisk(io.BytesIO):
-    """A file on a disk with room for some bytes, then for more once `room` is raised."""
+    """A file on a disk with room for a few bytes, and for more once `room` is raised."""
 
     room = 20
 
@@ -118,7 +118,7 @@ class FullDisk(io.BytesIO):
         return super().write(data[:written])
 
 
-def test_a_full_disk_is_said_once_and_loses_no_event(
+def test_a_full_disk_is_reported_once_and_loses_no_event(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor = Monitor(tmp_path, total_steps=9, first_step=0)
@@ -136,7 +136,7 @@ def test_a_full_disk_is_said_once_and_loses_no_event(
     assert capsys.readouterr().err.count("metrics.jsonl cannot be written (No space left on device)") == 1
 
 
-def test_after_a_full_disk_tensorboard_goes_on_in_another_file(tmp_path: Path) -> None:
+def test_after_a_full_disk_tensorboard_continues_in_another_file(tmp_path: Path) -> None:
     sink = events.TensorBoard(tmp_path / "tensorboard", -1)
     sink.write({"event": "train", "step": 1, "loss": 2.0})
     sink.close()
@@ -152,10 +152,10 @@ def test_after_a_full_disk_tensorboard_goes_on_in_another_file(tmp_path: Path) -
 
 
 class Wandb(ModuleType):
-    """As much of the package wandb as a run uses."""
+    """The part of the package wandb that a run uses."""
 
     class Error(Exception):
-        """What every failure of wandb is."""
+        """The type of all of wandb's errors."""
 
     def __init__(self, online: bool) -> None:
         super().__init__("wandb")
