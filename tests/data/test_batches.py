@@ -239,8 +239,8 @@ def test_huge_sources_are_planned_without_work():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": {"fr": 1.0}}, "source fr has a weight but is not there; known: en, zh"),
-        ({"objectives": {"gmsk": 1.0}}, "gmsk has a weight but is not there; known: mask, gmask, smask"),
+        ({"weights": {"fr": 1.0}}, "source fr has a weight but does not exist; known: en, zh"),
+        ({"objectives": {"gmsk": 1.0}}, "gmsk has a weight but does not exist; known: mask, gmask, smask"),
         ({"sources": {"en": Documents([5, 6])}}, "source en holds 11 tokens"),
         ({"seq_length": 4}, "do not fit 4 tokens"),
         ({"seed": -1}, "seed is -1"),

@@ -212,7 +212,7 @@ def test_mistakes_in_the_section_are_refused(tmp_path):
     for section, message in (
         ({"a": entry(path=str(data))}, "data.instructions.a has no samples"),
         ({"a": entry(path=str(data), dataset="super_glue/rt")}, "did you mean super_glue/rte"),
-        ({"a": entry(path=str(tmp_path / "none"))}, "is not there"),
+        ({"a": entry(path=str(tmp_path / "none"))}, "does not exist"),
         ({"a": entry(sample="reviews")}, "no example set 'reviews': choose one of aligned-manuals"),
     ):
         with pytest.raises(UserError, match=message):

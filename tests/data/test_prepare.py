@@ -163,7 +163,7 @@ def test_a_fetched_sample_is_reported(folder: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"path": "missing.txt"}, "missing.txt is not there"),
+        ({"path": "missing.txt"}, "missing.txt does not exist"),
         ({"path": "empty.txt"}, "empty.txt is empty"),
         ({"path": "latin.txt"}, "latin.txt, line 1: invalid UTF-8"),
         ({"path": "en.jsonl", "format": "jsonl", "field": "body"}, "line 1: no text in field 'body'"),

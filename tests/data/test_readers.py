@@ -96,7 +96,7 @@ def test_find_files(tmp_path: Path):
     assert find_files(str(tmp_path / "**" / "c.txt")) == [tmp_path / "deep" / "c.txt"]
     assert find_files(str(tmp_path / "a.txt")) == [tmp_path / "a.txt"]
     for missing in ("missing", "*.json"):
-        with pytest.raises(UserError, match="is not there: give a file, a directory or a glob"):
+        with pytest.raises(UserError, match="does not exist: give a file, a directory or a glob"):
             find_files(str(tmp_path / missing))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty is a directory without files"):
@@ -134,7 +134,7 @@ def test_a_missing_package_is_named_with_the_extra_for_it_alone(
         ("jsonl", b'{"text": "good"}\n' + b"[" * 100_000, "broken JSON", 2, "broken JSON"),
         ("jsonl", b'{"text": "good"}\n{"body": "b"}\n', "missing field", 2, "no text in field 'text'"),
         ("jsonl", b'{"text": "good"}\n{"text": 1}\n', "missing field", 2, "no text in field 'text'"),
-        ("jsonl", b'{"text": "good"}\n["text"]\n', "missing field", 2, "no JSON object"),
+        ("jsonl", b'{"text": "good"}\n["text"]\n', "missing field", 2, "not a JSON object"),
         ("jsonl", b'{"text": "good"}\n{"text": "\\ud800"}\n', "invalid UTF-8", 2, "half a surrogate pair"),
         ("jsonl", b'{"text": "good"}\n{"text": "\\u0000"}\n', "NUL", 2, "a NUL character"),
         ("jsonl", b'{"text": "good"}\n{"text": "\xe5\xa4"}\n', "invalid UTF-8", 2, "convert the file"),

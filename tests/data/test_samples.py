@@ -111,7 +111,7 @@ def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         topics={"while": "\nLoops of our own\n", "assert": "Checks of our own\n\n    assert it\n"}
     )
     monkeypatch.setitem(sys.modules, "pydoc_data", SimpleNamespace(topics=reference))
-    monkeypatch.setattr(sys, "version", "3.99.1 (a Python that is not there) [of no compiler]")
+    monkeypatch.setattr(sys, "version", "3.99.1 (a Python that does not exist) [of no compiler]")
     package = tmp_path / "documented"
     (package / "tests").mkdir(parents=True)
     (package / "__init__.py").write_text(f'"""{LONG}"""\nraise RuntimeError("imported")\n')
@@ -142,7 +142,7 @@ def test_python_docs_are_kept_for_each_version(documented: Path, tmp_path: Path,
     release(documented, "1.1")
     second, cached = samples.fetch("python-docs", tmp_path / "cache")
     assert not cached and second != first
-    monkeypatch.setattr(sys, "version", "3.99.2 (a Python that is not there) [of no compiler]")
+    monkeypatch.setattr(sys, "version", "3.99.2 (a Python that does not exist) [of no compiler]")
     third, cached = samples.fetch("python-docs", tmp_path / "cache")
     assert not cached and third not in (first, second)
 

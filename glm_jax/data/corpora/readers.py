@@ -66,7 +66,7 @@ def find_files(path: str) -> list[Path]:
     else:
         files = [Path(name) for name in glob.glob(str(root), recursive=True) if Path(name).is_file()]
         if not files:
-            raise UserError(f"corpus {path} is not there: give a file, a directory or a glob")
+            raise UserError(f"corpus {path} does not exist: give a file, a directory or a glob")
     return sorted(files)
 
 
@@ -251,7 +251,7 @@ def _read_json(stream: BinaryIO) -> Iterator[Located | Damaged]:
     for number, element in elements:
         yield _parse(number, element)
     if not elements.begun:
-        yield Damaged("broken JSON", 1, "no JSON array: give another `format`, such as jsonl")
+        yield Damaged("broken JSON", 1, "not a JSON array: give another `format`, such as jsonl")
     elif not elements.closed:
         yield Damaged("truncated", elements.line, "the array has no end: fetch the file again")
 
@@ -267,7 +267,7 @@ def _parse(number: int, line: bytes | None) -> Located | Damaged:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         return Damaged("broken JSON", number, f"broken JSON ({reason}): fix the line")
     if not isinstance(record, dict):
-        return Damaged("missing field", number, "no JSON object: fix the line, or give another `format`")
+        return Damaged("missing field", number, "not a JSON object: fix the line, or give another `format`")
     return number, record
 
 

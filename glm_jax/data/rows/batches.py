@@ -268,4 +268,4 @@ def _names(history: History) -> dict[str, float]:
 def _check_names(history: History, known: tuple[str, ...], kind: str) -> None:
     for name in sorted(_names(history)):
         if name not in known:
-            raise UserError(f"{kind} {name} has a weight but is not there; known: {', '.join(known)}")
+            raise UserError(f"{kind} {name} has a weight but does not exist; known: {', '.join(known)}")
