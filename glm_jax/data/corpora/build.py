@@ -96,7 +96,7 @@ def _remove_temporaries(directory: Path) -> None:
 
 
 class Workers:
-    """Processes that share jobs; with a `count` of 1, this one. They start when needed and end with the block."""
+    """Processes that share jobs; a `count` of 1 runs jobs in this one. They start when first needed."""
 
     def __init__(self, count: int) -> None:
         self._count = count

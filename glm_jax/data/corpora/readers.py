@@ -99,7 +99,7 @@ def _skip_record(stream: BinaryIO, form: str) -> None:
 
 
 def lines_before(file: Path, place: int) -> int:
-    """Count the lines that end before the byte `place`."""
+    """Return how many lines end before the byte `place`."""
     count = 0
     with open(file, "rb") as stream:
         while place > 0 and (chunk := stream.read(min(1 << 20, place))):
