@@ -1,1 +1,1 @@
-"""Text to batches: corpora, tokenizer, blanks, mixture, packing. numpy and grain only, no jax arrays."""
+"""From text to batches: corpora, tokenizers, blanks, mixture, packing. Only numpy and grain, no jax arrays."""

@@ -1,4 +1,4 @@
-"""What a corpus holds, for a person to read: counts, lengths, and rows with their blanks filled in and coloured."""
+"""Show what a corpus holds: counts, lengths, and rows with their blanks filled in and coloured."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from glm_jax.data.rows.rows import Rows
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 
 BAR = 40  # characters of the longest bar
-COLOURS = [f"\x1b[{code}m" for code in (31, 32, 33, 34, 35, 36)]  # of blanks, by turns
+COLOURS = [f"\x1b[{code}m" for code in (31, 32, 33, 34, 35, 36)]  # of blanks, in turn
 PLAIN = "\x1b[0m"
 END_OF_DOCUMENT = " <eos> "
 
 
 def counts(prepared: Prepared) -> Iterator[str]:
-    """Yield lines: for each source its documents, tokens and bytes, what was left out, and its lengths."""
+    """Yield lines that give each source's documents, tokens and bytes, what was left out, and its lengths."""
     for source, index in prepared.indexes.items():
         dropped = index["dropped"]
         yield f"{source} ({prepared.languages[source]}, weight {prepared.weights[source]:g})"
@@ -35,7 +35,7 @@ def counts(prepared: Prepared) -> Iterator[str]:
 
 
 def histogram(lengths: np.ndarray) -> list[str]:
-    """Draw how many of `lengths` lie between each two powers of two."""
+    """Return the lines of a bar chart that counts `lengths` between successive powers of two."""
     exponents = np.log2(np.maximum(lengths, 1)).astype(int)  # [documents]
     bins = np.bincount(exponents)
     lines = []
@@ -47,12 +47,12 @@ def histogram(lengths: np.ndarray) -> list[str]:
 
 
 def rows(batch: Rows[np.ndarray], sources: tuple[str, ...], tokenizer: Tokenizer, *, coloured: bool) -> Iterator[str]:
-    """Yield each row of a batch as text, "[MASK: what was there]" in the place of each blank.
+    """Yield each row of a batch as text, with "[MASK: what was there]" in place of each blank.
 
     Args:
         batch: as rows.batches.Batches.at returns it.
-        sources: the names that `batch.source` counts.
-        coloured: each blank in a colour, for a terminal.
+        sources: the names that `batch.source` indexes.
+        coloured: give each blank a colour, for a terminal.
     """
     for b in range(len(batch.tokens)):
         yield f"row {b}: {sources[batch.source[b]]}, {OBJECTIVES[batch.objective[b]]}"
@@ -61,7 +61,7 @@ def rows(batch: Rows[np.ndarray], sources: tuple[str, ...], tokenizer: Tokenizer
 
 
 def _sample(batch: Rows[np.ndarray], b: int, here: np.ndarray, tokenizer: Tokenizer, coloured: bool) -> str:
-    """Return the text of the sample of row b that stands where `here`, bool [S], is True."""
+    """Return the text of the sample in row b where `here`, bool [S], is True."""
     tokens, targets, context = batch.tokens[b, here], batch.targets[b, here], batch.context[b, here]  # [s] each
     positions = np.atleast_2d(batch.positions[b])[0, here]  # [s]
     blanks = {tokenizer.mask: "MASK", tokenizer.gmask: "gMASK", tokenizer.smask: "sMASK"}
@@ -88,6 +88,6 @@ def _sample(batch: Rows[np.ndarray], b: int, here: np.ndarray, tokenizer: Tokeni
 
 
 def _target(span: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Return the text of one target, document ends shown."""
+    """Return the text of one target, with ends of documents shown."""
     ends = np.flatnonzero(span == tokenizer.eos)
     return END_OF_DOCUMENT.join(tokenizer.decode(part) for part in np.split(span, ends))

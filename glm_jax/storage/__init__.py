@@ -1,1 +1,1 @@
-"""Files that are whole or not there, and their digests."""
+"""Files that appear whole or not at all, and their digests."""

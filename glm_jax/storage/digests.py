@@ -1,9 +1,9 @@
-"""Digests of a folder's files, beside them, so that a bit that flips on a disk cannot go unseen.
+"""Digests of a folder's files, stored beside them, so that no flipped bit on a disk goes unnoticed.
 
-A folder is sealed by one or more processes, each of which lists the files that it answers for in its own
-`digests-<i>-of-<n>.json`. The folder is whole when all n lists are there and every listed file is as it was. Files that
-no list names are of no account: what reads a sealed folder finds its files through listed ones, and a stray file of
-the file system or a note of the operator must not cost a good checkpoint.
+One or more processes seal a folder. Each lists the files it is responsible for in its own `digests-<i>-of-<n>.json`.
+The folder is whole when all n lists exist and every listed file is unchanged. Unlisted files do not matter: whatever
+reads a sealed folder finds its files through listed ones, and a stray file or an operator's note must not cost a good
+checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from glm_jax.storage.files import sync, write_atomic
 
@@ -22,23 +22,31 @@ UNFINISHED = "was cut off while it was saved"
 _LIST = re.compile(r"digests-(\d+)-of-(\d+)\.json")
 
 
+class _Entry(TypedDict):
+    """What a list says of one file."""
+
+    bytes: int
+    sha256: str
+
+
 class _Damage(Exception):
-    """What is wrong with a folder, as the end of a sentence that begins with its name."""
+    """What is wrong with a folder, worded to follow the folder's name."""
 
 
 def files(folder: Path) -> list[str]:
-    """List the files in `folder` and below, by their sorted relative paths; lists of digests are left out."""
+    """List the files in and below `folder` as sorted relative paths, without the lists of digests."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in paths if not _LIST.fullmatch(str(path)))
 
 
 def seal(folder: Path, names: Iterable[str], index: int = 0, count: int = 1) -> None:
-    """Bring the named files to the disk, then write their sizes and sha256 as list `index` of `count`.
+    """Sync the named files to the disk, then write their sizes and sha256 as list `index` of `count`.
 
     Raises:
-        OSError: a file cannot be read, or the list cannot be written; no list is left then.
+        OSError: a file cannot be read, or the list cannot be written. No list is left behind.
     """
-    entries, parents = {}, {folder}
+    entries: dict[str, _Entry] = {}
+    parents = {folder}
     for name in names:
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
@@ -51,7 +59,7 @@ def seal(folder: Path, names: Iterable[str], index: int = 0, count: int = 1) -> 
 
 
 def is_sealed(folder: Path) -> bool:
-    """Return whether all lists are there; what they list is not looked at."""
+    """Whether all lists exist; the files they list are not checked."""
     try:
         return bool(_lists(folder))
     except (OSError, _Damage):
@@ -59,20 +67,20 @@ def is_sealed(folder: Path) -> bool:
 
 
 def size(folder: Path) -> int:
-    """Add up the listed sizes of a sealed folder, in bytes."""
+    """Return the sum of the listed sizes of a sealed folder, in bytes."""
     return sum(entry["bytes"] for path in _lists(folder) for entry in _read(path).values())
 
 
 def damage(folder: Path, under: str = "", index: int = 0, count: int = 1) -> str | None:
-    """Return what is wrong with a folder, or None if all that was looked at is whole.
+    """Return what is wrong with a folder, or None if everything checked is whole.
 
     Args:
-        folder: sealed, or cut off before it was.
-        under: look only at the files whose relative path begins so.
-        index, count: look at the part `index` of `count` of those files; all lists are looked at in any case.
+        folder: sealed, or interrupted before it was.
+        under: check only files whose relative path starts with this.
+        index, count: check share `index` of `count` of those files. All lists are checked in any case.
     """
     try:
-        entries: dict[str, Any] = {}
+        entries: dict[str, _Entry] = {}
         for path in _lists(folder):
             entries |= _read(path)
         names = sorted(name for name in entries if name.startswith(under))
@@ -88,7 +96,7 @@ def damage(folder: Path, under: str = "", index: int = 0, count: int = 1) -> str
 
 
 def _lists(folder: Path) -> list[Path]:
-    """Return the paths of all lists, one a process that sealed the folder."""
+    """Return the paths of all lists, one for each process that sealed the folder."""
     counts = {int(match[2]) for match in map(_LIST.fullmatch, os.listdir(folder)) if match}
     if not counts:
         raise _Damage(UNFINISHED)
@@ -99,17 +107,17 @@ def _lists(folder: Path) -> list[Path]:
     return paths
 
 
-def _render(entries: dict[str, Any]) -> str:
-    """Write a list with a digest of itself."""
+def _render(entries: dict[str, _Entry]) -> str:
+    """Return the text of a list, with a digest of itself."""
     body = json.dumps(entries, sort_keys=True)
     return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "files": entries}, indent=1) + "\n"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read a list; it must be what `_render` wrote to the last byte, for a spoilt name would hide a file."""
+def _read(path: Path) -> dict[str, _Entry]:
+    """Read a list. It must match what `_render` wrote to the last byte: a corrupted name would hide a file."""
     content = path.read_bytes()
     try:
-        entries: dict[str, Any] | None = json.loads(content)["files"]
+        entries: dict[str, _Entry] | None = json.loads(content)["files"]
     except (ValueError, KeyError, TypeError):  # ValueError: neither JSON nor UTF-8
         entries = None
     if not isinstance(entries, dict) or _render(entries).encode() != content:
@@ -117,7 +125,7 @@ def _read(path: Path) -> dict[str, Any]:
     return entries
 
 
-def _check(folder: Path, name: str, entry: dict[str, Any]) -> None:
+def _check(folder: Path, name: str, entry: _Entry) -> None:
     try:
         with open(folder / name, "rb") as file:
             if os.fstat(file.fileno()).st_size < entry["bytes"]:

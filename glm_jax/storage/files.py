@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees a half-written one."""
+"""Write files so that readers never see a half-written one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 
 def sync(path: Path) -> None:
-    """Bring a file or the names in a directory to the disk: a rename survives a crash once its directory is synced."""
+    """Sync a file, or the names in a directory, to the disk: a rename survives a crash once its directory is synced."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -39,7 +39,7 @@ def open_regular(path: Path) -> IO[bytes]:
 
 @contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Return a file to write and read that becomes `path` if the block ends without an error."""
+    """Yield a file, open for writing and reading, that becomes `path` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -61,12 +61,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def json_line(value: Any) -> str:
-    """Write a value as a line of JSON, null for a number that is not finite: JSON has none."""
+def json_line(value: object) -> str:
+    """Return a value as a line of JSON; numbers that are not finite, which JSON lacks, become null."""
     return json.dumps(_finite(value), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -76,15 +76,15 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Return a temporary directory that becomes `path` if the block ends without an error.
+    """Yield a temporary directory that becomes `path` if the block ends without an error.
 
-    When another process has made `path` meanwhile, theirs stays: callers name directories by content.
+    If another process has made `path` in the meantime, that one stays: callers name directories by content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        for entry in (temporary, *temporary.rglob("*")):  # the names in the folders, too
+        for entry in (temporary, *temporary.rglob("*")):  # directories too, for the names in them
             if entry.is_file() or entry.is_dir():
                 sync(entry)
         os.chmod(temporary, 0o755)

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, writers beside readers."""
+"""What a run leaves on disk: each file's writer beside its reader."""

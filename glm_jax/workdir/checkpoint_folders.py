@@ -1,6 +1,6 @@
-"""The folders of a workdir's checkpoints: which there are, which of them are good, and which may go.
+"""The folders of a workdir's checkpoints: which exist, which are good, and which may be removed.
 
-Here stands also what the processes of a run agree on, for all must come to the same verdict on a folder.
+All processes of a run must come to the same verdict on a folder; the functions by which they agree are here, too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -24,34 +23,34 @@ from glm_jax.parallel import processes
 from glm_jax.storage import digests
 from glm_jax.storage.files import sync
 
-TEMPORARY = ".orbax-checkpoint-tmp"  # how orbax names what is not whole yet, so that its own tools know it too
-MESSAGE_BYTES = 512  # of what one process tells the others
+TEMPORARY = ".orbax-checkpoint-tmp"  # orbax's suffix for unfinished checkpoints, so that its tools recognise them
+MESSAGE_BYTES = 512  # of a message from one process to the others
 
 
 def temporary(directory: Path, step: int) -> Path:
-    """Return the folder that becomes that of `step` once it is whole."""
+    """Return the folder that becomes the folder of `step` once it is whole."""
     return directory / f"{step}{TEMPORARY}"
 
 
 def folders(directory: Path) -> list[int]:
-    """List the steps that have a folder, oldest first."""
+    """Return the steps that have a folder, oldest first."""
     names = [path.name for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
 def sealed(directory: Path) -> list[int]:
-    """List the steps that were saved whole, oldest first; whether they still are is not looked at."""
+    """Return the steps that were saved whole, oldest first, without checking whether they still are."""
     return [step for step in folders(directory) if digests.is_sealed(directory / str(step))]
 
 
 def sweep(directory: Path) -> None:
-    """Remove what saves and removals that were cut off have left."""
+    """Remove what interrupted saves and removals left behind."""
     for folder in directory.glob(f"*{TEMPORARY}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder that threads of tensorstore may still try to write to, after a write that failed."""
+    """Remove a folder that tensorstore's threads may still be writing to after a failed write."""
     for _ in range(10):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.05)
@@ -60,20 +59,20 @@ def remove(folder: Path) -> None:
 
 
 def prune(directory: Path, keep: int, keep_every: int) -> None:
-    """Remove all but the newest `keep` and those that `keep_every` divides (0: none).
+    """Remove all checkpoints but the newest `keep` and those whose step `keep_every` divides; 0 disables the latter.
 
-    What cannot be removed now is tried again after the next save: the save at hand is good all the same.
+    A removal that fails does not spoil this save; it is tried again after the next one.
     """
     for step in sealed(directory)[:-keep]:
         if keep_every == 0 or step % keep_every:
             with contextlib.suppress(OSError):
-                # renamed first, so that a removal that is cut off does not look like a damaged checkpoint
+                # rename first, so that an interrupted removal does not look like a damaged checkpoint
                 os.rename(directory / str(step), temporary(directory, step))
                 shutil.rmtree(temporary(directory, step))
 
 
 def set_aside(directory: Path, step: int, why: str) -> None:
-    """Rename the folder of a step to `<step>.<why>`, or `<step>.<why>.2` and so on where that is taken."""
+    """Rename the folder of a step to `<step>.<why>`, or `<step>.<why>.2` and so on if that exists."""
     suffixes = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
     paths = (directory / f"{step}.{why}{suffix}" for suffix in suffixes)
     os.rename(directory / str(step), next(path for path in paths if not path.exists()))
@@ -83,16 +82,16 @@ def set_aside(directory: Path, step: int, why: str) -> None:
 def newest_good(
     directory: Path, steps: Sequence[int], under: str, say: Callable[[str], None]
 ) -> tuple[int | None, list[int]]:
-    """Find the newest step whose files are as they were; the same in all processes, which share the reading.
+    """Return the newest step whose files are unchanged. All processes share the reading and get the same answer.
 
     Args:
         directory: of the checkpoints.
-        steps: to choose from, oldest first; those that process 0 gives count.
-        under: look only at files whose path in the step's folder begins so.
-        say: told of each damaged one.
+        steps: to choose from, oldest first. Those of process 0 are used.
+        under: check only files whose path in the step's folder starts with this.
+        say: called with a line about each damaged step.
 
     Returns:
-        It, or None if there are no steps; and the newer ones, which are damaged.
+        The step, or None if there are no steps; and the newer steps, which are damaged.
 
     Raises:
         UserError: there are steps, and all are damaged.
@@ -109,7 +108,7 @@ def newest_good(
     if damaged:
         listed = "; ".join(f"{step}: {_sentence(damage)}" for step, damage in damaged.items())
         raise UserError(
-            f"no checkpoint in {directory} is good ({listed}): bring one back, or remove the folder to start anew"
+            f"no checkpoint in {directory} is good ({listed}): restore one, or remove the folder to start over"
         )
     return None, []
 
@@ -119,10 +118,10 @@ def _sentence(damage: str) -> str:
 
 
 def everyone(text: str) -> list[str]:
-    """Return what every process says here, in their order, cut to MESSAGE_BYTES; a collective if there are several."""
+    """Return the texts of all processes, in order, cut to MESSAGE_BYTES each. A collective if there are several."""
     if jax.process_count() == 1:
         return [text]
-    processes.wait_for_all()  # one may have many files to read or remove first, and a collective is not patient
+    processes.wait_for_all()  # one may first have many files to read or remove, and a collective times out
     row = np.zeros(MESSAGE_BYTES, np.uint8)
     said = np.frombuffer(text.encode()[:MESSAGE_BYTES], np.uint8)
     row[: said.size] = said
@@ -131,15 +130,15 @@ def everyone(text: str) -> list[str]:
 
 
 def disk_reason(error: BaseException | None) -> str | None:
-    """Return why the disk refused, such as "No space left on device"; None for an error of another kind."""
+    """Return why the disk refused, such as "No space left on device", or None for other kinds of errors."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # as tensorstore tells it, in a ValueError
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # as tensorstore reports it, in a ValueError
     return os.strerror(int(code[1])) if code else None
 
 
-def refusal(write: Callable[[], Any]) -> str | None:
-    """Run `write`; returns why the disk refused, or None if it did not. Errors of another kind pass."""
+def refusal(write: Callable[[], object]) -> str | None:
+    """Run `write` and return why the disk refused, or None if it did not. Other kinds of errors are raised."""
     try:
         write()
     except (OSError, ValueError, RuntimeError) as error:
@@ -150,6 +149,6 @@ def refusal(write: Callable[[], Any]) -> str | None:
 
 
 def written_by(folder: Path, index: int) -> list[str]:
-    """List the files that a process wrote: those that orbax names after it, and for process 0 all others too."""
+    """Return the files that a process wrote: those that orbax names after it, and for process 0 all others, too."""
     owners = ((name, re.search(r"(?:^|[/.])process_(\d+)(?:/|$)", name)) for name in digests.files(folder))
     return [name for name, owner in owners if index == (int(owner[1]) if owner else 0)]

@@ -1,4 +1,4 @@
-"""Checkpoints by orbax: one layout on disk whatever the mesh that wrote it, sealed with digests of every file."""
+"""Checkpoints with orbax: one layout on disk whatever mesh wrote it, sealed with digests of every file."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import future
 
 from glm_jax.errors import UserError
 from glm_jax.storage import digests
 from glm_jax.storage.files import sync
+from glm_jax.types import Json, Tree
 from glm_jax.workdir import checkpoint_folders, checkpoint_format
 from glm_jax.workdir.checkpoint_folders import disk_reason, everyone, newest_good, refusal, temporary, written_by
 
 CHUNK_BYTES = 32 * 2**20
-PATIENCE = 3600  # seconds that the processes of a run wait for one another's part of a checkpoint
+PATIENCE = 3600  # seconds that processes wait for one another's part of a checkpoint
 
-_saves = itertools.count()  # the same in all processes, for all save together
+_saves = itertools.count()  # the same in all processes, as all save together
 
 
 class Restored(NamedTuple):
-    """The trees of a checkpoint on the mesh, by name, and the numbers that were saved beside them."""
+    """The trees of a checkpoint on the mesh, by name, and the record saved beside them."""
 
-    items: dict[str, Any]
-    run: dict[str, Any]
+    items: dict[str, Tree]
+    run: Json
 
 
 class _Outcome(NamedTuple):
-    reason: str | None  # why the disk refused; None: it is all there
+    reason: str | None  # why the disk refused; None if everything was saved
     seconds: float
     bytes: int
 
@@ -55,48 +57,49 @@ class _Save(NamedTuple):
 class Checkpoints:
     """The checkpoints of one workdir, in `checkpoints/<step>/`.
 
-    Each holds named trees (of a run: `params`, and `training`, the rest of its state), `run` (JSON: step, samples, that
-    is the data position, and whatever else the caller gives) and the digests of all files. Writing goes on in the
+    Each holds named trees (for a run: `params`, and `training`, the rest of its state), `run` (JSON: step, samples as
+    the data position, and whatever else the caller passes) and the digests of all files. Writing continues in the
     background while the next steps run: orbax writes to a temporary folder, every process seals what it wrote, process
-    0 the rest, and only then the folder gets its name. So a save that was cut off leaves nothing that could be mistaken
-    for a checkpoint.
-    In a run of several processes all must make the same calls, save for `events`, `steps` and `latest_step`.
+    0 seals the rest, and only then does the folder get its name. So an interrupted save leaves nothing that could be
+    mistaken for a checkpoint.
+
+    In a run of several processes all must make the same calls, except `events`, `steps` and `latest_step`.
     """
 
     def __init__(
         self, workdir: Path, keep: int = 3, keep_every: int = 0, say: Callable[[str], None] = lambda _: None
     ) -> None:
-        """Remove what cut-off saves have left, if there is any.
+        """Remove what interrupted saves left behind.
 
         Args:
-            workdir: of the run; nothing is made in it before the first save.
-            keep: how many of the newest checkpoints stay. Older ones go once a newer one is whole on disk.
-            keep_every: a step that this divides stays for good; 0 for none.
-            say: told one line at a time, in the thread that calls.
+            workdir: of the run. Nothing is made in it before the first save.
+            keep: how many of the newest checkpoints to keep. Older ones are removed once a newer one is whole on disk.
+            keep_every: keep every step that this divides for good; 0 disables this.
+            say: called with one line at a time, in the calling thread.
         """
         self.directory = (workdir / "checkpoints").resolve()
         self._keep, self._keep_every, self._say = keep, keep_every, say
         self._handler = ocp.StandardCheckpointHandler()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Json] = []
         self._unsaved: str | None = None
         _hush()
         if jax.process_index() == 0:
             checkpoint_folders.sweep(self.directory)
 
     def steps(self) -> list[int]:
-        """List the steps that were saved whole, oldest first; whether they still are is not looked at."""
+        """Return the steps that were saved whole, oldest first, without checking whether they still are."""
         return checkpoint_folders.sealed(self.directory)
 
     def latest_step(self) -> int | None:
         """Return the newest of `steps`, or None."""
         return max(self.steps(), default=None)
 
-    def save(self, items: Mapping[str, Any], run: dict[str, Any]) -> None:
+    def save(self, items: Mapping[str, Tree], run: Json) -> None:
         """Save trees of arrays, by name, under `run["step"]`; return once they are copied, before they are written.
 
-        A save that the disk refuses is told to `say`, and changes nothing else: see `events` and `unsaved`.
+        A save that the disk refuses is reported to `say` and changes nothing else; see `events` and `unsaved`.
         """
         started = time.monotonic()
         self._settle()
@@ -108,23 +111,23 @@ class Checkpoints:
         outcome = self._thread.submit(self._finish, step, record, commits, reason, started, key)
         self._save = _Save(step, time.monotonic() - started, outcome)
 
-    def restore(self, targets: Mapping[str, Any], at_most: int | None = None) -> Restored | None:
+    def restore(self, targets: Mapping[str, Tree], at_most: int | None = None) -> Restored | None:
         """Restore the newest good step, each device reading its own part.
 
-        Every file is compared with its digest first. Checkpoints that are damaged or were cut off are told to `say`
-        and skipped; once a good one is found they are set aside as `<step>.damaged`.
+        Every file is first compared with its digest. Damaged and interrupted checkpoints are reported to `say` and
+        skipped. Once a good one is found, they are set aside as `<step>.damaged`.
 
         Args:
             targets: trees of jax.ShapeDtypeStruct with shardings, by name. Config and mesh may differ from those of the
                 run that saved, as long as the arrays keep their shapes.
-            at_most: go back to this step or one before it. The run goes on from there, and must do so after a restart
-                too: newer checkpoints are set aside as `<step>.left`.
+            at_most: go back to this step or an earlier one. The run continues from there, also after a restart: newer
+                checkpoints are set aside as `<step>.left`.
 
         Returns:
-            None where there is no checkpoint (up to `at_most`) at all.
+            The restored checkpoint, or None if there is none (up to `at_most`).
 
         Raises:
-            UserError: no checkpoint is good, and then all stay as they are; or the newest good one has arrays of other
+            UserError: no checkpoint is good, and all are left unchanged; or the newest good one has arrays of other
                 shapes or dtypes than this config.
         """
         self._settle()
@@ -137,29 +140,29 @@ class Checkpoints:
                 checkpoint_folders.set_aside(self.directory, other, "damaged")
             for other in newer:
                 checkpoint_folders.set_aside(self.directory, other, "left")
-        everyone("")  # nobody lists the folder before it is tidy
+        everyone("")  # no process may list the folder before it is tidy
         return restored
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[Json]:
         """Return what has happened since the last call, for the log.
 
         Returns:
             {"event": "checkpoint", "step", "seconds" (from the call to the end), "blocked_seconds" (of the call),
-            "bytes"} for a save that has ended, {"event": "checkpoint", "step", "error"} for one that failed.
+            "bytes"} for each finished save, {"event": "checkpoint", "step", "error"} for each failed one.
         """
         self._settle(wait=False)
         events, self._events = self._events, []
         return events
 
     def unsaved(self) -> str | None:
-        """Return why the last save that has ended is not on the disk, or None; after `close`, the last save."""
+        """Return why the last finished save is not on the disk, or None. After `close`, this is about the last save."""
         return self._unsaved
 
     def close(self) -> None:
         """Wait until everything is written.
 
-        Not so while an error ends a run of several processes: what is in flight then waits for others, which may be
-        what is gone.
+        But do not wait while an error ends a run of several processes: the save in flight waits for the others, and
+        they may be gone.
         """
         if jax.process_count() > 1 and sys.exc_info()[0] is not None:
             return
@@ -169,11 +172,11 @@ class Checkpoints:
             self._thread.shutdown()
 
     def _make_folder(self, step: int, items: Iterable[str]) -> str | None:
-        """Make the temporary folder, by process 0; all processes get the same answer, why it could not be or None."""
+        """Make the temporary folder in process 0; return, in all processes, why that failed, or None."""
 
         def make() -> None:
             checkpoint_folders.sweep(self.directory)
-            if (self.directory / str(step)).exists():  # of a line of the run that was left
+            if (self.directory / str(step)).exists():  # saved by the run before it went back
                 checkpoint_folders.set_aside(self.directory, step, "left")
             for item in (*items, "run"):
                 (temporary(self.directory, step) / item).mkdir(parents=True)
@@ -181,27 +184,27 @@ class Checkpoints:
         reason = refusal(make) if jax.process_index() == 0 else None
         return everyone(reason or "")[0] or None
 
-    def _copy(self, step: int, items: Mapping[str, Any]) -> Iterator[Any]:
-        """Copy the arrays off the devices; gives what orbax calls futures, done when they are written."""
+    def _copy(self, step: int, items: Mapping[str, Tree]) -> Iterator[future.Future]:
+        """Copy the arrays off the devices; yield orbax's futures, which end when the arrays are written."""
         for item, tree in items.items():
             args = ocp.args.StandardSave(tree, save_args=_in_chunks(tree))
             saving = self._handler.async_save(epath.Path(temporary(self.directory, step) / item), args=args)
-            # in the thread, for a notebook's own may have an event loop already
+            # in the thread, because a notebook's main thread may already have an event loop
             yield from self._thread.submit(asyncio.run, saving).result() or []
 
     def _finish(
-        self, step: int, record: str, commits: Sequence[Any], reason: str | None, started: float, key: str
+        self, step: int, record: str, commits: Sequence[future.Future], reason: str | None, started: float, key: str
     ) -> _Outcome:
         """Wait for this process's arrays and seal them; process 0 then completes the folder. Runs in the thread.
 
-        The processes meet at two barriers, whatever has failed in which, and never by a collective, which could
-        mix with those of the steps that run meanwhile.
+        The processes meet at two barriers, whatever failed in any of them. They use no collective, which could mix with
+        those of the steps that run in the meantime.
         """
         wait_for_all = ocp.multihost.get_barrier_sync_fn()
         index, count = jax.process_index(), jax.process_count()
         folder, final = temporary(self.directory, step), self.directory / str(step)
 
-        reasons = [reason, *(refusal(commit.result) for commit in commits)]  # all, so that nothing writes any more
+        reasons = [reason, *(refusal(commit.result) for commit in commits)]  # all, so that nothing still writes
         reason = next(filter(None, reasons), None)
         if index:
             reason = reason or refusal(lambda: digests.seal(folder, written_by(folder, index), index, count))
@@ -219,7 +222,7 @@ class Checkpoints:
         return outcome
 
     def _complete(self, step: int, record: str) -> None:
-        """Write what is left, seal it, and give the folder its name."""
+        """Write the remaining files, seal them, and give the folder its name."""
         folder, count = temporary(self.directory, step), jax.process_count()
         if len(list(folder.glob("digests-*.json"))) < count - 1:
             raise OSError(errno.EIO, "another process could not write its part")
@@ -232,28 +235,28 @@ class Checkpoints:
         sync(self.directory)
 
     def _settle(self, wait: bool = True) -> None:
-        """Take note of how the save under way has ended; returns at once if it has not and `wait` is False."""
+        """Record how the current save ended; return at once if it has not ended and `wait` is False."""
         if self._save is None or not (wait or self._save.outcome.done()):
             return
         (step, blocked, outcome), self._save = self._save, None
         reason, seconds, size = outcome.result()
-        event: dict[str, Any] = {"event": "checkpoint", "step": step}
+        event: Json = {"event": "checkpoint", "step": step}
         if reason is None:
             event |= {"seconds": seconds, "blocked_seconds": blocked, "bytes": size}
         else:
             event["error"] = reason
             latest = self.latest_step()
             kept = "there is none yet" if latest is None else f"the newest is still that of step {latest}"
-            self._say(f"checkpoint {step} could not be saved ({reason}): the run goes on, {kept}")
+            self._say(f"checkpoint {step} could not be saved ({reason}): the run continues, {kept}")
         self._events.append(event)
         self._unsaved = reason
 
-    def _read(self, targets: Mapping[str, Any], step: int) -> Restored:
+    def _read(self, targets: Mapping[str, Tree], step: int) -> Restored:
         folder = epath.Path(self.directory / str(step))
         for item, tree in targets.items():
             if not (folder / item).exists():
                 raise UserError(
-                    f"{folder} holds params alone, a run cannot go on from it: name another --workdir"
+                    f"{folder} holds params alone, no run can resume from it: name another --workdir"
                     if item == "training"
                     else f"{folder} holds no {item}: name another --workdir"
                 )
@@ -264,8 +267,8 @@ class Checkpoints:
         }
         return Restored(items, json.loads((folder / "run" / "metadata").read_text("utf-8")))
 
-    def _check_fits(self, item: epath.Path, target: Any) -> None:
-        """Compare shapes and dtypes, of which orbax changes the latter without a word."""
+    def _check_fits(self, item: epath.Path, target: Tree) -> None:
+        """Compare shapes and dtypes: orbax would silently convert the latter."""
         stored, wanted = (
             {"/".join(path): f"{np.dtype(leaf.dtype)} {list(leaf.shape)}" for path, leaf in flat.items()}
             for flat in map(ocp.tree.to_flat_dict, (self._handler.metadata(item).tree, target))
@@ -279,12 +282,12 @@ class Checkpoints:
                 )
 
 
-def load_params(workdir: Path, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> Any:
-    """Load the newest good params of a workdir onto one device, as generation needs them; changes nothing on disk.
+def load_params(workdir: Path, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> Tree:
+    """Load the newest good params of a workdir onto one device, as generation needs them. Nothing on disk changes.
 
     Args:
-        workdir: of a run, or what `convert sat-to-orbax` was given.
-        say: told of every damaged checkpoint that is skipped.
+        workdir: of a run, or written by `convert sat-to-orbax`.
+        say: called with a line about every damaged checkpoint that is skipped.
 
     Raises:
         UserError: the workdir holds no checkpoint, or none with good params.
@@ -305,14 +308,14 @@ def load_params(workdir: Path, say: Callable[[str], None] = lambda line: print(l
 
 @functools.cache
 def _hush() -> None:
-    """Keep orbax, asyncio and tensorstore from printing what the disk refused: `say` tells of it, in one line."""
+    """Keep orbax, asyncio and tensorstore from printing what the disk refused: `say` reports it in one line."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(lambda record: not (record.exc_info and disk_reason(record.exc_info[1])))
     hook = sys.unraisablehook
-    # writes that end after another has failed find their event loop closed
+    # writes that end after another one failed find their event loop closed
     sys.unraisablehook = lambda found: None if str(found.exc_value) == "Event loop is closed" else hook(found)
 
 
-def _in_chunks(tree: Any) -> Any:
+def _in_chunks(tree: Tree) -> Tree:
     """Ask for small chunks on disk, so that a reader need not hold a whole array of a large model."""
     return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)

@@ -1,7 +1,7 @@
 """Where a run's events go: metrics.jsonl, TensorBoard files, Weights & Biases.
 
-A sink has `write(event)`, `rewind(step)`, which forgets what came after a step that the run goes back to, and
-`close()`. They raise OSError when the disk is full; the next write then tries again.
+A sink has `write(event)`, `rewind(step)`, which drops what came after a step that the run goes back to, and `close()`.
+They raise OSError if the disk is full; the next write then tries again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tensorboardX import summary
 from tensorboardX.proto import event_pb2
@@ -22,15 +22,19 @@ from tensorboardX.record_writer import RecordWriter
 
 from glm_jax.errors import UserError
 from glm_jax.storage.files import json_line, write_atomic
+from glm_jax.types import Json
 
-Event = Mapping[str, Any]
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+Event = Json
 
 METRICS = "metrics.jsonl"
 FLUSH_SECONDS = 30.0  # how far TensorBoard may lag behind
 
 
 class Sink(Protocol):
-    """What the monitor asks of a sink."""
+    """What the monitor needs from a sink."""
 
     name: str
 
@@ -42,7 +46,7 @@ class Sink(Protocol):
 
 
 def scalars(event: Event) -> Iterator[tuple[str, float]]:
-    """Yield (name, number) of what can be drawn: `<event>/<key>`, for a list one a layer, `<event>/<key>/layer_03`."""
+    """Yield (name, number) for what can be plotted: `<event>/<key>`; for lists by layer, `<event>/<key>/layer_03`."""
     for key, value in event.items():
         name = f"{event['event']}/{key}"
         if key in ("event", "step"):
@@ -55,7 +59,7 @@ def scalars(event: Event) -> Iterator[tuple[str, float]]:
 
 
 class Jsonl:
-    """One event a line, null for what is not finite. Lines that find no room on the disk wait for the next write."""
+    """One event per line, null for numbers not finite. Lines that a full disk refuses wait for the next write."""
 
     name = METRICS
 
@@ -86,7 +90,7 @@ class Jsonl:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Keep the events of metrics.jsonl up to `step`; lines that were cut off go too. Another file takes its place."""
+    """Replace metrics.jsonl by a file with its events up to `step`, without incomplete lines."""
     if not path.exists():
         return
     kept = []
@@ -100,7 +104,7 @@ def drop_after(path: Path, step: int) -> None:
 
 
 class TensorBoard:
-    """Scalars in event files, written in this thread: tensorboardX's own writer waits for ever once a disk was full."""
+    """Scalars in event files, written in this thread: tensorboardX's own writer hangs once a disk was full."""
 
     name = "tensorboard/"
 
@@ -115,11 +119,11 @@ class TensorBoard:
             for name, value in scalars(event):
                 message.summary.MergeFrom(summary.scalar(name, value))
             writer.write(message.SerializeToString())
-            self._purge = event["step"] + 1  # a file begun because this one fails forgets nothing that it holds
+            self._purge = event["step"] + 1  # if this file fails, the next one must not drop what it holds
             if time.monotonic() - self._flushed > FLUSH_SECONDS:
                 writer.flush()
                 self._flushed = time.monotonic()
-        except OSError:  # a reader stops at half a record, so what follows goes to another file
+        except OSError:  # readers stop at an incomplete record, so continue in another file
             self._abandon()
             raise
 
@@ -133,9 +137,9 @@ class TensorBoard:
             writer.close()
 
     def _open(self) -> RecordWriter:
-        """Begin a file that tells TensorBoard to forget the steps from `_purge` on, which earlier files hold."""
+        """Open a file that tells TensorBoard to drop the steps from `_purge` on that earlier files hold."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(self._folder.iterdir()))  # two files may be begun in one second
+        number = len(list(self._folder.iterdir()))  # two files may start in the same second
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{number}"
         self._writer = writer = RecordWriter(str(self._folder / name))
         for content in ({"file_version": "brain.Event:2"}, {"session_log": {"status": "START"}}):
@@ -149,12 +153,20 @@ class TensorBoard:
             self._writer = None
 
 
-def _message(step: int, **content: Any) -> Any:
+class _Message(Protocol):
+    """The part of TensorBoard's Event used here; its class has no types."""
+
+    summary: Message
+
+    def SerializeToString(self) -> bytes: ...
+
+
+def _message(step: int, **content: object) -> _Message:
     return event_pb2.Event(wall_time=time.time(), step=step, **content)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def import_wandb() -> ModuleType:
-    """Return the package wandb, which nothing else needs.
+    """Import and return the optional package wandb.
 
     Raises:
         UserError: it is not installed.
@@ -167,13 +179,13 @@ def import_wandb() -> ModuleType:
 
 
 class WeightsAndBiases:
-    """A run of a Weights & Biases project. Without its server it reports into the workdir's wandb/, to be synced."""
+    """A run of a Weights & Biases project. Without a server it writes to the workdir's wandb/, to be synced later."""
 
     name = "wandb"
 
     def __init__(self, workdir: Path, project: str) -> None:
         wandb = import_wandb()
-        identity = workdir / "wandb_id"  # in the workdir, so that a run that goes on elsewhere stays one run
+        identity = workdir / "wandb_id"  # in the workdir, so that a run resumed elsewhere stays one run
         if not identity.exists():
             write_atomic(identity, secrets.token_hex(8))
         options = {
@@ -185,7 +197,7 @@ class WeightsAndBiases:
         }
         try:
             self._run = wandb.init(**options)
-        except wandb.Error:  # no network, or nobody is logged in
+        except wandb.Error:  # there is no network, or nobody is logged in
             self._run = wandb.init(**options, mode="offline")
         self._run.define_metric("*", step_metric="step")  # wandb's own steps cannot go back, ours can
 
@@ -193,12 +205,12 @@ class WeightsAndBiases:
         self._run.log({"step": event["step"], **dict(scalars(event))})
 
     def rewind(self, step: int) -> None:
-        """Keep what was reported: its curves show both passes."""
+        """Keep what was reported: the curves show both passes."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what a run's numbers and files depend on."""
+    """Return the versions of the packages that a run's numbers and files depend on."""
     return {name: importlib.metadata.version(name) for name in ("glm-jax", "jax", "orbax-checkpoint")}

@@ -1,4 +1,4 @@
-"""The folder that holds everything a run makes, and the check that a config may go on in it."""
+"""The folder that holds everything a run makes, and the check that a config may resume in it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TOKENIZER = "tokenizer.model"
 
 
 def check(workdir: Path, config: Experiment) -> None:
-    """Check that `config` may start or go on in `workdir`; writes nothing.
+    """Check that `config` may start or resume in `workdir`. Writes nothing.
 
     Raises:
-        UserError: the workdir was made with other values of the frozen keys, or is not one of ours.
+        UserError: the workdir was made with other values of frozen keys, is damaged, or cannot be written to.
     """
     check_writable(workdir)
     if not (workdir / CONFIG).exists():
@@ -38,14 +38,14 @@ def check(workdir: Path, config: Experiment) -> None:
 
 
 def check_writable(workdir: Path) -> None:
-    """Check that a workdir is there and can be written to, or can be made; writes nothing.
+    """Check that a workdir can be written to, or can be made. Writes nothing.
 
     Raises:
-        UserError: neither.
+        UserError: it cannot.
     """
     try:
         nearest = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    except OSError as error:  # a name too long, or a parent that may not be searched
+    except OSError as error:  # the name is too long, or a parent may not be searched
         raise UserError(f"--workdir {str(workdir)[:80]} cannot be used ({error.strerror}): name another") from error
     if not nearest.is_dir():
         raise UserError(f"--workdir {workdir}: {nearest} is a file, name a directory")
@@ -55,10 +55,10 @@ def check_writable(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Make a workdir if need be, and keep other runs out of it while the block runs, where its file system has locks.
+    """Make a workdir if needed and, if its file system has locks, keep other runs out of it during the block.
 
     Raises:
-        UserError: a run is using it, or it cannot be made.
+        UserError: another run is using it, or it cannot be made.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -78,21 +78,21 @@ def lock(workdir: Path) -> Iterator[None]:
 
 
 def check_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
-    """Check that the tokenizer is the one that the workdir's model knows.
+    """Check that the tokenizer is the one the workdir's model was trained with.
 
     Raises:
-        UserError: it is another.
+        UserError: it is not.
     """
     path = workdir / TOKENIZER
     if path.exists() and load(path).digest != tokenizer.digest:
         raise UserError(
-            f"{path} is not the tokenizer that these sources give: bring back the sources that the run began with, "
+            f"{path} is not the tokenizer of these sources: use the sources that the run began with, "
             "or name another --workdir"
         )
 
 
 def write(workdir: Path, config: Experiment, tokenizer: Tokenizer) -> None:
-    """Write what generation needs besides a checkpoint.
+    """Write the files that generation needs besides a checkpoint.
 
     Raises:
         UserError: the workdir cannot be written to.
@@ -109,7 +109,7 @@ def read_config(workdir: Path) -> Experiment:
     """Read the resolved config of a workdir.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is damaged or does not fit this version.
     """
     path = workdir / CONFIG
     if not path.is_file():
@@ -119,7 +119,7 @@ def read_config(workdir: Path) -> Experiment:
     except UserError as error:
         raise UserError(f"{path} does not fit this version: {error}") from error
     except (ValueError, AttributeError, TypeError) as error:  # ValueError: neither JSON nor UTF-8
-        raise UserError(f"{path} is damaged: bring it back, or name another --workdir") from error
+        raise UserError(f"{path} is damaged: restore it, or name another --workdir") from error
 
 
 def read_tokenizer(workdir: Path) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""What a workdir holds of a run's course: its events, and the marks of what was done to it or befell it."""
+"""A run's history as its workdir holds it: its events, and marks of what was done or happened to it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import dataclasses
 import fnmatch
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from glm_jax.errors import UserError
+from glm_jax.types import Json
 from glm_jax.workdir import interventions
 from glm_jax.workdir.events import METRICS
 
@@ -34,13 +35,13 @@ class Mark:
     step: int
     samples: int | None
     kind: Kind
-    cause: str  # in a word or two
-    lines: tuple[str, ...]  # what it was: changes `key: before → after`, or a message
+    cause: str  # a word or two
+    lines: tuple[str, ...]  # the details: changes `key: before → after`, or a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A value's course: steps [n], int64, ascending, and values [n], float64, where not finite NaN."""
+    """A value over time: steps [n], int64, ascending, and values [n], float64, NaN where not finite."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -49,39 +50,39 @@ class Series:
 class Record:
     """A run's events by kind, in order, and its marks."""
 
-    def __init__(self, events: list[dict[str, Any]], changes: list[dict[str, Any]]) -> None:
-        self.events: dict[str, list[dict[str, Any]]] = {}
+    def __init__(self, events: list[Json], changes: list[Json]) -> None:
+        self.events: dict[str, list[Json]] = {}
         for event in events:
             self.events.setdefault(event["event"], []).append(event)
         found = sorted([*_operator_marks(changes), *_run_marks(events)], key=lambda mark: mark.step)
         self.marks = [dataclasses.replace(mark, number=number) for number, mark in enumerate(found, 1)]
 
     def kinds(self) -> list[Kind]:
-        """List the kinds of marks that there are."""
+        """Return the kinds of marks that occur."""
         present = {mark.kind for mark in self.marks}
         return [kind for kind in MARK_NAMES if kind in present]
 
     @property
     def first_step(self) -> int:
-        """The first step that anything is known of."""
+        """The first step with an event."""
         return min(events[0]["step"] for events in self.events.values())
 
     @property
     def last_step(self) -> int:
-        """The last step that anything is known of."""
+        """The last step with an event."""
         return max(events[-1]["step"] for events in self.events.values())
 
-    def last(self, kind: str) -> Mapping[str, Any]:
-        """Return the last event of a kind; empty if there is none."""
+    def last(self, kind: str) -> Json:
+        """Return the last event of a kind, or an empty one if there is none."""
         return self.events.get(kind, [{}])[-1]
 
     def names(self, kind: str, pattern: str) -> list[str]:
-        """List the keys of a kind's events that match a pattern such as loss/*, in order of appearance."""
+        """Return the keys of a kind's events that match a pattern such as loss/*, in order of appearance."""
         seen = dict.fromkeys(key for event in self.events.get(kind, []) for key in event)
         return [key for key in seen if fnmatch.fnmatchcase(key, pattern)]
 
     def series(self, kind: str, key: str) -> Series | None:
-        """Return the course of one key's numbers; None if none of them is finite."""
+        """Return the numbers of one key over time, or None if none of them is finite."""
         pairs = [
             (event["step"], event[key])
             for event in self.events.get(kind, [])
@@ -92,7 +93,7 @@ class Record:
         return Series(steps, np.where(finite, values, np.nan)) if finite.any() else None
 
     def layers(self, key: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return a train event's value by layer, as steps [n] and values [n, L]; None if there is none."""
+        """Return a key's values by layer in train events, steps [n] and values [n, L], or None if there are none."""
         found = [event for event in self.events.get("train", []) if isinstance(event.get(key), list)]
         found = [event for event in found if len(event[key]) == len(found[-1][key])]
         values = np.array([event[key] for event in found], float)  # [n, L]
@@ -101,7 +102,7 @@ class Record:
         return np.array([event["step"] for event in found]), np.where(np.isfinite(values), values, np.nan)
 
     def tokens(self) -> int:
-        """Return about how many tokens were trained on: each logged step stands for those since the one before."""
+        """Return the approximate number of tokens trained on: each logged step stands for those since the last one."""
         total, before = 0, 0
         for event in self.events.get("train", []):
             total += event.get("tokens", 0) * (event["step"] - before)
@@ -113,7 +114,7 @@ def read(workdir: Path) -> Record:
     """Read the record of a run.
 
     Raises:
-        UserError: there is none, or a line of it is damaged; a last line that was cut off is skipped.
+        UserError: there is none, or a line of it is damaged. An incomplete last line is skipped.
     """
     path = workdir / METRICS
     if not path.exists():
@@ -125,7 +126,7 @@ def read(workdir: Path) -> Record:
     return Record(events, interventions.read(changes) if changes.exists() else [])
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[Json]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     except OSError as error:
@@ -138,17 +139,17 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("step"), int):
             yield {key: _not_finite_again(value) for key, value in event.items()}
         elif number < len(lines):
-            raise UserError(f"line {number} of {path} is damaged: take it out, and ask for the report again")
+            raise UserError(f"line {number} of {path} is damaged: remove it, then make the report again")
 
 
-def _not_finite_again(value: Any) -> Any:
-    """Return NaN for the null that a number is written as which is not finite, by itself or in a list."""
+def _not_finite_again(value: object) -> object:
+    """Return NaN for null, alone or in a list: numbers that are not finite are written as null."""
     if isinstance(value, list):
         return [_not_finite_again(entry) for entry in value]
     return math.nan if value is None else value
 
 
-def _operator_marks(changes: list[dict[str, Any]]) -> Iterator[Mark]:
+def _operator_marks(changes: list[Json]) -> Iterator[Mark]:
     for event in changes:
         kind = "spike" if event.get("cause") == "spike" else "intervention"
         lines = []
@@ -161,7 +162,7 @@ def _operator_marks(changes: list[dict[str, Any]]) -> Iterator[Mark]:
         yield Mark(0, event["step"], event.get("samples"), kind, event.get("cause", ""), tuple(lines))
 
 
-def _run_marks(events: list[dict[str, Any]]) -> Iterator[Mark]:
+def _run_marks(events: list[Json]) -> Iterator[Mark]:
     for event in events:
         if event["event"] == "checkpoint" and "error" in event:
             yield Mark(0, event["step"], event.get("samples"), "failure", "checkpoint failed", (str(event["error"]),))
@@ -169,9 +170,9 @@ def _run_marks(events: list[dict[str, Any]]) -> Iterator[Mark]:
             yield Mark(0, event["step"], event.get("samples"), "restart", "restart", ())
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     return "absent" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _number(value: Any) -> str:
+def _number(value: object) -> str:
     return "not finite" if value is None else f"{value:.4g}" if isinstance(value, int | float) else str(value)

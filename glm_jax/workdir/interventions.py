@@ -1,6 +1,6 @@
-"""The record of what changed in mid-run, planned or not: a line of `interventions.jsonl` for every change.
+"""The record of changes in mid-run, planned or not: one line of `interventions.jsonl` for each.
 
-The same changes may stand in a config from the start, as `interventions`; so a record can be replayed.
+A config may hold the same changes from the start, as `interventions`, so a record can be replayed.
 """
 
 from __future__ import annotations
@@ -10,36 +10,36 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from glm_jax.errors import UserError
 from glm_jax.storage.files import json_line, write_atomic
+from glm_jax.types import Json
 
 RECORD = "interventions.jsonl"
 
-Changes = Mapping[str, tuple[Any, Any]]  # dotted key -> before, after; None where the key is absent
+Changes = Mapping[str, tuple[object, object]]  # dotted key -> (before, after); None if the key is absent
 
 
 class Record:
-    """The file `interventions.jsonl` of a workdir: a line for every change that took effect, by step."""
+    """The file `interventions.jsonl` of a workdir: one line for each change that took effect, by step."""
 
     def __init__(self, workdir: Path, step: int, *, primary: bool = True) -> None:
-        """Open the record at `step`, and forget what comes later.
+        """Open the record at `step` and drop later lines.
 
         Args:
             workdir: of the run.
-            step: where the run stands.
-            primary: whether this process writes; the others only know.
+            step: the run's current step.
+            primary: whether this process writes the file; the others only keep its lines.
         """
         self._path, self._primary = workdir / RECORD, primary
         self.lines = read(self._path) if self._path.exists() else []
         self.forget(step)
 
     def forget(self, step: int) -> None:
-        """Forget changes after `step`, as they will be made again, and a line that was cut off.
+        """Drop changes after `step`, which will be made again, and an incomplete line.
 
-        Changes at `step` itself are made again as well, for a checkpoint holds the config that it was reached with;
-        but a spike that was gone back from to `step` stays known.
+        Changes at `step` itself are made again, too, because a checkpoint holds the config that reached it. But a spike
+        that made the run go back to `step` is kept.
         """
         self.lines = [line for line in self.lines if line["step"] < step + (line["cause"] == "spike")]
         text = "".join(map(json_line, self.lines))
@@ -47,8 +47,8 @@ class Record:
             with self._writing():
                 write_atomic(self._path, text)
 
-    def add(self, step: int, samples: int, cause: str, changes: Changes, **more: Any) -> dict[str, Any]:
-        """Write down changes that take effect with the step after `step`. Returns the line."""
+    def add(self, step: int, samples: int, cause: str, changes: Changes, **more: object) -> Json:
+        """Record changes that take effect with the step after `step`, and return the line."""
         line = {
             "event": "intervention",
             "step": step,
@@ -74,20 +74,20 @@ class Record:
                 f"{self._path} cannot be written ({error.strerror}): make room, then the same command resumes"
             ) from error
 
-    def spikes(self) -> list[dict[str, Any]]:
-        """Return the lines of the spikes that were gone back from."""
+    def spikes(self) -> list[Json]:
+        """Return the lines of the spikes that made the run go back."""
         return [line for line in self.lines if line["cause"] == "spike"]
 
     def skipped(self) -> list[tuple[int, int]]:
-        """Return the ranges of steps, first and last, that those spikes had skipped."""
+        """Return the ranges of steps, (first, last), that were skipped because of spikes."""
         return [(line["skipped"][0], line["skipped"][1]) for line in self.spikes()]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Json]:
     """Read a record.
 
     Raises:
-        UserError: it cannot be read, or a line is damaged, save for a last one that was cut off.
+        UserError: it cannot be read, or a line is damaged. An incomplete last line is skipped.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -100,11 +100,11 @@ def read(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == len(text.splitlines()) and not text.endswith("\n"):
                 break
-            raise UserError(f"{path}, line {number}, is damaged: bring the file back") from error
+            raise UserError(f"{path}, line {number}, is damaged: restore the file") from error
     return lines
 
 
-def _entry(line: Any) -> dict[str, Any]:
+def _entry(line: Json) -> Json:
     changes = {key: [before, after] for key, (before, after) in line["changes"].items()}
     entry = {**line, "step": int(line["step"]), "cause": str(line["cause"]), "changes": changes}
     if entry["cause"] == "spike":
@@ -113,6 +113,6 @@ def _entry(line: Any) -> dict[str, Any]:
     return entry
 
 
-def plan(lines: Iterable[Mapping[str, Any]]) -> tuple[tuple[int, dict[str, Any]], ...]:
-    """Turn a record into the config's `interventions`, which make the same changes at the same steps."""
+def plan(lines: Iterable[Json]) -> tuple[tuple[int, Json], ...]:
+    """Return the config's `interventions` that make a record's changes at the same steps."""
     return tuple((line["step"], {key: after for key, (_, after) in line["changes"].items()}) for line in lines)

@@ -15,18 +15,18 @@ from glm_jax.workdir.events import METRICS, Event, Jsonl, Sink, TensorBoard, Wei
 class Monitor:
     """Writes events to every sink and moves the bar. An event is a flat mapping with `event` and `step`.
 
-    Values are numbers, lists of a number a layer, or text; text stays out of TensorBoard and Weights & Biases.
+    Values are numbers, lists with a number for each layer, or text. TensorBoard and Weights & Biases get no text.
 
     Args:
-        workdir: metrics.jsonl and tensorboard/ are made in it.
+        workdir: where to make metrics.jsonl and tensorboard/.
         total_steps: of the run, for the progress bar.
-        first_step: where this process starts; what an earlier one logged beyond it is dropped, since those steps will
-            be done again.
+        first_step: where this process starts. Later events of an earlier process are dropped, because those steps will
+            be repeated.
         primary: whether this process reports; the others write and show nothing.
         wandb_project: a Weights & Biases project to report to as well.
 
     Raises:
-        UserError: the workdir cannot be written to, or wandb is asked for and not installed.
+        UserError: the workdir cannot be written to, or wandb is requested but not installed.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Monitor:
         )
 
     def log(self, event: Event) -> None:
-        """Write one event to every sink. One that cannot is named once, and the run goes on."""
+        """Write one event to every sink. A sink that fails is reported once, and the run continues."""
         for sink in self._sinks:
             self._attempt(sink, lambda sink=sink: sink.write(event))
 
@@ -64,11 +64,11 @@ class Monitor:
             self._failing.discard(sink)
         except OSError as error:
             if sink not in self._failing:
-                self.say(f"{sink.name} cannot be written ({error.strerror}); training goes on")
+                self.say(f"{sink.name} cannot be written ({error.strerror}); training continues")
             self._failing.add(sink)
 
     def rewind(self, step: int) -> None:
-        """Forget the events after `step`, to which the run goes back, and move the bar there.
+        """Drop the events after `step`, to which the run goes back, and move the bar there.
 
         Raises:
             UserError: the disk is full.
@@ -82,7 +82,7 @@ class Monitor:
         self._bar.refresh()
 
     def progress(self, steps: int, shown: Mapping[str, str] | None = None) -> None:
-        """Move the bar on, and change what it shows."""
+        """Advance the bar and change what it shows."""
         if shown is not None:
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update(steps)

@@ -1,4 +1,4 @@
-"""A process of several that make the batches of one run: `python batch_worker.py RANK DIRECTORY` writes its shares."""
+"""One of several processes that make a run's batches: `python batch_worker.py RANK DIRECTORY` writes its shares."""
 
 import random
 import sys
@@ -13,13 +13,13 @@ STEPS, GLOBAL_BATCH, WORLDS = (0, 1, 10, 10_000_000), 16, (1, 2, 4)
 
 
 def make():
-    """Build what every process of the run builds."""
+    """Return the batches that every process of the run builds."""
     options = BlankOptions(mask_segments=2, short_seq_prob=0.1, single_span_prob=0.1)
     return build(seq_length=64, options=options)
 
 
 def share(rank, world):
-    """Return which rows of a batch a process makes: those of its part of each of two microbatches."""
+    """Return which rows of a batch a process makes: its part of each of two microbatches."""
     rows = np.arange(GLOBAL_BATCH).reshape(2, world, -1)  # [M, processes, B / M / processes]
     return rows[:, rank].reshape(-1)
 

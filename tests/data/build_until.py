@@ -1,7 +1,7 @@
 """Build a small corpus: `build_until.py FOLDER WORKERS COMMITS [UNTIL]`.
 
-The process kills itself just before its rename of number COMMITS; 0: never. Once the cache holds a path like UNTIL,
-a glob, nothing is renamed any more, by this process or a worker, so that whoever waits for the path comes in time.
+The process kills itself just before its COMMITS-th rename; 0 disables this. Once the cache holds a path that matches
+the glob UNTIL, neither this process nor a worker renames anything, so that whoever waits for the path can kill it.
 """
 
 import itertools
@@ -23,14 +23,14 @@ rename, count = os.replace, itertools.count(1)
 def replace(*names) -> None:
     if next(count) == commits:
         os.kill(os.getpid(), signal.SIGKILL)
-    for _ in range(10_000):  # not for ever, if nobody is there to kill it
+    for _ in range(10_000):  # not forever, in case nobody kills it
         if not until or not list((folder / "cache").glob(until)):
             break
         time.sleep(0.05)
     rename(*names)
 
 
-os.replace = replace  # here, as a worker runs this module, too
+os.replace = replace  # at module level, because workers run this module, too
 
 
 def main() -> None:

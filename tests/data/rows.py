@@ -1,4 +1,4 @@
-"""Sources of made-up tokens, batches of them, and a reading of batches that rebuilds their text."""
+"""Sources of made-up tokens, batches of them, and a check that rebuilds the text of batches."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SHARES = {"mask": 0.3, "gmask": 0.7}
 
 
 class Documents:
-    """Documents in which every token of a source but eos is another one."""
+    """Documents in which all tokens of a source but eos differ."""
 
     def __init__(self, lengths, first=FIRST):
         self.lengths = np.array(lengths, np.int64)
@@ -48,7 +48,7 @@ def equal(left, right):
 
 
 def check_row(batch, b, options):
-    """Rebuild the text of each sample of a row from the batch alone, check the contract, return the texts."""
+    """Check the contract of a batch on a row; return the text of each sample, rebuilt from the batch alone."""
     tokens, targets, segments = batch.tokens[b], batch.targets[b], batch.segments[b]
     context, loss_mask = batch.context[b], batch.loss_mask[b]
     positions = batch.positions[b]
@@ -92,15 +92,15 @@ def check_row(batch, b, options):
 
 
 def least_cpu_seconds(make: Callable[[int], object], *firsts: int, turns: int = 20) -> list[float]:
-    """Return the least CPU time of making something at some numbers and those that follow each, by turns.
+    """Return, for each of `firsts`, the least CPU time of making something at it and the numbers that follow it.
 
-    A busy machine takes the process off its core, which is no CPU time, and slows all turns alike.
+    The numbers take turns. On a busy machine the time off the core does not count, and all turns slow down alike.
     """
-    make(1000)  # what the first call alone pays
+    make(1000)  # pays the costs of a first call
     seconds: dict[int, list[float]] = {first: [] for first in firsts}
     for turn in range(turns):
         for first in firsts:
             start = time.process_time()
-            make(first + turn)  # none of them was made before
+            make(first + turn)  # none was made before
             seconds[first].append(time.process_time() - start)
     return [min(seconds[first]) for first in firsts]

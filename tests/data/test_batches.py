@@ -28,7 +28,7 @@ option_sets = st.sampled_from(
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
 def test_every_token_is_read_exactly_once_an_epoch(lengths, seed, seq_length, share, options):
-    """Rebuild the text of every row from its batch and sort it into epochs, while shares change."""
+    """Rebuild the text of every row from its batch and group it by epoch, while shares change."""
     seq_length = max(seq_length, 16 * max(options.mask_segments, options.gmask_segments))
     documents = Documents(lengths)
     history = [(0, {"mask": share, "gmask": 1 - share}), (40, {"mask": 1 - share, "gmask": share})]
@@ -41,13 +41,13 @@ def test_every_token_is_read_exactly_once_an_epoch(lengths, seed, seq_length, sh
     stream = np.sort(documents.stream())
     for epoch in (0, 1):
         assert (np.sort(read[epoch]) == stream).all()
-    for text in read.values():  # the last epochs are half read, and nothing of them twice
+    for text in read.values():  # the last epochs are read in part, and nothing twice
         numbers, counts = np.unique(text, return_counts=True)
         assert (counts[numbers >= FIRST] == 1).all() and np.isin(numbers, stream).all()
 
 
 def test_epochs_are_complete_across_changed_weights_and_objectives():
-    """Two sources and ramps of both kinds; batch sizes play no part, as rows are numbered alone."""
+    """Two sources and ramps of both kinds. Batch sizes do not matter, because only rows are numbered."""
     sources = {"en": Documents([50, 3, 400, 1000, 7] * 9), "zh": Documents([600, 150], 50_000)}
     weights = [(0, {"en": 1.0, "zh": 1.0}), (300, {"en": 1.0, "zh": 3.0}), (700, {"en": 4.0, "zh": 1.0})]
     objectives = [(0, {"mask": 1.0}), (200, {"mask": 1.0, "gmask": 1.0}), (500, {"mask": 1.0, "gmask": 9.0})]
@@ -157,7 +157,7 @@ def test_two_streams():
 
 
 def test_paper_segments():
-    """4 x 512 for [MASK], 1 x 2,048 for [gMASK]; positions restart and no segment outgrows its share."""
+    """4 x 512 for [MASK], 1 x 2,048 for [gMASK]; positions restart and no segment exceeds its share."""
     options = BlankOptions(mask_segments=4)
     made = build({"en": Documents([5000] * 120)}, seq_length=2048, options=options)
     batch = made.at(0, 40)
@@ -219,7 +219,7 @@ def test_shuffled_is_a_permutation(size, key):
 
 
 def test_shuffled_is_even():
-    """Every element comes to every place equally often: chi-square, 36 degrees of freedom, 99.9% point."""
+    """Every element gets every place equally often: chi-square, 36 degrees of freedom, 99.9% point."""
     counts = np.zeros((7, 7))
     for key in range(4900):
         for index in range(7):
@@ -228,7 +228,7 @@ def test_shuffled_is_even():
 
 
 def test_huge_sources_are_planned_without_work():
-    """A trillion tokens: only lengths are looked at until a row is asked for."""
+    """A trillion tokens: only lengths are read until a row is requested."""
     documents = Documents([1])
     documents.lengths = np.full(1000, 10**9, np.int64)
     made = build({"en": documents}, seq_length=2048)
@@ -239,8 +239,8 @@ def test_huge_sources_are_planned_without_work():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weights": {"fr": 1.0}}, "source fr has a weight but is not there; known: en, zh"),
-        ({"objectives": {"gmsk": 1.0}}, "gmsk has a weight but is not there; known: mask, gmask, smask"),
+        ({"weights": {"fr": 1.0}}, "source fr has a weight but does not exist; known: en, zh"),
+        ({"objectives": {"gmsk": 1.0}}, "gmsk has a weight but does not exist; known: mask, gmask, smask"),
         ({"sources": {"en": Documents([5, 6])}}, "source en holds 11 tokens"),
         ({"seq_length": 4}, "do not fit 4 tokens"),
         ({"seed": -1}, "seed is -1"),

@@ -1,4 +1,4 @@
-"""The benchmark of batches measures what it says."""
+"""The benchmark of batches measures what it claims to."""
 
 import importlib.util
 import itertools
@@ -49,7 +49,7 @@ def test_sides_take_turns_and_medians_leave_the_first_calls_out(benchmark, monke
 
 
 def test_blanks_cost_a_few_times_what_raw_records_cost(benchmark, monkeypatch, capsys):
-    """The limit is 4 on a quiet machine; this guards against a slip that makes rows many times slower."""
+    """The limit is 4 on a quiet machine. This guards against a mistake that makes rows many times slower."""
     monkeypatch.setattr(benchmark, "LIMIT", 10.0)
     monkeypatch.setattr("sys.argv", ["data_batches.py", "--documents=1000", "--rows=16", "--rounds=8"])
     assert benchmark.main() == 0

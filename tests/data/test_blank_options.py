@@ -1,4 +1,4 @@
-"""The config's section data.blanks, and what turns it into options and shares."""
+"""The config's section data.blanks, and how it becomes options and shares."""
 
 import dataclasses
 import importlib.util
@@ -54,7 +54,7 @@ def test_a_bad_value_is_named_with_its_section():
         Blanks(short_seq_prob=2.0)
 
 
-def test_histories_stand_whole_in_the_config_and_come_back_from_json():
+def test_histories_are_whole_in_the_config_and_survive_json():
     config = default_config()
     config.data.blanks.history = [(0, {"mask": 1}), (900, {"mask": 0.3, "gmask": 0.7})]
     config.data.weights = ((0, {"en": 1.0}), (500, {"en": 1.0, "zh": 3.0}))
@@ -99,7 +99,7 @@ def test_no_share_at_all_is_refused():
     assert resolve(config).data.blanks.smask == 1.0
 
 
-def test_batches_take_the_section_as_it_stands():
+def test_batches_take_the_section_unchanged():
     batch, same = build(objectives=Blanks().objectives()).at(0, 20), build().at(0, 20)
     assert equal(batch, same)
     history = ((0, {"smask": 1.0, "gmask": 0.0}), (8, {"smask": 1.0}), (8, {"gmask": 1.0}))
@@ -109,7 +109,7 @@ def test_batches_take_the_section_as_it_stands():
 
 
 def test_glm_130b_follows_what_the_released_model_used():
-    """Four chunks of 500 tokens in 512 places, cut; no eop after [gMASK]; rows with replacement; 5% instructions."""
+    """Four chunks of 500 tokens, cut to 512 places; no eop after [gMASK]; rows with replacement; 5% instructions."""
     path = Path(glm_jax.__file__).parents[1] / "experiments" / "glm_130b.py"
     spec = importlib.util.spec_from_file_location("glm_130b", path)
     assert spec is not None and spec.loader is not None

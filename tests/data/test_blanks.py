@@ -1,4 +1,4 @@
-"""Samples with blanks: what the facts about GLM say, checked on random texts."""
+"""Samples with blanks: the facts about GLM, checked on random texts."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from glm_jax.config.data import BlankOptions
 from glm_jax.data.rows import blanks
-from glm_jax.data.rows import room as blank_options
+from glm_jax.data.rows.room import OVERFLOW, overflow_probability, span_distribution, text_length
 from glm_jax.errors import UserError
 
 SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
@@ -23,7 +23,7 @@ ratios = st.sampled_from([0.05, 0.15, 0.3, 0.5])
 
 
 def text_of(length):
-    """Return a text in which every token is another one, so that places can be told from tokens."""
+    """Return a text of distinct tokens, so that tokens show their places."""
     return np.arange(FIRST, FIRST + length, dtype=np.int32)
 
 
@@ -32,7 +32,7 @@ def generator(seed):
 
 
 def blocks_of(sample):
-    """Cut the target part into blocks at each sop: (inputs, targets, positions, block positions) of each."""
+    """Split the target part into blocks at each sop: (inputs, targets, positions, block positions) of each."""
     heads = [i for i in range(sample.context, len(sample)) if sample.tokens[i] == SPECIAL.sop]
     assert heads[0] == sample.context
     return [
@@ -42,7 +42,7 @@ def blocks_of(sample):
 
 
 def rebuild(sample, blank):
-    """Put each target block back in place of the blank that its positions name, one element at a time."""
+    """Put each target block back in place of the blank that its positions name, token by token."""
     filled = {positions[0]: targets[:-1] for _, targets, positions, _ in blocks_of(sample)}
     text = []
     for place, token in enumerate(sample.tokens[: sample.context].tolist()):
@@ -52,7 +52,7 @@ def rebuild(sample, blank):
 
 
 def check_short_blanks(sample, text, blank):
-    """Check everything that the facts say about [MASK] and [sMASK] samples."""
+    """Check all facts about [MASK] and [sMASK] samples."""
     context = sample.tokens[: sample.context]
     assert (sample.targets[: sample.context] == context).all()
     assert sample.positions[: sample.context].tolist() == list(range(sample.context))
@@ -94,7 +94,7 @@ def test_spans_never_touch(length, seed, ratio):
 
 
 def test_half_of_a_short_text_can_be_masked():
-    """Where the last span would leave too few tokens to stand between the spans, it is cut."""
+    """If the last span would leave too few tokens between the spans, it is cut."""
     options = BlankOptions(mask_ratio=0.5, mean_span=1.0)
     for seed in range(3000):
         drawn = blanks.draw_lengths(8, generator(seed), options)
@@ -111,7 +111,7 @@ def test_no_span_is_longer_than_half_a_short_text(length, longest):
 
 
 def test_every_place_is_masked_alike():
-    """The first and last tokens come off lightly, as spans lie in the text whole; all others are alike."""
+    """The first and last tokens are masked less often, because spans fit in the text whole; all others are alike."""
     source, hits = generator(0), np.zeros(60)
     for _ in range(4000):
         starts, placed = blanks.place_spans(blanks.draw_lengths(60, source, PLAIN), 60, source)
@@ -123,7 +123,7 @@ def test_every_place_is_masked_alike():
 
 
 def test_span_lengths_are_a_truncated_poisson():
-    expected = blank_options.span_distribution(3.0, 39)
+    expected = span_distribution(3.0, 39)
     assert expected @ np.arange(1, 40) == pytest.approx(3.157, abs=5e-4)
     source = generator(1)
     drawn = np.concatenate([blanks.draw_lengths(2000, source, PLAIN) for _ in range(1000)])
@@ -144,7 +144,7 @@ def test_target_blocks_come_in_random_order():
 
 @given(st.integers(16, 600), seeds)
 def test_mask_samples_fit_the_room_they_were_planned_for(room, seed):
-    length = blank_options.text_length("mask", room, PLAIN)
+    length = text_length("mask", room, PLAIN)
     sample = blanks.mask_sample(text_of(length), generator(seed), SPECIAL, PLAIN, room)
     assert len(sample) <= room
     check_short_blanks(sample, text_of(length), SPECIAL.mask)
@@ -154,16 +154,16 @@ def test_mask_samples_fit_the_room_they_were_planned_for(room, seed):
 def test_overflow_probability_agrees_with_draws(length, room):
     source = generator(3)
     draws = [length + 2 * len(blanks.draw_lengths(length, source, PLAIN)) > room for _ in range(4000)]
-    expected = blank_options.overflow_probability(length, room, PLAIN)
+    expected = overflow_probability(length, room, PLAIN)
     assert 0.005 < expected < 0.6
     assert np.mean(draws) == pytest.approx(expected, abs=4 * np.sqrt(expected / 4000))
 
 
 @pytest.mark.parametrize("room", [64, 256, 512, 2048])
 def test_text_length_is_the_longest_that_seldom_overflows(room):
-    length = blank_options.text_length("mask", room, PLAIN)
-    assert blank_options.overflow_probability(length, room, PLAIN) <= blank_options.OVERFLOW
-    assert blank_options.overflow_probability(length + 1, room, PLAIN) > blank_options.OVERFLOW
+    length = text_length("mask", room, PLAIN)
+    assert overflow_probability(length, room, PLAIN) <= OVERFLOW
+    assert overflow_probability(length + 1, room, PLAIN) > OVERFLOW
     assert length > 0.8 * room
 
 
@@ -202,7 +202,7 @@ def test_gmask_lengths_are_uniform():
 @pytest.mark.parametrize("eop", [True, False])
 def test_gmask_fills_a_row_exactly(room, eop):
     options = BlankOptions(gmask_eop=eop)
-    text = text_of(blank_options.text_length("gmask", room, options))
+    text = text_of(text_length("gmask", room, options))
     assert len(blanks.gmask_sample(text, generator(0), SPECIAL, options)) == room
 
 
@@ -211,7 +211,7 @@ def test_gmask_infill_leaves_context_on_both_sides(length, seed):
     text, options = text_of(length), BlankOptions(gmask_infill_prob=1.0, two_streams=True)
     sample = blanks.gmask_sample(text, generator(seed), SPECIAL, options)
     check_short_blanks(sample, text, SPECIAL.gmask)
-    text[0] = SPECIAL.eos  # two documents: the blank must stay at the end
+    text[0] = SPECIAL.eos  # two documents, so the blank must stay at the end
     sample = blanks.gmask_sample(text, generator(seed), SPECIAL, options)
     assert sample.tokens[sample.context - 1] == SPECIAL.gmask
 
@@ -296,7 +296,7 @@ def test_single_spans():
 @given(st.integers(16, 300), seeds)
 def test_short_samples_lose_no_text(room, seed):
     options = BlankOptions(short_seq_prob=1.0)
-    text = text_of(blank_options.text_length("mask", room, options))
+    text = text_of(text_length("mask", room, options))
     samples = blanks.make_samples("mask", text, generator(seed), SPECIAL, options, room)
     rebuilt = [token for sample in samples for token in rebuild(sample, SPECIAL.mask)]
     assert rebuilt == text.tolist()
@@ -306,8 +306,8 @@ def test_short_samples_lose_no_text(room, seed):
 def test_reference_cuts_a_third_of_its_targets():
     """500 tokens in 512 places: samples of 548.5 tokens on average, of whose targets 36% are lost."""
     options = BlankOptions(cut_targets=True)
-    assert blank_options.text_length("mask", 512, options) == 500
-    assert blank_options.text_length("gmask", 2048, options) == 2000
+    assert text_length("mask", 512, options) == 500
+    assert text_length("gmask", 2048, options) == 2000
     whole, kept, targets = [], [], []
     for seed in range(300):
         full = blanks.mask_sample(text_of(500), generator(seed), SPECIAL, options)
@@ -357,6 +357,6 @@ def test_bad_options_are_refused(options, message):
 
 def test_too_little_room_and_missing_sentence_ends_are_refused():
     with pytest.raises(UserError, match="do not fit 4 tokens"):
-        blank_options.text_length("gmask", 4, PLAIN)
+        text_length("gmask", 4, PLAIN)
     with pytest.raises(UserError, match="sentence_ends"):
         blanks.make_samples("smask", text_of(9), generator(0), SPECIAL, PLAIN, 99)

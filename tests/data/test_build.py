@@ -1,4 +1,4 @@
-"""Builds that are killed go on and end the same; several processes; one directory, one maker."""
+"""Killed builds resume and end the same; several processes; one directory has one maker."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(corpora: Path, folder: Path, *, workers: int = 1, commits: int = 0, until: str = "") -> int:
-    """Run the script on a folder with links to the corpora, or until the cache holds a path; give its exit code."""
+    """Run the script on links to the corpora, kill it once the cache holds `until`, and return its exit code."""
     folder.mkdir(exist_ok=True)
     for path in corpora.iterdir():
         if not (folder / path.name).exists():
@@ -54,7 +54,7 @@ def build(corpora: Path, folder: Path, *, workers: int = 1, commits: int = 0, un
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Return every file that a build leaves, without the paths of its own folder."""
+    """Return every file that a build leaves, with its own folder's path masked."""
     return {
         str(path.relative_to(folder / "cache")): path.read_bytes().replace(str(folder).encode(), b"FOLDER")
         for stage in ("documents", "tokenizers", "shards")
@@ -119,7 +119,7 @@ def test_workers_give_results_in_order_and_the_first_error():
         assert workers.run("square", square, [3, 1, 2], [1, 1, 1]) == [9, 1, 4]
         with pytest.raises(UserError, match="-1 is negative"):
             workers.run("square", square, [3, -1, -2], [1, 1, 1])
-        with pytest.raises(WorkerDied, match="fewer --workers"):
+        with pytest.raises(WorkerDied, match="with fewer --workers"):
             workers.run("square", square, [1, 101], [1, 1])
         assert workers.run("square", square, [3, 1], [1, 1]) == [9, 1]
     with Workers(1) as workers, pytest.raises(UserError, match="-1 is negative"):
@@ -162,7 +162,7 @@ def test_made(tmp_path: Path):
     leftover = tmp_path / "stage" / ".key.building" / ".piece.abc"
     leftover.mkdir()
     assert not made(directory, make) and made(directory, make)
-    assert calls == [[], ["piece"]]  # what was finished is kept, what was not is gone
+    assert calls == [[], ["piece"]]  # finished pieces are kept, unfinished ones are gone
     assert not made(tmp_path / "stage" / "other", make)
     assert [path.name for path in (tmp_path / "stage" / "other").iterdir()] == ["piece"]
 
@@ -177,14 +177,14 @@ def test_a_mistake_leaves_nothing(tmp_path: Path):
     assert list((tmp_path / "stage").iterdir()) == []
 
 
-def test_a_full_disk_is_said_and_costs_nothing(tmp_path: Path):
+def test_a_full_disk_is_reported_and_costs_nothing(tmp_path: Path):
     def make(building: Path) -> None:
         if (building / "piece").exists():
             return
         (building / "piece").touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(UserError, match="no room for .*key .No space left on device.: make some"):
+    with pytest.raises(UserError, match="no room for .*key .No space left on device.: make room"):
         made(tmp_path / "stage" / "key", make)
     made(tmp_path / "stage" / "key", make)
     assert (tmp_path / "stage" / "key" / "piece").exists()

@@ -111,7 +111,7 @@ def test_shards_hold_every_document_in_hash_order(stages: tuple[Path, Path], tok
     assert sum(index["documents"].values()) == 100
     paths = sorted(directory.glob("part-*/train.array_record"))
     assert len(paths) > 2 and paths[0].parent.name == f"part-00000-of-{len(paths):05d}"
-    # one document a group, so that a read fetches no neighbours
+    # one document per group, so that a read fetches no neighbours
     assert ArrayRecordReader(str(paths[0])).writer_options_string().startswith("group_size:1,")
     left = {path.name for path in [*documents.rglob("*"), *directory.rglob("*")] if path.is_file()}
     assert left == {"index.json", "skipped.jsonl", "documents.jsonl", "sides.npy", "train.array_record",
@@ -163,9 +163,9 @@ def test_an_empty_corpus(tmp_path: Path):
 
 
 def damaged_corpus(folder: Path) -> tuple[list[Path], list[str], list[tuple[str, str, int]]]:
-    """Write three files of records, one in a hundred damaged, an empty file and a truncated one.
+    """Write three files of records, one in a hundred damaged and the last file truncated, and an empty file.
 
-    Gives the files, the good texts, and (reason, file name, line) of the damaged records.
+    Return the files, the good texts, and (reason, file name, line) of the damaged records.
     """
     draw = random.Random(0)
     damage = [
@@ -213,7 +213,7 @@ def test_one_percent_damaged_records_are_counted_and_the_rest_arrives(tmp_path: 
 
 
 @pytest.mark.slow
-def test_strict_stops_at_the_first_also_after_a_build_that_was_not(tmp_path: Path):
+def test_strict_stops_at_the_first_even_after_a_build_that_did_not(tmp_path: Path):
     files, good, _ = damaged_corpus(tmp_path)
     message = r"a\.jsonl\.zst, line 50: invalid UTF-8 \(byte 0xe9 at 13\): convert the file to UTF-8$"
     with pytest.raises(UserError, match=message):

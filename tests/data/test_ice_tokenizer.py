@@ -1,4 +1,4 @@
-"""GLM-130B's numbering on a small made-up model of ice_text.model's form, and on one of its size."""
+"""GLM-130B's ids, on a small made-up model of ice_text.model's form and on one of its size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = ["hello world, this is a small model.", "天下大势，分久必合，�
 
 @pytest.fixture(scope="module")
 def small() -> bytes:
-    """Train a model of the official one's form: unk, s, eos, pad, newline, then pieces; normalising, a space before."""
+    """Train a model of the official form: unk, s, eos, pad, newline, then pieces; it normalises and adds a space."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20), model_writer=model, model_type="unigram", vocab_size=120,
@@ -42,7 +42,7 @@ def pinned(small: bytes) -> IceTokenizer:
 
 @pytest.mark.slow
 def test_the_official_numbers(small: bytes):
-    """With 130,000 pieces the special tokens have the ids that the released model knows."""
+    """With 130,000 pieces, the special tokens have the ids of the released model."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=small).get_piece_size()
     filled = small + b"".join(
         ice_tokenizer._message(1, ice_tokenizer._piece(f"filling{number}", 1)) for number in range(pieces, 130_000)
@@ -76,7 +76,7 @@ def test_text_and_its_blanks_come_back(later: IceTokenizer):
         assert later.decode(ids) == text
     assert later.encode("a" + " " * 100 + "b").tolist()[-3:-1] == [later.encode(" " * n)[-1] for n in (80, 20)]
     assert later.decode(later.encode("ａ，b")) == "a,b"  # the model normalises
-    assert later.decode(later.encode(" a")) == "a"  # and puts a space of its own before a text
+    assert later.decode(later.encode(" a")) == "a"  # and adds its own space before a text
 
 
 def test_the_pinned_tokenizer_loses_newlines_and_blanks(pinned: IceTokenizer, later: IceTokenizer):
@@ -101,7 +101,7 @@ def test_token_bytes(later: IceTokenizer):
     text = "hello\n  world\t😀"
     ids = later.encode(text)
     assert later.token_bytes.shape == (later.size,) and later.token_bytes.dtype == np.int32
-    assert later.token_bytes[ids].sum() == len(f" {text}".encode())  # with the space put before
+    assert later.token_bytes[ids].sum() == len(f" {text}".encode())  # with the space added before it
     assert not later.token_bytes[:20_001].any()
     assert not later.token_bytes[[later.mask, later.sop, later.eop, later.eos, later.dblock]].any()
 

@@ -26,7 +26,7 @@ def test_histogram():
 
 
 def make_batch(tokenizer: Tokenizer) -> Rows[np.ndarray]:
-    """One row of two samples: "a [MASK] b [MASK] c" with its targets in turned order, and "d [gMASK]"."""
+    """Return one row of two samples: "a [MASK] b [MASK] c" with targets in reverse order, and "d [gMASK]"."""
     one, two, three, four = (tokenizer.encode(text).tolist() for text in ("an array", " of ", " shape", "index"))
     first = [*one, tokenizer.mask, *two, tokenizer.mask, tokenizer.eos, *three]
     blanks = [place for place, token in enumerate(first) if token == tokenizer.mask]

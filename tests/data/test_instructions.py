@@ -1,4 +1,4 @@
-"""From records and prompts to rows of instruction samples."""
+"""From records and templates to rows of instruction samples."""
 
 import collections
 import dataclasses
@@ -19,7 +19,7 @@ from rows import FIRST, SHARES, SPECIAL, Documents, build, check_row
 from glm_jax.config import instructions as entry
 from glm_jax.config.data import OBJECTIVES, BlankOptions
 from glm_jax.data.corpora import samples
-from glm_jax.data.instructions import prompts as instructions
+from glm_jax.data.instructions import prompts
 from glm_jax.data.instructions import samples as instruction_samples
 from glm_jax.data.instructions.prompts import Instructions
 from glm_jax.data.instructions.registry import DATASETS
@@ -34,13 +34,13 @@ TOKENIZER: Any = SimpleNamespace(
 
 
 def document(text, target):
-    """Return a document of distinct tokens: `text` of prompt, `target` of answer."""
+    """Return a document of distinct tokens, `text` of them in the prompt and `target` in the answer."""
     tokens = np.arange(FIRST, FIRST + text + target, dtype=np.int32)
     return np.concatenate([tokens[:text], [SPECIAL.mask], tokens[text:], [SPECIAL.eos]])
 
 
 class Prompted:
-    """Samples in which every ordinary token is another one."""
+    """Samples in which all ordinary tokens differ."""
 
     def __init__(self, sizes):
         self.documents = [
@@ -78,10 +78,10 @@ def test_two_streams_repeat_the_position_of_the_mask():
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_rows_mix_in_at_their_share_and_each_sample_comes_once_an_epoch(whole):
-    prompts = Prompted([(3 + i % 9, 1 + i % 4) for i in range(53)])
+    tasks = Prompted([(3 + i % 9, 1 + i % 4) for i in range(53)])
     made = build(
         {"en": Documents([4000])}, {"en": 1.0, "tasks": 1.0}, 128, {"mask": 0.285, "gmask": 0.665, "instruction": 0.05},
-        instructions={"tasks": prompts}, options=BlankOptions(whole_documents=whole),
+        instructions={"tasks": tasks}, options=BlankOptions(whole_documents=whole),
     )  # fmt: skip
     batch = made.at(0, 1200)
     mine = np.flatnonzero(batch.objective == INSTRUCTION)
@@ -92,7 +92,7 @@ def test_rows_mix_in_at_their_share_and_each_sample_comes_once_an_epoch(whole):
         texts = check_row(batch, b, BlankOptions())
         assert len(texts) <= 4 or whole
         seen[made.locate(b).epoch] += [int(text[0]) for text in texts]
-    expected = sorted(int(prompts[i][0]) for i in range(53))
+    expected = sorted(int(tasks[i][0]) for i in range(53))
     complete = max(seen)
     assert complete >= 3 and all(sorted(seen[epoch]) == expected for epoch in range(complete))
     rows = 53 / np.mean([batch.segments[b].max() for b in mine.tolist()])
@@ -101,8 +101,8 @@ def test_rows_mix_in_at_their_share_and_each_sample_comes_once_an_epoch(whole):
 
 def test_samples_too_long_are_cut_and_leave_their_room_to_others():
     options = BlankOptions(whole_documents=True, instruction_segments=4)
-    prompts = Prompted([(100, 9)] * 8)
-    made = build({}, {"tasks": 1.0}, 128, {"instruction": 1.0}, instructions={"tasks": prompts}, options=options)
+    tasks = Prompted([(100, 9)] * 8)
+    made = build({}, {"tasks": 1.0}, 128, {"instruction": 1.0}, instructions={"tasks": tasks}, options=options)
     assert made.rows_per_epoch == 2
     for row in made.at(0, 2).segments:
         assert np.bincount(row).tolist() == [0, 32, 32, 32, 32]
@@ -129,7 +129,7 @@ def test_records_are_read_from_every_format(tmp_path):
     (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(lines.read_bytes()))
     parquet.write_table(Table.from_pylist(records), tmp_path / "c.parquet")
     for path in sorted(tmp_path.iterdir()):
-        found = list(instructions.read_records([path]))
+        found = list(prompts.read_records([path]))
         assert [record for _, record in found] == records
         assert found[2][0] == f"{path}, line 3"
 
@@ -142,33 +142,33 @@ def test_records_are_read_from_every_format(tmp_path):
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1: invalid UTF-8"),
         ("a.jsonl.zst", b"nothing", "not a whole zstd file"),
         ("a.parquet", b"nothing", "not a parquet file"),
-        ("a.csv", b"a,b\n", "no file of records"),
+        ("a.csv", b"a,b\n", "not a file of records"),
     ],
 )
 def test_damaged_records_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        list(instructions.read_records([tmp_path / name]))
+        list(prompts.read_records([tmp_path / name]))
 
 
 def test_a_cap_takes_pairs_of_records_and_templates_evenly(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"n": i} for i in range(300)])
     templates = [Template(kind, kind + " {{ n }} ||| yes") for kind in ("first", "second")]
-    everything = list(instructions.prompted([path], templates, 0))
+    everything = list(prompts.prompted([path], templates, 0))
     assert len(everything) == 600 and everything[:2] == [("first 0", "yes"), ("second 0", "yes")]
-    some = list(instructions.prompted([path], templates, 200))
-    assert len(set(some)) == 200 and some == list(instructions.prompted([path], templates, 200))
+    some = list(prompts.prompted([path], templates, 200))
+    assert len(set(some)) == 200 and some == list(prompts.prompted([path], templates, 200))
     assert 70 < sum(text.startswith("first") for text, _ in some) < 130
     assert 70 < sum(int(text.split()[1]) < 150 for text, _ in some) < 130
-    assert list(instructions.prompted([path], templates, 600)) == everything
+    assert list(prompts.prompted([path], templates, 600)) == everything
 
 
 def test_a_failing_record_is_named(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"n": 1}, {"m": 1}])
     with pytest.raises(UserError, match="line 2: template t fails"):
-        list(instructions.prompted([path], [Template("t", "{{ n }} ||| x")], 0))
+        list(prompts.prompted([path], [Template("t", "{{ n }} ||| x")], 0))
     with pytest.raises(UserError, match="line 1: no text in fields 'text' and 'target'"):
-        list(instructions.prompted([path], [], 0))
+        list(prompts.prompted([path], [], 0))
 
 
 def test_prepare_writes_once_and_reads_back(tmp_path):
@@ -181,42 +181,42 @@ def test_prepare_writes_once_and_reads_back(tmp_path):
         "rte": entry(path=str(data), dataset="super_glue/rte", templates=str(tmp_path)),
     }
     lines = []
-    sets, weights = instructions.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
+    sets, weights = prompts.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
     assert weights == {"sums": 2.0, "rte": 2.0} and lines[0] == "instructions sums: 2 samples, 10 tokens"
     assert sets["sums"][0].tolist() == [*b"1+1=", SPECIAL.mask, *b"2", SPECIAL.eos]
     assert sets["sums"][1].tolist() == [SPECIAL.mask, *b"x", SPECIAL.eos]
     assert sets["rte"][0].tolist() == [*b"1+1=?", SPECIAL.mask, *b"2", SPECIAL.eos]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
-    again, _ = instructions.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
+    again, _ = prompts.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == written
     assert again["rte"].lengths.tolist() == sets["rte"].lengths.tolist() == [8, 4]
     (tmp_path / "super_glue" / "rte" / "ask.jinja").write_text("{{ text }} ||| {{ target }}")
-    again, _ = instructions.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
+    again, _ = prompts.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
     assert again["rte"].lengths.tolist() == [7, 3]
 
 
 def test_a_known_data_set_is_capped_as_in_the_paper_unless_told_otherwise(tmp_path, monkeypatch):
     data = write_lines(tmp_path / "a.jsonl", [{"text": str(i), "target": "x"} for i in range(9)])
-    monkeypatch.setitem(instructions.DATASETS, "xsum", dataclasses.replace(DATASETS["xsum"], cap=4))
+    monkeypatch.setitem(prompts.DATASETS, "xsum", dataclasses.replace(DATASETS["xsum"], cap=4))
     section = {
         "capped": entry(path=str(data), dataset="xsum"),
         "own": entry(path=str(data), dataset="xsum", cap=6),
         "other": entry(path=str(data)),
     }
-    _, weights = instructions.prepare(section, TOKENIZER, tmp_path / "cache", lambda line: None)
+    _, weights = prompts.prepare(section, TOKENIZER, tmp_path / "cache", lambda line: None)
     assert weights == {"capped": 4.0, "own": 6.0, "other": 9.0}
 
 
 def test_mistakes_in_the_section_are_refused(tmp_path):
     data = write_lines(tmp_path / "a.jsonl", [{"text": "a", "target": ""}])
     for section, message in (
-        ({"a": entry(path=str(data))}, "data.instructions.a gives no sample"),
+        ({"a": entry(path=str(data))}, "data.instructions.a has no samples"),
         ({"a": entry(path=str(data), dataset="super_glue/rt")}, "did you mean super_glue/rte"),
-        ({"a": entry(path=str(tmp_path / "none"))}, "is not there"),
+        ({"a": entry(path=str(tmp_path / "none"))}, "does not exist"),
         ({"a": entry(sample="reviews")}, "no example set 'reviews': choose one of aligned-manuals"),
     ):
         with pytest.raises(UserError, match=message):
-            instructions.prepare(section, TOKENIZER, tmp_path / "cache", print)
+            prompts.prepare(section, TOKENIZER, tmp_path / "cache", print)
 
 
 def test_an_example_set_out_of_reach_is_left_out(tmp_path, monkeypatch):
@@ -226,12 +226,12 @@ def test_an_example_set_out_of_reach_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(instruction_samples, "fetch", unreachable)
     lines = []
     section = {"reviews": entry(sample="chinese-reviews")}
-    assert instructions.prepare(section, TOKENIZER, tmp_path, lines.append) == ({}, {})
+    assert prompts.prepare(section, TOKENIZER, tmp_path, lines.append) == ({}, {})
     assert lines == ["instructions reviews: left out, no index"]
 
 
 def test_an_empty_set_opens(tmp_path):
-    instructions.write(tmp_path, [("a", "")], TOKENIZER)
+    prompts.write(tmp_path, [("a", "")], TOKENIZER)
     assert len(Instructions(tmp_path)) == 0
 
 
@@ -270,7 +270,7 @@ def test_chapter_titles_and_docstring_summaries():
 
 
 def write_page(path, *sections):
-    """Write an XHTML page of (id, paragraphs) as DocBook makes them."""
+    """Write an XHTML page of (id, paragraphs) sections, in DocBook's form."""
     body = "".join(
         f'<h2 class="title"><a id="{name}"/>{name}</h2><p class="title">skip</p>'
         + "".join(f"<p>{t}</p>" for t in texts)

@@ -1,4 +1,4 @@
-"""Dealing rows out to sources and objectives: exact, invertible, and stable under later changes."""
+"""The assignment of rows to sources and objectives: exact, invertible, and stable under later changes."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def histories(draw, names):
 
 
 def build(sources, objectives, names=("a", "b", "c")):
-    """Build a mixture of all pairs."""
+    """Return a mixture of all pairs."""
     return Mixture(list(itertools.product(names, KINDS)), sources, objectives)
 
 
@@ -60,7 +60,7 @@ def test_counts_stay_next_to_the_integrated_weight(sources, objectives):
     mixture = build(sources, objectives, names)
 
     def value(history, name, start, stop):
-        """Return a weight in [start, stop): its value in the middle of the stair that its ramp has there."""
+        """Return a weight in [start, stop): the ramp's value at the middle of the stair there."""
         before = [knot for knot in history if knot[0] <= start][-1]
         later = [knot for knot in history if knot[0] > start]
         if not later:
@@ -92,7 +92,7 @@ def test_a_count_is_the_floor_of_its_integrated_weight():
 
 
 def test_what_rounding_leaves_over_is_carried_through_every_change():
-    """400 changes a few rows apart, many to a weight of 0: a fraction lost at each would add up."""
+    """400 changes a few rows apart, many of them to a weight of 0: a fraction lost at each would add up."""
     generator, names = np.random.default_rng(0), ("a", "b", "c", "d")
     weights = generator.integers(0, 4, (400, 4))
     weights[:, 1] += 1  # so that some label has rows
@@ -130,7 +130,7 @@ def test_two_knots_at_one_row_make_a_jump():
 @given(histories(("a", "b", "c")), histories(KINDS), st.integers(4000, 6000), histories(("a", "b", "c")))
 @settings(max_examples=30)
 def test_a_later_change_leaves_earlier_rows_alone(sources, objectives, row, later):
-    """What an operator does to a running mixture: hold the old weights up to a row, others from there on."""
+    """What an operator does to a running mixture: keep the old weights up to a row, then use others."""
     old = build(sources, objectives)
     changed = build([*sources, (row, sources[-1][1]), (row, later[0][1])], objectives)
     assert [old.draw(k) for k in range(0, row, 61)] == [changed.draw(k) for k in range(0, row, 61)]
@@ -144,7 +144,7 @@ def test_cutting_a_ramp_short_leaves_earlier_rows_alone():
 
 
 def test_any_window_of_rows_is_mixed():
-    """No window of 20 rows is more than a few rows away from the shares, however far out."""
+    """Every window of 20 rows is within a few rows of the shares, however late it is."""
     mixture = build({"a": 0.5, "b": 0.5}, {"mask": 0.3, "gmask": 0.7}, ("a", "b"))
     for start in (0, 12_345, 10**9):
         drawn = [mixture.draw(row)[0] for row in range(start, start + 20)]

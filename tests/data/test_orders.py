@@ -1,4 +1,4 @@
-"""What the seed decides, what else decides with it, and that no two draws share their random bits."""
+"""What depends on the seed, what it depends on besides, and that no two draws share random bits."""
 
 import hashlib
 import itertools
@@ -18,7 +18,7 @@ ONE = {"gmask": 1.0}
 
 
 class Prompts(Documents):
-    """Instruction documents: a token of their own, [MASK], an answer of their own, eos."""
+    """Instruction documents: a unique token, [MASK], a unique answer, eos."""
 
     def __init__(self, count: int) -> None:
         self.lengths = np.full(count, 4, np.int64)
@@ -28,7 +28,7 @@ class Prompts(Documents):
 
 
 def orders(name: str, seed: int, options: BlankOptions) -> list[list[tuple[int, int]]]:
-    """Give, for each of three epochs, where each row's text lies in the epoch, and its first token."""
+    """Return, for each of three epochs, where each row's text starts in the epoch, and its first token."""
     made = build({name: Documents([39] * 1500)}, seq_length=64, objectives=ONE, seed=seed, options=options)
     found: list[list[tuple[int, int]]] = [[] for _ in range(3)]
     for number in itertools.count():
@@ -44,9 +44,9 @@ def test_rows_come_in_another_order_in_each_epoch_source_and_seed(options: Blank
     found = [order for name, seed in (("en", 7), ("en", 8), ("zh", 7)) for order in orders(name, seed, options)]
     assert len(found) == 9 and min(map(len, found)) > 100
     for left, right in itertools.combinations(found, 2):
-        for part in (0, 1):  # neither the order of the places nor that of the text
+        for part in (0, 1):  # the order of the places, and that of the text
             assert np.mean([a[part] == b[part] for a, b in zip(left, right, strict=False)]) < 0.1
-    for order in found:  # nor is it that of the places themselves
+    for order in found:  # rows are not in the order of places either
         assert np.mean(np.diff([start for start, _ in order]) > 0) < 0.8
     assert orders("en", 7, options) == found[:3]
 
@@ -84,7 +84,7 @@ def test_a_source_needs_sixteen_tokens() -> None:
 
 
 def test_a_long_stream_is_read_at_sixteen_blocks_side_by_side() -> None:
-    """Neighbouring rows come from 16 blocks by turns, then again from the same; another number is another order."""
+    """Neighbouring rows come from 16 blocks in turn, then from the same again; another number changes the order."""
     made = build({"en": Documents([1000] * 400)}, seq_length=64, objectives=ONE)
     located = [made.locate(row) for row in range(64)]
     starts = [row.start for row in located]
@@ -92,8 +92,8 @@ def test_a_long_stream_is_read_at_sixteen_blocks_side_by_side() -> None:
     assert starts[32:48] == [row.stop for row in located[16:32]] and min(np.diff(np.sort(starts[:16]))) > 300
 
 
-def test_blocks_have_the_number_of_rows_that_leaves_least_room() -> None:
-    """8 rows of 62 tokens are 496, 10 of 50 with 4 to spare: no other number from 6 to 16 comes nearer."""
+def test_blocks_have_the_number_of_rows_that_wastes_least() -> None:
+    """8 rows of 62 tokens are 496, as are 10 of 50 less 4: no other number from 6 to 16 fits better."""
     stream = Stream("en", Documents([1000] * 400), {"mask": 50, "gmask": 62}, 1)
     assert stream.blocks == 807 and stream.rows == {"mask": 10, "gmask": 8}  # 400,000 / 496 = 806.5
     assert stream.together == 16 and stream.tokens == 400_000
@@ -127,7 +127,7 @@ def test_prompts_share_rows_and_come_by_chance(options: BlankOptions) -> None:
     assert places[0] != places[1]
     half = len(first) // 2
     assert sorted(itertools.chain(*first[:half])) == list(range(256)) == sorted(itertools.chain(*first[half:]))
-    assert first[:half] != first[half:] and set(first[:half]) == set(first[half:])  # grouped once, ordered anew
+    assert first[:half] != first[half:] and set(first[:half]) == set(first[half:])  # grouped once, reordered
     assert not set(first) & set(second) and first == rows(1)
     assert sum(list(row) == sorted(row) for row in first) < 0.5 * len(first)
 
@@ -148,7 +148,7 @@ def test_no_two_rows_and_no_two_purposes_share_random_bits(monkeypatch: pytest.M
 
 
 def test_blanks_of_equal_texts_differ_from_row_to_row() -> None:
-    """One document, the same in every row: what differs between rows is drawn."""
+    """Every row holds the same document, so whatever differs between rows is drawn."""
     made = build({"en": Documents([60])}, seq_length=96, objectives={"mask": 1.0}, options=WHOLE)
     rows = {row.tobytes() for row in made.at(0, 300).tokens} | {row.tobytes() for row in made.at(2**32, 300).tokens}
     assert len(rows) == 600
@@ -179,11 +179,11 @@ GOLDENS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("changes, expected", GOLDENS)
-def test_runs_under_way_read_the_rows_that_they_would_have_read(changes: dict[str, Any], expected: str) -> None:
-    """A run that goes on under a newer version must not read some text twice and miss other text.
+def test_resumed_runs_read_the_rows_that_older_versions_would_have_read(changes: dict[str, Any], expected: str) -> None:
+    """A run that resumes under a newer version must not read some text twice and miss other text.
 
-    The digests are of the rows as they were when this was written; who alters them on purpose tells those whose runs
-    are under way.
+    The digests are of the rows as they were when this was written. Whoever changes them on purpose must warn those with
+    unfinished runs.
     """
     sources: Any = {"en": Documents([50, 3, 400, 1000, 7] * 3), "zh": Documents([600, 150], 20_000)}
     ends = np.arange(30_000) % 13 == 0

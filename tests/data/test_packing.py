@@ -1,4 +1,4 @@
-"""Rows of whole documents: none is cut, each comes once an epoch, and few places stay empty."""
+"""Rows of whole documents: none is cut, each comes once per epoch, and few places stay empty."""
 
 import collections
 
@@ -43,7 +43,7 @@ def test_best_fit_groups_every_item_once_and_overfills_nothing(sizes, seed):
 
 
 def test_best_fit_takes_the_fullest_row_that_holds_an_item():
-    sizes = np.array([3, 5, 4, 6])  # 6 and 5 begin rows; 4 fits behind either, 6 is the fuller
+    sizes = np.array([3, 5, 4, 6])  # 6 and 5 start rows; 4 fits after either, and 6 is the fuller one
     order, starts = best_fit(sizes, 10, 0)
     assert [sorted(sizes[order[first:last]].tolist()) for first, last in zip(starts, starts[1:], strict=False)] == [
         [4, 6], [3, 5]
@@ -108,7 +108,7 @@ def test_rows_are_dense_and_found_at_random():
 
 
 def test_no_row_overflows_where_both_its_texts_draw_more_than_they_reserve():
-    """Two texts of 50 tokens and four places to spare: what one takes of them is not there for the other."""
+    """Two texts of 50 tokens and four spare places: the other text cannot use those that one has taken."""
     options = BlankOptions(whole_documents=True, mask_ratio=0.3, mean_span=1.5)
     room = int(places("mask", 50, options)[50])
     documents = Documents([50] * 600)

@@ -1,4 +1,4 @@
-"""The whole way from sources to shards, and the cache that skips what is there."""
+"""The whole way from sources to shards, and the cache, which skips what exists."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_fetched_sample_is_reported(folder: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"path": "missing.txt"}, "missing.txt is not there"),
+        ({"path": "missing.txt"}, "missing.txt does not exist"),
         ({"path": "empty.txt"}, "empty.txt is empty"),
         ({"path": "latin.txt"}, "latin.txt, line 1: invalid UTF-8"),
         ({"path": "en.jsonl", "format": "jsonl", "field": "body"}, "line 1: no text in field 'body'"),
@@ -221,7 +221,7 @@ def test_damaged_records_are_left_out_when_not_strict(folder: Path):
     assert lines[1].startswith("documents en: 1 damaged records left out, broken JSON")
     with pytest.raises(UserError, match=r"en\.jsonl, line 33: broken JSON, left out of en by an earlier build"):
         prepare.check_undamaged(prepared)
-    assert run(config)[0].digests == prepared.digests  # training goes on with what was built
+    assert run(config)[0].digests == prepared.digests  # training continues with what was built
     prepare.check_undamaged(run(make_config(folder, zh={"path": str(folder / "zh.txt")}))[0])
 
 
@@ -248,7 +248,7 @@ def test_files_are_hashed_again_only_when_touched(folder: Path, monkeypatch: pyt
         return digest(file, name)
 
     monkeypatch.setattr(hashlib, "file_digest", record)
-    monkeypatch.setattr(prepare, "CLOCK", 3_600_000_000_000)  # an hour, so that a slow machine finds it fresh, too
+    monkeypatch.setattr(prepare, "CLOCK", 3_600_000_000_000)  # an hour, so that files are fresh on slow machines, too
     for name in ("en.jsonl", "zh.txt"):
         os.utime(folder / name, (1e9, 1e9))
     first, _ = run(make_config(folder))

@@ -1,4 +1,4 @@
-"""One global batch, whoever makes it: several processes, any order, after a restart, at any step, on any ramp."""
+"""The global batch is the same for any number of processes, in any order, after a restart, at any step, on any ramp."""
 
 import collections
 import hashlib
@@ -26,14 +26,14 @@ def digest(batch):
 
 
 def join(parts, world):
-    """Put the shares of all processes together in the order of the batch."""
+    """Join the shares of all processes in the order of the batch."""
     order = np.argsort(np.concatenate([batch_worker.share(rank, world) for rank in range(world)]))
     return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
 
 
 @pytest.mark.slow
 def test_the_batch_of_a_step_is_the_same_for_any_number_of_processes(tmp_path):
-    """Run four real processes, of which worlds of one, two and four are made; each goes through steps its own way."""
+    """Run four real processes, which form worlds of one, two and four. Each takes the steps in its own order."""
     root = Path(glm_jax.__file__).parents[1]
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     running = [

@@ -1,4 +1,4 @@
-"""Readers: documents in every format, and damage that costs its own record alone."""
+"""Readers: documents in every format, and damage that costs only its own record."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from glm_jax.data.corpora.json_array import Elements
 from glm_jax.data.corpora.readers import Damaged, find_files, lines_before, normaliser, ranges, read
 from glm_jax.errors import UserError
 
-GZIP = gzip.compress(b"a", mtime=0)  # without the time of day, which would make each collection's test names differ
+GZIP = gzip.compress(b"a", mtime=0)  # without a time stamp, which would change the names of the tests
 
 
 def split(records: list[str | Damaged]) -> tuple[list[str], list[tuple[str, int]]]:
-    """Return the good documents, and reason and line of the damaged."""
+    """Return the good documents, and reason and line of the damaged ones."""
     good = [record for record in records if isinstance(record, str)]
     return good, [(record.reason, record.line) for record in records if isinstance(record, Damaged)]
 
@@ -96,7 +96,7 @@ def test_find_files(tmp_path: Path):
     assert find_files(str(tmp_path / "**" / "c.txt")) == [tmp_path / "deep" / "c.txt"]
     assert find_files(str(tmp_path / "a.txt")) == [tmp_path / "a.txt"]
     for missing in ("missing", "*.json"):
-        with pytest.raises(UserError, match="is not there: give a file, a directory or a glob"):
+        with pytest.raises(UserError, match="does not exist: give a file, a directory or a glob"):
             find_files(str(tmp_path / missing))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty is a directory without files"):
@@ -106,7 +106,7 @@ def test_find_files(tmp_path: Path):
 @pytest.mark.parametrize(
     ("form", "module", "extra"), [("jsonl.zst", "zstandard", "corpora"), ("parquet", "pyarrow", "parquet")]
 )
-def test_a_missing_package_is_named_with_the_extra_that_brings_it_alone(
+def test_a_missing_package_is_named_with_the_extra_for_it_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, module: str, extra: str
 ):
     for name in [name for name in sys.modules if name.split(".")[0] == module] or [module]:
@@ -134,7 +134,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it_alone(
         ("jsonl", b'{"text": "good"}\n' + b"[" * 100_000, "broken JSON", 2, "broken JSON"),
         ("jsonl", b'{"text": "good"}\n{"body": "b"}\n', "missing field", 2, "no text in field 'text'"),
         ("jsonl", b'{"text": "good"}\n{"text": 1}\n', "missing field", 2, "no text in field 'text'"),
-        ("jsonl", b'{"text": "good"}\n["text"]\n', "missing field", 2, "no JSON object"),
+        ("jsonl", b'{"text": "good"}\n["text"]\n', "missing field", 2, "not a JSON object"),
         ("jsonl", b'{"text": "good"}\n{"text": "\\ud800"}\n', "invalid UTF-8", 2, "half a surrogate pair"),
         ("jsonl", b'{"text": "good"}\n{"text": "\\u0000"}\n', "NUL", 2, "a NUL character"),
         ("jsonl", b'{"text": "good"}\n{"text": "\xe5\xa4"}\n', "invalid UTF-8", 2, "convert the file"),
@@ -168,7 +168,7 @@ def test_files_of_another_format(tmp_path: Path):
     assert split(list(read(path, "jsonl.zst"))) == ([], [("unreadable", 1)])
 
 
-def test_a_truncated_zst_gives_all_that_is_there(tmp_path: Path):
+def test_a_truncated_zst_gives_everything_before_its_end(tmp_path: Path):
     draw = random.Random(0)
     lines = [json.dumps({"text": f"{number} {draw.random()}"}) + "\n" for number in range(20_000)]
     packed = zstandard.compress("".join(lines).encode())

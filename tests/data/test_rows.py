@@ -1,4 +1,4 @@
-"""Rows by hand: what stands where when samples fill a row, and what padding is."""
+"""Rows by hand: where samples go in a row, and what padding is."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def test_taken_padded_and_abstract_rows() -> None:
             assert described.shape == (2, 3, *array.shape[1:]) and described.dtype == array.dtype
 
 
-def test_blocks_repeat_their_blanks_position_or_go_on_counting() -> None:
+def test_blocks_repeat_their_blanks_position_or_continue_the_count() -> None:
     blanks, widths = np.array([2, 0]), np.array([1, 3])
     first, second = sample_positions(4, blanks, widths, repeat=True)
     assert first.tolist() == [0, 1, 2, 3, 2, 0, 0, 0] and second.tolist() == [0, 0, 0, 0, 1, 1, 2, 3]

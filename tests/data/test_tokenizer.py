@@ -1,4 +1,4 @@
-"""The tokenizer: nothing is lost, specials never come from text, training is deterministic and quiet."""
+"""The tokenizer: no text is lost, specials never come from text, training is deterministic and quiet."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_training_is_deterministic_and_quiet(model: bytes, capfd: pytest.Capture
     assert Tokenizer(model).digest == hashlib.sha256(model).hexdigest()
 
 
-def test_long_lines_and_awkward_characters_take_part():
+def test_long_lines_and_awkward_characters_are_trained_on():
     endings = ["", "ly", "ness", "est"]
     line = "".join(f" wonderful{ending}" for ending in endings) * 1000
     line += "\0\t\u2585\u2581" + "".join(f" marvellous{ending}" for ending in endings) * 1000

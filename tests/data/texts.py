@@ -1,4 +1,4 @@
-"""English and code-like documents, the same on every Python."""
+"""English and code-like documents that are the same on every Python."""
 
 import random
 from pathlib import Path

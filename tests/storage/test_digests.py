@@ -1,4 +1,4 @@
-"""Every byte of a sealed folder is answered for, the lists of digests themselves among them."""
+"""Damage to any byte of a sealed folder is noticed, in the lists of digests, too."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_damage_is_named(folder: Path) -> None:
     assert digests.damage(folder, "deep/er/") == "deep/er/file cannot be read (Is a directory)"
 
 
-def test_what_no_list_names_is_of_no_account(folder: Path) -> None:
+def test_unlisted_files_do_not_matter(folder: Path) -> None:
     digests.seal(folder, digests.files(folder))
     (folder / "deep/note").write_text("kept for the record")
     assert digests.damage(folder) is None
@@ -79,7 +79,7 @@ def test_processes_seal_and_verify_their_shares(folder: Path) -> None:
     assert shares == [None, "deep/other differs from its digest", None]
 
 
-def test_a_list_that_speaks_of_other_files_is_found_out(folder: Path) -> None:
+def test_a_changed_list_is_noticed(folder: Path) -> None:
     digests.seal(folder, digests.files(folder))
     path = folder / "digests-0-of-1.json"
     content = json.loads(path.read_bytes())
@@ -90,7 +90,7 @@ def test_a_list_that_speaks_of_other_files_is_found_out(folder: Path) -> None:
     assert digests.damage(folder) == "digests-0-of-1.json is cut short"
 
 
-def test_what_is_sealed_is_on_the_disk_before_the_list_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sealed_files_are_on_the_disk_before_their_list(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "deep/unlisted").write_bytes(b"0")
     journal = Journal(monkeypatch)
     digests.seal(folder, CONTENTS)

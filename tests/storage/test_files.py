@@ -1,5 +1,4 @@
-"""What is written survives a crash: content is brought to the disk before its name, and its name before anybody relies
-on it."""
+"""What is written survives a crash: content is synced to the disk before its name, and its name before it is used."""
 
 import os
 import stat

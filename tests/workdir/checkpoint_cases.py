@@ -1,4 +1,4 @@
-"""Saves a state under one mesh of eight emulated devices and restores it under others; test_checkpoint.py runs it."""
+"""Save a state under one mesh of eight emulated devices and restore it under others; test_checkpoint.py runs this."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ import numpy as np
 
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.model import GLMConfig
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.state import StepConfig, TrainState, create_state, disk_targets, from_disk, to_disk, true_layers
 from glm_jax.workdir.checkpoints import Checkpoints, load_params
@@ -25,7 +25,7 @@ MESHES = [(1, 4, 2), (2, 2, 2), (8, 1, 1), (1, 1, 1)]
 
 
 def build(sizes: tuple[int, ...]) -> jax.sharding.Mesh:
-    return meshes.build(dict(zip(meshes.AXES, sizes, strict=True)))
+    return mesh.build(dict(zip(mesh.AXES, sizes, strict=True)))
 
 
 def whole(state: TrainState) -> TrainState:
@@ -35,13 +35,13 @@ def whole(state: TrainState) -> TrainState:
 def main(workdir: Path) -> None:
     for written in MESHES:
         folder = workdir / "x".join(map(str, written))
-        mesh = build(written)
-        state = create_state(CONFIG, mesh)
+        writer = build(written)
+        state = create_state(CONFIG, writer)
         # moments that differ from one another, and padding that must not reach the disk
         noise = jax.tree.map(lambda array: array + array.dtype.type(1), state.moments)
         state = state._replace(moments=noise, step=state.step + 5)
         checkpoints = Checkpoints(folder)
-        checkpoints.save(to_disk(CONFIG, mesh, state), {"step": 5, "samples": 40})
+        checkpoints.save(to_disk(CONFIG, writer, state), {"step": 5, "samples": 40})
         checkpoints.close()
         expected = whole(state)
         for read in MESHES:
@@ -60,7 +60,7 @@ def main(workdir: Path) -> None:
     checkpoints = Checkpoints(workdir / "1x1x1")
     try:
         checkpoints.restore(disk_targets(other, build((1, 1, 1))))
-    except Exception as error:  # noqa: BLE001 (its type and text are what is asserted)
+    except Exception as error:  # noqa: BLE001 (the test checks its type and text)
         print(json.dumps([type(error).__name__, str(error)]))
     checkpoints.close()
 

@@ -1,7 +1,7 @@
 """One of two processes that save and restore together; test_checkpoint.py runs both.
 
 `python -m tests.workdir.checkpoint_processes PORT INDEX WORKDIR` prints, as JSON, what this process was told and what
-it got.
+it restored.
 """
 
 import json
@@ -16,8 +16,8 @@ import numpy as np
 
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.model import GLMConfig
-from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import processes
+from glm_jax.parallel.mesh import build
 from glm_jax.storage import digests
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.state import StepConfig, create_state, disk_targets, to_disk
@@ -30,7 +30,7 @@ PORT, INDEX, WORKDIR = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
 
 def outcome(checkpoints: Checkpoints, mesh: jax.sharding.Mesh, expected: Any) -> list[Any]:
-    """Restore the newest good one; gives its step and what this process and both together see."""
+    """Restore the newest good checkpoint; return its step and what this process and both together see."""
     restored = checkpoints.restore(disk_targets(CONFIG, mesh))
     assert restored is not None
     params = whole(mesh, restored.items["params"])
@@ -42,7 +42,7 @@ def outcome(checkpoints: Checkpoints, mesh: jax.sharding.Mesh, expected: Any) ->
 
 
 def main() -> None:
-    mesh = meshes.build({"data": 2, "pipeline": 1, "tensor": 1})
+    mesh = build({"data": 2, "pipeline": 1, "tensor": 1})
     state, said = create_state(CONFIG, mesh), []
     expected = whole(mesh, state.params)
     checkpoints = Checkpoints(Path(WORKDIR), say=said.append)
@@ -50,7 +50,7 @@ def main() -> None:
     told: dict[str, Any] = {"saved": outcome(checkpoints, mesh, expected)}
     folder = checkpoints.directory / "1"
     lists = [json.loads((folder / f"digests-{index}-of-2.json").read_bytes())["files"] for index in range(2)]
-    assert sorted([*lists[0], *lists[1]]) == digests.files(folder), "each file is in one list"
+    assert sorted([*lists[0], *lists[1]]) == digests.files(folder), "each file must be in one list"
     assert {name.split("/")[1] for name in lists[1]} == {"ocdbt.process_1", "array_metadatas"}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if INDEX == 1:

@@ -1,7 +1,7 @@
-"""Saves until a small disk is full, and after room is made again; test_checkpoint_damage.py runs it.
+"""Save until a small disk is full, and again after room is made; test_checkpoint_damage.py runs this.
 
 `full_disk_cases.py DIRECTORY` mounts a disk of a few megabytes there. Where that is not allowed, it limits the size of
-files instead, which the kernel refuses in the midst of a save just the same.
+files instead, so that the kernel refuses a write in the middle of a save just the same.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import numpy as np
 
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.model import GLMConfig
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.state import StepConfig, create_state, disk_targets, to_disk
 from glm_jax.workdir.checkpoints import Checkpoints
 
 CONFIG = StepConfig(EngineConfig(GLMConfig(2, 64, 2, 64, 512, max_length=8), 512, 4), OptimizerConfig(), None, seed=3)
-MESH = meshes.build(dict.fromkeys(meshes.AXES, 1))
+MESH = mesh.build(dict.fromkeys(mesh.AXES, 1))
 
 
 def mounted(directory: Path) -> bool:
@@ -44,7 +44,7 @@ def free(directory: Path) -> int:
 
 @contextlib.contextmanager
 def full(directory: Path, mounted: bool, room: int) -> Iterator[int]:
-    """Leave `room` bytes on the disk, or for each file; gives the number of the error that follows."""
+    """Leave `room` bytes on the disk, or for each file; yield the number of the error that follows."""
     if mounted:
         filler = directory / "filler"
         filler.write_bytes(bytes(free(directory) - room))
@@ -72,7 +72,7 @@ def main(directory: Path) -> None:
             assert restored is not None and restored.run["step"] == 1
         unsaved = checkpoints.unsaved()
         assert os.listdir(directory / "run/checkpoints") == ["1"]
-        assert not small_disk or free(directory) == before, "the partial folder still takes room"
+        assert not small_disk or free(directory) == before, "the partial folder still takes up room"
     checkpoints.save(to_disk(CONFIG, MESH, state), {"step": 4})
     checkpoints.close()
     assert checkpoints.steps() == [1, 4] and checkpoints.unsaved() is None

@@ -20,7 +20,7 @@ from tests.patience import HANG
 
 
 @pytest.mark.slow
-def test_checkpoints_pass_between_meshes_and_another_shape_is_named(tmp_path: Path) -> None:
+def test_checkpoints_move_between_meshes_and_another_shape_is_named(tmp_path: Path) -> None:
     script = Path(__file__).parent / "checkpoint_cases.py"
     done = subprocess.run(
         [sys.executable, "-W", "error", str(script), str(tmp_path)], capture_output=True, text=True, timeout=HANG
@@ -73,7 +73,7 @@ def test_a_folder_that_is_still_written_to_is_removed_again(
         remove(path, **options)
         calls.append(path)
         if len(calls) <= late:
-            folder.mkdir()  # as a thread does that had a file to write
+            folder.mkdir()  # like a thread that had a file to write
 
     folder.mkdir()
     monkeypatch.setattr(shutil, "rmtree", interfere)
@@ -100,13 +100,13 @@ def test_two_processes_save_together_and_agree_on_what_is_good(tmp_path: Path) -
     assert [process.returncode for process in running] == [0, 0], first[1][-4000:] + second[1][-4000:]
     reasons = "another process could not write its part", "File too large"
     for (output, _), reason in zip((first, second), reasons, strict=True):
-        assert json.loads(output.splitlines()[-1]) == {  # gloo speaks too
+        assert json.loads(output.splitlines()[-1]) == {  # gloo prints, too
             "saved": [1, [1], [[1, None]], ["1"]],
             "refused": [1, [1], [[2, reason]], ["1"]],
             "saved again": [3, [1, 3], [[3, None]], ["1", "3"]],
             "damaged": [1, [1], [], ["1", "3.damaged"]],
             "said": [
-                f"checkpoint 2 could not be saved ({reason}): the run goes on, the newest is still that of step 1",
+                f"checkpoint 2 could not be saved ({reason}): the run continues, the newest is still that of step 1",
                 "checkpoint 3 is skipped: params/manifest.ocdbt is cut short",
             ],
         }

@@ -1,4 +1,4 @@
-"""What can befall a checkpoint on a disk is noticed, named and skipped for the newest good one."""
+"""Any damage to a checkpoint on disk is noticed, named, and skipped for the newest good one."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ import pytest
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.storage import digests
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.state import StepConfig, TrainState, create_state, disk_targets, to_disk
@@ -26,7 +26,7 @@ from tests.journal import Journal
 from tests.patience import HANG
 
 CONFIG = StepConfig(EngineConfig(GLMConfig(2, 8, 2, 8, 16, max_length=8), 16, 4), OptimizerConfig(), None, seed=3)
-MESH = meshes.build(dict.fromkeys(meshes.AXES, 1))
+MESH = mesh.build(dict.fromkeys(mesh.AXES, 1))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def state() -> TrainState:
 
 
 def save(workdir: Path, state: TrainState, *steps: int, keep: int = 3, keep_every: int = 0) -> Checkpoints:
-    """Save the state under each of the steps, its params shifted by the step."""
+    """Save the state under each step, with its params shifted by the step."""
     checkpoints = Checkpoints(workdir, keep, keep_every)
     for step in steps:
         params = jax.tree.map(lambda leaf, step=step: leaf + step, state.params)
@@ -76,11 +76,11 @@ DAMAGES: dict[Callable[[Path], None], str] = {
 
 
 def kind(path: Path) -> str:
-    """Name a file's kind: orbax calls data files after their contents."""
+    """Return a file's kind: orbax names data files after their contents."""
     return "/".join("*" if len(part) == 32 else part for part in path.parts)
 
 
-def test_every_kind_of_file_is_answered_for(workdir: Path) -> None:
+def test_every_kind_of_file_is_covered(workdir: Path) -> None:
     folder = workdir / "checkpoints/2"
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     tree = ["_METADATA", "_sharding", "array_metadatas/process_0", "d/*", "manifest.ocdbt", "ocdbt.process_0/d/*",
@@ -126,7 +126,7 @@ def test_the_newest_good_one_is_restored(
     assert said == ["checkpoint 2 is skipped: " + words.format(path.relative_to(folder))]
     assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2.damaged"] and checkpoints.steps() == [1]
     checkpoints.close()
-    # the run goes on and comes to the same step, which may be damaged again
+    # the run continues and reaches the same step, which may be damaged again
     save(workdir, state, 2)
     flip(workdir / "checkpoints/2/params/_METADATA")
     assert Checkpoints(workdir).restore(disk_targets(CONFIG, MESH)) is not None
@@ -141,12 +141,12 @@ def test_if_none_is_good_all_stay_and_are_named(workdir: Path) -> None:
         Checkpoints(workdir, say=said.append).restore(disk_targets(CONFIG, MESH))
     assert str(caught.value) == (
         f"no checkpoint in {workdir}/checkpoints is good (2: params/_METADATA is missing; 1: run/metadata differs from "
-        "its digest): bring one back, or remove the folder to start anew"
+        "its digest): restore one, or remove the folder to start over"
     )
     assert len(said) == 2 and sorted(os.listdir(workdir / "checkpoints")) == ["1", "2"]
 
 
-def test_what_a_cut_off_save_leaves_is_passed_over(workdir: Path, tmp_path: Path) -> None:
+def test_what_an_interrupted_save_leaves_is_skipped(workdir: Path, tmp_path: Path) -> None:
     shutil.copytree(workdir / "checkpoints/2", workdir / "checkpoints/3")
     (workdir / "checkpoints/3/digests-0-of-1.json").unlink()
     for name in ("4.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-1"):
@@ -163,7 +163,7 @@ def test_what_a_cut_off_save_leaves_is_passed_over(workdir: Path, tmp_path: Path
     assert not (tmp_path / "empty").exists()
 
 
-def test_going_back_leaves_the_newer_ones_aside(workdir: Path) -> None:
+def test_going_back_sets_the_newer_ones_aside(workdir: Path) -> None:
     checkpoints = Checkpoints(workdir)
     restored = checkpoints.restore(disk_targets(CONFIG, MESH), at_most=1)
     assert restored is not None and restored.run["step"] == 1
@@ -171,7 +171,7 @@ def test_going_back_leaves_the_newer_ones_aside(workdir: Path) -> None:
     assert checkpoints.restore(disk_targets(CONFIG, MESH), at_most=0) is None and checkpoints.steps() == []
 
 
-def test_generation_passes_over_damage_and_changes_nothing(
+def test_generation_skips_damage_and_changes_nothing(
     workdir: Path, state: TrainState, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (workdir / "checkpoints/2/training/_METADATA").unlink()  # which generation does not read
@@ -234,10 +234,10 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> No
     told = json.loads(done.stdout)
     reason = told["reason"]  # "No space left on device", or "File too large" where no disk may be mounted
     assert told["said"] == [
-        f"checkpoint {step} could not be saved ({reason}): the run goes on, the newest is still that of step 1"
+        f"checkpoint {step} could not be saved ({reason}): the run continues, the newest is still that of step 1"
         for step in (2, 3)
     ]
     outcomes = [(event["step"], event.get("error")) for event in told["events"]]
     assert outcomes == [(1, None), (2, reason), (3, reason), (4, None)]
     assert told["unsaved"] == reason
-    assert done.stderr == "", "orbax's own traceback is of no use to anybody"
+    assert done.stderr == "", "orbax's own traceback helps nobody"

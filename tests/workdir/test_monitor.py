@@ -1,4 +1,4 @@
-"""The record of a run: what is written, and what a resumed run drops because it will be done again."""
+"""The record of a run: what is written, and what a resumed run drops because it will be repeated."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from glm_jax.errors import UserError
-from glm_jax.workdir import events as sinks
+from glm_jax.workdir import events
 from glm_jax.workdir.monitor import Monitor
 
 
@@ -107,7 +107,7 @@ def test_only_the_primary_process_reports(tmp_path: Path, capsys: pytest.Capture
 
 
 class FullDisk(io.BytesIO):
-    """A file on a disk with room for some bytes, then for more once `room` is raised."""
+    """A file on a disk with room for a few bytes, and for more once `room` is raised."""
 
     room = 20
 
@@ -118,26 +118,26 @@ class FullDisk(io.BytesIO):
         return super().write(data[:written])
 
 
-def test_a_full_disk_is_said_once_and_loses_no_event(
+def test_a_full_disk_is_reported_once_and_loses_no_event(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monitor = Monitor(tmp_path, total_steps=9, first_step=0)
-    jsonl = next(sink for sink in monitor._sinks if isinstance(sink, sinks.Jsonl))
+    jsonl = next(sink for sink in monitor._sinks if isinstance(sink, events.Jsonl))
     jsonl._file.close()
     full = FullDisk()
     monkeypatch.setattr(jsonl, "_file", full)
-    events = [{"event": "train", "step": step, "loss": 1.0} for step in (1, 2, 3)]
-    monitor.log(events[0])
-    monitor.log(events[1])
+    written = [{"event": "train", "step": step, "loss": 1.0} for step in (1, 2, 3)]
+    monitor.log(written[0])
+    monitor.log(written[1])
     full.room = 10**6
-    monitor.log(events[2])
-    assert full.getvalue().decode().splitlines() == [json.dumps(event) for event in events]
+    monitor.log(written[2])
+    assert full.getvalue().decode().splitlines() == [json.dumps(event) for event in written]
     monitor.close()
     assert capsys.readouterr().err.count("metrics.jsonl cannot be written (No space left on device)") == 1
 
 
-def test_after_a_full_disk_tensorboard_goes_on_in_another_file(tmp_path: Path) -> None:
-    sink = sinks.TensorBoard(tmp_path / "tensorboard", -1)
+def test_after_a_full_disk_tensorboard_continues_in_another_file(tmp_path: Path) -> None:
+    sink = events.TensorBoard(tmp_path / "tensorboard", -1)
     sink.write({"event": "train", "step": 1, "loss": 2.0})
     sink.close()
     sink._writer = RecordWriter(str(tmp_path / "full"))
@@ -152,10 +152,10 @@ def test_after_a_full_disk_tensorboard_goes_on_in_another_file(tmp_path: Path) -
 
 
 class Wandb(ModuleType):
-    """As much of the package wandb as a run uses."""
+    """The part of the package wandb that a run uses."""
 
     class Error(Exception):
-        """What every failure of wandb is."""
+        """The type of all of wandb's errors."""
 
     def __init__(self, online: bool) -> None:
         super().__init__("wandb")
@@ -179,8 +179,8 @@ class Wandb(ModuleType):
 
 def test_tensorboard_lags_by_half_a_minute_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, times = [], [1000.0, 1030.0, 1030.1, 1060.0, 1060.2]
-    monkeypatch.setattr(sinks.time, "monotonic", lambda: times[len(sizes)])
-    sink = sinks.TensorBoard(tmp_path, 0)
+    monkeypatch.setattr(events.time, "monotonic", lambda: times[len(sizes)])
+    sink = events.TensorBoard(tmp_path, 0)
     for step in range(len(times)):
         sink.write({"event": "train", "step": step, "loss": 1.0})
         sizes.append(next(tmp_path.iterdir()).stat().st_size)

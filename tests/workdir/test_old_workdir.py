@@ -1,6 +1,6 @@
 """A workdir of an earlier version opens: `old_workdir.tar.xz` was made before the rooms moved.
 
-Its losses of steps 5 and 6 are those that the version which made it went on to.
+The losses of steps 5 and 6 are those of the version that made it.
 """
 
 import json

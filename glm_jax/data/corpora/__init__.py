@@ -1,1 +1,1 @@
-"""Files of text to tokenised shards, before any training."""
+"""From files of text to tokenised shards, before any training."""

@@ -1,8 +1,8 @@
-"""Work that may be killed at any moment and goes on: directories made in pieces, by several processes.
+"""Builds that may be killed at any moment and resume: directories made in pieces, by several processes.
 
-A directory is made under a hidden name beside its own, piece by piece; a piece appears whole or not at all, and the
-directory takes its name once all are there. What a killed build left is found again; a lock sees to it that two
-processes do not make the same directory at once.
+A directory is built under a hidden name beside its own, piece by piece. A piece appears whole or not at all, and the
+directory takes its name once all pieces exist. A new build reuses the pieces of a killed one. A lock keeps two
+processes from making the same directory at once.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from glm_jax.storage.files import sync
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-TEMPORARY = "."  # what the names of unfinished pieces begin with (files.atomic_directory)
+TEMPORARY = "."  # prefix of the names of unfinished pieces (files.atomic_directory)
 
 
 class WorkerDied(UserError):
-    """A worker process was killed, as by the system when memory runs out."""
+    """A worker process was killed, for example by the system when memory ran out."""
 
 
 def made(directory: Path, make: Callable[[Path], None]) -> bool:
-    """Make `directory` unless it is there.
+    """Make `directory` unless it exists.
 
     Args:
-        directory: named by its content, so that what is there is right.
-        make: fills an unfinished directory, which may hold pieces that a killed build has finished.
+        directory: named by its content, so that an existing one is right.
+        make: fills an unfinished directory, which may hold pieces finished by a killed build.
 
     Returns:
-        Whether it was there already.
+        Whether it already existed.
 
     Raises:
-        UserError: from `make`, and nothing is left then, unless a worker died; there is no room.
+        UserError: `make` raised it, and nothing is left behind unless a worker died; or the disk is full.
     """
     if directory.is_dir():
         return True
@@ -69,7 +69,7 @@ def made(directory: Path, make: Callable[[Path], None]) -> bool:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
-                f"no room for {directory} ({error.strerror}): make some, or set data.cache; what is finished is kept"
+                f"no room for {directory} ({error.strerror}): make room, or set data.cache; finished pieces are kept"
             ) from None
         _remove_temporaries(building)
         sync(building)
@@ -80,7 +80,7 @@ def made(directory: Path, make: Callable[[Path], None]) -> bool:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Wait until no other process is in here with the same path. The lock goes with the process that holds it."""
+    """Hold the lock at `path`, waiting for other processes that do. It is released when its process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -96,12 +96,12 @@ def _remove_temporaries(directory: Path) -> None:
 
 
 class Workers:
-    """Processes that share jobs out; `count` 1 does them here. They start when first needed, and end with the block."""
+    """Processes that share jobs; a `count` of 1 runs jobs in this one. They start when first needed."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._executor: concurrent.futures.ProcessPoolExecutor | None = None
-        self._alive: Connection | None = None  # its other end, in the workers, is at its end once we are gone
+        self._alive: Connection | None = None  # the workers hold the other end, which reports our exit
 
     def __enter__(self) -> Self:
         return self
@@ -117,27 +117,27 @@ class Workers:
         return self._executor
 
     def _stop(self) -> None:
-        """End the processes at once, whatever they do."""
+        """End the processes at once, whatever they are doing."""
         if self._executor is not None and self._alive is not None:
             self._alive.close()
             self._executor.shutdown(cancel_futures=True)
             self._executor = None
 
     def run(self, what: str, work: Callable[[Job], Result], jobs: Sequence[Job], sizes: Sequence[int]) -> list[Result]:
-        """Do `work` for each job and show a progress bar on a terminal.
+        """Run `work` on each job, with a progress bar on a terminal.
 
         Args:
-            what: names the bar.
+            what: the bar's label.
             work: a function that other processes can import.
             jobs: its arguments, picklable.
-            sizes: bytes that a job stands for.
+            sizes: bytes that each job stands for.
 
         Returns:
             The results in the order of the jobs.
 
         Raises:
             WorkerDied: a process was killed.
-            Exception: what the first of the jobs, in their order, that fails raises.
+            Exception: raised by the first job, in their order, that fails.
         """
         results: list[Result] = []
         with tqdm(total=sum(sizes), desc=what, unit="B", unit_scale=True, leave=False, disable=None) as bar:
@@ -157,8 +157,8 @@ class Workers:
         except BrokenProcessPool:
             self._stop()
             raise WorkerDied(
-                "a worker process was killed, perhaps for want of memory: the same command with fewer --workers "
-                "goes on from what is finished"
+                "a worker process was killed, perhaps because memory ran out: run the same command with fewer "
+                "--workers; it resumes from what is finished"
             ) from None
         except BaseException:
             self._stop()
@@ -166,7 +166,7 @@ class Workers:
 
 
 def _start_worker(reader: Connection) -> None:
-    """End with the main process, however that ends, and without a word at Ctrl-C."""
+    """End this worker when the main process ends, however it ends; exit silently on Ctrl-C."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
     def watch() -> None:

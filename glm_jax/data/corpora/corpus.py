@@ -1,14 +1,14 @@
-"""From files to tokenised shards: distinct documents in hash order, the split, ArrayRecord files of token ids.
+"""Turn files into tokenised shards: distinct documents in hash order, the split, ArrayRecord files of token ids.
 
-A corpus passes two stages, each a directory (prepare.py names them by their content) of as many parts as its size asks
-for. A part holds the documents whose digests lie in one range, so that parts are made independently of one another and
-the corpus is in hash order, whichever files its documents came from.
+A corpus goes through two stages. Each is a directory (prepare.py names it by its content) of as many parts as the
+corpus's size needs. A part holds the documents whose digests fall in one range, so parts are made independently and the
+corpus is in hash order, whichever files its documents came from.
 
     documents   part-00000-of-0000N/{documents.jsonl, sides.npy}; skipped.jsonl; index.json
     shards      part-00000-of-0000N/{train,heldout}.array_record, {train,heldout}-lengths.npy; index.json
 
-While the documents stage is being made, read/<number>/ holds what a file, or a range of it, gave, by part. Everything
-is written under a temporary name first, so a stage that was killed goes on from what is there.
+While the documents stage is being made, read/<number>/ holds the documents of a file, or of a range of it, by part.
+Everything is written under a temporary name first, so a killed stage resumes from what exists.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from glm_jax.data.corpora.readers import Damaged, lines_before, normaliser, rang
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.storage.files import atomic_directory, write_atomic
+from glm_jax.types import Json
 
 SPLITS = ("train", "heldout")
-DUPLICATE = len(SPLITS)  # what sides.npy says of a document in neither split
-ALWAYS_HELD_OUT = 10  # a corpus of at least this many documents has a held-out one
-PART_BYTES = 4_000_000  # of text, about; several workers then share a small source, too
-MOST_PARTS = 512  # a worker has a file open for each, and holds one part in memory
-SAMPLE = 200  # documents whose mean size says how many there will be
+DUPLICATE = len(SPLITS)  # the value in sides.npy of a document in neither split
+ALWAYS_HELD_OUT = 10  # a corpus of at least this many documents holds one out
+PART_BYTES = 4_000_000  # of text, roughly, so that several workers share even a small source
+MOST_PARTS = 512  # a worker keeps a file open for each, and holds one part in memory
+SAMPLE = 200  # documents whose mean size tells how many there will be
 WORTH_SAYING = 64_000_000  # bytes of memory
-EXPANSION = {"jsonl.zst": 4, "parquet": 4}  # text bytes a file byte, roughly
-PLACES = 1000  # damaged records that the index lists a reason; skipped.jsonl lists all
+EXPANSION = {"jsonl.zst": 4, "parquet": 4}  # text bytes per file byte, roughly
+PLACES = 1000  # damaged records that the index lists for each reason; skipped.jsonl lists all
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Input:
     """What a source is read from.
 
     Attributes:
-        files: in the order they are read in.
+        files: in reading order.
         form, field, normalise: as in config.data.sources.
-        where: what the user calls it.
+        where: the user's name for it.
     """
 
     files: tuple[Path, ...]
@@ -97,20 +98,20 @@ def write_documents(
     strict: bool,
     report: Callable[[str], None],
 ) -> None:
-    """Write the documents stage into a `directory` that may hold pieces of it; see the module's docstring.
+    """Write the documents stage into a `directory` that may already hold pieces of it; see the module's docstring.
 
-    The index gives per split `documents` and `bytes` (of UTF-8 text), `dropped` by kind of duplicate, and `skipped`:
-    by reason, the count of damaged records, and file and line of the first PLACES.
+    The index has `documents` and `bytes` (of UTF-8 text) by split, `dropped` by kind of duplicate, and `skipped`: by
+    reason, the count of damaged records, and file and line of the first PLACES.
 
     Args:
         heldout: expected share of held-out documents.
-        threshold: similarity from which documents count as one; 0 drops exact copies alone. Above 0 it takes memory
-            for each document, deduplicate.BYTES_A_DOCUMENT.
+        threshold: similarity from which documents are duplicates; 0 drops only exact copies. Above 0, each document
+            takes deduplicate.BYTES_A_DOCUMENT of memory.
         strict: stop at the first damaged record instead of counting it.
         report: told before the start how much memory that will be, if it is worth saying.
 
     Raises:
-        UserError: there is no document; a damaged record, when strict.
+        UserError: there are no documents, or a record is damaged and `strict` is set.
     """
     if not (directory / "index.json").exists():
         file_bytes = sum(file.stat().st_size for file in source.files)
@@ -153,13 +154,13 @@ def _say_memory(source: Input, text_bytes: int, report: Callable[[str], None]) -
 
 
 def _read(job: _ReadJob) -> None:
-    """Share the documents of one range of a file out to the parts they belong to."""
+    """Distribute the documents of one range of a file to the parts they belong to."""
     if job.directory.is_dir():
         if not job.strict or not (job.directory / "skipped.jsonl").stat().st_size:
             return
-        shutil.rmtree(job.directory)  # left by a build that was not strict: meet the damage again
+        shutil.rmtree(job.directory)  # left by a build that was not strict: find the damage again
     source, file = job.source, job.file
-    before: int | None = None  # lines before the range, counted when a message needs them
+    before: int | None = None  # lines before the range, counted only if a message needs them
     normalise = normaliser(source.normalise)
     name = str(file).encode("utf-8", "backslashreplace").decode()  # a file's name need not be UTF-8
     with atomic_directory(job.directory) as temporary, contextlib.ExitStack() as stack:
@@ -182,12 +183,12 @@ def _read(job: _ReadJob) -> None:
 
 
 def _merge(job: _PartJob) -> None:
-    """Bring the documents of one part into hash order, each once."""
+    """Write the documents of one part in hash order, each once."""
     if job.directory.is_dir():
         return
     kept, dropped = distinct(_read_lines(path for path in job.files if path.exists()))
     numbers = {
-        # Not the first bytes of the digest: they order the documents.
+        # Not the first bytes of the digest: those order the documents.
         "places": np.array([int.from_bytes(document.digest[16:24], "big") for document in kept], np.uint64),
         "sizes": np.array([len(document.text.encode()) for document in kept], np.int64),
     }
@@ -205,7 +206,7 @@ def _merge(job: _PartJob) -> None:
 
 
 def _finish_documents(directory: Path, files: list[Path], heldout: float, threshold: float, where: str) -> None:
-    """Drop near duplicates, split what is left, and write the index, which says that all is done."""
+    """Drop near duplicates, split the rest, and write the index, which marks the stage as done."""
     parts = _parts(directory)
     numbers = [_load_numbers(part) for part in parts]
     skipped, lines = _skipped(files)
@@ -261,10 +262,10 @@ def _load_numbers(part: Path) -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-def _skipped(files: list[Path]) -> tuple[dict[str, Any], str]:
-    """Return the damaged records by reason, and the lines of all of them."""
+def _skipped(files: list[Path]) -> tuple[Json, str]:
+    """Return the damaged records by reason, and the lines of skipped.jsonl for all of them."""
     lines = "".join((file / "skipped.jsonl").read_text(encoding="utf-8") for file in files)
-    skipped: dict[str, Any] = {}
+    skipped: Json = {}
     for record in map(json.loads, filter(None, lines.split("\n"))):
         reason = skipped.setdefault(record["reason"], {"count": 0, "places": []})
         reason["count"] += 1
@@ -274,12 +275,12 @@ def _skipped(files: list[Path]) -> tuple[dict[str, Any], str]:
 
 
 def split(places: np.ndarray, heldout: float) -> np.ndarray:
-    """Split documents by their own digest: a document stays on its side when others come and go.
+    """Split documents by their own digests: a document stays in its split when others are added or removed.
 
     Args:
         places: uint64 [documents], from the digests.
-        heldout: the expected share of held-out ones. Above 0, a corpus of ALWAYS_HELD_OUT documents or more
-            has one at least; at least one document is for training.
+        heldout: the expected share of held-out documents. Above 0, a corpus of ALWAYS_HELD_OUT documents or more holds
+            out at least one. At least one document is for training.
 
     Returns:
         Indices into SPLITS, uint8 [documents].
@@ -306,10 +307,10 @@ def _part_documents(part: Path, split_name: str) -> Iterator[str]:
 
 
 def write_shards(directory: Path, documents: Path, tokenizer: Tokenizer, source: str, workers: Workers) -> None:
-    """Tokenise a documents stage into a `directory` that may hold parts: a record is one document's ids, then eos.
+    """Tokenise a documents stage into a `directory` that may already hold parts.
 
-    The index gives what the documents' index says, `tokens` per split (eos included), `source`, `tokenizer` (digest)
-    and `dtype` of the records (little-endian).
+    A record is one document's ids, then eos. The index adds to the documents' index: `tokens` by split (including eos),
+    `source`, `tokenizer` (its digest) and `dtype` of the records (little-endian).
 
     Args:
         documents: a directory that `write_documents` filled.
@@ -327,7 +328,7 @@ def write_shards(directory: Path, documents: Path, tokenizer: Tokenizer, source:
 
 
 def _write_shard(job: _ShardJob) -> tuple[int, ...]:
-    """Tokenise one part; give its tokens by split."""
+    """Tokenise one part and return its number of tokens by split."""
     if not job.directory.is_dir():
         with atomic_directory(job.directory) as temporary:
             for name in SPLITS:
@@ -337,12 +338,12 @@ def _write_shard(job: _ShardJob) -> tuple[int, ...]:
 
 
 def _write_records(path: Path, split_name: str, job: _ShardJob) -> list[int]:
-    """Write one split of a part, unless it is empty; give the lengths."""
+    """Write one split of a part, unless it is empty, and return the lengths."""
     texts = _part_documents(job.documents, split_name)
     first = next(texts, None)
     if first is None:
         return []
-    # One record a group: any document is then read without its neighbours.
+    # One record per group, so that a document is read without its neighbours.
     writer = ArrayRecordWriter(str(path), "group_size:1")
     lengths = []
     for text in itertools.chain([first], texts):
@@ -365,34 +366,34 @@ def _open_text(path: Path) -> TextIO:
     return open(path, "w", encoding="utf-8", newline="\n")
 
 
-def _write_line(file: TextIO, value: Any) -> None:
+def _write_line(file: TextIO, value: object) -> None:
     file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-def _read_lines(paths: Iterable[Path]) -> Iterator[Any]:
+def _read_lines(paths: Iterable[Path]) -> Iterator[Any]:  # JSON: texts in read/, objects in documents.jsonl
     for path in paths:
         with open(path, encoding="utf-8", newline="\n") as file:
             yield from map(json.loads, file)
 
 
-def read_index(directory: Path) -> dict[str, Any]:
+def read_index(directory: Path) -> Json:
     """Read the index of a documents or shards directory."""
     return json.loads((directory / "index.json").read_text(encoding="utf-8"))
 
 
-def _write_index(directory: Path, index: dict[str, Any]) -> None:
+def _write_index(directory: Path, index: Json) -> None:
     write_atomic(directory / "index.json", json.dumps(index, indent=2, ensure_ascii=False) + "\n")
 
 
 class Shards:
-    """The tokenised documents of one split, read lazily: `shards[i]` is int32 [S], eos last. Picklable.
+    """The tokenised documents of one split, read lazily. `shards[i]` is int32 [S], ending in eos. Picklable.
 
     Attributes:
-        lengths: int64 [documents], tokens a document, eos included.
+        lengths: int64 [documents], the tokens of each, including eos.
     """
 
     def __init__(self, paths: list[Path], lengths: np.ndarray, dtype: str):
-        from grain.sources import ArrayRecordDataSource  # takes a second, which the processes of a build need not wait
+        from grain.sources import ArrayRecordDataSource  # takes a second, which build workers need not wait
 
         self.lengths = lengths
         self._dtype = np.dtype(dtype)

@@ -23,9 +23,9 @@ PERMUTATIONS = 128  # of a signature
 FOUND = 0.97  # of the pairs at the threshold share a band, in expectation
 SLACK = 0.15  # four standard errors of the similarity that two signatures estimate
 BYTES_A_DOCUMENT = 800  # of memory that `near_duplicates` takes at a threshold of 0.8, signatures included
-SHINGLE = 3  # units a shingle
+SHINGLE = 3  # units per shingle
 BATCH = 1 << 14  # shingles permuted at once, so that a huge document needs no huge array
-SCHEME = "affine32"  # of datasketch's signatures: 32-bit hashes
+SCHEME = "affine32"  # datasketch's name for signatures of 32-bit hashes
 
 # A word, or one character of scripts without spaces: kana, Han with extensions and compatibility forms.
 _UNIT = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|"
@@ -34,25 +34,25 @@ _UNIT = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003fff
 
 @dataclass(frozen=True)
 class Kept:
-    """A document that stays: its text and its digest, which orders and splits a corpus."""
+    """A document to keep: its text, and its digest, which orders and splits a corpus."""
 
     digest: bytes
     text: str
 
 
 def digest_of(text: str) -> bytes:
-    """Return the sha256 of a text whose runs of whitespace count as one space: equal digests, exact duplicates."""
+    """Return the sha256 of a text, runs of whitespace as one space. Equal digests mean exact duplicates."""
     return hashlib.sha256(" ".join(text.split()).encode()).digest()
 
 
 def distinct(texts: Iterable[str]) -> tuple[list[Kept], int]:
-    """Keep one of each set of exact duplicates: the one that sorts first.
+    """Keep one document of each set of exact duplicates: the one that sorts first.
 
     Args:
-        texts: documents; their text is held in memory once.
+        texts: documents. Each distinct text is held in memory once.
 
     Returns:
-        The kept documents in the order of their digests, which shuffles them, and the count of the others.
+        The kept documents in the order of their digests, which shuffles them, and the number dropped.
     """
     first: dict[bytes, str] = {}
     dropped = 0
@@ -65,9 +65,9 @@ def distinct(texts: Iterable[str]) -> tuple[list[Kept], int]:
 
 
 def shingles(text: str) -> np.ndarray:
-    """Return the hashes of each run of SHINGLE units (words, or characters of Chinese), case aside.
+    """Return the hashes of each run of SHINGLE units (words or Chinese characters), ignoring case.
 
-    A text with fewer units is one shingle; one without any letter or digit stands for itself.
+    A text with fewer units is one shingle. So is a text without letters or digits, taken whole.
 
     Returns:
         uint32 [shingles], ascending, each once.

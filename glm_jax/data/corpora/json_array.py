@@ -1,4 +1,4 @@
-"""The elements of a JSON array, one at a time, from a file of any size; what is broken costs its element alone."""
+"""Read the elements of a JSON array one at a time, from a file of any size; a broken one does not cost the others."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _OPENS = {ord("}"): ord("{"), ord("]"): ord("[")}
 class Elements:
     """Iterate over (line, bytes) of the elements of one array; bytes is None for an element over `limit` bytes.
 
-    Brackets and strings are followed, nothing is parsed: whether an element is JSON is for the caller to see.
-    Where an element ends by mistake is found by two rules of JSON: a string holds no newline, and inside an object
-    a bracket opens only after a colon. What comes next is then taken for a new element.
+    This only follows brackets and strings; the caller must check whether an element is JSON. Two rules of JSON show
+    where a broken element ends: a string holds no newline, and inside an object a bracket opens only after a colon.
+    What follows is then taken as a new element.
 
     Attributes:
-        begun, closed: after the iteration, whether the array's beginning and its end were there.
+        begun, closed: after the iteration, whether the array's start and its end were found.
         line: the line reached, counted from 1.
     """
 
     def __init__(self, stream: BinaryIO, limit: int) -> None:
         self._stream, self._limit = stream, limit
-        self._held = bytearray()  # of the element so far, from earlier chunks
+        self._held = bytearray()  # the element so far, from earlier chunks
         self._too_long = False
-        self._stack = [ord("[")]  # brackets open
+        self._stack = [ord("[")]  # open brackets
         self.begun = self.closed = False
         self.line = 1
 
@@ -53,7 +53,7 @@ class Elements:
                         break
                     inside = False
                     place += 1
-                    if chunk[place - 1] != ord('"'):  # a newline: this string was never closed
+                    if chunk[place - 1] != ord('"'):  # a newline: the string was never closed
                         yield from self._cut(chunk[start:place])
                         start, self._stack = place, self._stack[:1]
                     continue
@@ -76,7 +76,7 @@ class Elements:
                         yield from self._cut(chunk[start : place - 1])
                         start, self.closed = place, True
                     elif _OPENS[token] in self._stack[1:]:
-                        while self._stack.pop() != _OPENS[token]:  # what was open inside was left so by mistake
+                        while self._stack.pop() != _OPENS[token]:  # brackets left open inside
                             pass
                 last = token
             self._hold(chunk[start:])
@@ -85,7 +85,7 @@ class Elements:
         yield from self._cut(b"")
 
     def _begin(self) -> bytes:
-        """Read up to the array's first bracket; give what follows it in its chunk."""
+        """Read up to the array's first bracket and return the rest of its chunk."""
         while chunk := self._stream.read(CHUNK):
             rest = chunk.lstrip(b"\xef\xbb\xbf \t\r\n")
             self._count(chunk[: len(chunk) - len(rest)])
@@ -106,7 +106,7 @@ class Elements:
         self.line += part.count(b"\n")
 
     def _cut(self, end: bytes) -> Iterator[tuple[int, bytes | None]]:
-        """Return the element that `end` completes, unless nothing is there."""
+        """Yield the element that `end` completes, unless it is empty."""
         self._hold(end)
         element = bytes(self._held)
         self._held.clear()

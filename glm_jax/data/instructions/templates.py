@@ -1,8 +1,9 @@
-"""Prompts: templates that turn a record into a prompt and its answer, in Jinja, "prompt ||| answer".
+"""Templates that turn a record into a prompt and its answer, written in Jinja as "prompt ||| answer".
 
-Two forms are read: PromptSource's templates.yaml (2,085 templates of 179 data sets, which GLM-130B's instruction
-training used, section 2.3 of arXiv 2210.02414), and plain .jinja files, as the paper's appendix C.2 writes its own for
-DeepStruct's tasks. Templates are other people's programs: they run in Jinja's sandbox, and draw from a given seed.
+Two forms are read: PromptSource's templates.yaml (2,085 templates of 179 data sets, used in GLM-130B's instruction
+training, section 2.3 of arXiv 2210.02414), and plain .jinja files, the form in which the paper's appendix C.2 gives its
+own for DeepStruct's tasks. Templates are other people's programs: they run in Jinja's sandbox and draw from a given
+seed.
 """
 
 from __future__ import annotations
@@ -13,16 +14,23 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
 
 from glm_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from jinja2.runtime import Context
+    from jinja2.sandbox import SandboxedEnvironment
+
+Item = TypeVar("Item")
+
 SEPARATOR = "|||"
-PROTECTED = "\ue000|\ue000|\ue000"  # what a separator in a record's own text becomes while the template runs
+PROTECTED = "\ue000|\ue000|\ue000"  # stands for a separator in a record's own text while the template runs
 DRAWS = "_draws"  # the variable that holds the render's random generator
 
 
-def _import_package(package: str, module: str) -> Any:
+def _import_package(package: str, module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -30,14 +38,14 @@ def _import_package(package: str, module: str) -> Any:
 
 
 @functools.cache
-def _environment() -> Any:
-    """Make the sandbox, with the filters that PromptSource's templates use; a field that is missing is an error."""
+def _environment() -> SandboxedEnvironment:
+    """Return the sandbox, with the filters that PromptSource's templates use. A missing field is an error in it."""
     jinja2 = _import_package("jinja2", "jinja2")
     sandbox = _import_package("jinja2", "jinja2.sandbox")
-    environment = sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    environment: SandboxedEnvironment = sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
     @jinja2.pass_context
-    def choice(context: Any, choices: Sequence[Any]) -> Any:
+    def choice(context: Context, choices: Sequence[Item]) -> Item:
         return context[DRAWS].choice(list(choices))
 
     environment.filters["choice"] = environment.filters["random"] = choice
@@ -46,8 +54,8 @@ def _environment() -> Any:
     return environment
 
 
-def most_frequent(items: Sequence[Any]) -> list[Any]:
-    """Return the items that occur as often as the most frequent one, in order; none of none."""
+def most_frequent(items: Sequence[Item]) -> list[Item]:
+    """Return the items that occur as often as the most frequent one, in order; empty if there are none."""
     counts = Counter(items)
     return [item for item, count in counts.items() if count == max(counts.values())]
 
@@ -66,7 +74,7 @@ class Template:
         Args:
             name: for messages.
             jinja: "prompt ||| answer" over the record's fields and `answer_choices`.
-            answer_choices: Jinja that gives the possible answers, separated by |||; a list to the template.
+            answer_choices: Jinja that renders the possible answers, separated by |||. The template sees a list.
 
         Raises:
             UserError: it does not parse, or jinja2 is not installed.
@@ -81,15 +89,15 @@ class Template:
         except self._errors as error:
             raise UserError(f"template {name} does not parse ({error}): fix it") from None
 
-    def render(self, record: Mapping[str, Any], seed: int = 0) -> tuple[str, str] | None:
-        """Return (prompt, answer), stripped, or None where the template has nothing to ask about the record.
+    def render(self, record: Mapping[str, object], seed: int = 0) -> tuple[str, str] | None:
+        """Return (prompt, answer), stripped, or None if the template has nothing to ask about the record.
 
         Args:
             record: the fields, JSON values.
             seed: of the template's random choices.
 
         Raises:
-            UserError: the template fails on the record, as where a field is missing.
+            UserError: the template fails on the record, for example because a field is missing.
         """
         fields = {name: _protect(value) for name, value in record.items()}
         fields[DRAWS] = random.Random(seed)
@@ -102,7 +110,7 @@ class Template:
         return (parts[0], parts[1]) if len(parts) == 2 and parts[1] else None
 
 
-def _protect(value: Any) -> Any:
+def _protect(value: object) -> object:
     """Hide separators in any string of a JSON value."""
     if isinstance(value, str):
         return value.replace(SEPARATOR, PROTECTED)
@@ -119,10 +127,10 @@ def read_templates(path: Path) -> list[Template]:
     """Read the templates of one data set.
 
     Args:
-        path: PromptSource's templates.yaml, a .jinja file, or a directory that holds one or the other.
+        path: PromptSource's templates.yaml, a .jinja file, or a directory that holds either.
 
     Raises:
-        UserError: nothing is there, or it does not parse.
+        UserError: there are no templates, or one does not parse.
     """
     files = [path]
     if path.is_dir():
@@ -143,11 +151,11 @@ def _from_yaml(file: Path, text: str) -> list[Template]:
     yaml = _import_package("PyYAML", "yaml")
 
     class Loader(yaml.SafeLoader):
-        """Reads tagged objects as plain mappings, so that a file can make nothing else."""
+        """Reads tagged objects as plain mappings, so that a file cannot construct anything else."""
 
     Loader.add_multi_constructor("!", lambda loader, _tag, node: loader.construct_mapping(node, deep=True))
     try:
-        entries = yaml.load(text, Loader)["templates"].values()  # noqa: S506 it is a SafeLoader
+        entries = yaml.load(text, Loader)["templates"].values()  # noqa: S506 (a SafeLoader)
         return [Template(f"{file}: {entry['name']}", entry["jinja"], entry["answer_choices"]) for entry in entries]
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is not a PromptSource file ({str(error).splitlines()[0]})") from None

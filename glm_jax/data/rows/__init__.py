@@ -1,1 +1,1 @@
-"""Shards to training rows: a pure function of the row's number."""
+"""From shards to training rows: a pure function of the row's number."""

@@ -2,13 +2,13 @@
 
 How row k is found, each step in closed form:
 
-1. The mixture says which source and objective it has, and the how-manieth of that pair it is.
-2. The source says which of its text that is: a window of one long stream (streams.py), or a group of whole documents
-   or instruction samples (packing.py), in the epoch's order.
-3. The row's text becomes samples with blanks, drawn by a generator keyed by (seed, row).
+1. The mixture gives its source and objective, and its ordinal among the rows of that pair.
+2. The source gives its text: a window of one long stream (streams.py), or a group of whole documents or instruction
+   samples (packing.py), in the epoch's order.
+3. The text becomes samples with blanks, drawn by a generator keyed by (seed, row).
 
-So each token of a source is read exactly once an epoch of that source, whatever the batch size, however the weights
-move and however many processes share the work; and a later change of the weights leaves earlier rows as they were.
+So each token of a source is read exactly once in an epoch of that source, whatever the batch size, however the weights
+change and however many processes share the work. A later change of the weights leaves earlier rows unchanged.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Row:
         number: the row, counted from the start of training.
         source: index of the source.
         objective: name of the objective.
-        epoch: epoch of the source that the text belongs to.
-        start, stop: the text's place: in tokens of the epoch's stream, from where the epoch begins; with whole
+        epoch: the source's epoch that the text belongs to.
+        start, stop: where the text is, in tokens of the epoch's stream from where the epoch begins; with whole
             documents, in pieces of the packing.
     """
 
@@ -58,8 +58,8 @@ class Batches:
     """Batches of training or evaluation rows.
 
     Attributes:
-        sources: names, in the order that a batch's `source` counts.
-        rows_per_epoch: rows from row 0 on that surely hold no text twice: what one pass over a held-out set can use.
+        sources: names, in the order that a batch's `source` indexes.
+        rows_per_epoch: how many rows from row 0 on surely repeat no text: what one pass over a held-out set can use.
     """
 
     def __init__(
@@ -71,19 +71,19 @@ class Batches:
 
         Args:
             sources: documents by name.
-            weights: shares of an objective's rows by source, relative to the others'; may be a history over rows.
+            weights: relative shares of an objective's rows by source; may be a history over rows.
             special: ids of the special tokens, such as a Tokenizer.
             seq_length: tokens of a row, S.
             objectives: shares of rows by objective (see OBJECTIVES); may be a history over rows. The cuts
-                depend on which are named: name one that may come later from the start, with weight 0.
-            seed: of the run; another seed gives other orders and other blanks.
-            options: how rows are cut and blanks are drawn.
-            sentence_ends: bool [V], which tokens end a sentence; the smask objective needs it.
-            instructions: documents that are prompts with answers, by name, for the objective of that name; see
-                instructions.py. Their weights stand among `weights`.
+                depend on which objectives are named: name one that may be added later from the start, with weight 0.
+            seed: of the run. Another seed gives other orders and other blanks.
+            options: how to cut rows and draw blanks.
+            sentence_ends: bool [V], which tokens end a sentence; needed by the smask objective.
+            instructions: documents that are prompts with answers, by name, for the `instruction` objective; see
+                prompts.py. Their weights are among `weights`.
 
         Raises:
-            UserError: a weight for an unknown name, no weights, a source without text, or rows too short.
+            UserError: a weight names nothing known, there are no weights, a source has no text, or rows are too short.
         """
         prompted = instructions or {}
         self.sources = (*sources, *prompted)
@@ -111,7 +111,7 @@ class Batches:
         self.rows_per_epoch = self._rows_per_epoch()
 
     def _room(self, kind: str) -> int:
-        """Return the places of a row that each of its samples may fill."""
+        """Return how many places of a row each of its samples may fill."""
         whole = self._options.whole_documents and kind != "instruction"
         return self._seq_length if whole else self._seq_length // self._options.segments(kind)
 
@@ -139,13 +139,13 @@ class Batches:
         return Packing(name, documents, pieces, groups, self._seed)
 
     def _group(self, label: int) -> int:
-        """Return the number of rows that are planned together: those of the blocks that a stream opens at once."""
+        """Return how many rows are planned together: those of the blocks that a stream opens at once."""
         source, kind = self._labels[label]
         reader = self._readers[source]
         return 1 if isinstance(reader, Packing) else reader.together * reader.rows[kind]
 
     def _opened(self, source: int, row: int) -> int:
-        """Return how many groups of rows of a source were begun before `row`."""
+        """Return how many groups of a source's rows began before `row`."""
         counts = self._mixture.counts(row)
         mine = [i for i, label in enumerate(self._labels) if label[0] == source]
         return sum(-(-counts[i] // self._group(i)) for i in mine)
@@ -154,7 +154,7 @@ class Batches:
         return self._opened(self._labels[label][0], self._mixture.row_of(label, group * self._group(label)))
 
     def _second_epoch(self, row: int) -> bool:
-        """Return whether some source has begun its second epoch before `row`."""
+        """Whether some source began its second epoch before `row`."""
         for source, reader in enumerate(self._readers):
             groups = reader.rows if isinstance(reader, Packing) else reader.blocks / reader.together
             if self._opened(source, row) > groups:
@@ -182,7 +182,7 @@ class Batches:
         return Row(row, source, kind, *reader.locate(self._turn(label, group), kind, place, window))
 
     def text(self, row: Row) -> np.ndarray:
-        """Read the text of a row, its documents one after another: int32 [tokens]."""
+        """Return the text of a row, its documents one after another: int32 [tokens]."""
         reader = self._readers[row.source]
         if isinstance(reader, Packing):
             return np.concatenate(reader.read(row.start, row.stop))
@@ -193,10 +193,10 @@ class Batches:
         return np.random.Generator(np.random.Philox(key=key))
 
     def _samples(self, row: Row) -> Iterator[Sample]:
-        """Make the samples of a row, in its order."""
+        """Yield the samples of a row, in order."""
         kind, options = row.objective, self._options
         reader, generator = self._readers[row.source], self._generator(row.number)
-        spare = 0  # places that whole documents have not reserved, or not used
+        spare = 0  # places that whole documents did not reserve or did not use
         if isinstance(reader, Packing):
             pieces = reader.read(row.start, row.stop)
             rooms = [self._room(kind)] * len(pieces)
@@ -219,10 +219,10 @@ class Batches:
 
         Args:
             first_row, rows: of the batch.
-            only: the places in the batch, from 0 to rows - 1, of the rows to make, in that order; else all.
+            only: the places in the batch, from 0 to rows - 1, of the rows to make, in order; None makes all.
 
         Returns:
-            B = rows, or as many as in `only`; S = seq_length.
+            A batch with B = rows, or the length of `only`, and S = seq_length.
         """
         chosen = range(rows) if only is None else [int(place) for place in only]
         batch = Rows.empty(len(chosen), self._seq_length, self._special.pad, two_streams=self._options.two_streams)
@@ -234,21 +234,21 @@ class Batches:
     def batch_at(
         self, step: int, global_batch: int, only: Sequence[int] | np.ndarray | None = None
     ) -> Rows[np.ndarray]:
-        """Return the batch of `step`, counted from 0, when every step takes `global_batch` rows; see `at`."""
+        """Return the batch of `step`, counted from 0, if every step takes `global_batch` rows; see `at`."""
         return self.at(step * global_batch, global_batch, only)
 
     def prefetched(
         self, first_row: int, rows: int, only: Sequence[int] | np.ndarray | None = None, *, threads: int = 2,
         ahead: int = 8,
     ) -> grain.DatasetIterator[Rows[np.ndarray]]:  # fmt: skip
-        """Iterate over `at(first_row, rows, only)`, `at(first_row + rows, rows, only)`, ..., made ahead by threads.
+        """Return an iterator over `at(first_row, rows, only)`, `at(first_row + rows, rows, only)`, ..., made ahead.
 
-        The iterator's `close` ends the threads.
+        Its `close` ends the threads.
 
         Args:
             first_row, rows, only: as in `at`.
-            threads: that make batches; 0 makes each when it is asked for.
-            ahead: batches to hold ready.
+            threads: how many make batches; 0 makes each batch on demand.
+            ahead: batches to keep ready.
         """
         starts = grain.MapDataset.range(first_row, LAST_ROW - rows, rows)
         batches = starts.map(lambda start: self.at(int(start), rows, only))
@@ -268,4 +268,4 @@ def _names(history: History) -> dict[str, float]:
 def _check_names(history: History, known: tuple[str, ...], kind: str) -> None:
     for name in sorted(_names(history)):
         if name not in known:
-            raise UserError(f"{kind} {name} has a weight but is not there; known: {', '.join(known)}")
+            raise UserError(f"{kind} {name} has a weight but does not exist; known: {', '.join(known)}")

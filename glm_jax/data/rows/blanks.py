@@ -1,16 +1,15 @@
 """Blank infilling: from a run of text tokens to a sample, a pure function of (tokens, generator, options).
 
-A sample is a context (part A: the text with blanks, seen from both sides) and a target (part B: what stood in
-the blanks, predicted left to right). Three objectives, told apart by the token that marks a blank, and prompts:
+A sample is a context (part A: the text with blanks, visible in both directions) and a target (part B: what the blanks
+replaced, predicted left to right). There are three objectives, each with its own token for a blank, and prompts:
 
 - `mask`, [MASK]: many short spans, 15% of the text, for understanding;
 - `gmask`, [gMASK]: one long blank at the end, for generation;
 - `smask`, [sMASK]: whole sentences, 15% of the text;
-- `instruction`: a prompt, then [MASK], whose target is the answer (instructions.py).
+- `instruction`: a prompt, then [MASK], whose target is the answer (prompts.py).
 
-Sources: GLM (arXiv 2103.10360, section 2) for the objective, GLM-130B (arXiv 2210.02414, section 2.2) for the
-shares and lengths. An end-of-document token inside the text is ordinary text: it may be blanked and
-predicted.
+Sources: GLM (arXiv 2103.10360, section 2) for the objective, GLM-130B (arXiv 2210.02414, section 2.2) for the shares
+and lengths. An end-of-document token inside the text is ordinary text: it may be blanked and predicted.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ class Sample(NamedTuple):
 
     Attributes:
         tokens: int32 [S], what the model reads.
-        targets: int32 [S], the token to predict at each place; in the context the token itself, without
-            meaning.
-        positions: int32 [S], place in the text with blanks; see `BlankOptions.two_streams` for target tokens.
+        targets: int32 [S], the token to predict at each place. In the context it is the token itself and means nothing.
+        positions: int32 [S], the place in the text with blanks; see `BlankOptions.two_streams` for target tokens.
         block_positions: int32 [S], 0 in the context and 1, 2, ... inside each target block.
         context: number of context tokens.
     """
@@ -57,10 +55,10 @@ def _cumulative(mean: float, longest: int) -> np.ndarray:
 
 
 def draw_lengths(length: int, generator: np.random.Generator, options: BlankOptions) -> np.ndarray:
-    """Draw span lengths, in drawn order, until they hold int(mask_ratio * length) tokens: int64 [spans].
+    """Draw span lengths until they hold int(mask_ratio * length) tokens: int64 [spans], in the order drawn.
 
-    No span is longer than half the text, and the last one leaves a token between any two, which only texts of a few
-    dozen tokens can notice.
+    No span is longer than half the text. The last one is cut if needed to leave a token between any two spans, which
+    only happens in texts of a few dozen tokens.
     """
     target = masked_tokens(length, options)
     single = options.single_span_prob > 0 and generator.random() < options.single_span_prob
@@ -73,14 +71,14 @@ def draw_lengths(length: int, generator: np.random.Generator, options: BlankOpti
 
 
 def place_spans(lengths: np.ndarray, length: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Place spans of `lengths` in a text, at least one token between them.
+    """Place spans of `lengths` in a text, with at least one token between them.
 
-    The unmasked tokens that need not stand between spans are shared out by sorted uniform draws.
+    Sorted uniform draws distribute the unmasked tokens that are not needed between spans.
 
     Returns:
         (starts, lengths), both int64 [spans], in the order of the text.
     """
-    lengths = generator.permutation(lengths)  # the last one drawn is longer than the others on average
+    lengths = generator.permutation(lengths)  # the span drawn last is longer than the others on average
     slack = length - int(lengths.sum()) - len(lengths) + 1
     starts = np.sort(generator.integers(0, slack + 1, len(lengths)))
     starts[1:] += np.cumsum(lengths[:-1] + 1)
@@ -92,15 +90,15 @@ def sample_positions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions of a sample: int32 [S], and the places inside target blocks, int32 [S].
 
-    The context counts from 0. Each target block repeats its blank's position, or all go on counting after the context.
-    The second stream, which models with two streams read, is 0 in the context and 1, 2, ... in each block.
+    The context counts from 0. Each target block repeats its blank's position, or all continue the context's count. The
+    second stream, read by models with two streams, is 0 in the context and 1, 2, ... in each block.
 
     Args:
         context: tokens of context.
         blanks: int [blocks], the place of each block's blank in the context.
         widths: int [blocks], the tokens of each block, in the order of the blocks.
-        repeat: whether blocks repeat. In training [MASK] and [sMASK] do, and all do with two streams; in inference
-            those of [MASK] and [sMASK] do.
+        repeat: whether blocks repeat their blank's position. In training, those of [MASK] and [sMASK] do, and all do
+            with two streams; in inference, those of [MASK] and [sMASK] do.
     """
     ends = widths.cumsum()
     positions = np.arange(context + ends[-1], dtype=np.int32)
@@ -114,7 +112,7 @@ def sample_positions(
 def blank_spans(
     tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, order: np.ndarray, blank: int, special: SpecialTokens
 ) -> Sample:
-    """Assemble the sample in which the given spans of `tokens` are blanks.
+    """Return the sample in which the given spans of `tokens` are blanks.
 
     Each target block reads sop and its span, predicts the span and eop, and repeats its blank's position.
 
@@ -133,7 +131,7 @@ def blank_spans(
     ends = width.cumsum()
     heads = ends - width  # where each block begins in the target
     place = np.arange(ends[-1])
-    inside = (starts[order] - heads).repeat(width) + place  # text index of each target token; eop's is the next one's
+    inside = (starts[order] - heads).repeat(width) + place  # text index of each target token; eop's is the next token's
     kept = np.ones(n + 1, bool)
     kept[inside] = False
     kept[starts] = kept[stops] = True
@@ -156,18 +154,18 @@ def blank_one(
     tokens: np.ndarray, start: int, stop: int, blank: int, special: SpecialTokens, two_streams: bool = False,
     end: bool = True,
 ) -> Sample:  # fmt: skip
-    """Assemble the sample in which tokens[start:stop] is the one blank, and target positions go on counting.
+    """Return the sample in which tokens[start:stop] is the only blank; target positions continue the context's.
 
     Args:
         tokens: int32 [n], the text.
-        start, stop: of the blank, one token at least.
+        start, stop: of the blank, at least one token.
         blank: the id that stands for it in the context.
         special: ids of sop and eop.
-        two_streams: the target repeats the blank's position instead.
-        end: the target ends in eop.
+        two_streams: repeat the blank's position in the target instead.
+        end: end the target in eop.
 
     Returns:
-        A Sample of n + 2 tokens, n + 1 without `end`.
+        A Sample of n + 2 tokens, or n + 1 without `end`.
     """
     target, context = tokens[start:stop], len(tokens) - (stop - start) + 1
     read, predicted = np.empty((2, context + len(target) + int(end)), np.int32)
@@ -190,12 +188,11 @@ def mask_sample(
 ) -> Sample:  # fmt: skip
     """Blank random spans of `tokens` (int32 [n], n >= 1) as [MASK].
 
-    A draw that does not fit `room` places is drawn again (`text_length` keeps that below one in a thousand;
-    longer draws have more and so shorter spans, which the redraw disfavours by as little). With `cut_targets`
-    it is cut.
+    A draw that does not fit `room` places is repeated. `text_length` keeps that below one in a thousand, and so the
+    bias against longer draws, which have more and shorter spans. With `cut_targets` the sample is cut instead.
 
     Raises:
-        ValueError: less room than `places` reserves for so many tokens.
+        ValueError: `room` is less than `places` reserves for that many tokens.
     """
     n = len(tokens)
     lengths = draw_lengths(n, generator, options)
@@ -219,7 +216,7 @@ def mask_sample(
 def gmask_sample(
     tokens: np.ndarray, generator: np.random.Generator, special: SpecialTokens, options: BlankOptions
 ) -> Sample:
-    """Blank one long span of `tokens` (int32 [n], n >= 1) as [gMASK], at the end unless infilling."""
+    """Blank one long span of `tokens` (int32 [n], n >= 1) as [gMASK], at the end of the text unless infilling."""
     n = len(tokens)
     length = max(1, int(generator.integers(int(options.gmask_min_ratio * n), n + 1)))
     start = n - length
@@ -235,12 +232,11 @@ def smask_sample(
     tokens: np.ndarray, generator: np.random.Generator, special: SpecialTokens, options: BlankOptions,
     sentence_ends: np.ndarray, room: int | None = None,
 ) -> Sample:  # fmt: skip
-    """Blank whole sentences of `tokens` (int32 [n], n >= 1) as [sMASK], in random order until the ratio is
-    reached.
+    """Blank whole sentences of `tokens` (int32 [n], n >= 1) as [sMASK], in random order until the ratio is reached.
 
     Args:
         sentence_ends: bool [V], True for tokens that end a sentence; see `find_sentence_ends`.
-        room: with many one-token sentences a sample could outgrow it; then fewer are blanked.
+        room: places the sample may fill. Many one-token sentences could exceed it; fewer are then blanked.
     """
     n = len(tokens)
     after = np.flatnonzero(sentence_ends[tokens[:-1]] | (tokens[:-1] == special.eos)) + 1
@@ -257,15 +253,15 @@ def smask_sample(
 
 
 def instruction_sample(document: np.ndarray, special: SpecialTokens, room: int, two_streams: bool = False) -> Sample:
-    """Make a sample of a prompt and its answer, positions counting on, as GLM-130B's multi-task samples.
+    """Return the sample of a prompt and its answer, with continuing positions, like GLM-130B's multi-task samples.
 
     Args:
-        document: int32 [n], the prompt, [MASK], the answer (one token at least) and a last token that eop takes the
-            place of. A sample of n tokens.
+        document: int32 [n], the prompt, [MASK], the answer (at least one token) and a last token, which eop replaces.
+            The sample has n tokens, too.
         special: ids of the special tokens.
-        room: what does not fit is cut. The prompt keeps its first tokens, a quarter of the room (128 of 512) if the
-            answer wants more than the rest; then the answer is cut.
-        two_streams: the answer repeats the position of [MASK].
+        room: places the sample may fill; the rest is cut. The prompt keeps its first tokens: as many as the
+            answer leaves room for, but at least a quarter of the room (128 of 512). Then the answer is cut.
+        two_streams: repeat the position of [MASK] in the answer.
     """
     divide = int(np.argmax(document == special.mask))
     text, target = document[:divide], document[divide + 1 : -1]
@@ -277,7 +273,7 @@ def instruction_sample(document: np.ndarray, special: SpecialTokens, room: int, 
 
 
 def find_sentence_ends(pieces: Sequence[str]) -> np.ndarray:
-    """Return bool [V]: which of a vocabulary's pieces hold a mark that ends a sentence."""
+    """Return bool [V]: which pieces of a vocabulary contain a mark that ends a sentence."""
     return np.array([not SENTENCE_ENDS.isdisjoint(piece) for piece in pieces], bool)
 
 
@@ -285,14 +281,14 @@ def make_samples(
     objective: str, tokens: np.ndarray, generator: np.random.Generator, special: SpecialTokens,
     options: BlankOptions, room: int, sentence_ends: np.ndarray | None = None,
 ) -> list[Sample]:  # fmt: skip
-    """Make the samples of one segment: one, or two where `short_seq_prob` cuts a [MASK] text in two.
+    """Return the samples of one segment: one, or two if `short_seq_prob` cuts a [MASK] text in two.
 
     Args:
         objective: one of OBJECTIVES.
-        tokens: int32 [n], a text that `room` can hold (see `text_length`), or an instruction document of any length.
+        tokens: int32 [n], a text that fits in `room` (see `text_length`), or an instruction document of any length.
         generator: drawn from in a fixed order, so that the samples are a function of its state.
         special, options: ids and settings.
-        room: places in the row that the samples may fill together.
+        room: places of the row that the samples may fill together.
         sentence_ends: bool [V], for `smask`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The rows of an experiment: to train on, and held out."""
+"""The rows of an experiment, for training and held out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from glm_jax.data.rows.batches import Batches
 from glm_jax.data.rows.blanks import find_sentence_ends
 from glm_jax.data.rows.mixture import temperature_weights, with_weights
 
-SHORTEST_TEXT = 16  # tokens; with fewer held out, a source is not evaluated
+SHORTEST_TEXT = 16  # tokens; a source with fewer held-out ones is not evaluated
 
 
 def training_batches(config: Experiment, prepared: Prepared) -> Batches:
-    """Return the batches of a run, a pure function of the row."""
+    """Return the training batches of an experiment, a pure function of the row."""
     return Batches(
         {source: splits["train"] for source, splits in prepared.shards.items()},
         with_weights(config.data.weights or _weights(config, prepared), prepared.instruction_weights),
@@ -31,7 +31,7 @@ def training_batches(config: Experiment, prepared: Prepared) -> Batches:
 
 
 def heldout_batches(config: Experiment, prepared: Prepared) -> dict[str, Batches]:
-    """Return the held-out rows of each source that has any; the same blanks every time, whatever the history."""
+    """Return the held-out rows of each source that has enough; the blanks are always the same, whatever the history."""
     shares = {kind: share for kind, share in config.data.blanks.shares().items() if kind != "instruction"}
     return {
         source: Batches(
@@ -50,7 +50,7 @@ def heldout_batches(config: Experiment, prepared: Prepared) -> dict[str, Batches
 
 
 def _weights(config: Experiment, prepared: Prepared) -> dict[str, float]:
-    """Return the sources' weights, times what the temperature makes of their sizes."""
+    """Return the sources' weights, multiplied by the shares that the temperature gives their sizes."""
     if not config.data.temperature:
         return prepared.weights
     sizes = {source: float(splits["train"].lengths.sum()) for source, splits in prepared.shards.items()}
@@ -59,7 +59,7 @@ def _weights(config: Experiment, prepared: Prepared) -> dict[str, float]:
 
 
 def _sentence_ends(config: Experiment, prepared: Prepared) -> np.ndarray | None:
-    """Return which tokens end a sentence, where some rows may blank sentences."""
+    """Return which tokens end a sentence, bool [V], or None if no row ever blanks sentences."""
     blanks = config.data.blanks
     if not blanks.smask and not any("smask" in weights for _, weights in blanks.history):
         return None

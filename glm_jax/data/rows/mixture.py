@@ -1,8 +1,8 @@
-"""Which source and objective the k-th row has, in closed form: no state, and no random numbers.
+"""Which source and objective the k-th row has, in closed form: no state and no random numbers.
 
-Labels (pairs of a source and an objective) have weights that may change over training. Rows are dealt out so
-that the number drawn from a label up to any row stays next to its integrated weight, and that number, its
-inverse and the label of any row are a few integer operations: a run can start at any row, or jump.
+Labels (pairs of a source and an objective) have weights that may change during training. Rows are assigned so that
+the number of a label's rows up to any row stays close to its integrated weight. That number, its inverse and the label
+of any row take a few integer operations, so a run can start at any row or jump.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from glm_jax.errors import UserError
 # Knots of a piecewise-linear history: (row, weights from there on). A plain mapping is a history of one knot.
 History = Mapping[str, float] | Sequence[tuple[int, Mapping[str, float]]]
 
-QUOTA = 1 << 40  # shares are rounded to this many parts: one row in 10^12
-STAIR = 1024  # a ramp is climbed in stairs of this many rows, on a fixed grid: later knots leave them alone
+QUOTA = 1 << 40  # shares are rounded to multiples of one row in this many, about 10^12
+STAIR = 1024  # a ramp is made of stairs this many rows long, on a fixed grid: later knots do not move them
 
 
 def temperature_weights(sizes: Mapping[str, float], temperature: float) -> dict[str, float]:
     """Return weights proportional to size ** (1 / temperature), summing to 1.
 
-    At 1 sources are drawn by their size, towards infinity all alike (multilingual BERT, XLM: 1.4 to 3.3).
+    At 1, sources are drawn by size; towards infinity, all equally (multilingual BERT, XLM: 1.4 to 3.3).
 
     >>> temperature_weights({"en": 9.0, "zh": 1.0}, temperature=2.0)
     {'en': 0.75, 'zh': 0.25}
@@ -45,14 +45,14 @@ def temperature_weights(sizes: Mapping[str, float], temperature: float) -> dict[
 
 
 def with_weights(history: History, constant: Mapping[str, float]) -> History:
-    """Return the history with the names of `constant` added at that weight, wherever a knot does not name them."""
+    """Return the history with the weights of `constant` added to each knot that does not name them."""
     if isinstance(history, Mapping):
         return {**constant, **history}
     return [(row, {**constant, **weights}) for row, weights in history]
 
 
 def _knots(history: History, where: str) -> list[tuple[int, Mapping[str, float]]]:
-    """Check a history and give its knots."""
+    """Check a history and return its knots."""
     knots = [(0, history)] if isinstance(history, Mapping) else list(history)
     if not knots or knots[0][0] != 0:
         raise UserError(f"{where} must begin at row 0")
@@ -62,17 +62,16 @@ def _knots(history: History, where: str) -> list[tuple[int, Mapping[str, float]]
     for row, weights in knots:
         for name, weight in weights.items():
             if not (weight >= 0 and math.isfinite(weight)):
-                raise UserError(f"{where} give {name} {weight} at row {row}, it must be a number from 0 up")
+                raise UserError(f"{where} give {name} {weight} at row {row}, it must be a finite number of at least 0")
         if sum(weights.values()) <= 0:
             raise UserError(f"{where} are all 0 at row {row}: give at least one a share")
     return knots
 
 
 def _stairs(history: History, where: str) -> list[tuple[int, Mapping[str, float]]]:
-    """Turn a piecewise-linear history into a piecewise-constant one: (first row, weights), rows strictly
-    rising.
+    """Turn a piecewise-linear history into a piecewise-constant one: (first row, weights), rows strictly increasing.
 
-    A stair has the ramp's value at its middle, so that its integral is the ramp's.
+    A stair has the ramp's value at its middle, so that both have the same integral.
     """
     knots = _knots(history, where)
     stairs: dict[int, Mapping[str, float]] = {}
@@ -99,8 +98,8 @@ class _Stretch:
     Attributes:
         start: the first row.
         counts: [labels], rows of each label before `start`.
-        quotas: [labels + 1], quotas[i] the sum of the first i labels' shares of QUOTA.
-        carried: [labels + 1], fractions (times the quota) that the stretches before left over.
+        quotas: [labels + 1], quotas[i] is the sum of the first i labels' shares of QUOTA.
+        carried: [labels + 1], fractions (times the quota) left over by earlier stretches.
     """
 
     start: int
@@ -109,12 +108,11 @@ class _Stretch:
     carried: tuple[int, ...]
 
     def prefixes(self, offset: int) -> list[int]:
-        """Give, for the first `offset` rows of the stretch, how many belong to the first i labels, i =
-        0..labels.
+        """Return how many of the first `offset` rows of the stretch belong to the first i labels, for i = 0..labels.
 
-        Nested floors: of the rows of the first i + 1 labels, the first i get every quotas[i] out of quotas[i
-        + 1], evenly spread. Each count grows by 0 or 1 a row, and only where the next one does, so that every
-        row belongs to exactly one label.
+        Nested floors: of the rows of the first i + 1 labels, the first i get quotas[i] out of every quotas[i + 1],
+        evenly spread. Each count grows by 0 or 1 per row, and only where the next count grows, so every row belongs to
+        exactly one label.
         """
         counts = [0] * len(self.quotas)
         counts[-1] = offset
@@ -127,8 +125,8 @@ class _Stretch:
 class Mixture:
     """The label of every row.
 
-    Rows count from 0 and stand for samples seen: a changed batch size changes nothing here. A label's count
-    up to a row differs from its integrated weight by less than the number of labels.
+    Rows count from 0 and stand for samples seen, so the batch size changes nothing here. A label's count up to a row
+    differs from its integrated weight by less than the number of labels.
 
     >>> labels = [("en", "mask"), ("en", "gmask"), ("zh", "mask"), ("zh", "gmask")]
     >>> mixture = Mixture(labels, {"en": 3.0, "zh": 1.0}, {"mask": 0.5, "gmask": 0.5})
@@ -140,15 +138,15 @@ class Mixture:
     """
 
     def __init__(self, labels: Sequence[tuple[str, str]], sources: History, objectives: History) -> None:
-        """Deal rows out: to objectives by their share, an objective's rows to its sources by theirs.
+        """Assign rows: to objectives by their shares, and an objective's rows to its sources by theirs.
 
         Args:
             labels: (source, objective) pairs; others have no rows.
-            sources, objectives: weights by name; a name that a knot leaves out has weight 0 there. An objective none
-                of whose sources has a weight has no rows, and the others share them.
+            sources, objectives: weights by name. A name missing from a knot has weight 0 there. If no source of an
+                objective has a weight, the other objectives share its rows.
 
         Raises:
-            UserError: a negative weight, no weight at all, or knots out of order.
+            UserError: a weight is negative, there is no weight at all, or knots are out of order.
         """
         self.labels = tuple(labels)
         source_stairs = _stairs(sources, "source weights")
@@ -188,17 +186,17 @@ class Mixture:
         ]
 
     def draw(self, row: int) -> tuple[int, int]:
-        """Return (label, ordinal) of `row`: it is the label's ordinal-th row, from 0."""
+        """Return (label, ordinal) of `row`, which is the label's ordinal-th row, from 0."""
         stretch = self._stretch(row)
         before, after = stretch.prefixes(row - stretch.start), stretch.prefixes(row - stretch.start + 1)
         label = next(i for i in range(len(self.labels)) if after[i + 1] > before[i + 1])
         return label, stretch.counts[label] + before[label + 1] - before[label]
 
     def row_of(self, label: int, ordinal: int) -> int:
-        """Return the row that `draw` answers with (label, ordinal): its inverse.
+        """Return the row for which `draw` returns (label, ordinal).
 
         Raises:
-            ValueError: the label has no more rows than `ordinal`.
+            ValueError: the label has no such row.
         """
         index = bisect.bisect_right(self._stretches, ordinal, key=lambda stretch: stretch.counts[label]) - 1
         stretch = self._stretches[index]
@@ -206,7 +204,7 @@ class Mixture:
         width = quotas[label + 1] - quotas[label]
         if width == 0:
             raise ValueError(f"label {self.labels[label]} has no row {ordinal}")
-        # place among the rows of the first label + 1 labels: the rows there that are not the first labels'
+        # The place among the rows of the first label + 1 labels: a row there that is not one of the first labels'.
         place = ((ordinal - stretch.counts[label]) * quotas[label + 1] + carried[label]) // width
         for i in range(label + 1, len(self.labels)):  # then among those of the first i + 1 labels
             place = -((carried[i] - (place + 1) * quotas[i + 1]) // quotas[i]) - 1
@@ -218,7 +216,7 @@ def _at(stairs: list[tuple[int, Mapping[str, float]]], row: int) -> Mapping[str,
 
 
 def _next_stretch(stretches: list[_Stretch], start: int, quotas: tuple[int, ...]) -> _Stretch:
-    """Go on from the last stretch at row `start`, what its floors left over carried along."""
+    """Return the stretch that follows the last one at row `start`, carrying over what its floors left."""
     labels = len(quotas) - 1
     if not stretches:
         return _Stretch(start, (0,) * labels, quotas, (0,) * (labels + 1))

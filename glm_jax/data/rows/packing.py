@@ -1,4 +1,4 @@
-"""Rows of whole documents: grouped once, found again in any epoch's order without state."""
+"""Rows of whole documents: grouped once, and found in any epoch's order without state."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from glm_jax.errors import UserError
 
 
 def cut_long(lengths: np.ndarray, longest: int) -> np.ndarray:
-    """List pieces of at most `longest` tokens: int64 [pieces, 3] of (document, start, stop), in order.
+    """Return pieces of at most `longest` tokens, int64 [pieces, 3] of (document, start, stop), in order.
 
-    A document that fits is one piece; a longer one is cut evenly.
+    A document that fits is one piece. A longer one is cut evenly.
     """
     parts = -(-lengths // longest)  # [documents]
     document = np.repeat(np.arange(len(lengths)), parts)  # [pieces]
@@ -24,22 +24,22 @@ def cut_long(lengths: np.ndarray, longest: int) -> np.ndarray:
 
 
 def best_fit(sizes: np.ndarray, room: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Group items into rows of `room` places: the largest first, each into the fullest row that still holds it.
+    """Group items into rows of `room` places: the largest first, each into the fullest row that still has room for it.
 
-    No row can take another row's items whole, and few places stay empty where small items are many.
+    No two rows could be merged, and few places stay empty if there are many small items.
 
     Args:
         sizes: int [items], each from 1 to `room`.
         room: places of a row.
-        seed: which of equally large items come together.
+        seed: of the random order of equally large items.
 
     Returns:
         (order, starts): row r holds the items order[starts[r] : starts[r + 1]].
     """
     mixed = np.random.default_rng(seed).permutation(len(sizes))
     rows = np.zeros(len(sizes), np.int64)
-    with_room: list[list[int]] = [[] for _ in range(room + 1)]  # rows by the places they have left
-    present = 0  # bit s: some row has s places left
+    with_room: list[list[int]] = [[] for _ in range(room + 1)]  # rows, by how many places they have left
+    present = 0  # bit s is set if some row has s places left
     count = 0
     for item in mixed[np.argsort(-sizes[mixed], kind="stable")].tolist():
         size = int(sizes[item])
@@ -60,16 +60,16 @@ def best_fit(sizes: np.ndarray, room: int, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def by_number(count: int, together: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Group items into rows of `together` each, chance deciding which; the last may hold fewer. See `best_fit`."""
+    """Group items at random into rows of `together` each; the last may hold fewer. See `best_fit`."""
     order = np.random.default_rng(seed).permutation(count)
     return order, np.append(np.arange(0, count, together), count)
 
 
 class Packing:
-    """A source whose rows hold whole documents. It takes some 40 bytes of memory a document.
+    """A source whose rows hold whole documents. It takes about 40 bytes of memory per document.
 
     Attributes:
-        rows: rows of an epoch.
+        rows: the number of rows in an epoch.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class Packing:
         """Take a grouping of pieces of documents.
 
         Args:
-            name: the source's name; with `seed` it keys the order of the rows.
+            name: the source's name. With `seed` it keys the order of the rows.
             documents: the text.
-            pieces: what `cut_long` gives.
-            groups: (order, starts) over `pieces`, as `best_fit` gives them.
+            pieces: as `cut_long` returns them.
+            groups: (order, starts) over `pieces`, as `best_fit` returns them.
             seed: of the run.
 
         Raises:
-            UserError: there is no document.
+            UserError: there are no documents.
         """
         if not len(pieces):
             raise UserError(f"source {name} holds no documents: add some")
@@ -100,13 +100,13 @@ class Packing:
         return int(np.random.SeedSequence((*self._key, epoch)).generate_state(1, np.uint64)[0])
 
     def locate(self, ordinal: int) -> tuple[int, int, int]:
-        """Return (epoch, start, stop) of the source's ordinal-th row: its pieces are those from start to stop."""
+        """Return (epoch, start, stop) of the source's ordinal-th row, which holds the pieces from start to stop."""
         epoch, place = divmod(ordinal, self.rows)
         row = shuffled(place, self.rows, self._epoch(epoch))
         return epoch, int(self._starts[row]), int(self._starts[row + 1])
 
     def read(self, start: int, stop: int) -> list[np.ndarray]:
-        """Read the pieces from start to stop, each int32 [S]."""
+        """Return the pieces from start to stop, each int32 [S]."""
         return [
             np.asarray(self._document(document)[first:last], np.int32)
             for document, first, last in self._pieces[start:stop].tolist()

@@ -1,4 +1,4 @@
-"""How blanks are drawn and rows are cut: the options, and the room that samples take, known before any is drawn."""
+"""How much room samples take in a row, computed before any blank is drawn."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from glm_jax.config.data import BlankOptions
 from glm_jax.errors import UserError
 
-# A row reserves room for the spans it may draw; fewer than this share of draws need more and are drawn again.
+# A row reserves room for the spans it may draw. Less than this share of draws need more, and are repeated.
 OVERFLOW = 1e-3
-# A whole document among others reserves less: what its neighbours leave free makes up for most draws that need more.
+# A whole document among others reserves less: room its neighbours leave free suffices for most draws that need more.
 SHARED_OVERFLOW = 0.2
 
 
 class SpecialTokens(Protocol):
-    """The ids that blanks need; a `Tokenizer` has them."""
+    """The token ids that blanks need; a `Tokenizer` has them."""
 
     mask: int
     gmask: int
@@ -30,7 +30,7 @@ class SpecialTokens(Protocol):
 
 @functools.lru_cache
 def span_distribution(mean: float, longest: int) -> np.ndarray:
-    """Return P(length = 1), ..., P(length = longest) of Poisson(mean) kept to 1..longest: float64 [longest]."""
+    """Return P(length = 1), ..., P(length = longest) of Poisson(mean) restricted to 1..longest: float64 [longest]."""
     lengths = np.arange(1, longest + 1)
     log_weights = lengths * np.log(mean) - np.cumsum(np.log(lengths))
     weights = np.exp(log_weights - log_weights.max())
@@ -38,15 +38,15 @@ def span_distribution(mean: float, longest: int) -> np.ndarray:
 
 
 def masked_tokens(length: int, options: BlankOptions) -> int:
-    """Return how many of `length` tokens the [MASK] spans of a text must hold at least."""
+    """Return the least number of `length` tokens that the [MASK] spans of a text must hold."""
     return max(1, int(options.mask_ratio * length))
 
 
 def _span_sums(target: int, most: int, options: BlankOptions) -> list[np.ndarray]:
-    """Give, for m = 0..most, the distribution of the sum of m span lengths below `target`: float64 [target].
+    """Return, for m = 0..most, the distribution of the sum of m span lengths below `target`: float64 [target].
 
-    m + 1 spans are needed when the first m hold fewer tokens than the ratio asks for, and the distribution of
-    their sum is an m-fold convolution.
+    A draw needs more than m spans if the first m hold fewer than `target` tokens. The distribution of their sum is an
+    m-fold convolution.
     """
     pmf = np.concatenate([[0.0], span_distribution(options.mean_span, options.longest_span)])
     sums = np.zeros(target)
@@ -60,7 +60,7 @@ def _span_sums(target: int, most: int, options: BlankOptions) -> list[np.ndarray
 def overflow_probability(length: int, room: int, options: BlankOptions) -> float:
     """Return the exact probability that a [MASK] draw over `length` tokens makes a sample longer than `room`.
 
-    A sample takes length + 2 * spans places: each span costs its [MASK] and its sop.
+    A sample takes length + 2 * spans places: each span adds its [MASK] and its sop.
     """
     target = masked_tokens(length, options)
     most = (room - length) // 2
@@ -71,9 +71,9 @@ def overflow_probability(length: int, room: int, options: BlankOptions) -> float
 
 @functools.lru_cache
 def text_length(objective: str, room: int, options: BlankOptions) -> int:
-    """Return the number of text tokens that one sample of `objective` takes when it may fill `room` places.
+    """Return the number of text tokens in one sample of `objective` that may fill `room` places.
 
-    Fixed by (objective, room, options), so that a stream can be cut into windows before anything is drawn.
+    It depends only on the arguments, so a stream can be cut into windows before anything is drawn.
 
     Raises:
         UserError: `room` is too small for a sample.
@@ -82,7 +82,7 @@ def text_length(objective: str, room: int, options: BlankOptions) -> int:
         length = room * 500 // 512
     elif objective == "gmask":
         length = room - 2 if options.gmask_eop else room - 1
-    else:  # a [MASK] sample; [sMASK] has fewer blanks and takes the same
+    else:  # a [MASK] sample; [sMASK] has fewer blanks and takes as much text
         low, high = 0, room
         while high - low > 1:
             middle = (low + high) // 2
@@ -100,7 +100,7 @@ def text_length(objective: str, room: int, options: BlankOptions) -> int:
 def places(objective: str, longest: int, options: BlankOptions) -> np.ndarray:
     """Return the places that a text of n = 0..longest tokens reserves in a row of whole documents: int64 [longest + 1].
 
-    A [MASK] text outgrows them with probability SHARED_OVERFLOW; none needs fewer than n + 2.
+    A [MASK] text exceeds them with probability SHARED_OVERFLOW. None reserves fewer than n + 2.
     """
     lengths = np.arange(longest + 1)
     if objective == "gmask":
@@ -108,6 +108,6 @@ def places(objective: str, longest: int, options: BlankOptions) -> np.ndarray:
     targets = np.maximum(1, (options.mask_ratio * lengths).astype(np.int64))
     spans = np.zeros(longest + 1, np.int64)
     for m, sums in enumerate(_span_sums(int(targets[-1]), int(targets[-1]), options)):
-        needs_more = np.cumsum(sums)[targets - 1]  # probability that the first m spans hold too little
+        needs_more = np.cumsum(sums)[targets - 1]  # probability that the first m spans hold too few tokens
         spans[(spans == 0) & (needs_more <= SHARED_OVERFLOW)] = m
     return lengths + 2 * spans

@@ -1,4 +1,4 @@
-"""Rows: fixed-length training examples, and the one place where samples become a batch of them."""
+"""Rows: fixed-length training examples, and the one place that assembles samples into a batch of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from glm_jax.data.rows.blanks import Sample
 if TYPE_CHECKING:
     import jax
 
-A = TypeVar("A")  # of arrays: np.ndarray on the host, jax.Array on a mesh
+A = TypeVar("A")  # the arrays' type: np.ndarray on the host, jax.Array on a mesh
 
-DTYPES = {"context": "bool", "loss_mask": "float32"}  # int32 else
+DTYPES = {"context": "bool", "loss_mask": "float32"}  # the others are int32
 
 
 class Rows(NamedTuple, Generic[A]):
@@ -25,9 +25,9 @@ class Rows(NamedTuple, Generic[A]):
     """
 
     tokens: A  # int32 [B, S], what the model reads
-    targets: A  # int32 [B, S]; targets[b, i] is to be predicted at token i
+    targets: A  # int32 [B, S]; targets[b, i] is what to predict at token i
     positions: A  # int32 [B, S], or [B, 2, S] with two streams
-    segments: A  # int32 [B, S]: 1, 2, ... the samples of a row, 0 padding
+    segments: A  # int32 [B, S]: 1, 2, ... for the samples of a row, 0 for padding
     context: A  # bool [B, S], part A of each sample
     loss_mask: A  # float32 [B, S]: 1 at the target tokens that count
     objective: A  # int32 [B], index into OBJECTIVES
@@ -35,7 +35,7 @@ class Rows(NamedTuple, Generic[A]):
 
     @staticmethod
     def empty(rows: int, length: int, pad: int, *, two_streams: bool = False) -> Rows[np.ndarray]:
-        """Return `rows` rows of `length` places without a sample: `pad` tokens that count for nothing."""
+        """Return `rows` rows of `length` places without samples: `pad` tokens outside the loss."""
         arrays = {name: np.zeros(shape, dtype) for name, shape, dtype in _layout((rows,), length, two_streams)}
         arrays["tokens"].fill(pad)
         arrays["targets"].fill(pad)
@@ -44,7 +44,7 @@ class Rows(NamedTuple, Generic[A]):
     @staticmethod
     def abstract(shape: Sequence[int], *, two_streams: bool = False) -> Rows[jax.ShapeDtypeStruct]:
         """Return the shapes and dtypes of rows [*shape], whose last axis is S."""
-        import jax  # what makes rows alone does not need it
+        import jax  # not needed to make rows
 
         arrays = _layout(shape[:-1], shape[-1], two_streams)
         return Rows(**{name: jax.ShapeDtypeStruct(whole, dtype) for name, whole, dtype in arrays})
@@ -54,7 +54,7 @@ class Rows(NamedTuple, Generic[A]):
 
         Args:
             row: its index in the batch.
-            samples: that fit the row together.
+            samples: must fit in the row together.
             objective: one of OBJECTIVES.
             source: index of the source that the text comes from.
         """
@@ -74,11 +74,11 @@ class Rows(NamedTuple, Generic[A]):
             start = stop
 
     def take(self: Rows[np.ndarray], places: np.ndarray) -> Rows[np.ndarray]:
-        """Return the rows at `places`, int [n], of the batch."""
+        """Return the rows of the batch at `places`, int [n]."""
         return Rows(*(array[places] for array in self))
 
     def pad(self: Rows[np.ndarray], rows: int) -> Rows[np.ndarray]:
-        """Return a batch of `rows` rows: these, then rows of zeros, which count for nothing."""
+        """Return a batch of `rows` rows: these, then rows of zeros, which add nothing to the loss."""
         missing = rows - len(self.tokens)
         return Rows(*(np.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)]) for array in self))
 

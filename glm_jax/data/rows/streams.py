@@ -1,7 +1,7 @@
-"""A source as one run of tokens, cut into windows that a row reads: nothing is lost, documents are cut anywhere.
+"""A source as one run of tokens, cut into a window for each row: nothing is lost, documents are cut anywhere.
 
-An epoch cuts the run into blocks of a few rows' text, from a new starting point and in a new order. Objectives take
-blocks by turns, as their rows come up; a block is cut into rows by the one that took it, because a [MASK] row holds
+Each epoch cuts the run into blocks of a few rows' text, from a new starting point and in a new order. Objectives take
+blocks in turn, as their rows come up. The objective that takes a block cuts it into rows, because a [MASK] row holds
 less text than a [gMASK] row. `OPEN` blocks are read side by side, so that neighbouring rows do not come from the same
 page.
 """
@@ -18,17 +18,17 @@ import numpy as np
 
 from glm_jax.errors import UserError
 
-BLOCK_ROWS = range(6, 17)  # rows of the longest text in a block; the count that wastes least is taken
+BLOCK_ROWS = range(6, 17)  # candidates for the rows of the longest text in a block; the one that wastes least is used
 OPEN = 16  # blocks that an objective reads side by side
-CACHED = 16 * OPEN  # documents kept at hand: one that a window cuts is read again when its block has its next turn
-SMALLEST_STREAM = 16  # tokens; less is no source
+CACHED = 16 * OPEN  # documents kept in memory: one cut by a window is read again at its block's next turn
+SMALLEST_STREAM = 16  # tokens that a source needs
 
 
 class Documents(Protocol):
     """A source: documents in a fixed, shuffled order, each ending in eos.
 
     Attributes:
-        lengths: int64 [documents], tokens of each, eos included.
+        lengths: int64 [documents], the tokens of each, including eos.
     """
 
     lengths: np.ndarray
@@ -43,22 +43,22 @@ class Stream:
 
     Attributes:
         tokens: length of the stream.
-        blocks: blocks of an epoch.
-        together: blocks that an objective opens at a time.
-        rows: by objective, the rows that a block makes.
+        blocks: number of blocks in an epoch.
+        together: number of blocks that an objective opens at a time.
+        rows: by objective, the number of rows in a block.
     """
 
     def __init__(self, name: str, documents: Documents, takes: Mapping[str, int], seed: int) -> None:
         """Plan the cuts.
 
         Args:
-            name: the source's name; with `seed` it keys the order of the blocks.
+            name: the source's name. With `seed` it keys the order of the blocks.
             documents: the text.
-            takes: by objective, the text tokens that a row holds.
+            takes: by objective, the number of text tokens in a row.
             seed: of the run.
 
         Raises:
-            UserError: there is next to no text.
+            UserError: there are fewer than SMALLEST_STREAM tokens.
         """
         self._document = functools.lru_cache(CACHED)(documents.__getitem__)
         self._offsets = np.concatenate([[0], np.cumsum(documents.lengths, dtype=np.int64)])
@@ -66,7 +66,7 @@ class Stream:
         self._key = (seed, zlib.crc32(name.encode("utf-8")))
         self.tokens = int(self._offsets[-1])
         if self.tokens < SMALLEST_STREAM:
-            raise UserError(f"source {name} holds {self.tokens} tokens, not even {SMALLEST_STREAM}: add text")
+            raise UserError(f"source {name} holds {self.tokens} tokens, it needs at least {SMALLEST_STREAM}: add text")
         longest = max(takes.values())
         best = min(BLOCK_ROWS, key=lambda rows: max(_waste(rows * longest, take) for take in takes.values()))
         block = longest * min(best, max(1, self.tokens // (16 * longest)))
@@ -85,9 +85,9 @@ class Stream:
 
         Args:
             turn: how many times blocks of this stream were opened before, by any objective.
-            objective: the one that opened them.
-            row: which of the `together * rows[objective]` rows that these blocks make.
-            window: take this one of the epoch's windows instead of the next in order.
+            objective: the one that opened these blocks.
+            row: which of the `together * rows[objective]` rows in these blocks.
+            window: which of the epoch's windows to take instead of the next in order.
         """
         part, lane = divmod(row, self.together)
         epoch, place = divmod(turn * self.together + lane, self.blocks)
@@ -101,7 +101,7 @@ class Stream:
         return epoch, first + part * (last - first) // parts, first + (part + 1) * (last - first) // parts
 
     def read(self, epoch: int, start: int, stop: int) -> np.ndarray:
-        """Read tokens [start, stop) of an epoch's stream, from its rotation on: int32 [stop - start]."""
+        """Return tokens [start, stop) of an epoch's stream, counted from its rotation: int32 [stop - start]."""
         _, rotation = self._epoch(epoch)
         start, stop = start + rotation, stop + rotation
         if start >= self.tokens:
@@ -122,9 +122,9 @@ class Stream:
 
 
 def shuffled(index: int, size: int, key: int) -> int:
-    """Return the place of `index` in the permutation of 0..size-1 that `key` picks, in constant time.
+    """Return the place of `index` in the permutation of 0..size-1 that `key` selects, in constant time.
 
-    A Feistel network over two digits in base sqrt(size); what falls outside 0..size-1 goes through again.
+    A Feistel network over two digits in base sqrt(size). Results outside 0..size-1 go through it again.
     """
     base = math.isqrt(max(size, 1) - 1) + 1
     while True:
@@ -139,5 +139,5 @@ def shuffled(index: int, size: int, key: int) -> int:
 
 
 def _waste(block: int, take: int) -> float:
-    """Return the share of empty room when rows of `take` tokens share a block evenly."""
+    """Return the share of a row that stays empty if rows of at most `take` tokens split a block evenly."""
     return 1 - block / (take * -(-block // take))

@@ -1,1 +1,1 @@
-"""Text to tokens and back: our SentencePiece models and the official ice_text.model."""
+"""From text to tokens and back: our own SentencePiece models, and the official ice_text.model."""

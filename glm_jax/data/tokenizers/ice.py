@@ -1,13 +1,13 @@
-"""GLM-130B's own tokenizer: the official ice_text.model, its numbering and its way with newlines and blanks.
+"""GLM-130B's own tokenizer: the official ice_text.model, its ids, and how it treats newlines and spaces.
 
 Ids (icetk and SwissArmyTransformer, as the released model uses them):
 
-    0 to 19,999    image tokens, which text never gives; 0 pads
+    0 to 19,999    image tokens, which text never produces; 0 is pad
     20,000 on      the pieces of ice_text.model, 130,000 of them: unk 20,000, eos 20,002, newline 20,004
     150,000 on     [MASK] [gMASK] [sMASK] eod sop eop ENC dBLOCK, a tab, runs of 2 to 80 spaces, 256 bytes
 
-The model's own normalisation changes text (full-width punctuation becomes half-width, and each text loses a leading
-space), so decoding does not give back every text.
+The model's own normalisation changes text: full-width punctuation becomes half-width, and each text loses a leading
+space. So decoding does not restore every text.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from glm_jax.errors import UserError
 
 IMAGE_TOKENS = 20_000
 NEWLINE, TAB = "<n>", "<|tab|>"
-LONGEST_RUN = 80  # of spaces that have a token
+LONGEST_RUN = 80  # the longest run of spaces that has a token
 BLANKS = [f"<|blank_{length}|>" for length in range(2, LONGEST_RUN + 1)]
 CONTROLS = (*MASKS, "<eod>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
 
-# Types of pieces and fields of sentencepiece_model.proto
+# Types of pieces, and fields of sentencepiece_model.proto
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
 _PIECES, _TRAINER_SPEC, _BYTE_FALLBACK = 1, 2, 35
 
 
 def read_model(path: str | Path, *, pinned: bool) -> bytes:
-    """Read a tokenizer's model: one of ours as it is, ice_text.model with the special pieces that GLM-130B added.
+    """Read a tokenizer's model: one of ours unchanged, or ice_text.model with the special pieces that GLM-130B added.
 
     Args:
         path: the file.
-        pinned: as the inference code of 2022 read ice_text.model: newlines, tabs and runs of spaces are lost, and what
-            has no piece is unk. Otherwise as it was read from March 2023 on: nothing of these is lost.
+        pinned: read ice_text.model as the inference code of 2022 did: newlines, tabs and runs of spaces are lost, and
+            text without a piece is unk. Otherwise read it as from March 2023 on, which loses none of these.
 
     Raises:
-        UserError: it is not there, or is neither of the two.
+        UserError: the file is missing, or is neither of the two.
     """
     model, processor = read_bytes(path)
     if processor.unk_id() != processor.piece_to_id("<dBLOCK>"):
-        return model  # has the special pieces already
+        return model  # already has the special pieces
     if processor.unk_id() != processor.piece_to_id(MASKS[0]):
         if pinned:
             raise UserError(f"data.tokenizer.pinned is for ice_text.model, {path} is not: set it to False")
         return model
     if processor.unk_id() == processor.piece_to_id(NEWLINE) or processor.eos_id() < 0:
-        raise UserError(f"{path} has neither [MASK] nor <n>: it is no tokenizer of ours and not ice_text.model")
+        raise UserError(f"{path} has neither [MASK] nor <n>: it is neither a tokenizer of ours nor ice_text.model")
     return extend(model, pinned=pinned)
 
 
@@ -63,7 +63,7 @@ def extend(model: bytes, *, pinned: bool) -> bytes:
     pieces = [(name, _CONTROL) for name in CONTROLS] + [(name, blanks) for name in (TAB, *BLANKS)]
     if not pinned:
         pieces += [(f"<0x{byte:02X}>", _BYTE) for byte in range(256)]
-    # Appended fields of a protocol buffer add to its lists and override its values.
+    # Fields appended to a protocol buffer extend its lists and override its values.
     model += b"".join(_message(_PIECES, _piece(name, kind)) for name, kind in pieces)
     if not pinned:
         model += _message(_TRAINER_SPEC, _varint(_BYTE_FALLBACK << 3) + b"\x01")
@@ -79,7 +79,7 @@ def _message(field: int, content: bytes) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Write an integer as the protocol buffers do: seven bits a byte, lowest first."""
+    """Encode an integer as protocol buffers do: seven bits per byte, lowest first."""
     encoded = bytearray()
     while value > 127:
         encoded.append(value & 127 | 128)
@@ -88,9 +88,9 @@ def _varint(value: int) -> bytes:
 
 
 class IceTokenizer(Tokenizer):
-    """GLM-130B's tokenizer, made from what `read_model` gives; see the module's docstring and Tokenizer.
+    """GLM-130B's tokenizer, made from the result of `read_model`; see the module's docstring and Tokenizer.
 
-    Whether it is the pinned one is said by the model itself. The other attributes are Tokenizer's.
+    The model itself shows whether it is the pinned one. The other attributes are Tokenizer's.
 
     Attributes:
         eod, enc, dblock: ids of the special tokens that only this tokenizer has.
@@ -120,16 +120,16 @@ class IceTokenizer(Tokenizer):
         return restored.encode() if restored != piece else super()._bytes_of(token)
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text` as int32 [S]; a space is put before it, and [MASK] written in it stays text."""
+        """Return the ids of `text` as int32 [S]. A space is added before it; a [MASK] written in it stays text."""
         if self._keeps_blanks:
             text = text.replace("\n", NEWLINE).replace("\t", TAB)
             text = re.sub(f" {{2,{LONGEST_RUN}}}", lambda run: BLANKS[len(run[0]) - 2], text)
         return np.array(self._processor.encode(text), np.int32) + np.int32(IMAGE_TOKENS)
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
-        """Return the text of `ids`; image tokens print nothing, nor do special tokens unless `specials`.
+        """Return the text of `ids`. Image tokens give nothing; special tokens give their names if `specials`.
 
-        What stands between special tokens is decoded by itself, less its first space.
+        Text between special tokens is decoded separately, without its first space.
         """
         parts: list[str] = []
         run: list[int] = []
@@ -143,6 +143,6 @@ class IceTokenizer(Tokenizer):
 
 
 def _restore(text: str) -> str:
-    """Put newlines, tabs and spaces where their pieces are."""
+    """Replace the pieces of newlines, tabs and runs of spaces by what they stand for."""
     text = text.replace(NEWLINE, "\n").replace(TAB, "\t")
     return re.sub(r"<\|blank_(\d+)\|>", lambda run: " " * int(run[1]), text)

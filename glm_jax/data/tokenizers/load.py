@@ -1,4 +1,4 @@
-"""Finds out whose tokenizer a file holds, and loads it."""
+"""Load a tokenizer from a file: one of ours, or GLM-130B's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def load(path: str | Path) -> Tokenizer:
     """Load the tokenizer of a workdir or a cache: one of ours, or ice_text.model with its special pieces.
 
     Raises:
-        UserError: it is not there or is no such model.
+        UserError: the file is missing or is not such a model.
     """
     model, _ = read_bytes(path)
     return _open(model, path)
@@ -25,7 +25,7 @@ def read(path: str | Path, *, pinned: bool) -> Tokenizer:
     """Read the tokenizer that `data.tokenizer.path` names; see `ice.read_model`.
 
     Raises:
-        UserError: it is not there or is no such model.
+        UserError: the file is missing or is not such a model.
     """
     return _open(read_model(path, pinned=pinned), path)
 

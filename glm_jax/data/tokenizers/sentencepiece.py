@@ -1,4 +1,4 @@
-"""SentencePiece with GLM's special tokens: training on any text, and an encoding that loses nothing."""
+"""SentencePiece with GLM's special tokens: training on any text, and a lossless encoding."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ SOP, EOP = "sop", "eop"  # start and end of a piece (a target)
 SPECIALS = (PAD, UNK, EOS, *MASKS, SOP, EOP)
 SMALLEST_VOCABULARY = len(SPECIALS) + 256 + 2  # the specials, the byte pieces, and something to learn
 
-TRAINING_BYTES = 10_000_000  # text the trainer looks at; more changes few pieces and costs time and memory
-SENTENCE_CHARACTERS = 2000  # documents are cut to about this before training; pieces do not cross the cuts
-CHARACTER_COVERAGE = 0.9995  # share of the characters of the text that get pieces; the rest is spelt in bytes
+TRAINING_BYTES = 10_000_000  # of text the trainer reads; more changes few pieces and costs time and memory
+SENTENCE_CHARACTERS = 2000  # documents are cut to about this length before training; pieces do not cross the cuts
+CHARACTER_COVERAGE = 0.9995  # share of the text's characters that get pieces; the rest is spelt in bytes
 UNTRAINABLE = "\0\t\u2581\u2585"  # the trainer drops or reinterprets them; encoding spells them in bytes
-WORD_START = "\u2581"  # what SentencePiece writes for a space, hence not encodable as itself
+WORD_START = "\u2581"  # how SentencePiece writes a space, so it cannot be encoded as itself
 
 
 def train(documents: Iterable[str], vocab_size: int) -> bytes:
-    """Train a unigram model with byte fallback; the same documents give the same bytes.
+    """Train a unigram model with byte fallback. The same documents give the same bytes.
 
-    Whitespace is kept as it is, and runs of it get pieces of their own. At most half of the learned
-    pieces are single characters, so that a text with thousands of them (Chinese) still gets words.
+    Whitespace is kept, and runs of it get pieces of their own. At most half of the learned pieces are single
+    characters, so that a text with thousands of them (Chinese) still gets words.
 
     Args:
         documents: text in the proportions that the pieces should serve. Only the first TRAINING_BYTES are
-            used: shuffle first.
-        vocab_size: number of pieces with specials and byte pieces. A small text may give fewer.
+            used, so shuffle first.
+        vocab_size: number of pieces, including specials and byte pieces. A small text may give fewer.
 
     Returns:
         The serialised SentencePiece model.
@@ -67,7 +67,7 @@ def train(documents: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _sentences(documents: Iterable[str]) -> Iterator[str]:
-    """Cut the first TRAINING_BYTES of text into runs of lines of about SENTENCE_CHARACTERS each."""
+    """Yield the first TRAINING_BYTES of text, cut into runs of lines of about SENTENCE_CHARACTERS each."""
     left = TRAINING_BYTES
     for document in documents:
         start = 0
@@ -75,7 +75,7 @@ def _sentences(documents: Iterable[str]) -> Iterator[str]:
             end = start + SENTENCE_CHARACTERS
             newline = document.rfind("\n", start, end)
             if end < len(document) and newline > start:
-                end = newline  # the newline begins the next sentence, where the trainer does not trim it
+                end = newline  # the newline starts the next sentence, where the trainer does not trim it
             yield document[start:end]
             left -= len(document[start:end].encode())
             if left <= 0:
@@ -84,9 +84,9 @@ def _sentences(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _keep_frequent(sentences: Sequence[str], limit: int) -> list[str]:
-    """Cut sentences at the characters that get no piece, so that at most `limit` distinct ones are left.
+    """Cut sentences at characters that get no piece, so that at most `limit` distinct characters are left.
 
-    The trainer's own coverage option stops at 98%, which a small vocabulary of Chinese passes.
+    The trainer's own coverage option goes no lower than 98%; a small vocabulary for Chinese needs less.
     """
     counts: Counter[str] = Counter()
     for sentence in sentences:
@@ -101,7 +101,7 @@ def _keep_frequent(sentences: Sequence[str], limit: int) -> list[str]:
 
 
 def read_bytes(path: str | Path) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
-    """Read a SentencePiece model. Raises UserError when it is not there or is no such model."""
+    """Read a SentencePiece model. Raises UserError if the file is missing or is not such a model."""
     try:
         model = Path(path).expanduser().read_bytes()
     except OSError as error:
@@ -120,7 +120,7 @@ class Tokenizer:
         digest: sha256 of `model`, hexadecimal.
         size: number of pieces.
         pad, unk, eos, mask, gmask, smask, sop, eop: ids of the special tokens.
-        token_bytes: int32 [size], the UTF-8 bytes of text that each id stands for; 0 for special tokens.
+        token_bytes: int32 [size], the number of UTF-8 bytes of text that each id stands for; 0 for special tokens.
     """
 
     def __init__(self, model: bytes):
@@ -147,16 +147,16 @@ class Tokenizer:
         return piece.replace(WORD_START, " ").encode()
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text` as int32 [S]; special tokens written in the text stay text."""
+        """Return the ids of `text` as int32 [S]. Special tokens written in the text stay text."""
         ids: list[int] = []
         for index, part in enumerate(text.split(WORD_START)):
             ids += self._word_start * (index > 0) + self._processor.encode(part)
         return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
-        """Return the text of `ids`; special tokens print nothing unless `specials`, then their names.
+        """Return the text of `ids`. Special tokens have their names if `specials`, else no text.
 
-        Bytes that are not UTF-8, as when a character is cut off, become U+FFFD.
+        Bytes that are not UTF-8, such as those of a cut character, become U+FFFD.
         """
         names = {self._processor.piece_to_id(piece): piece.encode() for piece in SPECIALS} if specials else {}
         return b"".join(names.get(int(token), self._text[token]) for token in ids).decode("utf-8", "replace")
