@@ -24,7 +24,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from glm_jax.config.data import BlankOptions
-from glm_jax.data.corpora.corpus import Shards
+from glm_jax.data.corpora.shards import Shards
 from glm_jax.data.rows.batches import Batches
 
 SPECIAL: Any = SimpleNamespace(pad=0, eos=2, mask=3, gmask=4, smask=5, sop=6, eop=7)

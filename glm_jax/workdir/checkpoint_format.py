@@ -21,8 +21,7 @@ from glm_jax.storage import digests
 from glm_jax.storage.files import atomic_directory
 
 PARAMS = "params"  # the item of a checkpoint that holds params
-HANDLERS = {PARAMS: ocp.StandardCheckpointHandler, "training": ocp.StandardCheckpointHandler,
-            "run": ocp.JsonCheckpointHandler}  # fmt: skip
+RUN = "run"  # the item with the numbers of a run, JSON; all other items are trees of arrays
 
 ParamPath = tuple[str, ...]
 Index = tuple[slice, ...]
@@ -38,7 +37,8 @@ class Chunked(NamedTuple):
 
 def describe(folder: Path, items: Iterable[str]) -> None:
     """Write which orbax handler restores each item of a checkpoint."""
-    names = {item: f"{HANDLERS[item].__module__}.{HANDLERS[item].__qualname__}" for item in items}
+    handlers = {item: ocp.JsonCheckpointHandler if item == RUN else ocp.StandardCheckpointHandler for item in items}
+    names = {item: f"{handler.__module__}.{handler.__qualname__}" for item, handler in handlers.items()}
     (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": names}), "utf-8")
 
 

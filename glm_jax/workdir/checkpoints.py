@@ -226,10 +226,12 @@ class Checkpoints:
         folder, count = temporary(self.directory, step), jax.process_count()
         if len(list(folder.glob("digests-*.json"))) < count - 1:
             raise OSError(errno.EIO, "another process could not write its part")
-        for item in ("params", "training"):
-            self._handler.finalize(epath.Path(folder / item))
-        (folder / "run" / "metadata").write_text(record, "utf-8")
-        checkpoint_format.describe(folder, checkpoint_format.HANDLERS)
+        items = sorted(item.name for item in folder.iterdir() if item.is_dir())
+        for item in items:
+            if item != checkpoint_format.RUN:
+                self._handler.finalize(epath.Path(folder / item))
+        (folder / checkpoint_format.RUN / "metadata").write_text(record, "utf-8")
+        checkpoint_format.describe(folder, items)
         digests.seal(folder, written_by(folder, 0), 0, count)
         os.rename(folder, self.directory / str(step))
         sync(self.directory)

@@ -21,8 +21,9 @@ from texts import chinese, english
 
 from glm_jax.data.corpora import corpus, readers
 from glm_jax.data.corpora.build import Workers
-from glm_jax.data.corpora.corpus import Input, Shards, read_documents, split, write_documents, write_shards
+from glm_jax.data.corpora.corpus import Input, read_documents, split, write_documents
 from glm_jax.data.corpora.deduplicate import digest_of
+from glm_jax.data.corpora.shards import Shards, write_shards
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
 from glm_jax.errors import UserError
 

@@ -1,11 +1,10 @@
-"""Turn files into tokenised shards: distinct documents in hash order, the split, ArrayRecord files of token ids.
+"""Turn files into distinct documents in hash order, split into documents to train on and held-out ones.
 
-A corpus goes through two stages. Each is a directory (prepare.py names it by its content) of as many parts as the
-corpus's size needs. A part holds the documents whose digests fall in one range, so parts are made independently and the
-corpus is in hash order, whichever files its documents came from.
+A corpus goes through two stages, of which shards.py makes the second. Each is a directory (prepare.py names it by its
+content) of as many parts as the corpus's size needs. A part holds the documents whose digests fall in one range, so
+parts are made independently and the corpus is in hash order, whichever files its documents came from.
 
     documents   part-00000-of-0000N/{documents.jsonl, sides.npy}; skipped.jsonl; index.json
-    shards      part-00000-of-0000N/{train,heldout}.array_record, {train,heldout}-lengths.npy; index.json
 
 While the documents stage is being made, read/<number>/ holds the documents of a file, or of a range of it, by part.
 Everything is written under a temporary name first, so a killed stage resumes from what exists.
@@ -24,13 +23,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 
 from glm_jax.data.corpora import deduplicate
 from glm_jax.data.corpora.build import Workers
 from glm_jax.data.corpora.deduplicate import StoredShingles, digest_of, distinct, near_duplicates, shingles, signature
 from glm_jax.data.corpora.readers import Damaged, lines_before, normaliser, ranges, read
-from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.storage.files import atomic_directory, write_atomic
 from glm_jax.types import Json
@@ -77,14 +74,6 @@ class _ReadJob:
 class _PartJob:
     files: tuple[Path, ...]  # what was read for this part
     signatures: bool
-    directory: Path
-
-
-@dataclass(frozen=True)
-class _ShardJob:
-    documents: Path
-    tokenizer: Tokenizer
-    dtype: str
     directory: Path
 
 
@@ -135,7 +124,7 @@ def write_documents(
         workers.run(f"sort {source.where}", _merge, merges, [text_bytes // parts] * parts)
         _finish_documents(directory, files, heldout, threshold, source.where)
     shutil.rmtree(directory / "read", ignore_errors=True)
-    for part in _parts(directory):
+    for part in part_folders(directory):
         for name in ("numbers.npz", "signatures.npy", "shingles.npy", "dropped.json"):
             (part / name).unlink(missing_ok=True)
 
@@ -207,7 +196,7 @@ def _merge(job: _PartJob) -> None:
 
 def _finish_documents(directory: Path, files: list[Path], heldout: float, threshold: float, where: str) -> None:
     """Drop near duplicates, split the rest, and write the index, which marks the stage as done."""
-    parts = _parts(directory)
+    parts = part_folders(directory)
     numbers = [_load_numbers(part) for part in parts]
     skipped, lines = _skipped(files)
     counts = [len(part["sizes"]) for part in numbers]
@@ -223,7 +212,7 @@ def _finish_documents(directory: Path, files: list[Path], heldout: float, thresh
     sizes = np.concatenate([part["sizes"] for part in numbers])
     exact = sum(json.loads((part / "dropped.json").read_text()) for part in parts)
     write_atomic(directory / "skipped.jsonl", lines)
-    _write_index(
+    write_index(
         directory,
         {
             "documents": {name: int((sides == side).sum()) for side, name in enumerate(SPLITS)},
@@ -294,11 +283,11 @@ def split(places: np.ndarray, heldout: float) -> np.ndarray:
 
 def read_documents(directory: Path, split_name: str) -> Iterator[str]:
     """Yield the documents of one split of a documents stage, one at a time, in hash order."""
-    for part in _parts(directory):
-        yield from _part_documents(part, split_name)
+    for part in part_folders(directory):
+        yield from part_documents(part, split_name)
 
 
-def _part_documents(part: Path, split_name: str) -> Iterator[str]:
+def part_documents(part: Path, split_name: str) -> Iterator[str]:
     sides = np.load(part / "sides.npy")
     lines = _read_lines([part / "documents.jsonl"])
     for document, side in zip(lines, sides.tolist(), strict=True):
@@ -306,59 +295,11 @@ def _part_documents(part: Path, split_name: str) -> Iterator[str]:
             yield document["text"]
 
 
-def write_shards(directory: Path, documents: Path, tokenizer: Tokenizer, source: str, workers: Workers) -> None:
-    """Tokenise a documents stage into a `directory` that may already hold parts.
-
-    A record is one document's ids, then eos. The index adds to the documents' index: `tokens` by split (including eos),
-    `source`, `tokenizer` (its digest) and `dtype` of the records (little-endian).
-
-    Args:
-        documents: a directory that `write_documents` filled.
-        source: the source's name, for the index.
-    """
-    parts = _parts(documents)
-    dtype = "<u2" if tokenizer.size <= 1 << 16 else "<u4"
-    jobs = [_ShardJob(part, tokenizer, dtype, directory / part.name) for part in parts]
-    sizes = [(part / "documents.jsonl").stat().st_size for part in parts]
-    tokens = workers.run(f"tokenise {source}", _write_shard, jobs, sizes)
-    index = read_index(documents)
-    index |= {"tokens": dict(zip(SPLITS, map(sum, zip(*tokens, strict=True)), strict=True))}
-    index |= {"source": source, "tokenizer": tokenizer.digest, "dtype": dtype}
-    _write_index(directory, index)
-
-
-def _write_shard(job: _ShardJob) -> tuple[int, ...]:
-    """Tokenise one part and return its number of tokens by split."""
-    if not job.directory.is_dir():
-        with atomic_directory(job.directory) as temporary:
-            for name in SPLITS:
-                lengths = _write_records(temporary / f"{name}.array_record", name, job)
-                np.save(temporary / f"{name}-lengths.npy", np.array(lengths, np.int64))
-    return tuple(int(np.load(job.directory / f"{name}-lengths.npy").sum()) for name in SPLITS)
-
-
-def _write_records(path: Path, split_name: str, job: _ShardJob) -> list[int]:
-    """Write one split of a part, unless it is empty, and return the lengths."""
-    texts = _part_documents(job.documents, split_name)
-    first = next(texts, None)
-    if first is None:
-        return []
-    # One record per group, so that a document is read without its neighbours.
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    lengths = []
-    for text in itertools.chain([first], texts):
-        ids = np.append(job.tokenizer.encode(text), job.tokenizer.eos)  # [S]
-        writer.write(ids.astype(job.dtype).tobytes())
-        lengths.append(len(ids))
-    writer.close()
-    return lengths
-
-
 def _part_name(part: int, parts: int) -> str:
     return f"part-{part:05d}-of-{parts:05d}"
 
 
-def _parts(directory: Path) -> list[Path]:
+def part_folders(directory: Path) -> list[Path]:
     return sorted(directory.glob("part-*"))
 
 
@@ -381,36 +322,5 @@ def read_index(directory: Path) -> Json:
     return json.loads((directory / "index.json").read_text(encoding="utf-8"))
 
 
-def _write_index(directory: Path, index: Json) -> None:
+def write_index(directory: Path, index: Json) -> None:
     write_atomic(directory / "index.json", json.dumps(index, indent=2, ensure_ascii=False) + "\n")
-
-
-class Shards:
-    """The tokenised documents of one split, read lazily. `shards[i]` is int32 [S], ending in eos. Picklable.
-
-    Attributes:
-        lengths: int64 [documents], the tokens of each, including eos.
-    """
-
-    def __init__(self, paths: list[Path], lengths: np.ndarray, dtype: str):
-        from grain.sources import ArrayRecordDataSource  # takes a second, which build workers need not wait
-
-        self.lengths = lengths
-        self._dtype = np.dtype(dtype)
-        self._records = ArrayRecordDataSource([str(path) for path in paths]) if paths else None
-
-    @classmethod
-    def open(cls, directory: Path, split_name: str) -> Shards:
-        """Open the split "train" or "heldout" of a directory that `write_shards` filled; it may be empty."""
-        parts = _parts(directory)
-        lengths = [np.load(part / f"{split_name}-lengths.npy") for part in parts]
-        paths = [path for part in parts if (path := part / f"{split_name}.array_record").exists()]
-        return cls(paths, np.concatenate(lengths), read_index(directory)["dtype"])
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        if self._records is None or not 0 <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)}")
-        return np.frombuffer(self._records[index], self._dtype).astype(np.int32)  # [S]

@@ -4,7 +4,7 @@
     cache/digests/<key>.json         sha256 of files when last read
     cache/documents/<key>/           distinct documents, split       (corpus.py)
     cache/tokenizers/<key>/          tokenizer.model
-    cache/shards/<key>/              token ids                       (corpus.py)
+    cache/shards/<key>/              token ids                       (shards.py)
 
 A key is the sha256 of everything that a directory's content depends on, so nothing is made twice. Directories appear
 whole or not at all, and unfinished ones are resumed (build.py).
@@ -25,8 +25,9 @@ from glm_jax.config import Experiment
 from glm_jax.config.data import Data, Source, TokenizerConfig
 from glm_jax.data.corpora import corpus, samples
 from glm_jax.data.corpora.build import Workers, made
-from glm_jax.data.corpora.corpus import Input, Shards
+from glm_jax.data.corpora.corpus import Input
 from glm_jax.data.corpora.readers import find_files
+from glm_jax.data.corpora.shards import Shards, write_shards
 from glm_jax.data.instructions import prompts
 from glm_jax.data.instructions.prompts import Instructions
 from glm_jax.data.tokenizers import ice, sentencepiece
@@ -48,7 +49,7 @@ class Prepared:
 
     Attributes:
         shards: source -> split ("train", "heldout") -> documents. A held-out split may be empty.
-        indexes: the shards' indexes, with their counts (corpus.write_shards).
+        indexes: the shards' indexes, with their counts (shards.write_shards).
         digests: source -> digest of its shards. Equal digests mean equal tokens.
         languages, weights: as in config.data.sources.
         instructions, instruction_weights: sets of prompts and answers, by name (prompts.py).
@@ -273,7 +274,7 @@ def _shards(name: str, documents: Path, read: Tokenizer, cache: Path, report: Re
     """Tokenise one source's documents stage and return the directory of shards."""
     directory = cache / "shards" / _key(name, documents.name, read.digest)
     started = time.monotonic()
-    cached = made(directory, lambda building: corpus.write_shards(building, documents, read, name, pool))
+    cached = made(directory, lambda building: write_shards(building, documents, read, name, pool))
     index = corpus.read_index(directory)
     tokens, size = sum(index["tokens"].values()), sum(index["bytes"].values())
     done = _done("written", started, cached)
