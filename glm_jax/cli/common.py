@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -56,13 +55,13 @@ def with_entries(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def entry_values(values: flags.FlagValues) -> dict[str, Any]:
+def entry_values(values: flags.FlagValues) -> dict[str, object]:
     """Return what the flags set of entries of data.sources and data.instructions, by dotted key.
 
     Raises:
         UserError: a key that no entry has, or a value of another type.
     """
-    changes: dict[str, Any] = {}
+    changes: dict[str, object] = {}
     for text in values[ENTRY].value or ():
         key, _, value = text.partition("=")
         _, table, name, _ = key.split(".")

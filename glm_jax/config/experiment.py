@@ -33,13 +33,14 @@ from glm_jax.config.fields import (
 from glm_jax.config.model import GLMConfig, Model
 from glm_jax.config.training import Mesh, Optimizer, Pipeline, Train
 from glm_jax.errors import UserError
+from glm_jax.types import Json
 
 if TYPE_CHECKING:
     Config = Any  # what a person writes: `resolve` checks its keys, not a type checker
 else:
     Config = ConfigDict
 
-Changes = Mapping[str, Any]  # values by dotted key
+Changes = Mapping[str, object]  # values by dotted key
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def keys(
 
 def role(key: str) -> Role:
     """Return the role of a dotted key; of one that does not exist, that of the section it would be in."""
-    kind: Any = Experiment
+    kind: object = Experiment
     found: Role = "numbers"
     for name in key.split("."):
         one = next((one for one in definitions(kind) if one.name == name), None) if is_section(kind) else None
@@ -136,17 +137,17 @@ def default_config() -> Config:
     return ConfigDict(to_dict(Experiment()))
 
 
-def source(**changes: Any) -> Config:
+def source(**changes: object) -> Config:
     """Return an entry of `data.sources`: the defaults, and `changes`, among which `path` or `sample` must be."""
     return ConfigDict(to_dict(Source()) | changes)
 
 
-def instructions(**changes: Any) -> Config:
+def instructions(**changes: object) -> Config:
     """Return an entry of `data.instructions`: the defaults, and `changes`, among which `path` or `sample` must be."""
     return ConfigDict(to_dict(InstructionSet()) | changes)
 
 
-def resolve(config: Config | Mapping[str, Any]) -> Experiment:
+def resolve(config: Config | Mapping[str, object]) -> Experiment:
     """Fill in what an experiment left out and check every key, type and value.
 
     Args:
@@ -155,10 +156,13 @@ def resolve(config: Config | Mapping[str, Any]) -> Experiment:
     Raises:
         UserError: a key that does not exist (with the nearest that does), a value of the wrong type or out of range.
     """
-    return build(Experiment, _plain(config))
+    values = _plain(config)
+    if not is_mapping(values):
+        raise UserError(f"the config is {values!r}: let get_config() return default_config() with its changes")
+    return build(Experiment, values)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, ConfigDict):
         return value.to_dict()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return value
@@ -175,10 +179,10 @@ def with_changes(experiment: Experiment, changes: Changes) -> Experiment:
         *path, last = key.split(".")
         part = plain
         for name in path:
-            inner: Any = part.setdefault(name, {})
+            inner: object = part.setdefault(name, {})
             if not is_mapping(inner):
                 raise UserError(f"unknown config key {key}: {key.rpartition('.')[0]} has no parts")
-            part = cast(dict[str, Any], inner)
+            part = cast(Json, inner)  # `to_dict` makes nothing but dicts
         if value is None:
             part.pop(last, None)
         else:
@@ -189,12 +193,12 @@ def with_changes(experiment: Experiment, changes: Changes) -> Experiment:
     return build(Experiment, plain)
 
 
-def by_key(experiment: Experiment) -> dict[str, Any]:
+def by_key(experiment: Experiment) -> dict[str, object]:
     """Return every value by dotted key, in order."""
     return dict(flatten(to_dict(experiment)))
 
 
-def default_values(names: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+def default_values(names: Mapping[str, Iterable[str]]) -> dict[str, object]:
     """Return every default by dotted key, with those of the entries of data.sources and data.instructions.
 
     Args:

@@ -15,9 +15,10 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, Union
+from typing import Literal, NamedTuple, TypeGuard, TypeVar, Union, cast
 
 from glm_jax.errors import UserError
+from glm_jax.types import Json
 
 # frozen: a workdir keeps the value it was made with. operational: how a run is carried out and reported; changes its
 # numbers by rounding at most. numbers: all else; a run may resume with another value, which is then recorded.
@@ -43,7 +44,7 @@ class Key:
     at_least: float | None = None
     at_most: float | None = None
     below: float | None = None
-    example: Any = None
+    example: object = None
 
     def bounds(self) -> str:
         """Describe the range: empty without bounds."""
@@ -79,7 +80,7 @@ def field(
     at_least: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
-    example: Any = None,
+    example: object = None,
 ) -> T:
     """Define a key of a section; see `Key`. Choices are those of a Literal in the field's type.
 
@@ -98,8 +99,8 @@ class Definition(NamedTuple):
     """A key with all that is known of it; `type` is its evaluated annotation."""
 
     name: str
-    type: Any
-    default: Any
+    type: object
+    default: object
     key: Key
 
 
@@ -134,7 +135,7 @@ class Section:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, it must {problem}")
 
 
-def _problem(value: Any, kind: Any, key: Key) -> str:
+def _problem(value: object, kind: object, key: Key) -> str:
     """Return what a value must do that it does not, or nothing."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
@@ -147,28 +148,28 @@ def _problem(value: Any, kind: Any, key: Key) -> str:
     return ""
 
 
-def is_section(kind: Any) -> bool:
+def is_section(kind: object) -> TypeGuard[type[Section]]:
     """Whether a type is a section."""
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
-def entry_type(kind: Any) -> type[Section] | None:
+def entry_type(kind: object) -> type[Section] | None:
     """Return the section that a table by name holds, or None for any other type."""
     arguments = typing.get_args(kind)
     return arguments[1] if len(arguments) == 2 and is_section(arguments[1]) else None
 
 
-def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
-    """Whether a value is a mapping."""
-    return isinstance(value, Mapping)
+def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
+    """Whether a value is a mapping by name."""
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in cast(Mapping[object, object], value))
 
 
-def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+def is_list(value: object) -> TypeGuard[Sequence[object]]:
     """Whether a value is a list or a tuple."""
     return isinstance(value, list | tuple)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield (dotted key, value) for every leaf of nested mappings, in order."""
     for name, value in values.items():
         if is_mapping(value):
@@ -182,10 +183,10 @@ def in_section(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in sections)
 
 
-def to_dict(values: Section) -> dict[str, Any]:
+def to_dict(values: Section) -> Json:
     """Return a section as nested dicts, as `build` takes them."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         if isinstance(value, Section):
             return to_dict(value)
         return {name: plain(inner) for name, inner in value.items()} if is_mapping(value) else value
@@ -204,7 +205,7 @@ def closest(key: str, known: list[str], listing: str = "config show --config NAM
 S = TypeVar("S", bound=Section)
 
 
-def build(kind: type[S], values: Mapping[str, Any], where: str = "", known: list[str] | None = None) -> S:
+def build(kind: type[S], values: Mapping[str, object], where: str = "", known: list[str] | None = None) -> S:
     """Build a section from nested mappings; what they leave out keeps its default.
 
     Args:
@@ -218,7 +219,7 @@ def build(kind: type[S], values: Mapping[str, Any], where: str = "", known: list
     """
     known = [f"{where}{name}" for name in names(kind)] if known is None else known
     fields = {one.name: one for one in definitions(kind)}
-    made: dict[str, Any] = {}
+    made: dict[str, object] = {}
     for name, value in values.items():
         key = f"{where}{name}"
         if name not in fields:
@@ -226,21 +227,21 @@ def build(kind: type[S], values: Mapping[str, Any], where: str = "", known: list
             raise UserError(f"unknown config key {unknown}: {closest(unknown, known)}")
         one = fields[name]
         entry = entry_type(one.type)
-        if entry is not None:
+        if entry is None and not is_section(one.type):
+            made[name] = convert(key, value, one.type, one.key, one.default)
+        elif not is_mapping(value):
+            raise UserError(f"{key} is {value!r}: it is a section, set its keys")
+        elif entry is not None:
             made[name] = {label: _table_entry(entry, keys, f"{key}.{label}") for label, keys in value.items()}
         elif is_section(one.type):
-            if not is_mapping(value):
-                raise UserError(f"{key} is {value!r}: it is a section, set its keys")
             made[name] = build(one.type, value, f"{key}.", known)
-        else:
-            made[name] = convert(key, value, one.type, one.key, one.default)
     try:
         return kind(**made)
     except ValueError as error:
         raise UserError(f"{where}{error}") from None
 
 
-def _table_entry(kind: type[Section], keys: Any, where: str) -> Section:
+def _table_entry(kind: type[Section], keys: object, where: str) -> Section:
     if not is_mapping(keys):
         raise UserError(f"{where} is {keys!r}: give it keys, such as path and weight")
     return build(kind, keys, f"{where}.")
@@ -255,14 +256,14 @@ def names(kind: type) -> Iterator[str]:
             yield name
 
 
-def convert(where: str, value: Any, kind: Any, key: Key, default: Any) -> Any:
+def convert(where: str, value: object, kind: object, key: Key, default: object) -> object:
     """Return `value` in the type `kind`: an int may stand for a float, a list for a tuple.
 
     Raises:
         UserError: it is of another type.
     """
     origin = typing.get_origin(kind)
-    if kind is Any or (origin is Literal and type(value) in {type(one) for one in typing.get_args(kind)}):
+    if kind is object or (origin is Literal and type(value) in {type(one) for one in typing.get_args(kind)}):
         return value
     if origin in (tuple, Union, UnionType) and is_list(value):
         return _convert_tuple(where, value, kind, key)
@@ -273,7 +274,7 @@ def convert(where: str, value: Any, kind: Any, key: Key, default: Any) -> Any:
     return value
 
 
-def _convert_tuple(where: str, value: Sequence[Any], kind: Any, key: Key) -> tuple[Any, ...]:
+def _convert_tuple(where: str, value: Sequence[object], kind: object, key: Key) -> tuple[object, ...]:
     if typing.get_origin(kind) is not tuple:  # numbers that come together, or none: tuple[int, int] | tuple[()]
         count = max(len(typing.get_args(one)) for one in typing.get_args(kind))
         if value and (len(value) != count or any(type(entry) is not int for entry in value)):
@@ -282,13 +283,13 @@ def _convert_tuple(where: str, value: Sequence[Any], kind: Any, key: Key) -> tup
     return tuple(_convert_pair(where, entry, typing.get_args(kind)[0], key) for entry in value)
 
 
-def _convert_pair(where: str, entry: Any, kind: Any, key: Key) -> tuple[int, Any]:
+def _convert_pair(where: str, entry: object, kind: object, key: Key) -> tuple[int, object]:
     """Convert a pair of a whole number and a number, or a mapping by name."""
     second = typing.get_args(kind)[1]
     if is_list(entry) and len(entry) == 2 and type(entry[0]) is int:
         inner = entry[1]
         if typing.get_origin(second) is not None:
-            if is_mapping(inner) and all(isinstance(name, str) for name in inner):
+            if is_mapping(inner):
                 of = typing.get_args(second)[1]
                 return entry[0], {name: convert(f"{where} of {name}", one, of, key, 0.0) for name, one in inner.items()}
         elif type(inner) in (int, second):

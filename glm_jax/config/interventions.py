@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from glm_jax.config.experiment import Experiment, by_key, role, with_changes
+from glm_jax.types import Json
 
 
 def effective(config: Experiment, step: int, skipped: Iterable[tuple[int, int]] = ()) -> Experiment:
@@ -22,7 +22,7 @@ def effective(config: Experiment, step: int, skipped: Iterable[tuple[int, int]] 
         step: the last one taken.
         skipped: ranges of steps that a spike has had skipped; each uses up one of train.spike.rollbacks.
     """
-    changes: dict[str, Any] = {}
+    changes: dict[str, object] = {}
     for at, values in sorted(config.interventions, key=lambda pair: pair[0]):
         if at <= step:
             changes |= values
@@ -41,19 +41,19 @@ def next_step(config: Experiment, step: int, last: int) -> int:
     return min([at for at, _ in config.interventions if at > step] + [last])
 
 
-def numbers(config: Experiment) -> dict[str, Any]:
+def numbers(config: Experiment) -> Json:
     """Return the keys that a run's numbers follow from, as they look after a trip through JSON."""
     plain = json.loads(json.dumps(by_key(config)))
     return {key: value for key, value in plain.items() if role(key) != "operational"}
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changes(before: Mapping[str, object], after: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """Return what differs between two results of `numbers`."""
     keys = sorted(before.keys() | after.keys())
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
-def after_spikes(before: Mapping[str, Any], skipped: Iterable[tuple[int, int]]) -> dict[str, Any]:
+def after_spikes(before: Json, skipped: Iterable[tuple[int, int]]) -> Json:
     """Return a result of `numbers` with the spikes taken in that it did not know yet, as `effective` does."""
     known, left = before["train.skip_steps"], before["train.spike.rollbacks"]
     ranges = [list(pair) for pair in skipped if list(pair) not in known]
@@ -65,15 +65,15 @@ def after_spikes(before: Mapping[str, Any], skipped: Iterable[tuple[int, int]]) 
 
 
 def causes(
-    config: Experiment, step: int, before: Mapping[str, Any], now: Experiment, skipped: Iterable[tuple[int, int]]
-) -> list[tuple[str, dict[str, tuple[Any, Any]]]]:
+    config: Experiment, step: int, before: Mapping[str, object], now: Experiment, skipped: Iterable[tuple[int, int]]
+) -> list[tuple[str, dict[str, tuple[object, object]]]]:
     """Return what differs now from the numbers `before`, by cause: `planned` in `config`, or by a new `config`.
 
     Spikes that were gone back from, which had the steps `skipped`, have lines of their own in the record.
     """
     due = {key for at, values in config.interventions if at <= step for key in values}
-    before = {**numbers(Experiment()), **before}  # an older version did not know every key, and did as the default says
-    found = changes(after_spikes(before, skipped), numbers(now))
+    filled: Json = {**numbers(Experiment()), **before}  # what an older version did not know was as the default is
+    found = changes(after_spikes(filled, skipped), numbers(now))
     by_cause = [(cause, {key: pair for key, pair in found.items() if (key in due) == planned})
                 for cause, planned in (("planned", True), ("config", False))]  # fmt: skip
     return [(cause, changed) for cause, changed in by_cause if changed]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import UnionType
-from typing import Any, Literal, Union
+from typing import Literal, Union
 
 from glm_jax.config.experiment import keys
 from glm_jax.config.fields import Definition
+
+_TYPES: Mapping[object, str] = {int: "int", float: "float", bool: "bool", str: "text"}
 
 _INTRODUCTION = """# Configuration
 
@@ -45,8 +47,8 @@ def takes(definition: Definition) -> str:
     return " ".join(filter(None, (_type_name(kind), bounds)))
 
 
-def _type_name(kind: Any) -> str:
+def _type_name(kind: object) -> str:
     if typing.get_origin(kind) in (Union, UnionType):
         count = max(len(typing.get_args(one)) for one in typing.get_args(kind))
         return f"{count} whole numbers, or nothing"
-    return {int: "int", float: "float", bool: "bool", str: "text"}[kind]
+    return _TYPES[kind]

@@ -6,8 +6,8 @@ Tokens are drawn as SVG text, which any reader's own fonts show, Chinese too; th
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 from xml.sax.saxutils import escape
 
 import jax.numpy as jnp
@@ -31,6 +31,16 @@ PLAIN, PADDING = "#f2f2f2", "#ffffff"  # of context tokens outside blanks, and o
 PALETTE = (*style.COLOURS[4:6], *style.COLOURS[2:4], style.COLOURS[6])  # of blanks, under dark text
 LEGEND = ("may not see", "context sees context", "target sees context", "target sees target, up to itself")
 CELLS = ("#ffffff", *(style.COLOURS[place] for place in (4, 0, 5)))
+
+
+class Tokenizer(SpecialTokens, Protocol):
+    """What writes tokens as text; see data.tokenizers."""
+
+    token_bytes: np.ndarray
+
+    def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
+        """Return the text of `ids`, special tokens by name if `specials`."""
+        ...
 
 
 class Token(NamedTuple):
@@ -62,13 +72,13 @@ def blanks(batch: Batch, b: int, special: SpecialTokens) -> np.ndarray:
     return number
 
 
-def row_tokens(batch: Batch, b: int, tokenizer: Any) -> list[Token]:
+def row_tokens(batch: Batch, b: int, tokenizer: Tokenizer) -> list[Token]:
     """List the places of row b up to its padding.
 
     Args:
-        batch: as data.batches.Batches.at gives it.
+        batch: as `Batches.at` returns it.
         b: the row.
-        tokenizer: a data.tokenizer.Tokenizer.
+        tokenizer: of the batch.
     """
     found, number = [], blanks(batch, b, tokenizer)
     for place in np.flatnonzero(batch.segments[b]):
@@ -81,13 +91,13 @@ def row_tokens(batch: Batch, b: int, tokenizer: Any) -> list[Token]:
     return found
 
 
-def shown(token: int, tokenizer: Any) -> str:
+def shown(token: int, tokenizer: Tokenizer) -> str:
     """Write a token: special ones by name, a space as ␣, a newline as ⏎, a byte of a character as ▯."""
     text = tokenizer.decode([token], specials=True)
     return text.translate(str.maketrans(" \n\t\ufffd", "␣⏎⇥▯"))
 
 
-def tokens_svg(batch: Batch, b: int, tokenizer: Any, title: str = "") -> str:
+def tokens_svg(batch: Batch, b: int, tokenizer: Tokenizer, title: str = "") -> str:
     """Draw row b: its tokens, each blank and its target in one colour; below, targets and positions.
 
     Args:
@@ -165,8 +175,8 @@ def visibility_figure(batch: Batch, rows: Sequence[int], titles: Sequence[str]) 
     made, axes = style.figure(1, len(rows), width=3.5, height=3.9)
     for axis, b, title in zip(axes, rows, titles, strict=True):
         kinds = visible(batch, b)
-        look: dict[str, Any] = {"cmap": ListedColormap(CELLS), "vmin": 0, "vmax": len(CELLS) - 1}
-        axis.imshow(kinds, interpolation="nearest", aspect="auto", **look)
+        colours = ListedColormap(CELLS)
+        axis.imshow(kinds, interpolation="nearest", aspect="auto", cmap=colours, vmin=0, vmax=len(CELLS) - 1)
         segments = batch.segments[b]
         for place in np.flatnonzero(np.diff(segments)):
             axis.axvline(place + 0.5, color=style.INK, linewidth=0.7)

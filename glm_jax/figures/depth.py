@@ -13,8 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from glm_jax.figures import style
 from glm_jax.figures.diagnostics import Scales, exponent
 
-Measured = Mapping[str, Mapping[int, Scales]]  # by name of a scheme, by depth
-Quantity = Callable[[Scales], np.ndarray]
+Measured = Mapping[str, Mapping[int, Scales[np.ndarray]]]  # by name of a scheme, by depth
+Quantity = Callable[[Scales[np.ndarray]], np.ndarray]
 
 MARKERS = "osD^vP"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -40,7 +40,7 @@ def logarithmic(axis: XAxis | YAxis) -> None:
     axis.set_major_formatter(FuncFormatter(tick))
 
 
-def share(scales: Scales) -> np.ndarray:
+def share(scales: Scales[np.ndarray]) -> np.ndarray:
     """Return how large each branch is against the residual it is added to: [seeds, 2L]."""
     return scales.branch / scales.residual
 

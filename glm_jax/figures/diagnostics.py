@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,11 @@ from glm_jax.model.layers import LayerNorm, run
 from glm_jax.model.positions import PositionTerms, position_terms
 from glm_jax.model.residual import residual_update
 from glm_jax.model.transformer import blocks, embed, head
+from glm_jax.types import Tree
 
 Array = jax.Array
-Params = dict[str, Any]
+A = TypeVar("A", np.ndarray, Array)  # of measures: jax.Array of one seed, np.ndarray of several
+Params = dict[str, Tree]
 Sublayer = Callable[[Array], Array]
 
 SCHEMES: tuple[Norm, ...] = ("post", "pre", "sandwich", "deepnorm")
@@ -52,18 +54,18 @@ class RandomRows(NamedTuple):
     loss_mask: Array  # float32 [B, S]
 
 
-class Scales(NamedTuple):
+class Scales(NamedTuple, Generic[A]):
     """Root mean squares along the depth, norms of gradients, and updates: of one seed, or with a leading axis of seeds.
 
     Sublayers are counted attention, feed-forward, attention, ...: 2L of them. Params come in two kinds, see `KINDS`.
     """
 
-    stream: Any  # float32 [2L + 1]: what each layer norm reads, the final one last
-    sublayer: Any  # float32 [2L]: what each sublayer gives
-    branch: Any  # float32 [2L]: what is added to the residual: the sublayer's output, behind sandwich's second norm
-    residual: Any  # float32 [2L]: what it is added to; alpha times the normed stream under deepnorm
-    gradient: dict[str, Any]  # by kind, float32 [L]: norm of the gradient of each block's params
-    update: dict[str, Any]  # by kind, float32 []: see `model_update`
+    stream: A  # float32 [2L + 1]: what each layer norm reads, the final one last
+    sublayer: A  # float32 [2L]: what each sublayer gives
+    branch: A  # float32 [2L]: what is added to the residual: the sublayer's output, behind sandwich's second norm
+    residual: A  # float32 [2L]: what it is added to; alpha times the normed stream under deepnorm
+    gradient: dict[str, A]  # by kind, float32 [L]: norm of the gradient of each block's params
+    update: dict[str, A]  # by kind, float32 []: see `model_update`
 
 
 def tiny(norm: Norm, layers: int, activation: Activation = "geglu") -> GLMConfig:
@@ -198,7 +200,7 @@ def model_update(cfg: GLMConfig, params: Params, rows: RandomRows, gradients: Pa
     the stack of blocks does (F in section 4 of DeepNet). No warm-up, no clipping, no weight decay.
     """
     adam = optax.adam(RATE, b1=0.9, b2=0.95)  # its first step is close to the gradient's sign
-    step: Any = adam.update(gradients["blocks"], adam.init(gradients["blocks"]))[0]
+    step: Tree = adam.update(gradients["blocks"], adam.init(gradients["blocks"]))[0]
     updated = optax.apply_updates(params["blocks"], only(kind, step))
     return rms(output(cfg, params | {"blocks": updated}, rows) - output(cfg, params, rows))
 
@@ -215,7 +217,7 @@ def _look(cfg: GLMConfig, params: Params, rows: RandomRows) -> tuple[dict[str, A
     return forward_scales(cfg, params, rows), jax.grad(functools.partial(loss, cfg))(params, rows)
 
 
-def measure_one(cfg: GLMConfig, seed: int) -> Scales:
+def measure_one(cfg: GLMConfig, seed: int) -> Scales[Array]:
     """Initialise a model from a seed and measure it on rows of the same seed."""
     params, rows = start(cfg, jnp.int32(seed))
     scales, gradients = _look(cfg, params, rows)
@@ -226,7 +228,7 @@ def measure_one(cfg: GLMConfig, seed: int) -> Scales:
     )
 
 
-def measure(cfg: GLMConfig, seeds: Sequence[int]) -> Scales:
+def measure(cfg: GLMConfig, seeds: Sequence[int]) -> Scales[np.ndarray]:
     """Measure a model at several seeds, which share its programs: numpy arrays with a leading axis of seeds."""
     measured = [measure_one(cfg, seed) for seed in seeds]
     return jax.tree.map(lambda *values: np.stack([np.asarray(value) for value in values]), *measured)

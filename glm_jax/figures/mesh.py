@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import matplotlib
@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.typing import ColorType
 
 from glm_jax.figures import style
 from glm_jax.figures.depth import logarithmic
@@ -143,7 +144,7 @@ def _draw_parts(
 ) -> None:
     """Draw one array as the unit square, each part in its stage's colour, and name its dimensions on the axes."""
     used = partition.mesh_axes(spec)
-    shades = matplotlib.colormaps[style.MAP](np.linspace(0.25, 0.95, sizes["pipeline"]))
+    shades = [matplotlib.colormaps[style.MAP](place) for place in np.linspace(0.25, 0.95, sizes["pipeline"])]
     parts: dict[Box, dict[str, int]] = {}
     for each in devices(sizes):
         parts.setdefault(box(layout.shape, spec, sizes, each), each)
@@ -170,7 +171,7 @@ def _draw_parts(
     axis.set_ylabel("\n".join(down), fontsize=7)
 
 
-def _contrast(shade: Any) -> str:
+def _contrast(shade: ColorType) -> str:
     red, green, blue = to_rgb(shade)
     return "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"
 
@@ -249,9 +250,9 @@ def stash_and_bubble(stages: int, microbatches: Sequence[int], marked: int, titl
     made, (idle, stash) = style.figure(1, 2, width=4.6, height=3.0)
     for name, colour, width, line in (("gpipe", style.COLOURS[4], 4.5, "-"), ("1f1b", style.COLOURS[0], 1.6, "--")):
         tables = [schedule.build(name, stages, count) for count in microbatches]
-        look: dict[str, Any] = {"color": colour, "linewidth": width, "linestyle": line, "label": name}
-        idle.plot(microbatches, [100 * float(table.bubble) for table in tables], **look)
-        stash.plot(microbatches, [max(table.in_flight) for table in tables], **look)
+        shares, slots = [100 * float(table.bubble) for table in tables], [max(table.in_flight) for table in tables]
+        for axis, costs in ((idle, shares), (stash, slots)):
+            axis.plot(microbatches, costs, color=colour, linewidth=width, linestyle=line, label=name)
     for axis, y, name in ((idle, "idle time, %", "Bubble"), (stash, "stash slots of the fullest stage", "Stash")):
         axis.axvline(marked, color=MARK, linewidth=1.2, linestyle=":", label=f"M = {marked}")
         logarithmic(axis.xaxis)

@@ -7,12 +7,12 @@ import textwrap
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from glm_jax.config import default_values
 from glm_jax.config.fields import flatten
 from glm_jax.errors import UserError
 from glm_jax.storage.files import write_atomic
+from glm_jax.types import Json
 from glm_jax.workdir.folder import CONFIG
 from glm_jax.workdir.history import MARK_NAMES, Mark, Record, read
 
@@ -73,7 +73,7 @@ def write(workdir: Path, out: Path | None = None) -> Path:
     return path
 
 
-def page(record: Record, config: dict[str, Any], name: str) -> str:
+def page(record: Record, config: Json, name: str) -> str:
     """Return the page: facts, curves, events, and what the config says other than the defaults."""
     from glm_jax.figures import curves, style
 
@@ -101,7 +101,7 @@ def page(record: Record, config: dict[str, Any], name: str) -> str:
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def picture(record: Record, config: dict[str, Any], name: str) -> bytes:
+def picture(record: Record, config: Json, name: str) -> bytes:
     """Return the curves as one PNG, the facts as its head."""
     from glm_jax.figures import curves, style
 
@@ -120,7 +120,7 @@ def picture(record: Record, config: dict[str, Any], name: str) -> bytes:
     return style.png(drawn)
 
 
-def facts(record: Record, config: dict[str, Any]) -> list[tuple[str, str]]:
+def facts(record: Record, config: Json) -> list[tuple[str, str]]:
     """Return the head of a report as (name, value): how far the run is and how well it does."""
     train, heldout = record.last("train"), record.last("evaluation")
     total = config.get("train", {}).get("steps")
@@ -140,7 +140,7 @@ def facts(record: Record, config: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def differences(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def differences(config: Json) -> list[tuple[str, object, object]]:
     """List (key, value, default) of what a config says other than the defaults; None where there is no default."""
     data = config.get("data", {})
     names = {table: data.get(table, {}) for table in ("sources", "instructions")}
@@ -152,7 +152,7 @@ def differences(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def _read_config(workdir: Path) -> dict[str, Any]:
+def _read_config(workdir: Path) -> Json:
     """Read the workdir's config as plain values, which may be of another version; empty if there is none."""
     path = workdir / CONFIG
     try:
@@ -189,7 +189,7 @@ def _events_table(marks: Iterable[Mark]) -> str:
     return _table("Events", ["", "step", "samples", "event", "what"], rows, numbers=3)
 
 
-def _config_table(config: dict[str, Any]) -> str:
+def _config_table(config: Json) -> str:
     rows = [
         [f"<td><code>{escape(key)}</code></td>", _code(value), _code(default)]
         for key, value, default in differences(config)
@@ -211,7 +211,7 @@ def _cell(text: str, number: bool = False) -> str:
     return f'<td class="number">{escape(text)}</td>' if number else f"<td>{escape(text)}</td>"
 
 
-def _code(value: Any) -> str:
+def _code(value: object) -> str:
     return "<td></td>" if value is None else f"<td><code>{escape(json.dumps(value, ensure_ascii=False))}</code></td>"
 
 

@@ -5,10 +5,10 @@ Figures are matplotlib objects made without pyplot, so that drawing leaves no st
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,23 +20,26 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#f
 INK = "#262626"  # lines of totals, text and axes; `svg` turns it into the colour of the text around the figure
 MAP = "cividis"  # of heat maps; reads the same to colour-blind readers and in grey
 
-_SETTINGS: Any = {
-    "font.family": "sans-serif",
-    "font.size": 9.0,
-    "text.parse_math": False,  # names of sources may hold a dollar
-    "svg.fonttype": "none",
-    "svg.hashsalt": "glm_jax",
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
+
+def _settings() -> contextlib.AbstractContextManager[None]:
+    """Put matplotlib's settings for every figure in force."""
+    return matplotlib.rc_context({
+        "font.family": "sans-serif",
+        "font.size": 9.0,
+        "text.parse_math": False,  # names of sources may hold a dollar
+        "svg.fonttype": "none",
+        "svg.hashsalt": "glm_jax",
+        "text.color": INK,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    })  # fmt: skip
 
 
 def figure(rows: int, columns: int, width: float = 5.6, height: float = 2.6) -> tuple[Figure, list[Axes]]:
     """Return a transparent figure and its axes, row by row; `width` and `height` are one axis's, in inches."""
-    with matplotlib.rc_context(_SETTINGS):
+    with _settings():
         made = Figure(figsize=(columns * width, rows * height), layout="constrained", facecolor="none")
         axes = [made.add_subplot(rows, columns, place + 1) for place in range(rows * columns)]
     for axis in axes:
@@ -47,7 +50,7 @@ def figure(rows: int, columns: int, width: float = 5.6, height: float = 2.6) -> 
 
 def finish(axis: Axes, x: str = "", y: str = "", title: str = "", legend: bool = True) -> None:
     """Label an axis, take away its box, and name its lines if `legend` and any has a label."""
-    with matplotlib.rc_context(_SETTINGS):
+    with _settings():
         axis.set_xlabel(x)
         axis.set_ylabel(y)
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
@@ -83,13 +86,13 @@ def svg(drawn: Figure) -> str:
 
 def png(drawn: Figure, dots_per_inch: int = 110) -> bytes:
     """Return a figure as a PNG file on white."""
-    return _save(drawn, "png", facecolor="white", dpi=dots_per_inch)
+    return _save(drawn, "png", "white", dots_per_inch)
 
 
-def _save(drawn: Figure, kind: str, **options: Any) -> bytes:
+def _save(drawn: Figure, kind: str, background: str = "auto", dots_per_inch: int | str = "figure") -> bytes:
     file = io.BytesIO()
     nameless = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}[kind]
-    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+    with _settings(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a source's name in another script
-        drawn.savefig(file, format=kind, metadata=nameless, **options)
+        drawn.savefig(file, format=kind, metadata=nameless, facecolor=background, dpi=dots_per_inch)
     return file.getvalue()

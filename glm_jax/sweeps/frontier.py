@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from glm_jax.sweeps.results import Row, spread, table
 
 Settings = tuple[str, ...]  # labels of the axes but the learning rate's and the seed's
 
 
-def settings(row: Mapping[str, Any], rate: str = "lr") -> Settings:
+def settings(row: Row, rate: str = "lr") -> Settings:
     """Return the labels of a row but those of its learning rate and its seed."""
     return tuple(label for axis, label in row["labels"].items() if axis not in (rate, "seed"))
 

@@ -12,7 +12,6 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +29,11 @@ from glm_jax.training import recipe, stretch
 from glm_jax.training.evaluation import HeldOut
 from glm_jax.training.state import StepConfig, TrainState, init_state
 from glm_jax.training.step import Controls, train_step
+from glm_jax.types import Tree
 
 Array = jax.Array
-GroupStep = Callable[[TrainState, Any, Any, Any], tuple[TrainState, dict[str, Any]]]
+Metrics = dict[str, Tree]  # of a step, by name; see `train_step`
+GroupStep = Callable[[TrainState, Rows[np.ndarray], np.ndarray, np.ndarray], tuple[TrainState, Metrics]]
 
 CACHED = 8 << 20  # bytes of a block's state and logits
 
@@ -127,14 +128,16 @@ def compile_group(cfg: StepConfig, mesh: jax.sharding.Mesh, streams: np.ndarray,
     """
     requests = jnp.zeros(mesh.size, jnp.int32)
 
-    def one(state: TrainState, batches: Any, stream: Array, lr: Array, shrink: Array) -> Any:
+    def one(
+        state: TrainState, batches: Rows[Array], stream: Array, lr: Array, shrink: Array
+    ) -> tuple[TrainState, Metrics]:
         batch = jax.tree.map(lambda array: array[stream], batches)
         return train_step(cfg, mesh, state, batch, Controls(lr, shrink, requests))
 
-    def step(states: TrainState, batches: Any, lrs: Array, shrinks: Array) -> Any:
+    def step(states: TrainState, batches: Rows[Array], lrs: Array, shrinks: Array) -> tuple[TrainState, Metrics]:
         taken = (states, jnp.asarray(streams), lrs, shrinks)
 
-        def member(values: Any) -> Any:
+        def member(values: tuple[TrainState, Array, Array, Array]) -> tuple[TrainState, Metrics]:
             state, stream, lr, shrink = values
             return one(state, batches, stream, lr, shrink)
 
@@ -184,7 +187,7 @@ def train(
     first = configs[0]
     step, states, streams = begin(configs, prepared)
     counts = np.zeros((streams.of_member.max() + 1, states.params["embedding"]["word"].shape[1]))  # [streams, V]
-    taken: list[dict[str, Any]] = []
+    taken: list[Metrics] = []
     for number in range(1, first.train.steps + 1):
         batches = streams.at(number)
         for stream, targets in enumerate(batches.targets):
@@ -220,7 +223,7 @@ def _evaluate(
     cfg, mesh = _shared(configs, prepared)
 
     @jax.jit
-    def losses(params: Any, batch: Any, member: Array) -> Array:
+    def losses(params: Tree, batch: Rows[Array], member: Array) -> Array:
         own = jax.tree.map(lambda array: array[member], params)
         return passes.losses(cfg.engine, mesh, own, batch)
 
@@ -238,7 +241,7 @@ def _evaluate(
 
 def _outcome(
     config: Experiment,
-    taken: Sequence[Mapping[str, Any]],
+    taken: Sequence[Metrics],
     member: int,
     heldout: Mapping[str, float],
     uniform: float,

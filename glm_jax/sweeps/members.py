@@ -24,7 +24,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from glm_jax.config import Experiment, by_key, with_changes
 from glm_jax.config.fields import in_section, to_dict
@@ -42,7 +42,7 @@ PLAIN_KEYS = {"mesh.data": 1, "mesh.pipeline": 1, "mesh.tensor": 1, "train.batch
 
 TOGETHER = 32  # members of a group at most: their states lie in memory side by side
 
-Sweep = Mapping[str, Mapping[str, Mapping[str, Any]]]  # axis -> label -> dotted key -> value
+Sweep = Mapping[str, Mapping[str, Mapping[str, object]]]  # axis -> label -> dotted key -> value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Member:
 
     name: str
     labels: Mapping[str, str]
-    changes: Mapping[str, Any]
+    changes: Mapping[str, object]
     config: Experiment
 
 
@@ -108,7 +108,7 @@ def load(path: Path) -> Sweep:
     return read_axes(axes, str(path))
 
 
-def read_axes(axes: Any, where: str = "get_sweep()") -> Sweep:
+def read_axes(axes: object, where: str = "get_sweep()") -> Sweep:
     """Check what `get_sweep` gave and write out every axis as labels and their keys.
 
     Raises:
@@ -119,7 +119,7 @@ def read_axes(axes: Any, where: str = "get_sweep()") -> Sweep:
     return {name: _read_axis(name, values, where) for name, values in axes.items()}
 
 
-def _read_axis(name: Any, values: Any, where: str) -> dict[str, Mapping[str, Any]]:
+def _read_axis(name: object, values: object, where: str) -> dict[str, Mapping[str, object]]:
     if not _fits_a_file(name) or not isinstance(values, Mapping | list | tuple) or not values:
         raise UserError(f"{where}: the axis {name!r} is {values!r}: give it values, or labels with the keys they set")
     if isinstance(values, Mapping):
@@ -133,11 +133,11 @@ def _read_axis(name: Any, values: Any, where: str) -> dict[str, Mapping[str, Any
     return {label: {name: value} for label, value in zip(labels, values, strict=True)}
 
 
-def _label(value: Any) -> str:
+def _label(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _fits_a_file(label: Any) -> bool:
+def _fits_a_file(label: object) -> TypeGuard[str]:
     return isinstance(label, str) and 0 < len(label) < 40 and not set(label) & set("/,= \n\0")
 
 
@@ -157,7 +157,7 @@ def expand(base: Experiment, sweep: Sweep) -> list[Member]:
     for labels in itertools.product(*sweep.values()):
         chosen = dict(zip(sweep, labels, strict=True))
         name = ",".join(f"{short[axis]}={label}" for axis, label in chosen.items())
-        changes: dict[str, Any] = {}
+        changes: dict[str, object] = {}
         for axis, label in chosen.items():
             for key, value in sweep[axis][label].items():
                 if key in changes:
@@ -172,7 +172,7 @@ def expand(base: Experiment, sweep: Sweep) -> list[Member]:
     return members
 
 
-def _short_names(sweep: Mapping[str, Any]) -> dict[str, str]:
+def _short_names(sweep: Mapping[str, object]) -> dict[str, str]:
     """Name each axis by the last part of its key where that tells it from the others."""
     last = [axis.rpartition(".")[2] for axis in sweep]
     return {axis: name if last.count(name) == 1 else axis for axis, name in zip(sweep, last, strict=True)}

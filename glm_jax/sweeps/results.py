@@ -16,7 +16,6 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,12 +23,13 @@ from glm_jax.errors import UserError
 from glm_jax.storage.files import write_atomic
 from glm_jax.sweeps import verdict as sweep_verdict
 from glm_jax.sweeps.members import Member
+from glm_jax.types import Json
 
 DESCRIPTION, MEMBERS, LOGS = "sweep.json", "members", "logs"
 RESULTS, TABLE = "results.json", "results.md"
 DIGITS = 9  # significant digits of a saved number: what a float32 needs to be read back as it was
 
-Row = dict[str, Any]
+Row = Json  # a member's result, or a line of results.json
 
 
 def member_path(workdir: Path, name: str) -> Path:
@@ -42,7 +42,7 @@ def number(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def save_member(workdir: Path, result: Mapping[str, Any]) -> None:
+def save_member(workdir: Path, result: Row) -> None:
     """Write a member's result, whole or not at all."""
     write_atomic(member_path(workdir, result["name"]), json.dumps(result, allow_nan=False) + "\n")
 
@@ -73,7 +73,7 @@ def read_all(workdir: Path) -> list[Row]:
     return [read_member(path) for path in paths if path.exists()]
 
 
-def read_description(workdir: Path) -> dict[str, Any]:
+def read_description(workdir: Path) -> Json:
     """Read sweep.json.
 
     Raises:
@@ -91,7 +91,7 @@ def read_description(workdir: Path) -> dict[str, Any]:
     raise UserError(f"{path} is damaged: bring it back, or name another --workdir")
 
 
-def provenance(description: Mapping[str, Any], there: int) -> str:
+def provenance(description: Json, there: int) -> str:
     """Return in Markdown where results come from: command, commit, jax, members that are there, steps."""
     commit = description["commit"]
     told = f"commit `{commit[:12]}{'+' * commit.endswith('+')}`" if commit else "no commit"  # +: of a changed tree
@@ -101,12 +101,12 @@ def provenance(description: Mapping[str, Any], there: int) -> str:
     )
 
 
-def steps_text(base: Mapping[str, Any]) -> str:
+def steps_text(base: Mapping[str, object]) -> str:
     """Return how long the members of a sweep with this base train."""
     return f"{base['train.steps']} steps of {base['train.global_batch']} rows of {base['data.seq_length']} tokens"
 
 
-def rule() -> dict[str, Any]:
+def rule() -> Json:
     """Return the rule of divergence as sweep.json has it, in numbers and in words."""
     return {"rule": sweep_verdict.RULE, "rule_text": sweep_verdict.__doc__}
 
@@ -121,14 +121,14 @@ def missing(workdir: Path, members: Iterable[Member]) -> bool:
     return False
 
 
-def row(result: Mapping[str, Any]) -> Row:
+def row(result: Row) -> Row:
     """Return a result without its curves and what the clock had to do with it, judged by the rule as it is now."""
     verdict = judge_again(result)
     judged = {"status": verdict.status, "step": verdict.step, "reason": verdict.reason}
     return {name: value for name, value in result.items() if name not in ("curves", "run")} | judged
 
 
-def judge_again(result: Mapping[str, Any]) -> sweep_verdict.Verdict:
+def judge_again(result: Row) -> sweep_verdict.Verdict:
     """Apply the rule of divergence to a saved curve."""
     losses = np.array(result["curves"]["loss"], np.float64)  # None, as saved, becomes NaN
     return sweep_verdict.judge(losses, result["warmup"], result["uniform"], result["unigram"])

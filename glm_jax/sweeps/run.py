@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -34,6 +34,7 @@ from glm_jax.storage.files import write_atomic
 from glm_jax.sweeps import members as sweep_members
 from glm_jax.sweeps import results
 from glm_jax.sweeps.members import Group, Member, Sweep
+from glm_jax.types import Json
 
 DONE, STOPPED = 0, 3  # exit codes
 FREE_KEYS = ("data.cache",)  # may differ when a sweep goes on
@@ -75,7 +76,7 @@ def train_all(base: Experiment, path: Path, workdir: Path, parallel: int, say: S
                             "command goes on") from error  # fmt: skip
 
 
-def _run(workdir: Path, description: dict[str, Any], groups: Sequence[Group], parallel: int, say: Say) -> int:
+def _run(workdir: Path, description: Json, groups: Sequence[Group], parallel: int, say: Say) -> int:
     _check_same(workdir, description)
     if not (workdir / results.DESCRIPTION).exists():
         write_atomic(workdir / results.DESCRIPTION, json.dumps(description, indent=1) + "\n")
@@ -111,12 +112,12 @@ def listing(base: Experiment, path: Path) -> Iterator[str]:
             yield f"  {member.name}"
 
 
-def _numbers(base: Experiment) -> dict[str, Any]:
+def _numbers(base: Experiment) -> Json:
     plain = json.loads(json.dumps(by_key(base)))
     return {key: value for key, value in plain.items() if not in_section(key, FREE_KEYS)}
 
 
-def _check_same(workdir: Path, description: dict[str, Any]) -> None:
+def _check_same(workdir: Path, description: Json) -> None:
     """Check that the workdir holds no other sweep, and none on other texts; the rule judges old curves as well."""
     if not (workdir / results.DESCRIPTION).exists():
         return
@@ -135,7 +136,7 @@ def _check_same(workdir: Path, description: dict[str, Any]) -> None:
         raise UserError(f"{workdir} holds a sweep with other {what}{hint}: set it back, or name another --workdir")
 
 
-def _prepare(members: Sequence[Member], say: Say) -> list[dict[str, Any]]:
+def _prepare(members: Sequence[Member], say: Say) -> list[Json]:
     """Prepare all data before any process asks for it, and find what is wrong with it. Returns what it is."""
     from glm_jax.sweeps.group import prepare_all
 
@@ -143,7 +144,7 @@ def _prepare(members: Sequence[Member], say: Say) -> list[dict[str, Any]]:
     return [{"tokenizer": data.tokenizer.digest, "sources": data.digests} for data in prepared.values()]
 
 
-def _describe(path: Path, base: Experiment, sweep: Sweep, members: Sequence[Member]) -> dict[str, Any]:
+def _describe(path: Path, base: Experiment, sweep: Sweep, members: Sequence[Member]) -> Json:
     """Return what sweep.json says, but its data."""
     packages = ("glm-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.stem
@@ -237,7 +238,7 @@ class _Pool:
         self._report(f"{group.name}: {len(names)} members in {time.monotonic() - started:.0f} s, {diverged} diverged")
         return None
 
-    def _work(self, group: Group, errors: Any) -> int:
+    def _work(self, group: Group, errors: TextIO) -> int:
         environment = {"JAX_PLATFORMS": "cpu", **os.environ, "NPROC": "1"}  # threads of XLA on the CPU
         process = subprocess.Popen(
             [sys.executable, "-m", "glm_jax.sweeps.worker"], env=environment, text=True,

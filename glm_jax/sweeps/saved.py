@@ -20,7 +20,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
@@ -43,6 +42,7 @@ from glm_jax.sweeps.results import (
     steps_text,
 )
 from glm_jax.sweeps.worker import result
+from glm_jax.types import Json
 
 CURVES = "curves.json"
 DIGITS = 4  # significant
@@ -66,7 +66,7 @@ class Saved:
             [n], the moving average, at `loss_step`, and the others [m] at `step`. NaN is what was not finite.
     """
 
-    description: Mapping[str, Any]
+    description: Json
     results: list[Row]
 
     @property
@@ -107,7 +107,7 @@ class Saved:
         return f" By {axis}: {told}."
 
 
-def thin(full: Mapping[str, Any], points: int) -> dict[str, list[float | None]]:
+def thin(full: Row, points: int) -> dict[str, list[float | None]]:
     """Take at most about `points` points of each curve of a member's result that the figures draw."""
     curves = full["curves"]
     losses = np.array(curves["loss"], np.float64)  # [T], None becomes NaN
@@ -150,7 +150,7 @@ def save(workdir: Path, folder: Path) -> int:
     return len(results)
 
 
-def _compact(value: Any) -> str:
+def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
@@ -173,7 +173,7 @@ def _arrays(curves: Mapping[str, list[float | None]]) -> dict[str, np.ndarray]:
     return {name: np.array(values, np.float64) for name, values in curves.items()}
 
 
-def train_small(base: Config, axes: Mapping[str, Any]) -> Saved:
+def train_small(base: Config, axes: Mapping[str, object]) -> Saved:
     """Train the members of a small sweep here and now, on docstrings of the standard library; nothing is kept.
 
     Args:

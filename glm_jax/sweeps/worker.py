@@ -12,19 +12,18 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from glm_jax.config import Experiment, resolve
 from glm_jax.errors import UserError
 from glm_jax.sweeps import group
 from glm_jax.sweeps import verdict as sweep_verdict
 from glm_jax.sweeps.group import Outcome
-from glm_jax.sweeps.results import number, save_member
+from glm_jax.sweeps.results import Row, number, save_member
+from glm_jax.types import Json
 
 
-def work(job: Mapping[str, Any]) -> None:
+def work(job: Json) -> None:
     """Train the group of a job and write its members' results."""
     started = time.monotonic()
     resolved = [resolve(member["config"]) for member in job["members"]]
@@ -36,7 +35,7 @@ def work(job: Mapping[str, Any]) -> None:
         save_member(Path(job["workdir"]), {**named, **result(config, outcome), "run": run})
 
 
-def result(config: Experiment, outcome: Outcome) -> dict[str, Any]:
+def result(config: Experiment, outcome: Outcome) -> Row:
     """Return what is saved of an outcome; the verdict is on the numbers as they are saved."""
     losses = [number(loss) for loss in outcome.losses]
     saved = [float("nan") if loss is None else loss for loss in losses]

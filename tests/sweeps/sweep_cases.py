@@ -4,8 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from glm_jax import config as configs
-from glm_jax.config import Config, default_config, source
+from glm_jax.config import Config, default_config, resolve, source, with_changes
 
 TEXT = "the a small large array model returns takes gives shape type of with for new old value axis and"
 WORDS = tuple(TEXT.split(" "))
@@ -44,4 +43,4 @@ def tiny(folder: Path, **changes: Any) -> Config:
     config.train.eval_every = 50
     config.train.eval_rows = 8
     config.optimizer.warmup_samples = 40
-    return configs.with_changes(configs.resolve(config), changes)
+    return with_changes(resolve(config), changes)

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from glm_jax import config as configs
-from glm_jax.config import Config, default_config, source
+from glm_jax.config import Config, default_config, resolve, source, with_changes
 from glm_jax.errors import UserError
 from glm_jax.sweeps import members as sweep_members
 from glm_jax.sweeps import run
@@ -27,7 +26,7 @@ AXES = {
 def base(**changes: Any) -> Config:
     config = default_config()
     config.data.sources.en = source(path="text.txt")
-    return configs.with_changes(configs.resolve(config), changes)
+    return with_changes(resolve(config), changes)
 
 
 def test_every_combination_is_a_member_the_last_axis_fastest() -> None:
@@ -131,7 +130,7 @@ def test_a_file_without_axes(tmp_path: Path) -> None:
 def test_the_ablations_expand(path: Path) -> None:
     namespace: dict[str, Any] = {}
     exec(compile(path.read_text(encoding="utf-8"), path, "exec"), namespace)
-    members = expand(configs.resolve(namespace["get_config"]()), sweep_members.load(path))
+    members = expand(resolve(namespace["get_config"]()), sweep_members.load(path))
     assert 5 <= len(members) <= 240 and f"--config {path}" in namespace["__doc__"]
     assert f"({len(members)} members)" in namespace["__doc__"].splitlines()[0]
 
@@ -140,7 +139,7 @@ def test_the_two_feed_forwards_have_equal_parameters() -> None:
     path = Path("experiments/ablations/feedforward.py")
     namespace: dict[str, Any] = {}
     exec(compile(path.read_text(encoding="utf-8"), path, "exec"), namespace)
-    members = expand(configs.resolve(namespace["get_config"]()), sweep_members.load(path))
+    members = expand(resolve(namespace["get_config"]()), sweep_members.load(path))
     sizes = {member.labels["feedforward"]: member.config.glm(500).num_parameters for member in members}
     assert sizes["gelu"] - sizes["geglu"] == 8 * (33_346 - 33_432)  # as its docstring says, 0.3% of a layer's
 
