@@ -1,4 +1,4 @@
-"""`glm-jax report`: a run's curves and events on one page that needs nothing else, or in one picture."""
+"""`glm-jax report`: a run's curves and events on one self-contained page, or in one picture."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write(workdir: Path, out: Path | None = None) -> Path:
     """Draw the record of a run.
 
     Args:
-        workdir: of the run, which may still be going on.
+        workdir: of the run, which may still be in progress.
         out: the file to write, an .html page or a .png picture; by default report.html in the workdir.
 
     Returns:
@@ -74,7 +74,7 @@ def write(workdir: Path, out: Path | None = None) -> Path:
 
 
 def page(record: Record, config: Json, name: str) -> str:
-    """Return the page: facts, curves, events, and what the config says other than the defaults."""
+    """Return the page: facts, curves, events, and where the config differs from the defaults."""
     from glm_jax.figures import curves, style
 
     figures = []
@@ -102,7 +102,7 @@ def page(record: Record, config: Json, name: str) -> str:
 
 
 def picture(record: Record, config: Json, name: str) -> bytes:
-    """Return the curves as one PNG, the facts as its head."""
+    """Return the curves as one PNG, with the facts at its top."""
     from glm_jax.figures import curves, style
 
     panels = curves.panels(record)
@@ -121,7 +121,7 @@ def picture(record: Record, config: Json, name: str) -> bytes:
 
 
 def facts(record: Record, config: Json) -> list[tuple[str, str]]:
-    """Return the head of a report as (name, value): how far the run is and how well it does."""
+    """Return the facts at the top of a report as (name, value): how far the run is, and its losses."""
     train, heldout = record.last("train"), record.last("evaluation")
     total = config.get("train", {}).get("steps")
     step = f"{record.last_step:,}" + (f" of {total:,}" if total else "")
@@ -132,7 +132,7 @@ def facts(record: Record, config: Json) -> list[tuple[str, str]]:
         found.append(("tokens, about", _short(tokens)))
     if "loss" in train:
         found.append(("training loss", f"{train['loss']:.4f}"))
-    for key, value in sorted(heldout.items()):  # all before the sources
+    for key, value in sorted(heldout.items()):  # the loss of all comes before those of sources
         if key == "loss" or key.startswith("loss/"):
             found.append((" ".join(["held-out loss", *key.split("/")[1:]]), f"{value:.4f}"))
     versions = record.last("start").get("versions", {})
@@ -141,10 +141,10 @@ def facts(record: Record, config: Json) -> list[tuple[str, str]]:
 
 
 def differences(config: Json) -> list[tuple[str, object, object]]:
-    """List (key, value, default) of what a config says other than the defaults; None where there is no default."""
+    """Return (key, value, default) where a config differs from the defaults; None where there is no default."""
     data = config.get("data", {})
     names = {table: data.get(table, {}) for table in ("sources", "instructions")}
-    defaults = json.loads(json.dumps(default_values(names)))  # tuples as the workdir's file holds them
+    defaults = json.loads(json.dumps(default_values(names)))  # tuples become lists, as in the workdir's file
     return [
         (key, value, defaults.get(key))
         for key, value in flatten(config)
@@ -153,14 +153,14 @@ def differences(config: Json) -> list[tuple[str, object, object]]:
 
 
 def _read_config(workdir: Path) -> Json:
-    """Read the workdir's config as plain values, which may be of another version; empty if there is none."""
+    """Read the workdir's config as plain values, as it may be of another version; empty if there is none."""
     path = workdir / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: bring it back, or take it away") from error
+        raise UserError(f"{path} is damaged: restore it, or delete it") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged: bring it back, or take it away")
+        raise UserError(f"{path} is damaged: restore it, or delete it")
     return config
 
 
@@ -198,7 +198,7 @@ def _config_table(config: Json) -> str:
 
 
 def _table(title: str, heads: list[str], rows: list[list[str]], numbers: int = 0) -> str:
-    """Return a table under its title, the first `numbers` columns of which hold numbers; empty without rows."""
+    """Return a titled table whose first `numbers` columns hold numbers; empty without rows."""
     if not rows:
         return ""
     classes = [' class="number"'] * numbers + [""] * (len(heads) - numbers)
@@ -216,7 +216,7 @@ def _code(value: object) -> str:
 
 
 def _short(count: int) -> str:
-    """Write a large count with three digits: 12.3 billion."""
+    """Return a large count with three digits: 12.3 billion."""
     for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if count >= size:
             return f"{count / size:.3g} {word}"
