@@ -159,9 +159,7 @@ def _describe(path: Path, base: Experiment, sweep: Sweep, members: Sequence[Memb
         "axes": sweep,
         "members": [member.name for member in members],
     }
-    return json.loads(
-        json.dumps(description, default=dict)
-    )  # as it is read back; dict: an axis may set the section of a source
+    return json.loads(json.dumps(description, default=dict))  # as it is read back; an axis may set a source's section
 
 
 def _commit() -> str | None:

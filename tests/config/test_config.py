@@ -1,4 +1,4 @@
-"""The config's checks, and the way through JSON."""
+"""The checks of the config, and its way through JSON."""
 
 import pytest
 from ml_collections import ConfigDict

@@ -11,7 +11,7 @@ WORDS = tuple(TEXT.split(" "))
 
 
 def write_text(folder: Path) -> Path:
-    """Write a corpus whose next word often follows from the last."""
+    """Write a corpus in which the next word often follows from the last."""
     draw = random.Random(0)
     texts = []
     for _ in range(60):
@@ -26,7 +26,7 @@ def write_text(folder: Path) -> Path:
 
 
 def tiny(folder: Path, **changes: Any) -> Config:
-    """Return the config, resolved; its cache lies in `folder`."""
+    """Return the resolved config; its cache is in `folder`."""
     config = default_config()
     config.model.num_layers = 2
     config.model.hidden_size = 16

@@ -1,4 +1,4 @@
-"""What a sweep is expanded to, and which members one program can train."""
+"""The members that a sweep expands to, and which of them one program can train."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_dropout_makes_the_seed_a_part_of_the_program() -> None:
     assert [len(part.members) for part in group(expand(base(**{"model.hidden_dropout": 0.1}), axes))] == [2, 2]
 
 
-def test_a_large_group_is_cut() -> None:
+def test_a_large_group_is_split() -> None:
     groups = group(expand(base(), read_axes({"seed": tuple(range(5))})), together=2)
     assert [[member.labels["seed"] for member in part.members] for part in groups] == [["0", "1"], ["2", "3"], ["4"]]
     assert [part.name for part in groups] == ["01 all", "02 all", "03 seed=4"]
@@ -85,7 +85,7 @@ def test_a_large_group_is_cut() -> None:
         ({"norm": {"pre": "pre"}}, "a label with keys to set"),
     ],
 )
-def test_axes_that_are_none(axes: Any, said: str) -> None:
+def test_invalid_axes(axes: Any, said: str) -> None:
     with pytest.raises(UserError) as raised:
         read_axes(axes, "some.py")
     assert said in str(raised.value) and "some.py" in str(raised.value) and "\n" not in str(raised.value)
@@ -97,19 +97,19 @@ def test_axes_that_are_none(axes: Any, said: str) -> None:
         ({"model.nrom": ("pre",)}, "nrom=pre: unknown config key model.nrom: did you mean model.norm"),
         ({"model.norm": ("pre", "batch")}, "norm=batch: model.norm is 'batch'"),
         ({"seed": ("x",)}, "seed=x: seed is 'x'"),
-        ({"mesh.data": (2,)}, "mesh.data is 2, the members of a sweep are run with 1"),
+        ({"mesh.data": (2,)}, "mesh.data is 2, members of a sweep run with 1"),
         ({"train.skip_steps": (((1, 2),),)}, "train.skip_steps"),
         ({"model.norm": ("pre",), "again": {"x": {"model.norm": "post"}}}, "the axis again sets model.norm"),
     ],
 )
-def test_members_that_cannot_be(axes: Any, said: str) -> None:
+def test_invalid_members(axes: Any, said: str) -> None:
     with pytest.raises(UserError) as raised:
         expand(base(), {name: dict(labels) for name, labels in _plain(axes).items()})
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
 def _plain(axes: Any) -> Any:
-    """Write out axes of values without the check that their labels can name files."""
+    """Write out axes of values, without checking that their labels can name files."""
     return {
         name: values if isinstance(values, dict) else {sweep_members._label(value).replace(" ", ""): {name: value}
                                                        for value in values}
