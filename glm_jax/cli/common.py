@@ -83,7 +83,7 @@ def define_workdir(values: flags.FlagValues) -> None:
 
 
 def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence[str]) -> bool:
-    """Parse a command's flags. Return False if the help was asked for, and print it.
+    """Parse a command's flags. If they ask for the help, print it and return False.
 
     Raises:
         UserError: anything is wrong with the flags.

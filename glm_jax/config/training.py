@@ -88,7 +88,7 @@ class Spike(Section):
         0, at_least=0, doc="how often at most to go back to the last checkpoint and skip the data; 0 disables"
     )
     window: int = field(
-        100, at_least=1, doc="steps of the band's running mean and deviation; no spike is seen before as many"
+        100, at_least=1, doc="steps of the band's running mean and deviation; spikes count only after this many steps"
     )
     deviations: float = field(6.0, above=0, doc="the band's width above the mean, in deviations")
 

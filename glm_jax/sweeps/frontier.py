@@ -46,7 +46,7 @@ def _highest(rates: Sequence[str], stable: Mapping[str, bool]) -> float | None:
 
 
 def frontier_table(rows: Sequence[Row], rate: str = "lr") -> str:
-    """Write a line for each setting: the frontier of each seed, and held-out loss by rate with its spread over seeds.
+    """Return a table by setting: the frontier of each seed, and held-out loss by rate with its spread over seeds.
 
     Where seeds diverged, their number comes before the loss of the others.
     """
