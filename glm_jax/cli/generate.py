@@ -16,7 +16,7 @@ def run(arguments: Sequence[str]) -> int:
     common.define_workdir(values)
     flags.DEFINE_string("prompt", None, "text with [MASK] or [gMASK] in it", flag_values=values)
     flags.DEFINE_enum("strategy", "greedy", ["greedy", "sample"], "how tokens are chosen", flag_values=values)
-    flags.DEFINE_integer("max_tokens", 64, "most tokens of a blank", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("max_tokens", 64, "maximum number of tokens in a blank", lower_bound=1, flag_values=values)
     flags.DEFINE_float("temperature", 1.0, "temperature of sampling", lower_bound=0.0, flag_values=values)
     flags.DEFINE_integer(
         "top_k", 0, "sample from this many of the likeliest tokens, 0: all", lower_bound=0, flag_values=values

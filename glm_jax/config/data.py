@@ -53,7 +53,9 @@ class InstructionSet(Section):
         "empty: records have `text` and `target`",
     )  # fmt: skip
     cap: int = field(
-        0, at_least=0, doc="most samples; 0: as many as GLM-130B used of `dataset`, or all without `dataset`"
+        0,
+        at_least=0,
+        doc="maximum number of samples; 0: as many as GLM-130B used of `dataset`, or all without `dataset`",
     )
     weight: float = field(
         0.0, at_least=0, doc="share of instruction rows, relative to the others'; 0: its number of samples"
