@@ -220,5 +220,13 @@ def to_json(experiment: Experiment) -> str:
 
 
 def from_json(text: str) -> Experiment:
-    """Read what `to_json` wrote; keys added since then get their defaults."""
-    return resolve(json.loads(text))
+    """Read what `to_json` wrote; keys added since then get their defaults.
+
+    Raises:
+        ValueError: `text` is not a JSON object.
+        UserError: a key does not exist, or a value is not valid for it.
+    """
+    values = json.loads(text)
+    if not is_mapping(values):
+        raise ValueError(f"{text[:80]!r} is not a JSON object")
+    return resolve(values)

@@ -88,7 +88,7 @@ def read_description(workdir: Path) -> Json:
         raise UserError(f"{workdir} holds no sweep ({DESCRIPTION} is missing): check the path") from None
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{path} is damaged: bring it back, or name another --workdir")
+    raise UserError(f"{path} is damaged: restore it, or name another --workdir")
 
 
 def provenance(description: Json, there: int) -> str:

@@ -25,6 +25,12 @@ def test_json_gives_the_config_back() -> None:
     assert from_json(to_json(resolved)) == resolved
 
 
+@pytest.mark.parametrize("text", ["[]", "5", '{"seed": 12'])
+def test_what_is_no_json_object_is_no_config(text: str) -> None:
+    with pytest.raises(ValueError):
+        from_json(text)
+
+
 def test_an_int_may_stand_for_a_float_and_nothing_else_is_converted() -> None:
     config = with_source()
     config.optimizer = ConfigDict({"peak_lr": 1})
