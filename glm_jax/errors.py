@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception for a user's mistakes."""
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""Shared by all tests: a persistent compilation cache, the examples of hypothesis, and the mesh of mesh-bound tests."""
+"""Shared by all tests: a persistent compilation cache, the settings of hypothesis, and the mesh of mesh-bound tests."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,13 @@ CACHE = Path(__file__).parent.parent / ".jax_cache"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-# Tests compile much and compute little: half the compile time, slower code.
+# Tests compile much and compute little: this halves the compile time, for slower code.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import pytest  # noqa: E402 (jax reads the environment when it is imported)
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-# A busy machine changes no verdict; the examples are the same in every run, so that a red test is red for everybody.
+# Load does not decide a test; the examples are the same in every run, so that a test fails for everybody or nobody.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("pinned", patient, derandomize=True)
 settings.register_profile("free", patient, derandomize=False, print_blob=True)  # .ci/nightly looks for new ones

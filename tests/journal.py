@@ -1,4 +1,4 @@
-"""A record of what was brought to the disk, for tests of what a crash would leave."""
+"""A record of what was synced to the disk, for tests of what a crash would leave."""
 
 import os
 import stat
@@ -9,11 +9,11 @@ import pytest
 
 
 class Journal:
-    """Follows os.fsync, os.replace and os.rename, and says what a crash would leave.
+    """Follows os.fsync, os.replace and os.rename, and tells what a crash would leave.
 
     Attributes:
-        synced: inode of a file or folder -> what it held when it was last synced: its size, or its names.
-        renamed: (source, target, whether all below the source was synced as it was) of each rename.
+        synced: inode of a file or folder -> its size or its names when it was last synced.
+        renamed: (source, target, whether everything below the source was synced) of each rename.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ class Journal:
         self.synced[status.st_ino] = sorted(os.listdir(descriptor)) if folder else status.st_size
 
     def is_safe(self, path: Path) -> bool:
-        """Whether a file, or a folder's names, would be there after a crash as they are now."""
+        """Whether a file, or the names in a folder, would survive a crash as they are now."""
         now = sorted(os.listdir(path)) if path.is_dir() else path.stat().st_size
         return self.synced.get(path.stat().st_ino) == now
 

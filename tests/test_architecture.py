@@ -1,4 +1,4 @@
-"""The stations that docs/architecture.md names: each is there, and calls the next."""
+"""The stations that docs/architecture.md names: each one exists, and calls the next."""
 
 import ast
 import importlib
@@ -15,7 +15,7 @@ WAYS = dict(re.findall(r"^### (.*?)\n(.*?)(?=^### |\Z)", PAGE.read_text(encoding
 
 
 def station(name: str) -> Any:
-    """Import what a dotted name stands for."""
+    """Return the object that a dotted name refers to."""
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:
@@ -29,7 +29,7 @@ def station(name: str) -> Any:
 
 
 def called(function: Any) -> set[str]:
-    """Return the last names of all that a function, or a class's methods, call or hand on."""
+    """Return the last names of everything that a function, or a class's methods, call or pass on."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     return names | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of pure pieces."""
+"""The examples in the docstrings of pure functions."""
 
 import doctest
 import importlib

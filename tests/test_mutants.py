@@ -1,4 +1,4 @@
-"""The arithmetic of tests/proofs/mutants.py: what is drawn, what is left to run, in which order, and what it counts."""
+"""The arithmetic of tests/proofs/mutants.py: which mutants are drawn, which remain to run, their order, and counts."""
 
 import collections
 from pathlib import Path
@@ -26,14 +26,14 @@ def test_rooms_share_a_sample_by_their_sizes_above_a_floor() -> None:
     assert mutants_draw.shares({"a": 500, "b": 501}, 7) == {"a": 4, "b": 4}  # never fewer than asked for
 
 
-def test_a_draw_is_seeded_and_takes_a_place_once() -> None:
+def test_a_draw_is_seeded_and_takes_each_place_once() -> None:
     many = [mutant(room, number, operator) for room, size in (("a", 300), ("b", 100)) for number in range(size)
             for operator in ("core/One", "core/Two")]  # fmt: skip
     drawn = mutants_draw.draw(many, 80, 1, lambda one: True)
     assert drawn == mutants_draw.draw(many, 80, 1, lambda one: True)
     assert collections.Counter(one.room for one in drawn) == {"a": 60, "b": 20}
     assert len({one.place for one in drawn}) == 80
-    assert 20 < sum(one.operator == "core/One" for one in drawn) < 60  # of 80 fair coins outside: 1 in 10^5
+    assert 20 < sum(one.operator == "core/One" for one in drawn) < 60  # 80 fair coins are outside with 1 in 10^5
     other = mutants_draw.draw(many, 80, 2, lambda one: True)
     assert len({one.place for one in drawn} & {one.place for one in other}) < 40  # 17 are expected by chance
 
@@ -108,7 +108,7 @@ def test_the_table_counts_time_as_killed_and_equivalents_apart() -> None:
     sample = {"kind": "sample", "rooms": {"model": 1000, "data": 50, "none": 0}}
     sample |= {"keys": [f"m{number}" for number in range(9)] + ["d0", "d1", "d2"]}
     sample |= {"room_of": ["model"] * 9 + ["data"] * 3}
-    said = [f"m{number}.py\tcore/AddNot\tnew\tboth give the same" for number in (0, 7)]  # m0 was noticed none the less
+    said = [f"m{number}.py\tcore/AddNot\tnew\tboth give the same" for number in (0, 7)]  # m0 was noticed nonetheless
     known = mutants.known_equivalents("\n".join(["# path, ...", "", *said, ""]))
     text = mutants.table([{**sample, "keys": ["old"], "room_of": ["model"]}, sample, *entries], known)
     lines = text.splitlines()
@@ -127,7 +127,7 @@ def test_the_table_counts_time_as_killed_and_equivalents_apart() -> None:
 
 
 class Fake:
-    """A copy in which runs end as they were told, and which remembers what they were."""
+    """A copy whose runs end as told, and which remembers them."""
 
     def __init__(self, *ends: tuple[str, str]) -> None:
         self.ends, self.ran = list(ends), []
@@ -198,8 +198,8 @@ def plan(line: int) -> tuple[list[str], list[str], bool]:
 def test_tests_that_run_the_line_come_first_the_cheapest_of_them_before_others() -> None:
     both = ["test_far.py::0", "test_m.py::1", "test_m.py::0"]
     assert plan(7) == (["test_far.py", "test_m.py"], both, True)
-    assert plan(5) == (["test_far.py", "test_m.py"], both, True)  # runs at import, what it bears on in the body
-    assert plan(2) == (["test_far.py", "test_m.py", "test_none.py"], both, True)  # so does a name
-    assert plan(11) == (["test_m.py"], ["test_m.py::2"], True)  # the statement's first line stands for all
-    assert plan(14) == (["test_m.py"], ["test_m.py::1"], True)  # the head of an `if` stands for itself alone
+    assert plan(5) == (["test_far.py", "test_m.py"], both, True)  # runs at import, its effect is in the body
+    assert plan(2) == (["test_far.py", "test_m.py", "test_none.py"], both, True)  # so does a constant
+    assert plan(11) == (["test_m.py"], ["test_m.py::2"], True)  # the first line counts for the whole statement
+    assert plan(14) == (["test_m.py"], ["test_m.py::1"], True)  # the head of an `if` counts only for itself
     assert plan(1) == (["test_m.py", "test_processes.py"], [], False)

@@ -1,10 +1,9 @@
-"""What the commands share: their flags, and the lines that tell a person what is wrong with them."""
+"""What the commands share: their flags, and the messages for flags that are wrong."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -14,17 +13,17 @@ from glm_jax.config import Experiment, default_values, resolve
 from glm_jax.config.fields import closest
 from glm_jax.errors import UserError
 
-ENTRY = "entry"  # the flag that `with_entries` makes
+ENTRY = "entry"  # the flag that `with_entries` writes
 TABLES = ("sources", "instructions")  # of the section data: entries by name
 
 
 def say(line: str) -> None:
-    """Tell the person at the terminal; results alone go to standard output."""
+    """Print a message to standard error; standard output holds only results."""
     print(line, file=sys.stderr, flush=True)
 
 
 def flag_values(command: str, example: str) -> flags.FlagValues:
-    """Return an empty set of flags, so that commands do not share any; the help shows an example of arguments."""
+    """Return a new set of flags with nothing but `--help`, which shows an example of arguments; commands share none."""
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
     shown = f"show the flags of {command}; an example: glm-jax {command} {example}"
@@ -33,18 +32,19 @@ def flag_values(command: str, example: str) -> flags.FlagValues:
 
 
 def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    """Add `--config`, whose file `arguments` name."""
+    """Add `--config`, with the file that `arguments` name."""
     summary = "an experiment by name, such as quickstart, or its file; --config.KEY=VALUE after it changes a value"
     config_flags.DEFINE_config_file(
         "config", None, summary, flag_values=values, lock_config=True, sys_argv=["glm-jax", *arguments]
     )
-    flags.DEFINE_multi_string(ENTRY, [], "of an entry that the file need not have", flag_values=values)
+    flags.DEFINE_multi_string(ENTRY, [], "a key of an entry that the file may lack", flag_values=values)
 
 
 def with_entries(arguments: Sequence[str]) -> list[str]:
-    """Return a command's arguments, those for keys of data.sources and data.instructions as values of `--entry`.
+    """Return a command's arguments, with keys of data.sources and data.instructions turned into values of `--entry`.
 
-    ml_collections knows the keys of an experiment's file alone; `--config.data.sources.NAME.path=...` may add a source.
+    ml_collections knows only the keys of the experiment's file, but `--config.data.sources.NAME.path=...` may add a
+    source.
     """
     found, waiting = list[str](), iter(arguments)
     for argument in waiting:
@@ -56,13 +56,13 @@ def with_entries(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def entry_values(values: flags.FlagValues) -> dict[str, Any]:
-    """Return what the flags set of entries of data.sources and data.instructions, by dotted key.
+def entry_values(values: flags.FlagValues) -> dict[str, object]:
+    """Return the keys of data.sources and data.instructions that the flags set, by dotted key.
 
     Raises:
-        UserError: a key that no entry has, or a value of another type.
+        UserError: no entry has such a key, or a value has another type.
     """
-    changes: dict[str, Any] = {}
+    changes: dict[str, object] = {}
     for text in values[ENTRY].value or ():
         key, _, value = text.partition("=")
         _, table, name, _ = key.split(".")
@@ -83,10 +83,10 @@ def define_workdir(values: flags.FlagValues) -> None:
 
 
 def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence[str]) -> bool:
-    """Parse a command's flags; False when the help was asked for and has been printed.
+    """Parse a command's flags. If they ask for the help, print it and return False.
 
     Raises:
-        UserError: for anything that is wrong with them.
+        UserError: anything is wrong with the flags.
     """
     if {"-h", "--help"} & set(arguments):
         for name in values:
@@ -113,10 +113,10 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence
 
 
 def require(values: flags.FlagValues, names: Sequence[str]) -> None:
-    """Check that flags are given.
+    """Check that all required flags are given.
 
     Raises:
-        UserError: one is not.
+        UserError: one is missing.
     """
     for name in names:
         if values[name].value in (None, ""):
@@ -131,20 +131,20 @@ def load(values: flags.FlagValues) -> Experiment:
             section, table, name, one = key.split(".")
             config.setdefault(section, {}).setdefault(table, {}).setdefault(name, {})[one] = value
         return resolve(config)
-    except OSError as error:  # config_flags raises it only now
+    except OSError as error:  # config_flags does not raise it before
         name = config_flags.get_config_filename(values["config"])
         known = [found for found, _ in summaries()]
         raise UserError(f"--config {name} cannot be read: {closest(name, known, 'config list')}") from error
 
 
 def _one_line(error: Exception) -> str:
-    """Return the last line of an error's message, which says what happened."""
+    """Return the last line of an error's message, which names the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
-    """Return which `--config.KEY` does not exist, and the nearest that does."""
+    """Return a message that names the `--config.KEY` that does not exist, and the nearest that does."""
     known = list(default_values({}))
     for argument in arguments:
         key = argument.split("=")[0].removeprefix("--config.")

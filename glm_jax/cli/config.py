@@ -1,4 +1,4 @@
-"""`glm-jax config`: experiments, their values, and all keys."""
+"""`glm-jax config`: list experiments, show their values, explain all keys."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
 def _list_experiments() -> int:
     found = list(summaries())
     if not found:
-        raise UserError("no experiments came with this installation: name a file, --config path/to/experiment.py")
+        raise UserError("this installation has no experiments: name a file, --config path/to/experiment.py")
     for name, summary in found:
         print(f"{name:24} {summary}")
     return 0

@@ -1,4 +1,4 @@
-"""`glm-jax convert`: checkpoints of others to ours and back."""
+"""`glm-jax convert`: official checkpoints to ours and back."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def run(arguments: Sequence[str]) -> int:
         if {"-h", "--help"} & set(arguments):
             print(f"usage: {usage}")
             return 0
-        raise UserError(f"say which way to convert: {usage}")
+        raise UserError(f"name the direction to convert in: {usage}")
     direction, *rest = arguments
     values = common.flag_values(f"convert {direction}", "--config glm_130b --path FROM --out TO")
     common.define_config(values, rest)
-    flags.DEFINE_string("path", None, "the directory to read: it holds `latest`, or steps", flag_values=values)
+    flags.DEFINE_string("path", None, "the directory to read, with `latest` or steps in it", flag_values=values)
     flags.DEFINE_string("out", None, "the directory to write", flag_values=values)
     if direction == "orbax-to-sat":
-        flags.DEFINE_integer("tensor_parallel", 1, "files to write", lower_bound=1, flag_values=values)
-        flags.DEFINE_integer("iteration", None, "to name it by; by default the step", flag_values=values)
-        flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "of the files", flag_values=values)
+        flags.DEFINE_integer("tensor_parallel", 1, "number of files to write", lower_bound=1, flag_values=values)
+        flags.DEFINE_integer("iteration", None, "the iteration in its name; by default the step", flag_values=values)
+        flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "dtype of the files", flag_values=values)
     if not common.parse(values, rest, ["config", "path", "out"]):
         return 0
     resolved = common.load(values)
     if not resolved.model.vocab_size:
-        raise UserError("model.vocab_size is 0: say how many rows the embedding has, --config.model.vocab_size=N")
+        raise UserError("model.vocab_size is 0: give the number of rows of the embedding, --config.model.vocab_size=N")
 
     from glm_jax.interop.convert import orbax_to_sat, sat_to_orbax
 
@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
             orbax_to_sat(values.path, cfg, values.out, values.tensor_parallel, values.iteration, values.dtype)
             written = values.out
     except OSError as error:
-        raise UserError(f"--path {values.path} cannot be brought to --out {values.out} ({error}): mend that, or name "
-                        "another directory") from error  # fmt: skip
+        raise UserError(f"--path {values.path} cannot be converted to --out {values.out} ({error}): fix that, or "
+                        "name another directory") from error  # fmt: skip
     say(f"written: {written}")
     return 0

@@ -1,4 +1,4 @@
-"""`glm-jax corpus`: sample texts, shards, and a look at rows."""
+"""`glm-jax corpus`: fetch sample texts, build shards, show rows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from glm_jax.errors import UserError
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Bring sample texts (`corpus fetch`), make tokenised shards (`corpus build`), show them (`corpus inspect`)."""
+    """Fetch sample texts (`corpus fetch`), make tokenised shards (`corpus build`), show them (`corpus inspect`)."""
     if not arguments or arguments[0] not in ("fetch", "build", "inspect"):
         usage = "glm-jax corpus fetch|build|inspect --config FILE [flags]"
         if {"-h", "--help"} & set(arguments):
             print(f"usage: {usage}")
             return 0
-        raise UserError(f"say what to do with the corpus: {usage}")
+        raise UserError(f"name what to do with the corpus: {usage}")
     action, *rest = arguments
     values = common.flag_values(f"corpus {action}", "--config quickstart")
     common.define_config(values, rest)

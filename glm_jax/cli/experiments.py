@@ -1,4 +1,4 @@
-"""Finds experiments by name, from any directory: beside an editable install, or where a wheel has put them."""
+"""Find experiments by name, from any directory: next to an editable install, or where a wheel puts them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDERS = (Path(__file__).parents[2] / "experiments", Path(sys.prefix) / "share"
 
 
 def folder() -> Path | None:
-    """Return the folder of the experiments that come with the package, or None if it came without."""
+    """Return the folder of the experiments that come with the package, or None if there is none."""
     return next((path for path in FOLDERS if (path / "quickstart.py").is_file()), None)
 
 
@@ -29,7 +29,7 @@ def summaries() -> Iterator[tuple[str, str]]:
 
 
 def with_paths(arguments: Sequence[str]) -> list[str]:
-    """Return a command's arguments with the path of the experiment that `--config` names; a path stays as it is."""
+    """Return a command's arguments, with the experiment that `--config` names replaced by its path; paths stay."""
     found = list(arguments)
     for place, argument in enumerate(found):
         if argument.startswith("--config="):
@@ -50,10 +50,10 @@ def _path(name: str) -> str:
 
 
 def resolved(experiment: str | Path | Config | Experiment) -> Experiment:
-    """Return an experiment, resolved, from its name, its file, or what its `get_config()` returns.
+    """Return the resolved experiment, given its name, its file, or the result of its `get_config()`.
 
     Raises:
-        UserError: there is no such file, it cannot be run, or its config cannot be.
+        UserError: there is no such file, it cannot be run, or its config is not valid.
     """
     if isinstance(experiment, Experiment):
         return experiment

@@ -1,4 +1,4 @@
-"""`glm-jax generate`: blanks of a prompt, filled."""
+"""`glm-jax generate`: fill the blanks of a prompt."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ def run(arguments: Sequence[str]) -> int:
     common.define_workdir(values)
     flags.DEFINE_string("prompt", None, "text with [MASK] or [gMASK] in it", flag_values=values)
     flags.DEFINE_enum("strategy", "greedy", ["greedy", "sample"], "how tokens are chosen", flag_values=values)
-    flags.DEFINE_integer("max_tokens", 64, "at most this many tokens a blank", lower_bound=1, flag_values=values)
-    flags.DEFINE_float("temperature", 1.0, "of sampling", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_integer("top_k", 0, "sample from this many tokens, 0: all", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("max_tokens", 64, "maximum number of tokens in a blank", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("temperature", 1.0, "temperature of sampling", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_integer(
+        "top_k", 0, "sample from this many of the likeliest tokens, 0: all", lower_bound=0, flag_values=values
+    )
     flags.DEFINE_float(
         "top_p",
         0.7,
-        "sample from this much probability",
+        "sample from the likeliest tokens with this much probability in all",
         lower_bound=0.0,
         upper_bound=1.0,
         flag_values=values,
     )
-    flags.DEFINE_integer("seed", 1234, "of sampling", lower_bound=0, upper_bound=2**63 - 1, flag_values=values)
+    flags.DEFINE_integer("seed", 1234, "seed of sampling", lower_bound=0, upper_bound=2**63 - 1, flag_values=values)
     if not common.parse(values, arguments, ["workdir", "prompt"]):
         return 0
 

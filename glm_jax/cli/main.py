@@ -1,9 +1,9 @@
 """The command line: `glm-jax <command> [flags]`.
 
-Rooms are imported inside the commands, so that `--help` and `glm-jax config` answer at once.
+Commands import the rooms that they need when they run, so that `--help` and `glm-jax config` answer at once.
 Exit codes: 0 done, 1 another process of the run is gone (one line), 2 a usage or configuration error (one line),
-3 stopped early on request with a checkpoint saved, 130 interrupted before there was anything to save, 141 ended
-because nobody reads its output any more, as after `| head`.
+3 stopped early on request with a checkpoint saved, 130 interrupted before there was anything to save, 141 the reader
+of its output is gone, as after `| head`.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ COMMANDS = (
     "schedule",
     "report",
     "sweep",
-)  # modules beside this one
-UNREAD = 141  # what a shell gives for a program that SIGPIPE has ended
+)  # modules in this folder
+UNREAD = 141  # a shell's exit code for a program that SIGPIPE has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command, and return the exit code."""
     try:
         code = _run(arguments)
-        print(end="", flush=True)  # at the interpreter's exit nobody could answer a pipe that is not read
+        print(end="", flush=True)  # an unread pipe cannot be handled any more at the interpreter's exit
         return code
     except BrokenPipeError:  # `| head` has read enough
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except BrokenPipeError:  # what is left in its buffer would be tried again, and fail again
+            except BrokenPipeError:  # or its buffer would be flushed again, and fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return UNREAD
 
@@ -67,7 +67,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        say("interrupted; what was finished is kept, and the same command resumes from there")
+        say("interrupted; finished work is kept, and the same command resumes from there")
         return 130
 
 

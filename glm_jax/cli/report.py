@@ -1,4 +1,4 @@
-"""`glm-jax report`: a run on one page."""
+"""`glm-jax report`: show a run on one page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run(arguments: Sequence[str]) -> int:
     """Draw the curves and the events of a run on one page."""
     values = common.flag_values("report", "--workdir runs/quickstart --out report.html")
     common.define_workdir(values)
-    out = "the page, .html or .png; by default report.html in the workdir"
+    out = "the file to write, .html or .png; by default report.html in the workdir"
     flags.DEFINE_string("out", None, out, flag_values=values)
     if not common.parse(values, arguments, ["workdir"]):
         return 0

@@ -1,4 +1,4 @@
-"""`glm-jax schedule`: a pipeline's timeline."""
+"""`glm-jax schedule`: draw a pipeline's timeline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`glm-jax sweep`: the members of an ablation."""
+"""`glm-jax sweep`: train the members of an ablation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from glm_jax.cli.common import say
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train the members of an ablation together, and gather their results; the same command resumes."""
+    """Train the members of an ablation together, and collect their results; the same command resumes."""
     values = common.flag_values("sweep", "--config ablations/norms --workdir runs/norms")
     common.define_config(values, arguments)
     common.define_workdir(values)
     cores = os.cpu_count() or 1
-    flags.DEFINE_integer("parallel", cores, "processes at a time, of a core each", lower_bound=1, flag_values=values)
-    flags.DEFINE_bool("dry-run", False, "list the members and do nothing", flag_values=values)
+    flags.DEFINE_integer(
+        "parallel", cores, "processes at a time, with one core each", lower_bound=1, flag_values=values
+    )
+    flags.DEFINE_bool("dry-run", False, "list the members without training them", flag_values=values)
     if not common.parse(values, arguments, ["config"]):
         return 0
     lists = values["dry-run"].value

@@ -1,4 +1,4 @@
-"""`glm-jax train`: a run, from an experiment to its end."""
+"""`glm-jax train`: train an experiment to its end."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from glm_jax.config import with_changes
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train as an experiment says; the same command resumes from the newest checkpoint."""
+    """Train an experiment; the same command resumes from the newest checkpoint."""
     values = common.flag_values("train", "--config quickstart --workdir runs/quickstart --config.train.steps=100")
     common.define_config(values, arguments)
     common.define_workdir(values)
     flags.DEFINE_string("replay", None, "an interventions.jsonl: make its changes at its steps", flag_values=values)
-    together = "for several processes, where no scheduler says so:"
+    together = "for several processes without a scheduler:"
     flags.DEFINE_string("coordinator", None, f"{together} HOST:PORT of process 0", flag_values=values)
-    flags.DEFINE_integer("processes", None, f"{together} how many", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("process", None, f"{together} which this is, from 0", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("processes", None, f"{together} how many there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "process", None, f"{together} the number of this one, from 0", lower_bound=0, flag_values=values
+    )
     if not common.parse(values, arguments, ["config", "workdir"]):
         return 0
     resolved = common.load(values)

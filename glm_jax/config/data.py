@@ -1,4 +1,4 @@
-"""The section `data`: what is read, and how rows are made of it."""
+"""The section `data`: what is read, and how it becomes rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from glm_jax.config.fields import Section, definitions, field, section
 Format = Literal["text", "jsonl", "jsonl.zst", "json", "parquet"]
 NORMALISATIONS = ("nfc", "nfkc", "newlines")
 
-# What a row is made of: three ways to blank a text, and prompts with answers.
+# The kinds of rows: three ways to blank a text, and prompts with answers.
 OBJECTIVES = ("mask", "gmask", "smask", "instruction")
 
 # Weights by name over samples seen, linear between the knots: ((0, {"en": 1.0}), (500_000, {"en": 1.0, "zh": 1.0})).
@@ -22,13 +22,13 @@ History = tuple[tuple[int, Mapping[str, float]], ...]
 class Source(Section):
     """An entry of `data.sources`; `path` or `sample` must be set."""
 
-    path: str = field("", doc="a file, a directory or a glob; takes the place of the sample")
+    path: str = field("", doc="a file, a directory or a glob; used instead of the sample")
     sample: str = field("", doc="the name of a sample corpus, see glm_jax/data/corpora/samples.py")
-    format: Format = field("text", doc="of the files; text: a blank line ends a document, json: an array")
-    normalise: str = field("", doc=r"any of nfc, nfkc (Unicode's forms) and newlines (\r\n to \n), with commas between")
-    language: str = field("en", doc="of the text")
+    format: Format = field("text", doc="format of the files; text: a blank line ends a document, json: an array")
+    normalise: str = field("", doc=r"any of nfc, nfkc (Unicode's forms) and newlines (\r\n to \n), separated by commas")
+    language: str = field("en", doc="language of the text")
     weight: float = field(1.0, at_least=0, doc="share of rows, relative to the other sources'")
-    field: str = field(  # comes last, as it hides the function
+    field: str = field(  # last, because it shadows the function
         "text", doc='the field or column that holds the text; "title, meta.body" joins two, one of them nested'
     )
 
@@ -46,15 +46,19 @@ class InstructionSet(Section):
     path: str = field("", doc="a file, a directory or a glob of .jsonl, .jsonl.zst or .parquet records")
     sample: str = field("", doc="the name of an example set, see glm_jax/data/instructions/samples.py")
     dataset: str = field(
-        "", doc="which of GLM-130B's data sets it is, see glm_jax/data/instructions/registry.py; empty: another"
+        "", doc="which of GLM-130B's data sets it is, see glm_jax/data/instructions/registry.py; empty: none of them"
     )
     templates: str = field(
         "", doc="PromptSource's templates.yaml or .jinja files, or with `dataset` the folder of all its templates; "
         "empty: records have `text` and `target`",
     )  # fmt: skip
-    cap: int = field(0, at_least=0, doc="samples at most; 0: what GLM-130B took of `dataset`, all of another")
+    cap: int = field(
+        0,
+        at_least=0,
+        doc="maximum number of samples; 0: as many as GLM-130B used of `dataset`, or all without `dataset`",
+    )
     weight: float = field(
-        0.0, at_least=0, doc="share of instruction rows, relative to the others'; 0: the number of samples"
+        0.0, at_least=0, doc="share of instruction rows, relative to the others'; 0: its number of samples"
     )
 
 
@@ -62,55 +66,74 @@ class InstructionSet(Section):
 class TokenizerConfig(Section):
     """The section `data.tokenizer`."""
 
-    vocab_size: int = field(8000, at_least=1, doc="pieces to train, special tokens included")
-    path: str = field("", doc="read this instead: a tokenizer.model of ours, or the official ice_text.model")
+    vocab_size: int = field(8000, at_least=1, doc="pieces to train, including special tokens")
+    path: str = field(
+        "", doc="read this instead of training one: a tokenizer.model of ours, or the official ice_text.model"
+    )
     pinned: bool = field(False, doc="ice_text.model as in 2022: newlines, tabs and runs of spaces are lost")
 
 
 @dataclass(frozen=True)
 class BlankOptions(Section):
-    """How blanks are drawn and rows are cut: the part of `data.blanks` that draws follow from; hashable.
+    """How blanks are drawn and rows are cut: the part of `data.blanks` that draws depend on; hashable.
 
-    The defaults follow the paper's text; what its code did beyond that is off.
+    The defaults follow the paper's text; what only its code did is off.
     """
 
     mask_ratio: float = field(
-        0.15, above=0, at_most=0.5, doc="of n tokens, [MASK] spans are drawn until they hold int(mask_ratio * n)"
+        0.15, above=0, at_most=0.5, doc="[MASK] spans are drawn until they hold int(mask_ratio * n) of n tokens"
     )
-    mean_span: float = field(3.0, above=0, doc="of the Poisson distribution of lengths, restricted to 1..longest_span")
+    mean_span: float = field(
+        3.0, above=0, doc="mean of the Poisson distribution of span lengths, kept to 1..longest_span"
+    )
     longest_span: int = field(39, at_least=1, doc="tokens")
-    single_span_prob: float = field(0.0, at_least=0, at_most=1, doc="[MASK] samples with one span (GLM-130B: 0.02)")
+    single_span_prob: float = field(
+        0.0, at_least=0, at_most=1, doc="probability that a [MASK] sample has one span (GLM-130B: 0.02)"
+    )
     short_seq_prob: float = field(
         0.0, at_least=0, at_most=1,
-        doc="[MASK] segments that hold two shorter samples, cut at a uniform place (GLM-130B: 0.02; it dropped the "
-        "second, as cut_targets does)",
+        doc="probability that a [MASK] segment holds two shorter samples, cut at a uniform place (GLM-130B: 0.02; it "
+        "dropped the second, as cut_targets does)",
     )  # fmt: skip
     shortest_seq: int = field(
-        1, at_least=1, doc="tokens that the first of these keeps, with cut_targets (GLM-130B: 32)"
+        1, at_least=1, doc="tokens that the first of these two keeps at least, with cut_targets (GLM-130B: 32)"
     )
     gmask_min_ratio: float = field(
-        0.2, at_least=0, at_most=1, doc="a [gMASK] target is uniform from this share to all of the text"
+        0.2,
+        at_least=0,
+        at_most=1,
+        doc="the length of a [gMASK] target is uniform from this share of the text to all of it",
     )
-    gmask_eop: bool = field(True, doc="a [gMASK] target ends in eop (GLM-130B's never did)")
+    gmask_eop: bool = field(True, doc="a [gMASK] target ends with eop (GLM-130B's never did)")
     gmask_infill_prob: float = field(
-        0.0, at_least=0, at_most=1, doc="[gMASK] blanks anywhere, not at the end (original GLM: 0.5)"
+        0.0,
+        at_least=0,
+        at_most=1,
+        doc="probability that a [gMASK] blank is anywhere, not at the end (original GLM: 0.5)",
     )
-    smask_ratio: float = field(0.15, above=0, at_most=0.5, doc="sentences are blanked until they hold this share")
+    smask_ratio: float = field(
+        0.15, above=0, at_most=0.5, doc="sentences are blanked until they hold this share of the text"
+    )
     block_mask_prob: float = field(
-        0.0, at_least=0, at_most=1, doc="[MASK] target inputs replaced by block_mask_token (original GLM: 0.1, dBLOCK)"
+        0.0,
+        at_least=0,
+        at_most=1,
+        doc="probability that a [MASK] target input becomes block_mask_token (original GLM: 0.1)",
     )
     block_mask_token: int = field(-1, at_least=-1, doc="the id of dBLOCK; -1: none")
     mask_segments: int = field(1, at_least=1, doc="[MASK] samples that share a row (GLM-130B: 4)")
     gmask_segments: int = field(1, at_least=1, doc="[gMASK] samples that share a row")
     smask_segments: int = field(1, at_least=1, doc="[sMASK] samples that share a row")
-    instruction_segments: int = field(4, at_least=1, doc="instruction samples of a row, each cut to its even share")
-    whole_documents: bool = field(False, doc="pack rows with whole documents, as many as they hold")
+    instruction_segments: int = field(
+        4, at_least=1, doc="instruction samples that share a row, each cut to an equal share"
+    )
+    whole_documents: bool = field(False, doc="pack each row with as many whole documents as fit")
     cut_targets: bool = field(
         False, doc="the released model's quirk: 500 tokens into 512 places, [MASK] targets that do not fit are cut"
     )
     replacement: bool = field(False, doc="the released model's quirk: windows drawn with replacement")
-    # All target tokens of any objective carry their blank's position in stream 0 and 1, 2, ... in stream 1; else one
-    # stream, in which [gMASK] and instruction positions count on. Follows from model.position, so it is no key.
+    # True: all target tokens have their blank's position in stream 0, and 1, 2, ... in stream 1. False: one stream, in
+    # which [gMASK] and instruction targets continue counting. Follows from model.position, so it is not a key.
     two_streams: bool = False
 
     def __post_init__(self) -> None:
@@ -149,7 +172,7 @@ class Blanks(BlankOptions):
         return self.history or self.shares()
 
     def options(self, two_streams: bool) -> BlankOptions:
-        """Return what draws follow from; `two_streams`: whether model.position is learned_2d."""
+        """Return the options that draws depend on; `two_streams`: whether model.position is learned_2d."""
         shared = {one.name: getattr(self, one.name) for one in definitions(BlankOptions)}
         return BlankOptions(**shared, two_streams=two_streams)
 
@@ -159,20 +182,20 @@ class Data(Section):
     """The section `data`."""
 
     cache: str = field(
-        "", role="operational", doc="where fetched text, tokenizers and shards live; empty: the user's cache folder"
+        "", role="operational", doc="folder for fetched text, tokenizers and shards; empty: the user's cache folder"
     )
     sources: Mapping[str, Source] = section(dict[str, Source], doc="corpora by name")
     seed: int = field(
-        -1, at_least=-1, at_most=2**63 - 1, doc="of the order of the rows and of their blanks; -1: the run's"
+        -1, at_least=-1, at_most=2**63 - 1, doc="seed of the order of rows and of their blanks; -1: the run's seed"
     )
-    seq_length: int = field(256, at_least=16, role="frozen", doc="tokens a row, context and targets together")
+    seq_length: int = field(256, at_least=16, role="frozen", doc="tokens of a row, context and targets together")
     heldout: float = field(0.05, at_least=0, below=1, doc="share of the documents kept for evaluation, chosen by hash")
     near_duplicates: float = field(
         0.8, at_least=0, below=1, doc="documents at least this similar (Jaccard) count as one; 0: exact copies only"
     )
     tokenizer: TokenizerConfig = section(TokenizerConfig, role="frozen")
     temperature: float = field(
-        0.0, at_least=0, doc="above 0: weights are times tokens ** (1 / temperature); 1 draws sources by size"
+        0.0, at_least=0, doc="above 0: multiply weights by tokens ** (1 / temperature); 1 draws sources by size"
     )
     weights: History = field((), example=(0, {"name": 1.0}), doc="history of the sources' weights over samples")
     instructions: Mapping[str, InstructionSet] = section(dict[str, InstructionSet], doc="prompts with answers, by name")

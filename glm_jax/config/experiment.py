@@ -1,8 +1,8 @@
-"""An experiment: every section, and how a ConfigDict that a person wrote becomes a frozen, checked `Experiment`.
+"""An experiment: all sections, and how a hand-written ConfigDict becomes a frozen, checked `Experiment`.
 
-An experiment's file defines `get_config()`, which starts from `default_config()` and changes what it is about. Flags
-(`--config.model.num_layers=4`) come on top. `resolve` then fills in and checks the whole. No jax in here:
-`glm-jax config` answers at once.
+An experiment's file defines `get_config()`, which starts from `default_config()` and changes some keys. Flags
+(`--config.model.num_layers=4`) override it. `resolve` then fills in missing keys and checks everything. Nothing here
+imports jax, so that `glm-jax config` answers at once.
 """
 
 from __future__ import annotations
@@ -33,20 +33,23 @@ from glm_jax.config.fields import (
 from glm_jax.config.model import GLMConfig, Model
 from glm_jax.config.training import Mesh, Optimizer, Pipeline, Train
 from glm_jax.errors import UserError
+from glm_jax.types import Json
 
 if TYPE_CHECKING:
-    Config = Any  # what a person writes: `resolve` checks its keys, not a type checker
+    Config = Any  # its keys are attributes that no type checker knows: `resolve` checks them
 else:
     Config = ConfigDict
 
-Changes = Mapping[str, Any]  # values by dotted key
+Changes = Mapping[str, object]  # values by dotted key
 
 
 @dataclass(frozen=True)
 class Experiment(Section):
-    """All that a run follows from."""
+    """Everything that determines a run."""
 
-    seed: int = field(1234, at_least=0, at_most=2**63 - 1, role="frozen", doc="of the first params, dropout and data")
+    seed: int = field(
+        1234, at_least=0, at_most=2**63 - 1, role="frozen", doc="seed of the initial params, dropout and data"
+    )
     model: Model = section(Model, role="frozen")
     data: Data = section(Data)
     mesh: Mesh = section(Mesh, role="operational")
@@ -57,7 +60,7 @@ class Experiment(Section):
         (),
         role="operational",
         example=(33_600, {"train.embedding_shrink.alpha": 0.5}),
-        doc='what changes in mid-run: ((33_600, {"train.embedding_shrink.alpha": 0.5}),) from the step after 33,600 on',
+        doc='changes during the run: ((33_600, {"train.embedding_shrink.alpha": 0.5}),) holds after step 33,600',
     )
 
     def __post_init__(self) -> None:
@@ -78,16 +81,16 @@ class Experiment(Section):
         """Return the model for a tokenizer of `pieces` pieces.
 
         Raises:
-            UserError: model.vocab_size is less.
+            UserError: model.vocab_size is smaller.
         """
         return self.model.glm(pieces, self.data.seq_length)
 
     def blank_options(self) -> BlankOptions:
-        """Return how blanks are drawn, for the positions that the model has."""
+        """Return how blanks are drawn, given the model's positions."""
         return self.data.blanks.options(self.model.position == "learned_2d")
 
     def _check_interventions(self) -> None:
-        """Check that every intervention names keys that may change, and leaves a config that can be."""
+        """Check that every intervention names keys that may change, and leaves a valid config."""
         if not self.interventions:
             return
         bare = dataclasses.replace(self, interventions=())
@@ -96,14 +99,14 @@ class Experiment(Section):
                 raise ValueError(f"interventions name step {step}: they take effect after a step, 0 is the start")
             for key in changes:
                 if role(key) != "numbers":
-                    raise ValueError(f"interventions at step {step} name {key}, which cannot change in mid-run")
+                    raise ValueError(f"interventions at step {step} name {key}, which cannot change during a run")
             bare = with_changes(bare, changes)
 
 
 def keys(
     kind: type[Section] = Experiment, prefix: str = "", role: Role = "numbers"
 ) -> Iterator[tuple[Definition, Role]]:
-    """Yield the definition of every key with its dotted name, and its role; entries of tables under NAME."""
+    """Yield the definition of every key, under its dotted name, and its role; table entries are called NAME."""
     for one in definitions(kind):
         own = one.key.role or role
         entry = entry_type(one.type)
@@ -116,8 +119,8 @@ def keys(
 
 
 def role(key: str) -> Role:
-    """Return the role of a dotted key; of one that does not exist, that of the section it would be in."""
-    kind: Any = Experiment
+    """Return the role of a dotted key; if there is no such key, the role of the section it would be in."""
+    kind: object = Experiment
     found: Role = "numbers"
     for name in key.split("."):
         one = next((one for one in definitions(kind) if one.name == name), None) if is_section(kind) else None
@@ -132,73 +135,77 @@ def role(key: str) -> Role:
 
 
 def default_config() -> Config:
-    """Return every key with its default, for an experiment's file to change: a model for a laptop."""
+    """Return every key with its default, for an experiment's file to change. The default model fits a laptop."""
     return ConfigDict(to_dict(Experiment()))
 
 
-def source(**changes: Any) -> Config:
-    """Return an entry of `data.sources`: the defaults, and `changes`, among which `path` or `sample` must be."""
+def source(**changes: object) -> Config:
+    """Return an entry of `data.sources`: the defaults with `changes`, which must include `path` or `sample`."""
     return ConfigDict(to_dict(Source()) | changes)
 
 
-def instructions(**changes: Any) -> Config:
-    """Return an entry of `data.instructions`: the defaults, and `changes`, among which `path` or `sample` must be."""
+def instructions(**changes: object) -> Config:
+    """Return an entry of `data.instructions`: the defaults with `changes`, which must include `path` or `sample`."""
     return ConfigDict(to_dict(InstructionSet()) | changes)
 
 
-def resolve(config: Config | Mapping[str, Any]) -> Experiment:
-    """Fill in what an experiment left out and check every key, type and value.
+def resolve(config: Config | Mapping[str, object]) -> Experiment:
+    """Fill in missing keys, and check every key, type and value.
 
     Args:
-        config: what `get_config()` returned, flags applied.
+        config: the result of `get_config()`, with flags applied.
 
     Raises:
-        UserError: a key that does not exist (with the nearest that does), a value of the wrong type or out of range.
+        UserError: a key does not exist (the message suggests the nearest), or a value has the wrong type or is out of
+            range.
     """
-    return build(Experiment, _plain(config))
+    values = _plain(config)
+    if not is_mapping(values):
+        raise UserError(f"the config is {values!r}: let get_config() return default_config() with its changes")
+    return build(Experiment, values)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, ConfigDict):
         return value.to_dict()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return value
 
 
 def with_changes(experiment: Experiment, changes: Changes) -> Experiment:
-    """Return an experiment with the dotted keys of `changes` set; None takes a key away.
+    """Return an experiment with the dotted keys of `changes` set; None removes a key.
 
     Raises:
-        UserError: a key that does not exist, or a value that it cannot have.
+        UserError: a key does not exist, or a value is not valid for it.
     """
     plain = to_dict(experiment)
     for key, value in changes.items():
         *path, last = key.split(".")
         part = plain
         for name in path:
-            inner: Any = part.setdefault(name, {})
+            inner: object = part.setdefault(name, {})
             if not is_mapping(inner):
-                raise UserError(f"unknown config key {key}: {key.rpartition('.')[0]} has no parts")
-            part = cast(dict[str, Any], inner)
+                raise UserError(f"unknown config key {key}: {key.rpartition('.')[0]} is not a section")
+            part = cast(Json, inner)  # `to_dict` makes nothing but dicts
         if value is None:
             part.pop(last, None)
         else:
             part[last] = _plain(value)
     for entries in (plain["data"]["sources"], plain["data"]["instructions"]):
         for name in [name for name, values in entries.items() if not values]:
-            del entries[name]  # all of it was taken away
+            del entries[name]  # all its keys were removed
     return build(Experiment, plain)
 
 
-def by_key(experiment: Experiment) -> dict[str, Any]:
+def by_key(experiment: Experiment) -> dict[str, object]:
     """Return every value by dotted key, in order."""
     return dict(flatten(to_dict(experiment)))
 
 
-def default_values(names: Mapping[str, Iterable[str]]) -> dict[str, Any]:
-    """Return every default by dotted key, with those of the entries of data.sources and data.instructions.
+def default_values(names: Mapping[str, Iterable[str]]) -> dict[str, object]:
+    """Return every default by dotted key, including those of entries of data.sources and data.instructions.
 
     Args:
-        names: of entries, by "sources" and "instructions".
+        names: the names of these entries, by "sources" and "instructions".
     """
     found = by_key(Experiment())
     for table, entry in (("sources", Source()), ("instructions", InstructionSet())):
@@ -213,5 +220,13 @@ def to_json(experiment: Experiment) -> str:
 
 
 def from_json(text: str) -> Experiment:
-    """Read what `to_json` wrote; keys added since have their defaults."""
-    return resolve(json.loads(text))
+    """Read what `to_json` wrote; keys added since then get their defaults.
+
+    Raises:
+        ValueError: `text` is not a JSON object.
+        UserError: a key does not exist, or a value is not valid for it.
+    """
+    values = json.loads(text)
+    if not is_mapping(values):
+        raise ValueError(f"{text[:80]!r} is not a JSON object")
+    return resolve(values)

@@ -1,8 +1,8 @@
-"""One definition for each key of a config: type, default, range, words and role stand in one line of a dataclass.
+"""One definition for each key of a config: type, default, range, help text and role, in one line of a dataclass.
 
-A section is a frozen dataclass that inherits from `Section`. Its fields are made with `field` (a key) and `section` (a
-section inside). From these follow the checks of values, the conversion of what files and flags give, and the reference
-of keys.
+A section is a frozen dataclass that inherits from `Section`. Its fields are made with `field` (a key) or `section` (a
+nested section). The checks of values, the conversion of values from files and flags, and the reference of keys follow
+from these definitions.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Literal, NamedTuple, TypeGuard, TypeVar, Union
+from typing import Literal, NamedTuple, TypeGuard, TypeVar, Union, cast
 
 from glm_jax.errors import UserError
+from glm_jax.types import Json
 
-# frozen: a workdir keeps the value it was made with. operational: how a run is carried out and reported; changes its
-# numbers by rounding at most. numbers: all else; a run may resume with another value, which is then recorded.
+# frozen: fixed once the workdir exists. operational: how a run is executed and reported; changes its numbers by
+# rounding at most. numbers: everything else; a run may resume with another value, which is then recorded.
 Role = Literal["frozen", "operational", "numbers"]
 
 T = TypeVar("T")
@@ -31,10 +32,10 @@ class Key:
     """What a key may hold, beyond its type.
 
     Attributes:
-        doc: what it is, in a line; units included.
-        role: None where the section that holds it says so.
+        doc: a description in one line, with units.
+        role: None to take the role of the section that holds the key.
         above, at_least, at_most, below: bounds of a number.
-        example: an entry of a tuple, for messages.
+        example: a valid entry of a tuple, for messages.
     """
 
     doc: str
@@ -43,10 +44,10 @@ class Key:
     at_least: float | None = None
     at_most: float | None = None
     below: float | None = None
-    example: Any = None
+    example: object = None
 
     def bounds(self) -> str:
-        """Describe the range: empty without bounds."""
+        """Describe the range; empty without bounds."""
         if self.at_least == 0 and self.at_most is None and self.below is None:
             return "not be negative"
         if self.at_least is not None and self.at_most is not None:
@@ -79,27 +80,27 @@ def field(
     at_least: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
-    example: Any = None,
+    example: object = None,
 ) -> T:
-    """Define a key of a section; see `Key`. Choices are those of a Literal in the field's type.
+    """Define a key of a section; see `Key`. Choices come from a Literal in the field's type.
 
-    For a type checker this is the default itself.
+    To a type checker, the result is the default itself.
     """
     key = Key(doc, role, above, at_least, at_most, below, example)
     return dataclasses.field(default=default, metadata={"key": key})
 
 
 def section(factory: Callable[[], T], *, doc: str = "", role: Role | None = None) -> T:
-    """Define a section inside a section, or a table of sections by name (`factory` is dict)."""
+    """Define a nested section, or a table of sections by name (`factory` is dict)."""
     return dataclasses.field(default_factory=factory, metadata={"key": Key(doc, role)})
 
 
 class Definition(NamedTuple):
-    """A key with all that is known of it; `type` is its evaluated annotation."""
+    """A key with everything known about it; `type` is its evaluated annotation."""
 
     name: str
-    type: Any
-    default: Any
+    type: object
+    default: object
     key: Key
 
 
@@ -124,7 +125,7 @@ class Section:
     """A frozen group of keys.
 
     Raises:
-        ValueError: a number out of its range or not finite, or a value that is not one of its choices.
+        ValueError: a number is out of range or not finite, or a value is not one of its choices.
     """
 
     def __post_init__(self) -> None:
@@ -134,8 +135,8 @@ class Section:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, it must {problem}")
 
 
-def _problem(value: Any, kind: Any, key: Key) -> str:
-    """Return what a value must do that it does not, or nothing."""
+def _problem(value: object, kind: object, key: Key) -> str:
+    """Return the requirement that a value fails, such as "be at least 1"; empty if it is valid."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         known = any(type(value) is type(choice) and value == choice for choice in choices)
@@ -147,28 +148,28 @@ def _problem(value: Any, kind: Any, key: Key) -> str:
     return ""
 
 
-def is_section(kind: Any) -> bool:
+def is_section(kind: object) -> TypeGuard[type[Section]]:
     """Whether a type is a section."""
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
-def entry_type(kind: Any) -> type[Section] | None:
+def entry_type(kind: object) -> type[Section] | None:
     """Return the section that a table by name holds, or None for any other type."""
     arguments = typing.get_args(kind)
     return arguments[1] if len(arguments) == 2 and is_section(arguments[1]) else None
 
 
-def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
-    """Whether a value is a mapping."""
-    return isinstance(value, Mapping)
+def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
+    """Whether a value is a mapping by name."""
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in cast(Mapping[object, object], value))
 
 
-def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+def is_list(value: object) -> TypeGuard[Sequence[object]]:
     """Whether a value is a list or a tuple."""
     return isinstance(value, list | tuple)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield (dotted key, value) for every leaf of nested mappings, in order."""
     for name, value in values.items():
         if is_mapping(value):
@@ -178,14 +179,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def in_section(key: str, sections: tuple[str, ...]) -> bool:
-    """Whether a dotted key is one of `sections` or lies in one."""
+    """Whether a dotted key is one of `sections` or is inside one."""
     return any(key == name or key.startswith(f"{name}.") for name in sections)
 
 
-def to_dict(values: Section) -> dict[str, Any]:
-    """Return a section as nested dicts, as `build` takes them."""
+def to_dict(values: Section) -> Json:
+    """Return a section as the nested dicts that `build` takes."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         if isinstance(value, Section):
             return to_dict(value)
         return {name: plain(inner) for name, inner in value.items()} if is_mapping(value) else value
@@ -194,31 +195,32 @@ def to_dict(values: Section) -> dict[str, Any]:
 
 
 def closest(key: str, known: list[str], listing: str = "config show --config NAME") -> str:
-    """Return a question after the known key that was probably meant, or the command that lists them all."""
+    """Return a suggestion: the known key that was probably meant, or the command that lists all of them."""
     matches = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if matches:
         return f"did you mean {matches[0]}?"
-    return f"`glm-jax {listing}` lists what there is"
+    return f"`glm-jax {listing}` lists all of them"
 
 
 S = TypeVar("S", bound=Section)
 
 
-def build(kind: type[S], values: Mapping[str, Any], where: str = "", known: list[str] | None = None) -> S:
-    """Build a section from nested mappings; what they leave out keeps its default.
+def build(kind: type[S], values: Mapping[str, object], where: str = "", known: list[str] | None = None) -> S:
+    """Build a section from nested mappings; missing keys keep their defaults.
 
     Args:
         kind: the section.
-        values: by name, as files, flags and JSON give them.
+        values: by name, as read from files, flags and JSON.
         where: the dotted prefix of the section's keys, for messages.
-        known: all dotted keys there are, for suggestions; by default those of `kind`.
+        known: all dotted keys that exist, for suggestions; by default those of `kind`.
 
     Raises:
-        UserError: a key that does not exist (with the nearest that does), a value of another type or out of range.
+        UserError: a key does not exist (the message suggests the nearest), or a value has another type or is out of
+            range.
     """
     known = [f"{where}{name}" for name in names(kind)] if known is None else known
     fields = {one.name: one for one in definitions(kind)}
-    made: dict[str, Any] = {}
+    made: dict[str, object] = {}
     for name, value in values.items():
         key = f"{where}{name}"
         if name not in fields:
@@ -226,28 +228,28 @@ def build(kind: type[S], values: Mapping[str, Any], where: str = "", known: list
             raise UserError(f"unknown config key {unknown}: {closest(unknown, known)}")
         one = fields[name]
         entry = entry_type(one.type)
-        if entry is not None:
+        if entry is None and not is_section(one.type):
+            made[name] = convert(key, value, one.type, one.key, one.default)
+        elif not is_mapping(value):
+            raise UserError(f"{key} is {value!r}: it is a section, set its keys")
+        elif entry is not None:
             made[name] = {label: _table_entry(entry, keys, f"{key}.{label}") for label, keys in value.items()}
         elif is_section(one.type):
-            if not is_mapping(value):
-                raise UserError(f"{key} is {value!r}: it is a section, set its keys")
             made[name] = build(one.type, value, f"{key}.", known)
-        else:
-            made[name] = convert(key, value, one.type, one.key, one.default)
     try:
         return kind(**made)
     except ValueError as error:
         raise UserError(f"{where}{error}") from None
 
 
-def _table_entry(kind: type[Section], keys: Any, where: str) -> Section:
+def _table_entry(kind: type[Section], keys: object, where: str) -> Section:
     if not is_mapping(keys):
         raise UserError(f"{where} is {keys!r}: give it keys, such as path and weight")
     return build(kind, keys, f"{where}.")
 
 
 def names(kind: type) -> Iterator[str]:
-    """Yield the dotted names of all keys below a section; tables by name are left out."""
+    """Yield the dotted names of all keys of a section, except those in tables by name."""
     for name, inner, _, _ in definitions(kind):
         if is_section(inner):
             yield from (f"{name}.{deeper}" for deeper in names(inner))
@@ -255,14 +257,14 @@ def names(kind: type) -> Iterator[str]:
             yield name
 
 
-def convert(where: str, value: Any, kind: Any, key: Key, default: Any) -> Any:
-    """Return `value` in the type `kind`: an int may stand for a float, a list for a tuple.
+def convert(where: str, value: object, kind: object, key: Key, default: object) -> object:
+    """Return `value` converted to the type `kind`: an int is accepted for a float, a list for a tuple.
 
     Raises:
-        UserError: it is of another type.
+        UserError: it has another type.
     """
     origin = typing.get_origin(kind)
-    if kind is Any or (origin is Literal and type(value) in {type(one) for one in typing.get_args(kind)}):
+    if kind is object or (origin is Literal and type(value) in {type(one) for one in typing.get_args(kind)}):
         return value
     if origin in (tuple, Union, UnionType) and is_list(value):
         return _convert_tuple(where, value, kind, key)
@@ -273,8 +275,8 @@ def convert(where: str, value: Any, kind: Any, key: Key, default: Any) -> Any:
     return value
 
 
-def _convert_tuple(where: str, value: Sequence[Any], kind: Any, key: Key) -> tuple[Any, ...]:
-    if typing.get_origin(kind) is not tuple:  # numbers that come together, or none: tuple[int, int] | tuple[()]
+def _convert_tuple(where: str, value: Sequence[object], kind: object, key: Key) -> tuple[object, ...]:
+    if typing.get_origin(kind) is not tuple:  # a fixed count of numbers, or none: tuple[int, int] | tuple[()]
         count = max(len(typing.get_args(one)) for one in typing.get_args(kind))
         if value and (len(value) != count or any(type(entry) is not int for entry in value)):
             raise UserError(f"{where} is {value!r}, it must hold {count} whole numbers, or nothing")
@@ -282,13 +284,13 @@ def _convert_tuple(where: str, value: Sequence[Any], kind: Any, key: Key) -> tup
     return tuple(_convert_pair(where, entry, typing.get_args(kind)[0], key) for entry in value)
 
 
-def _convert_pair(where: str, entry: Any, kind: Any, key: Key) -> tuple[int, Any]:
-    """Convert a pair of a whole number and a number, or a mapping by name."""
+def _convert_pair(where: str, entry: object, kind: object, key: Key) -> tuple[int, object]:
+    """Convert a pair: a whole number, then a number or a mapping by name."""
     second = typing.get_args(kind)[1]
     if is_list(entry) and len(entry) == 2 and type(entry[0]) is int:
         inner = entry[1]
         if typing.get_origin(second) is not None:
-            if is_mapping(inner) and all(isinstance(name, str) for name in inner):
+            if is_mapping(inner):
                 of = typing.get_args(second)[1]
                 return entry[0], {name: convert(f"{where} of {name}", one, of, key, 0.0) for name, one in inner.items()}
         elif type(inner) in (int, second):

@@ -16,29 +16,29 @@ Initialisation = Literal["xavier", "normal", "largescale"]
 
 @dataclass(frozen=True)
 class Architecture(Section):
-    """What the section and GLMConfig have in common. Defaults are GLM-130B's choices in a size for a laptop."""
+    """What the section and GLMConfig have in common. Defaults are GLM-130B's choices at a size for a laptop."""
 
     num_layers: int = field(4, at_least=1, doc="L, transformer blocks")
     hidden_size: int = field(128, at_least=1, doc="D, the width of the residual stream")
     num_heads: int = field(4, at_least=1, doc="N, attention heads; divides hidden_size")
     ffn_size: int = field(344, at_least=1, doc="F, the inner width; GeGLU's is 8/3 of the hidden size, as in GLM-130B")
     _: KW_ONLY
-    norm: Norm = field("deepnorm", doc="where the layer norms stand, and how the residual is scaled")
-    position: Position = field("rope", doc="how a token's place reaches the model")
-    activation: Activation = field("geglu", doc="of the feed-forward")
-    attention_dropout: float = field(0.0, at_least=0, below=1, doc="of attention probabilities")
-    hidden_dropout: float = field(0.0, at_least=0, below=1, doc="of the embedding and each sublayer")
+    norm: Norm = field("deepnorm", doc="where the layer norms are, and how the residual is scaled")
+    position: Position = field("rope", doc="how positions enter the model")
+    activation: Activation = field("geglu", doc="activation of the feed-forward")
+    attention_dropout: float = field(0.0, at_least=0, below=1, doc="dropout of attention probabilities")
+    hidden_dropout: float = field(0.0, at_least=0, below=1, doc="dropout of the embedding and of each sublayer")
     embedding_norm: bool = field(False, doc="BLOOM's layer norm on the embedding")
     norm_epsilon: float = field(1e-5, above=0, doc="added to the variance in every layer norm")
-    rope_base: float = field(10000.0, above=0, doc="of rotary frequencies")
+    rope_base: float = field(10000.0, above=0, doc="base of the rotary frequencies")
     rope_angles: Literal["float32", "float16"] = field("float32", doc="float16: the released inference code's tables")
     score_scaling: bool = field(True, doc="query-key layer scaling: cancels out, keeps float16 scores in range")
     pb_relax: float = field(
         0.0,
         at_least=0,
-        doc="CogView's alpha (GLM's trials took 128), instead of score_scaling; 0 disables",
+        doc="CogView's alpha (GLM's trials used 128), instead of score_scaling; 0 disables",
     )
-    initialisation: Initialisation = field("xavier", doc="distribution of the first kernels")
+    initialisation: Initialisation = field("xavier", doc="distribution of the initial kernels")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,7 +61,7 @@ class Model(Architecture):
         0, at_least=0, doc="rows of the embedding; 0: the tokenizer's pieces, padded to a multiple of vocab_multiple"
     )
     max_length: int = field(0, at_least=0, doc="rows of a position table; 0: data.seq_length")
-    vocab_multiple: int = field(128, at_least=1, doc="what the padded vocabulary is a multiple of, whatever the mesh")
+    vocab_multiple: int = field(128, at_least=1, doc="the padded vocabulary is a multiple of this, whatever the mesh")
 
     def glm(self, pieces: int, seq_length: int) -> GLMConfig:
         """Return the architecture for a tokenizer of `pieces` pieces and rows of `seq_length` tokens.
@@ -81,10 +81,10 @@ class Model(Architecture):
 
 @dataclass(frozen=True)
 class GLMConfig(Architecture):
-    """A GLM: what its functions take as a static argument. Frozen and hashable.
+    """A GLM, as the static argument of the model's functions. Frozen and hashable.
 
     Raises:
-        ValueError: a value that is not one of its choices or out of range, or sizes that do not fit one another.
+        ValueError: a value is not one of its choices or is out of range, or sizes do not fit one another.
     """
 
     vocab_size: int = field(0, at_least=1, doc="V, rows of the embedding, padding included")
@@ -92,12 +92,12 @@ class GLMConfig(Architecture):
 
     @property
     def up_projections(self) -> int:
-        """How many projections of width F enter the feed-forward: a GLU has two halves."""
+        """The number of up projections of width F in the feed-forward: 2 for a GLU, else 1."""
         return 2 if self.activation == "geglu" else 1
 
     @property
     def num_parameters(self) -> int:
-        """Every parameter, the tied embedding once. GLM-130B: 128,697,794,560."""
+        """The number of parameters, with the tied embedding counted once. GLM-130B: 128,697,794,560."""
         hidden, inner, norm = self.hidden_size, self.ffn_size, 2 * self.hidden_size
         attention = 4 * hidden * hidden + 4 * hidden
         feedforward = (self.up_projections + 1) * hidden * inner + self.up_projections * inner + hidden
@@ -108,10 +108,10 @@ class GLMConfig(Architecture):
         return self.num_layers * (attention + feedforward + norms * norm) + embedding + norm
 
     def forward_flops(self, sequence: int) -> int:
-        """Floating-point operations of the matmuls of one forward pass over one row of `sequence` tokens.
+        """Return the floating-point operations of the matmuls in a forward pass over a row of `sequence` tokens.
 
-        Counts 2 for a multiply-add and the whole score matrix, masked or not, as it is what runs. A training step
-        is three of these, four where the forward is recomputed.
+        A multiply-add counts as 2. The whole score matrix counts, masked or not, because all of it is computed. A
+        training step takes three times as many, or four times where the forward pass is recomputed.
         """
         hidden, inner = self.hidden_size, self.ffn_size
         layer = 2 * (4 * hidden * hidden + (self.up_projections + 1) * hidden * inner)  # projections, a token
@@ -119,12 +119,12 @@ class GLMConfig(Architecture):
         return sequence * (self.num_layers * (layer + scores) + 2 * hidden * self.vocab_size)
 
     def published_flops(self, sequence: int, passes: int) -> float:
-        """Floating-point operations of a step's row by the formula of GLM-130B's training code, which its log quotes.
+        """Return a row's floating-point operations by the formula of GLM-130B's training code, which its log quotes.
 
         24 c s N h^2 (1 + s / 6h + V / 16 N h), with a row of s tokens, N layers, hidden size h and V rows of the
-        embedding; c is `passes`: 3 for forward and backward, 4 with the forward computed again. It takes a feed-forward
-        of 8 h^2 weights a layer, which GLM-130B's GeGLU has. The head, never computed again, is counted right for 4
-        passes; for 3 it counts as 3/4 of that, as the paper's MFU is 3/4 of its HFU.
+        embedding; c is `passes`: 3 for forward and backward, 4 with the forward pass recomputed. It assumes a
+        feed-forward of 8 h^2 weights a layer, which GLM-130B's GeGLU has. The head, which is never recomputed, is
+        counted correctly for 4 passes; for 3 it counts as 3/4 of that, because the paper's MFU is 3/4 of its HFU.
         """
         hidden, layers = self.hidden_size, self.num_layers
         attention, head = sequence / (6 * hidden), self.vocab_size / (16 * layers * hidden)

@@ -6,11 +6,11 @@ from glm_jax.config.experiment import Config, default_config, source
 
 
 def small_english(steps: int) -> Config:
-    """Return 8 layers of 64 on the docstrings of Python packages: 500 pieces, rows of 64 tokens, 8 rows a batch.
+    """Return 8 layers of width 64 on the docstrings of Python packages: 500 pieces, rows of 64 tokens, 8 rows a batch.
 
-    With so few pieces some hundred steps are enough to learn more than how frequent they are. A step takes a core some
-    0.06 s. What is not named here is a default: norm, positions, activation and Adam's constants are GLM-130B's, but
-    there is no shrink and no dropout, and it is all float32.
+    With so few pieces, a few hundred steps are enough to learn more than their frequencies. A step takes about 0.06 s
+    on one core. All other keys have their defaults: norm, positions, activation and Adam's constants are GLM-130B's,
+    but there is no shrink and no dropout, and everything is float32.
     """
     config = default_config()
     config.model.num_layers = 8
@@ -23,24 +23,24 @@ def small_english(steps: int) -> Config:
     config.train.steps = steps
     config.train.global_batch = 8
     config.train.eval_rows = 512
-    config.optimizer.peak_lr = 1e-3  # DeepNorm stops learning at ten times as much
+    config.optimizer.peak_lr = 1e-3  # at ten times this rate DeepNorm stops learning
     config.optimizer.min_lr = 1e-4
     config.optimizer.warmup_samples = 320  # 40 steps
     return config
 
 
 def original_glm(num_layers: int, hidden_size: int, num_heads: int, vocab_size: int, longest: int) -> Config:
-    """Return what the sizes of the original GLM share: Pre-LN, tanh GELU, two learned position streams, [MASK] alone.
+    """Return what all sizes of the original GLM share: Pre-LN, tanh GELU, two learned position streams, only [MASK].
 
-    The [gMASK] values are the published code's defaults, for the sizes that give it a share. Its blanks differ from
-    ours in this: a class token begins each sample; no span holds a document's end; a batch has one [gMASK] length;
-    410M and 515M mark document spans with [MASK]. Block masking (0.1 in 2B and 10B) is off, as our tokenizers have no
-    dBLOCK: with one that has, set data.blanks.block_mask_prob and block_mask_token.
+    The [gMASK] values are the published code's defaults, for the sizes that give it a share. The published code draws
+    blanks differently: a class token begins each sample; no span contains the end of a document; a batch has one
+    [gMASK] length; 410M and 515M mark document spans with [MASK]. Block masking (0.1 in 2B and 10B) is off, because our
+    tokenizers have no dBLOCK; with one that has it, set data.blanks.block_mask_prob and block_mask_token.
 
     Args:
-        num_layers, hidden_size, num_heads: of the size.
-        vocab_size: rows of the embedding, padding included.
-        longest: tokens of a row; the position tables have one row more (arXiv 2103.10360 and its published code).
+        num_layers, hidden_size, num_heads: of this size.
+        vocab_size: rows of the embedding, including padding.
+        longest: tokens of a row; the position tables have one more row (arXiv 2103.10360 and its published code).
     """
     config = default_config()
     config.model.num_layers = num_layers

@@ -1,4 +1,4 @@
-"""The sections `mesh`, `pipeline`, `train` and `optimizer`: on what a model is trained, how long, and by which rule."""
+"""The sections `mesh`, `pipeline`, `train` and `optimizer`: where, how long and how a model is trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Mesh(Section):
     pipeline: int = field(1, at_least=-1, doc="stages of the pipeline")
     tensor: int = field(1, at_least=-1, doc="shards of each layer")
     collective_timeout: float = field(
-        20.0, above=0, doc="seconds after which the other processes of a CPU run take one for dead"
+        20.0, above=0, doc="seconds without an answer after which a process of a CPU run counts as lost"
     )
     zero: Literal[1, 3] = field(
         1, doc="1: the state is split over `data`; 3: the blocks' weights too, without a pipeline"
@@ -45,7 +45,8 @@ class Pipeline(Section):
 
     schedule: Schedule = field("1f1b", doc="order of forward and backward slots")
     stash: Stash = field(
-        "layer", doc="what the backward pass finds: inputs of layers or of stages, or all (nothing is recomputed)"
+        "layer",
+        doc="what the backward pass finds: inputs of layers or of stages, or everything (nothing is recomputed)",
     )
 
 
@@ -53,10 +54,10 @@ class Pipeline(Section):
 class LossScaleConfig(Section):
     """The section `train.loss_scale`, for float16 (paper, table 11)."""
 
-    initial: float = field(65536.0, above=0, doc="where it starts")
-    window: int = field(2000, at_least=1, doc="finite steps in a row that double it")
-    hysteresis: int = field(2, at_least=1, doc="non-finite steps that halve it")
-    minimum: float = field(1.0, above=0, doc="below which it is not halved")
+    initial: float = field(65536.0, above=0, doc="the first scale")
+    window: int = field(2000, at_least=1, doc="finite steps in a row that double the scale")
+    hysteresis: int = field(2, at_least=1, doc="non-finite steps that halve the scale")
+    minimum: float = field(1.0, above=0, doc="the scale is not halved below this")
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class EmbeddingShrink(Section):
 
     alpha: float = field(1.0, at_least=0, at_most=1, doc="the share of the gradient that stays; 1 disables")
     history: tuple[tuple[int, float], ...] = field(
-        (), example=(6000, 0.1), doc="instead: knots over steps, ((6000, 0.1), (6500, 1.0))"
+        (), example=(6000, 0.1), doc="instead: alpha by step, linear between knots such as ((6000, 0.1), (6500, 1.0))"
     )
-    logits: bool = field(False, doc="also on the path through the head, which is tied")
+    logits: bool = field(False, doc="shrink the gradient through the head, which is tied, as well")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,19 +85,23 @@ class Spike(Section):
     """The section `train.spike`: what to do when the loss or the gradient norm leaves its running band."""
 
     rollbacks: int = field(
-        0, at_least=0, doc="resume from the last checkpoint and skip the data, so often at most; 0 disables"
+        0, at_least=0, doc="how often at most to go back to the last checkpoint and skip the data; 0 disables"
     )
-    window: int = field(100, at_least=1, doc="steps of the band's running mean and deviation; it watches after as many")
-    deviations: float = field(6.0, above=0, doc="the band's width above the mean")
+    window: int = field(
+        100, at_least=1, doc="steps of the band's running mean and deviation; spikes count only after this many steps"
+    )
+    deviations: float = field(6.0, above=0, doc="the band's width above the mean, in deviations")
 
 
 @dataclass(frozen=True)
 class Train(Section):
-    """The section `train`: how long, on how much at a time, and what is watched and kept."""
+    """The section `train`: how long, with which batches, and what is logged and saved."""
 
     steps: int = field(1000, at_least=1, doc="optimizer steps")
-    global_batch: int = field(16, at_least=1, doc="rows an optimizer step")
-    microbatches: int = field(1, at_least=1, doc="the batch is processed in this many parts, gradients summed")
+    global_batch: int = field(16, at_least=1, doc="rows of an optimizer step")
+    microbatches: int = field(
+        1, at_least=1, doc="the batch is processed in this many parts, whose gradients are summed"
+    )
     precision: Precision = field(
         "float32", doc="of weights and activations; master params, moments and sums are float32"
     )
@@ -106,27 +111,35 @@ class Train(Section):
         "tokens", doc="tokens: a mean over the global batch's targets; microbatch: over row means"
     )
     batch_ramp: tuple[int, int, int] | tuple[()] = field(
-        (), doc="(first batch, increment, samples): grows in equal parts of the samples"
+        (), doc="(first batch, increment, samples): the batch grows at equal intervals of the samples"
     )
     skip_steps: tuple[tuple[int, int], ...] = field(
-        (), example=(40_701, 40_900), doc="ranges of steps that are skipped with their data, the last included"
+        (), example=(40_701, 40_900), doc="ranges of steps to skip with their data, including the last"
     )
     spike: Spike = section(Spike)
-    log_every: int = field(10, at_least=1, role="operational", doc="steps")
+    log_every: int = field(10, at_least=1, role="operational", doc="steps between logged steps")
     eval_every: int = field(
-        500, at_least=0, role="operational", doc="steps; also before the first and at the end; 0 disables"
+        500,
+        at_least=0,
+        role="operational",
+        doc="steps between evaluations; also before the first step and at the end; 0 disables",
     )
-    eval_rows: int = field(128, at_least=1, role="operational", doc="held-out rows a source")
-    save_every: int = field(250, at_least=1, role="operational", doc="steps")
+    eval_rows: int = field(128, at_least=1, role="operational", doc="held-out rows of each source")
+    save_every: int = field(250, at_least=1, role="operational", doc="steps between checkpoints")
     save_minutes: float = field(
-        0.0, at_least=0, role="operational", doc="also when so much time has passed since the last; 0 disables"
+        0.0,
+        at_least=0,
+        role="operational",
+        doc="also save this many minutes after the last checkpoint; 0 disables",
     )
-    keep: int = field(3, at_least=1, role="operational", doc="the newest checkpoints")
-    keep_every: int = field(0, at_least=0, role="operational", doc="also those of every so many steps; 0 disables")
+    keep: int = field(3, at_least=1, role="operational", doc="how many of the newest checkpoints to keep")
+    keep_every: int = field(
+        0, at_least=0, role="operational", doc="also keep the checkpoints of every so many steps; 0 disables"
+    )
     profile: tuple[int, int] | tuple[()] = field(
         (), role="operational", doc="(first, last) steps that JAX's profiler traces into the workdir's profile/"
     )
-    wandb: str = field("", role="operational", doc="a Weights & Biases project to report to as well")
+    wandb: str = field("", role="operational", doc="a Weights & Biases project to report to as well; empty disables")
 
     def scaling(self) -> LossScaleConfig | None:
         """Return the loss scale's constants, or None where the precision needs none."""
@@ -140,9 +153,11 @@ class Train(Section):
             )
         for first, last in self.skip_steps:
             if not 1 <= first <= last:
-                raise ValueError(f"skip_steps holds ({first}, {last}): steps count from 1, the first comes first")
+                raise ValueError(
+                    f"skip_steps holds ({first}, {last}): steps count from 1, the first must not be after the last"
+                )
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
-            raise ValueError(f"profile is {self.profile}: steps count from 1, the first comes first")
+            raise ValueError(f"profile is {self.profile}: steps count from 1, the first must not be after the last")
         self._check_batch_ramp()
 
     def _check_batch_ramp(self) -> None:
@@ -158,8 +173,8 @@ class Train(Section):
                 )
         if start > self.global_batch or (self.global_batch - start) % increment or samples < 1:
             raise ValueError(
-                f"batch_ramp {self.batch_ramp} does not reach train.global_batch {self.global_batch}: from the "
-                "first batch, by whole increments, over a number of samples"
+                f"batch_ramp {self.batch_ramp} does not reach train.global_batch {self.global_batch}: go up "
+                "from the first batch by whole increments, over 1 sample or more"
             )
 
 
@@ -170,7 +185,7 @@ class OptimizerConfig(Section):
     beta1: float = field(0.9, at_least=0, below=1, doc="decay of the first moment")
     beta2: float = field(0.95, at_least=0, below=1, doc="decay of the second moment")
     epsilon: float = field(1e-8, above=0, doc="added to the root of the second moment")
-    weight_decay: float = field(0.1, at_least=0, doc="decoupled; not on layer norms and biases")
+    weight_decay: float = field(0.1, at_least=0, doc="decoupled; not applied to layer norms and biases")
     clip_norm: float = field(1.0, above=0, doc="global norm to which gradients are clipped")
 
 
@@ -182,9 +197,9 @@ class Optimizer(OptimizerConfig):
     min_lr: float = field(1e-4, at_least=0, doc="learning rate after the decay")
     warmup_samples: int = field(1600, at_least=0, doc="samples of a linear rise from 0")
     rewarm: tuple[tuple[int, int], ...] = field(
-        (), example=(22_800, 500), doc="from a step on, the rate climbs anew from 0 over so many steps"
+        (), example=(22_800, 500), doc="(step, steps): after this step, the rate climbs again from 0 over so many steps"
     )
-    decay_samples: int = field(0, at_least=0, doc="cosine to min_lr ends here; 0: with the last step")
+    decay_samples: int = field(0, at_least=0, doc="samples at which the cosine reaches min_lr; 0: at the last step")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,5 +210,5 @@ class Optimizer(OptimizerConfig):
                 raise ValueError(f"rewarm holds ({first}, {steps}): give the step it begins at, and how many")
 
     def constants(self) -> OptimizerConfig:
-        """Return what an update follows from besides the learning rate."""
+        """Return the constants of an update, without the learning rate."""
         return OptimizerConfig(**{one.name: getattr(self, one.name) for one in definitions(OptimizerConfig)})

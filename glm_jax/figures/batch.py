@@ -1,13 +1,13 @@
-"""Figures of a batch: its tokens with their blanks, who may see whom, and the positions.
+"""Figures of a batch: its tokens with their blanks, which tokens may see which, and the positions.
 
-Tokens are drawn as SVG text, which any reader's own fonts show, Chinese too; the rest is matplotlib.
+Tokens are drawn as SVG text, so that the reader's own fonts show any script; the rest is matplotlib.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 from xml.sax.saxutils import escape
 
 import jax.numpy as jnp
@@ -25,12 +25,22 @@ from glm_jax.model import Visibility
 
 Batch = Rows[np.ndarray]
 
-FONT, LINE, MARGIN, WIDTH = 13, 62, 66, 980  # pixels: letters, a line of tokens, the labels beside it, the whole
-NARROW, WIDE = 0.62, 1.05  # a letter's width against the font's size; wide: Chinese
+FONT, MARGIN, WIDTH = 13, 66, 980  # pixels: of letters, of the labels beside a line, of the whole
+NARROW, WIDE = 0.62, 1.05  # a letter's width over the font size; wide: Chinese
 PLAIN, PADDING = "#f2f2f2", "#ffffff"  # of context tokens outside blanks, and of padding
 PALETTE = (*style.COLOURS[4:6], *style.COLOURS[2:4], style.COLOURS[6])  # of blanks, under dark text
 LEGEND = ("may not see", "context sees context", "target sees context", "target sees target, up to itself")
 CELLS = ("#ffffff", *(style.COLOURS[place] for place in (4, 0, 5)))
+
+
+class Tokenizer(SpecialTokens, Protocol):
+    """What writes tokens as text; see data.tokenizers."""
+
+    token_bytes: np.ndarray
+
+    def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
+        """Return the text of `ids`, special tokens by name if `specials`."""
+        ...
 
 
 class Token(NamedTuple):
@@ -44,9 +54,9 @@ class Token(NamedTuple):
 
 
 def blanks(batch: Batch, b: int, special: SpecialTokens) -> np.ndarray:
-    """Number the blanks of row b: int64 [S], k at the mark of the row's k-th blank and in its target, else 0.
+    """Return the number of each place's blank in row b: int64 [S], k at the row's k-th mark and in its target, else 0.
 
-    A target block belongs to the blank whose position its sop repeats; a sample with one blank has one block.
+    A target block belongs to the blank whose position its sop has; a sample with one blank has one block.
     """
     tokens, context, segments = batch.tokens[b], batch.context[b], batch.segments[b]  # [S]
     positions = np.atleast_2d(batch.positions[b])[0]  # [S]
@@ -62,13 +72,13 @@ def blanks(batch: Batch, b: int, special: SpecialTokens) -> np.ndarray:
     return number
 
 
-def row_tokens(batch: Batch, b: int, tokenizer: Any) -> list[Token]:
-    """List the places of row b up to its padding.
+def row_tokens(batch: Batch, b: int, tokenizer: Tokenizer) -> list[Token]:
+    """Return the places of row b up to its padding.
 
     Args:
-        batch: as data.batches.Batches.at gives it.
+        batch: as `Batches.at` returns it.
         b: the row.
-        tokenizer: a data.tokenizer.Tokenizer.
+        tokenizer: of the batch.
     """
     found, number = [], blanks(batch, b, tokenizer)
     for place in np.flatnonzero(batch.segments[b]):
@@ -81,18 +91,18 @@ def row_tokens(batch: Batch, b: int, tokenizer: Any) -> list[Token]:
     return found
 
 
-def shown(token: int, tokenizer: Any) -> str:
-    """Write a token: special ones by name, a space as ␣, a newline as ⏎, a byte of a character as ▯."""
+def shown(token: int, tokenizer: Tokenizer) -> str:
+    """Return a token as text: special tokens by name, a space as ␣, a newline as ⏎, a byte of a character as ▯."""
     text = tokenizer.decode([token], specials=True)
     return text.translate(str.maketrans(" \n\t\ufffd", "␣⏎⇥▯"))
 
 
-def tokens_svg(batch: Batch, b: int, tokenizer: Any, title: str = "") -> str:
-    """Draw row b: its tokens, each blank and its target in one colour; below, targets and positions.
+def tokens_svg(batch: Batch, b: int, tokenizer: Tokenizer, title: str = "") -> str:
+    """Draw row b: its tokens, with each blank and its target in one colour, and below them targets and positions.
 
     Args:
         batch, b, tokenizer: as in `row_tokens`.
-        title: before the row's objective.
+        title: comes before the row's objective.
 
     Returns:
         An SVG document.
@@ -150,9 +160,9 @@ def _cell(token: Token, left: float, top: float, width: float) -> list[str]:
 
 
 def visible(batch: Batch, b: int) -> np.ndarray:
-    """Return what kind of pair query i and key j of row b are: int [S, S], an index into LEGEND.
+    """Return the kind of pair that query i and key j of row b form: int [S, S], an index into LEGEND.
 
-    Padding, which may see itself so that no softmax is empty, counts as not seeing.
+    Padding counts as seeing nothing, although it may see itself so that no softmax is empty.
     """
     segments, context = batch.segments[b], batch.context[b]  # [S]
     allowed = np.asarray(Visibility(jnp.asarray(segments[None]), jnp.asarray(context[None])).dense())[0]  # [S, S]
@@ -161,12 +171,12 @@ def visible(batch: Batch, b: int) -> np.ndarray:
 
 
 def visibility_figure(batch: Batch, rows: Sequence[int], titles: Sequence[str]) -> Figure:
-    """Draw which key (across) each query (down) may see, a panel a row, and lines between segments."""
+    """Draw which keys (across) each query (down) may see, with a panel for each row and lines between segments."""
     made, axes = style.figure(1, len(rows), width=3.5, height=3.9)
     for axis, b, title in zip(axes, rows, titles, strict=True):
         kinds = visible(batch, b)
-        look: dict[str, Any] = {"cmap": ListedColormap(CELLS), "vmin": 0, "vmax": len(CELLS) - 1}
-        axis.imshow(kinds, interpolation="nearest", aspect="auto", **look)
+        colours = ListedColormap(CELLS)
+        axis.imshow(kinds, interpolation="nearest", aspect="auto", cmap=colours, vmin=0, vmax=len(CELLS) - 1)
         segments = batch.segments[b]
         for place in np.flatnonzero(np.diff(segments)):
             axis.axvline(place + 0.5, color=style.INK, linewidth=0.7)
@@ -180,7 +190,7 @@ def visibility_figure(batch: Batch, rows: Sequence[int], titles: Sequence[str]) 
 
 
 def positions_figure(batch: Batch, rows: Sequence[int], titles: Sequence[str]) -> Figure:
-    """Draw the positions that tokens carry against their places in the row, a panel a row: one stream or two."""
+    """Draw the positions of tokens against their places in the row, with a panel for each row: one stream or two."""
     made, axes = style.figure(1, len(rows), width=3.6, height=2.9)
     names = ("position", "place in the target block") if batch.positions.ndim == 3 else ("position",)
     for axis, b, title in zip(axes, rows, titles, strict=True):

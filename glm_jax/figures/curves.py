@@ -1,4 +1,4 @@
-"""The curves of a run's report: which there are, and how each is drawn on one axis."""
+"""The curves of a run's report: which ones there are, and how to draw each on one axis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import StrMethodFormatter
 from glm_jax.figures import style
 from glm_jax.workdir.history import MARK_NAMES, Kind, Record, Series
 
-POINTS = 800  # drawn of a line at most
+POINTS = 800  # of a line at most
 SMOOTHED_FROM = 300  # points; shorter lines are drawn as they are
 COLUMNS = 240  # of a heat map
 DEPTH_LINES = 5
@@ -34,8 +34,8 @@ MARK_STYLES: dict[Kind, tuple[str, Literal["solid", "dashed", "dotted", "dashdot
 class Lines:
     """One panel of lines over steps, as data.
 
-    `keys` name values of the events `event`, and may end in *; the first to be found, if it has no slash, is the total
-    and drawn in ink. `off` is the value that, held all through, says that there is nothing to see.
+    `keys` name values of the events `event`, and may end in *; the first key found, if it has no slash, is the total,
+    drawn in ink. A panel whose values are all `off` is left out.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Lines:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One thing to look at: a title, a caption, and what draws it on an axis."""
+    """One panel: a title, a caption, and a function that draws it on an axis."""
 
     title: str
     caption: str
@@ -77,38 +77,38 @@ PANELS = (
     Lines("Update norm", "norm", ("update_norm",), log=True, smoothed=True),
     Lines("Loss scale", "scale", ("loss_scale",), log=True, off=1.0),
     Lines("Skipped steps", "steps since the start", ("skipped",), off=0.0,
-          caption="Steps whose gradients were not finite, which changed nothing but the loss scale."),
+          caption="Steps whose gradients were not finite; they changed only the loss scale."),
     Lines("Speed", "tokens a second", ("tokens_per_second",), smoothed=True),
     Lines("Utilisation", "% of the peak", ("mfu", "hfu", "mfu_formula", "hfu_formula"), scale=100.0, smoothed=True,
-          caption="MFU counts the model's arithmetic, HFU also what the backward pass computes again; by an exact "
+          caption="MFU counts the model's arithmetic, HFU also what the backward pass recomputes; by an exact "
           "count, and by the formula of GLM-130B's training code."),
     Lines("Waiting for data", "% of the time", ("data_wait",), scale=100.0, smoothed=True),
-    Lines("Memory", "GiB", ("memory",), scale=1 / 2**30, caption="The most that was in use at once."),
+    Lines("Memory", "GiB", ("memory",), scale=1 / 2**30, caption="The most in use at once."),
     Lines("Checkpoints", "seconds", ("seconds", "blocked_seconds"), "checkpoint", points=True,
-          caption="The time a save took, and the part of it that training waited."),
+          caption="The time that a save took, and how much of it training waited."),
 )  # fmt: skip
 
 
 def panels(record: Record) -> list[Panel]:
-    """Return the panels that the record has data for, in the order of a report."""
+    """Return the panels for which the record has data, in the order of a report."""
     found: list[Panel] = []
     for lines in PANELS:
         series = _find(record, lines)
         if series:
             caption = lines.caption + _smoothing_caption(lines, series)
             found.append(Panel(lines.title, caption.strip(), _lines_drawer(record, lines, series), lines.wide))
-        if lines.title == "Update norm":  # activations stand with the norms
+        if lines.title == "Update norm":  # activations come with the norms
             found += _depth_panels(record)
     return found
 
 
 def smoothing_span(count: int) -> int:
-    """Return over about how many of `count` points a line is smoothed; 1: not at all."""
+    """Return over about how many points a line of `count` points is smoothed; 1 disables."""
     return count // 100 if count >= SMOOTHED_FROM else 1
 
 
 def smooth(values: np.ndarray, span: int) -> np.ndarray:
-    """Return the exponential moving average of values [n] over about `span` points, unbiased at the start; NaN stay."""
+    """Return an exponential moving average of values [n] over about `span` points, unbiased at the start; NaN stays."""
     keep, total, weight = 1 - 1 / span, 0.0, 0.0
     smoothed = np.full(len(values), np.nan)  # [n]
     for place, value in enumerate(values):
@@ -119,7 +119,7 @@ def smooth(values: np.ndarray, span: int) -> np.ndarray:
 
 
 def thin(values: np.ndarray, most: int = POINTS) -> np.ndarray:
-    """Choose at most `most` of the places of values [n]: the first, the last, and each stretch's lowest and highest."""
+    """Return at most `most` places of values [n]: the first, the last, and each part's lowest and highest."""
     if len(values) <= most:
         return np.arange(len(values))
     edges = np.linspace(0, len(values), (most - 2) // 2 + 1).astype(int)
@@ -149,7 +149,7 @@ def draw_marks(axis: Axes, record: Record) -> None:
 
 
 def mark_keys(record: Record) -> list[Line2D]:
-    """Return a line for each kind of mark that the record has, labelled, for a legend."""
+    """Return a labelled line for each kind of mark that the record has, for a legend."""
     return [
         Line2D([], [], color=MARK_STYLES[kind][0], linestyle=MARK_STYLES[kind][1], label=MARK_NAMES[kind])
         for kind in record.kinds()
@@ -192,7 +192,7 @@ def _lines_drawer(record: Record, lines: Lines, found: dict[str, Series]) -> Cal
 
 
 def _label(name: str, lines: Lines, count: int) -> str:
-    """Name a line in the legend; one alone needs no name."""
+    """Return the name of a line in the legend; a single line needs none."""
     if count == 1 and "/" not in name:
         return ""
     head, slash, rest = name.partition("/")
@@ -221,7 +221,7 @@ def _draw_line(axis: Axes, lines: Lines, series: Series, label: str, colour: str
 
 
 def _finish_steps(axis: Axes, record: Record, y: str, title: str, legend: bool = True) -> None:
-    """Label an axis over steps, and give it the steps of the whole record, so that all line up."""
+    """Label an axis over steps, and give it the range of the whole record, so that all axes line up."""
     first, last = record.first_step, record.last_step
     pad = 0.01 * max(last - first, 1)
     axis.set_xlim(first - pad, last + pad)
@@ -230,7 +230,7 @@ def _finish_steps(axis: Axes, record: Record, y: str, title: str, legend: bool =
 
 
 def _depth_panels(record: Record) -> list[Panel]:
-    """Return activations over steps and depth as a heat map, and over depth at a few steps as lines."""
+    """Return panels of the activations: a heat map over steps and depth, and lines over depth at a few steps."""
     found = record.layers("activation_rms")
     if found is None:
         return []
@@ -270,9 +270,9 @@ def _depth_panels(record: Record) -> list[Panel]:
 
 
 def bin_steps(steps: np.ndarray, values: np.ndarray, most: int = COLUMNS) -> tuple[np.ndarray, np.ndarray]:
-    """Average values [n, L] over equal stretches of steps [n], into [columns, L] and edges [columns + 1].
+    """Average values [n, L] over equal parts of steps [n]; return [columns, L] and edges [columns + 1].
 
-    A stretch without a logged step takes the one before's.
+    A part without a logged step repeats the part before it.
     """
     columns = min(most, len(steps))
     edges = np.linspace(steps[0], max(steps[-1], steps[0] + 1), columns + 1)  # [columns + 1]

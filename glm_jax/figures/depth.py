@@ -1,4 +1,4 @@
-"""Figures of diagnostics.py's measures: along the depth of a model, and against the number of its layers."""
+"""Figures of the measures of diagnostics.py: along the depth of a model, and against its number of layers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from glm_jax.figures import style
 from glm_jax.figures.diagnostics import Scales, exponent
 
-Measured = Mapping[str, Mapping[int, Scales]]  # by name of a scheme, by depth
-Quantity = Callable[[Scales], np.ndarray]
+Measured = Mapping[str, Mapping[int, Scales[np.ndarray]]]  # by the name of a scheme, then by depth
+Quantity = Callable[[Scales[np.ndarray]], np.ndarray]
 
 MARKERS = "osD^vP"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_PLAIN = range(-2, 4)  # decades that are written out: 0.01 to 1,000
+_PLAIN = range(-2, 4)  # decades written without a power: 0.01 to 1,000
 
 
 def tick(value: float, _place: int = 0) -> str:
-    """Write the label of a tick on a logarithmic axis: 0.1, 2,000, 10⁵, 2×10⁻⁴."""
+    """Return the label of a tick on a logarithmic axis: 0.1, 2,000, 10⁵, 2×10⁻⁴."""
     power = int(np.floor(np.log10(value) + 1e-9))
     if power in _PLAIN:
         return f"{value:,.{max(0, -power)}f}"
@@ -31,7 +31,7 @@ def tick(value: float, _place: int = 0) -> str:
 
 
 def logarithmic(axis: XAxis | YAxis) -> None:
-    """Make an axis logarithmic, with labels that need no mathematical font; to be called when its limits are set."""
+    """Make an axis logarithmic, with labels that need no mathematical font. Call it when its limits are set."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
     within = (1, 2, 5) if np.log10(high / low) < 1.5 else (1,)
@@ -40,20 +40,20 @@ def logarithmic(axis: XAxis | YAxis) -> None:
     axis.set_major_formatter(FuncFormatter(tick))
 
 
-def share(scales: Scales) -> np.ndarray:
-    """Return how large each branch is against the residual it is added to: [seeds, 2L]."""
+def share(scales: Scales[np.ndarray]) -> np.ndarray:
+    """Return the size of each branch over the residual it is added to: [seeds, 2L]."""
     return scales.branch / scales.residual
 
 
 def profiles(measured: Measured, quantity: Quantity, y: str, title: str, shared: bool = True) -> Figure:
-    """Draw a quantity along the depth: a panel a scheme, a line a depth, the median over seeds in their range.
+    """Draw a quantity along the depth: a panel per scheme, a line per depth, medians and ranges over seeds.
 
     Args:
         measured: by scheme and depth.
-        quantity: gives [seeds, places along the depth]; what is not finite and above 0 is left out.
-        y: label, with the unit.
-        title: of the whole.
-        shared: all panels have the same limits.
+        quantity: returns [seeds, places along the depth]; values that are not finite and above 0 are left out.
+        y: the label, with the unit.
+        title: of the figure.
+        shared: whether all panels have the same limits.
     """
     made, axes = style.figure(1, len(measured), width=2.9, height=2.8)
     depths = sorted({depth for by_depth in measured.values() for depth in by_depth})
@@ -79,13 +79,13 @@ def profiles(measured: Measured, quantity: Quantity, y: str, title: str, shared:
 
 
 def against_depth(measured: Measured, quantities: Mapping[str, tuple[Quantity, str]], title: str) -> Figure:
-    """Draw quantities against the number of layers: a panel each, a line a scheme, the median in the seeds' range.
+    """Draw quantities against the number of layers: a panel each, a line per scheme, medians and ranges over seeds.
 
     Args:
         measured: by scheme and depth.
-        quantities: by the panel's title: what gives [seeds], and the label of y with its unit. What is not finite and
-            above 0 is left out.
-        title: of the whole.
+        quantities: by the panel's title: a function that returns [seeds], and the label of y with its unit. Values that
+            are not finite and above 0 are left out.
+        title: of the figure.
     """
     made, axes = style.figure(1, len(quantities), width=3.9, height=3.0)
     for axis, (name, (quantity, y)) in zip(axes, quantities.items(), strict=True):
@@ -102,7 +102,7 @@ def against_depth(measured: Measured, quantities: Mapping[str, tuple[Quantity, s
 
 
 def _name(made: Figure, handles: list, labels: list[str], title: str) -> None:
-    """Put the legend of all panels under them, and the title above."""
+    """Put the title above the panels, and one legend of all of them below."""
     made.suptitle(title, fontsize=11, color=style.INK)
     made.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
 
@@ -122,10 +122,10 @@ def _range(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def table(measured: Measured, quantity: Quantity) -> str:
-    """Write a quantity's medians over seeds as a Markdown table: a row a depth, a column a scheme.
+    """Return a quantity's medians over seeds as a Markdown table: a row per depth, a column per scheme.
 
-    The last row is the exponent p of depth ** p fitted to each column. A value that is not finite and above 0 is a
-    dash, and leaves its column without an exponent.
+    The last row is the exponent p of depth ** p fitted to each column. A value that is not finite and above 0 is shown
+    as a dash, and its column has no exponent.
     """
     depths = sorted({depth for by_depth in measured.values() for depth in by_depth})
     columns = {}

@@ -1,14 +1,14 @@
 """Layer norms at initialisation: how large activations, gradients and the first update are, against depth.
 
-Everything here looks at a model before it has learnt anything, so that a thousand layers take seconds. Three scales
-are measured for each scheme of model/residual.py, all in float32:
+Everything here measures a model before training, so that a thousand layers take seconds. Three scales are measured for
+each scheme of model/residual.py, all in float32:
 
 - forward: the residual stream that each layer norm reads, and the branch that is added to it;
 - backward: the norm of the loss's gradient with respect to each block's params;
 - the model update of DeepNet (arXiv 2203.00555, section 4): how far one step moves the model's output. DeepNet reasons
-  with SGD; GLM-130B took exponents for Adam, so the step here is Adam's.
+  with SGD; GLM-130B used the exponents for Adam, so the step here is Adam's.
 
-DeepNet's small models are 64-128-2 (hidden size, feed-forward size, heads); so is `tiny`, with GLM's GeGLU, rotary
+DeepNet's small models are 64-128-2 (hidden size, feed-forward size, heads), and so is `tiny`, with GLM's GeGLU, rotary
 positions and masks.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +31,17 @@ from glm_jax.model.layers import LayerNorm, run
 from glm_jax.model.positions import PositionTerms, position_terms
 from glm_jax.model.residual import residual_update
 from glm_jax.model.transformer import blocks, embed, head
+from glm_jax.types import Tree
 
 Array = jax.Array
-Params = dict[str, Any]
+A = TypeVar("A", np.ndarray, Array)  # of measures: jax.Array of one seed, np.ndarray of several
+Params = dict[str, Tree]
 Sublayer = Callable[[Array], Array]
 
 SCHEMES: tuple[Norm, ...] = ("post", "pre", "sandwich", "deepnorm")
 RATE = 1e-5  # of the one Adam step: small, so that updates are in proportion to it
-KINDS: Mapping[str, tuple[str, ...]] = {"kernels": ("kernel",), "norms": ("scale", "bias")}  # names of their arrays
-ROWS, LENGTH = 4, 32  # of the batch that everything is measured on
+KINDS: Mapping[str, tuple[str, ...]] = {"kernels": ("kernel",), "norms": ("scale", "bias")}  # the names of their arrays
+ROWS, LENGTH = 4, 32  # of the batch on which everything is measured
 
 
 class RandomRows(NamedTuple):
@@ -52,18 +54,18 @@ class RandomRows(NamedTuple):
     loss_mask: Array  # float32 [B, S]
 
 
-class Scales(NamedTuple):
+class Scales(NamedTuple, Generic[A]):
     """Root mean squares along the depth, norms of gradients, and updates: of one seed, or with a leading axis of seeds.
 
-    Sublayers are counted attention, feed-forward, attention, ...: 2L of them. Params come in two kinds, see `KINDS`.
+    There are 2L sublayers: attention, feed-forward, attention, ... Params come in two kinds, see `KINDS`.
     """
 
-    stream: Any  # float32 [2L + 1]: what each layer norm reads, the final one last
-    sublayer: Any  # float32 [2L]: what each sublayer gives
-    branch: Any  # float32 [2L]: what is added to the residual: the sublayer's output, behind sandwich's second norm
-    residual: Any  # float32 [2L]: what it is added to; alpha times the normed stream under deepnorm
-    gradient: dict[str, Any]  # by kind, float32 [L]: norm of the gradient of each block's params
-    update: dict[str, Any]  # by kind, float32 []: see `model_update`
+    stream: A  # float32 [2L + 1]: what each layer norm reads, the final one last
+    sublayer: A  # float32 [2L]: the output of each sublayer
+    branch: A  # float32 [2L]: what is added to the residual: the sublayer's output, after sandwich's second norm
+    residual: A  # float32 [2L]: what it is added to; alpha times the normed stream under deepnorm
+    gradient: dict[str, A]  # by kind, float32 [L]: norm of the gradient of each block's params
+    update: dict[str, A]  # by kind, float32 []: see `model_update`
 
 
 def tiny(norm: Norm, layers: int, activation: Activation = "geglu") -> GLMConfig:
@@ -88,7 +90,7 @@ def rms(x: Array) -> Array:
 
 
 class _Probed(NamedTuple):
-    """The parts around one sublayer of a block with `weights`, and what has passed through some of them."""
+    """The parts around one sublayer of a block with `weights`, and the outputs of some of them in `seen`."""
 
     cfg: GLMConfig
     weights: Params
@@ -128,7 +130,7 @@ def probed_block(
     """Run one block, x [B, S, D] -> [B, S, D], as model.transformer does (without dropout), and measure inside.
 
     Returns:
-        x, and the forward measures of `Scales`, float32 [2] each: of attention and of feed-forward.
+        x, and the forward measures of `Scales`, float32 [2] each: for attention and feed-forward.
     """
 
     def attend(z: Array) -> Array:
@@ -143,7 +145,7 @@ def probed_block(
 
 
 def forward_scales(cfg: GLMConfig, params: Params, rows: RandomRows) -> dict[str, Array]:
-    """Run the model forward in one scan over the layers and give the forward measures of `Scales`."""
+    """Run the model forward in one scan over the layers, and return the forward measures of `Scales`."""
     x = embed(cfg, params, rows.tokens, rows.positions)  # [B, S, D]
     terms = position_terms(cfg, rows.positions, x.dtype)
 
@@ -156,7 +158,7 @@ def forward_scales(cfg: GLMConfig, params: Params, rows: RandomRows) -> dict[str
 
 
 def _stream(cfg: GLMConfig, params: Params, rows: RandomRows) -> Array:
-    """Return the residual stream behind the last block [B, S, D]; a gradient recomputes inside blocks."""
+    """Return the residual stream after the last block [B, S, D]; gradients recompute the inside of blocks."""
     x = embed(cfg, params, rows.tokens, rows.positions)  # [B, S, D]
     return blocks(cfg, params["blocks"], x, rows.allowed, position_terms(cfg, rows.positions, x.dtype), remat=True)
 
@@ -169,7 +171,7 @@ def loss(cfg: GLMConfig, params: Params, rows: RandomRows) -> Array:
 
 
 def only(kind: str, tree: Params) -> Params:
-    """Return the arrays of one of `KINDS`, zeros in place of the others: biases count with the layer norms."""
+    """Return the arrays of one of `KINDS`, with zeros in place of all others. Biases count with the layer norms."""
     names = KINDS[kind]
     return jax.tree_util.tree_map_with_path(
         lambda path, array: array if path[-1].key in names else jnp.zeros_like(array), tree
@@ -177,7 +179,7 @@ def only(kind: str, tree: Params) -> Params:
 
 
 def layer_norms(stacked: Params) -> Array:
-    """Return the norm over all arrays [L, ...] of each layer's part: float32 [L]; the squares do not overflow."""
+    """Return each layer's norm over all arrays [L, ...]: float32 [L]. The squares do not overflow."""
     flat = [array.reshape(array.shape[0], -1) for array in jax.tree.leaves(stacked)]  # [L, n] each
     largest = jnp.stack([jnp.max(jnp.abs(array), axis=1) for array in flat]).max(axis=0)  # [L]
     unit = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny)[:, None]  # [L, 1]
@@ -187,18 +189,18 @@ def layer_norms(stacked: Params) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def output(cfg: GLMConfig, params: Params, rows: RandomRows) -> Array:
-    """Return what the head projects, the final norm's output [B, S, D]; its rms is 1."""
+    """Return the input of the head, the final norm's output [B, S, D]; its rms is 1."""
     return run(LayerNorm(cfg.norm_epsilon), params["final_norm"], _stream(cfg, params, rows))  # [B, S, D]
 
 
 def model_update(cfg: GLMConfig, params: Params, rows: RandomRows, gradients: Params, kind: str) -> Array:
-    """Return the rms change of the output, whose rms is 1, by one Adam step at RATE on a kind of the blocks' params.
+    """Return the rms change of the output, whose rms is 1, after one Adam step at RATE on one kind of block params.
 
-    Two unrelated outputs differ by the square root of 2. The embedding and the final norm stay, so that this is what
-    the stack of blocks does (F in section 4 of DeepNet). No warm-up, no clipping, no weight decay.
+    Two unrelated outputs differ by the square root of 2. The embedding and the final norm do not change, so this is
+    the change of the stack of blocks (F in section 4 of DeepNet). No warm-up, no clipping, no weight decay.
     """
-    adam = optax.adam(RATE, b1=0.9, b2=0.95)  # its first step is close to the gradient's sign
-    step: Any = adam.update(gradients["blocks"], adam.init(gradients["blocks"]))[0]
+    adam = optax.adam(RATE, b1=0.9, b2=0.95)  # its first step is close to the sign of the gradient
+    step: Tree = adam.update(gradients["blocks"], adam.init(gradients["blocks"]))[0]
     updated = optax.apply_updates(params["blocks"], only(kind, step))
     return rms(output(cfg, params | {"blocks": updated}, rows) - output(cfg, params, rows))
 
@@ -215,8 +217,8 @@ def _look(cfg: GLMConfig, params: Params, rows: RandomRows) -> tuple[dict[str, A
     return forward_scales(cfg, params, rows), jax.grad(functools.partial(loss, cfg))(params, rows)
 
 
-def measure_one(cfg: GLMConfig, seed: int) -> Scales:
-    """Initialise a model from a seed and measure it on rows of the same seed."""
+def measure_one(cfg: GLMConfig, seed: int) -> Scales[Array]:
+    """Initialise a model from a seed, and measure it on rows drawn from the same seed."""
     params, rows = start(cfg, jnp.int32(seed))
     scales, gradients = _look(cfg, params, rows)
     return Scales(
@@ -226,12 +228,12 @@ def measure_one(cfg: GLMConfig, seed: int) -> Scales:
     )
 
 
-def measure(cfg: GLMConfig, seeds: Sequence[int]) -> Scales:
-    """Measure a model at several seeds, which share its programs: numpy arrays with a leading axis of seeds."""
+def measure(cfg: GLMConfig, seeds: Sequence[int]) -> Scales[np.ndarray]:
+    """Measure a model at several seeds, which share compiled programs: numpy arrays with a leading axis of seeds."""
     measured = [measure_one(cfg, seed) for seed in seeds]
     return jax.tree.map(lambda *values: np.stack([np.asarray(value) for value in values]), *measured)
 
 
 def exponent(depths: Sequence[int], values: Sequence[float]) -> float:
-    """Return p of the power law depth ** p that fits positive values best, by least squares of the logarithms."""
+    """Return p of the power law depth ** p that best fits positive values, by least squares on logarithms."""
     return float(np.polyfit(np.log(depths), np.log(values), 1)[0])

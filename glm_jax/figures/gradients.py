@@ -1,8 +1,8 @@
-"""The embedding's gradient against the layers': over training, and by the two paths on which it arrives.
+"""The embedding's gradient against the layers': over training, and on each of its two paths.
 
 The word embedding is used twice, as the input's table and, tied, as the head's kernel. The embedding gradient shrink
-(paper section 3.2) multiplies the gradient of the first use by alpha; `train.embedding_shrink.logits` that of the
-second as well. A logged `grad_norm/embedding` is what the optimiser sees: behind the shrink, and before clipping.
+(paper section 3.2) multiplies the gradient of the first use by alpha, and with `train.embedding_shrink.logits` that of
+the second use as well. The logged `grad_norm/embedding` is what the optimiser sees: after the shrink, before clipping.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EMBEDDING, BLOCKS = "grad_norm/embedding", "grad_norm/blocks_"
 
 
 def blocks(result: Row) -> dict[str, np.ndarray]:
-    """Return the gradient norms of a member's layer groups [n], from the bottom up, named as in `layers 0-1`."""
+    """Return the gradient norms [n] of a member's layer groups, from the bottom up, by names such as `layers 0–1`."""
     found = {}
     for name in sorted((name for name in result["curves"] if name.startswith(BLOCKS)), key=_first_layer):
         first, last = name.removeprefix(BLOCKS).split("_")
@@ -45,12 +45,12 @@ def _first_layer(name: str) -> int:
 
 
 def share(result: Row) -> np.ndarray:
-    """Return the embedding's gradient norm over that of all layers together [n]."""
+    """Return the ratio [n] of the embedding's gradient norm to that of all layers together."""
     return result["curves"][EMBEDDING] / np.sqrt(sum(values**2 for values in blocks(result).values()))
 
 
 def gradient_norms(results: Sequence[Row], axis: str) -> Figure:
-    """Draw gradient norms over training, a panel for each label of an axis: medians over seeds in their range."""
+    """Draw gradient norms over training, with a panel for each label of an axis: medians over seeds and their range."""
     names = labels(results, axis)
     made, panels = style.figure(1, len(names), 3.5, 3.0)
     for panel, name in zip(panels, names, strict=True):
@@ -75,7 +75,7 @@ def gradient_norms(results: Sequence[Row], axis: str) -> Figure:
 
 
 def shares(results: Sequence[Row], axis: str) -> Figure:
-    """Draw the embedding's gradient norm over the layers', against the step: a colour a label, a line a seed."""
+    """Draw the embedding's share by step (see `share`): a colour for each label, a line for each seed."""
     made, (panel,) = style.figure(1, 1, 6.0, 3.0)
     for name, colour in zip(labels(results, axis), itertools.cycle(style.COLOURS), strict=False):
         for number, result in enumerate(where(results, {axis: name})):
@@ -91,10 +91,10 @@ def shares(results: Sequence[Row], axis: str) -> Figure:
 
 
 def norms_table(results: Sequence[Row], axis: str) -> str:
-    """Write, for each label of an axis, the medians over the steps behind the warm-up and their spikes.
+    """Return a table with, for each label of an axis, the medians over the steps after the warm-up, and the spike.
 
-    A spike is the largest embedding norm behind the warm-up over the median one: 1 where nothing stands out. A cell
-    has the median over seeds, and their range where there are two or more.
+    The spike is the largest embedding norm after the warm-up divided by the median: 1 where nothing stands out. A cell
+    has the median over seeds, and their range if there are two or more.
     """
     lines = []
     for name in labels(results, axis):
@@ -115,7 +115,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 class Paths(NamedTuple):
-    """Norms of the word embedding's gradient: on each of its two paths, and of their sum; the cosine between them."""
+    """Norms of the word embedding's gradient on each of its two paths and of their sum, and the cosine between them."""
 
     lookup: float
     head: float
@@ -124,7 +124,7 @@ class Paths(NamedTuple):
 
 
 def _loss(cfg: GLMConfig, word: tuple[jax.Array, jax.Array], params: Params, rows: RandomRows) -> jax.Array:
-    """Return the mean cross-entropy in nats, with a table [V, D] of its own for the lookup and for the head."""
+    """Return the mean cross-entropy in nats, with separate tables [V, D] for the lookup and for the head."""
     inside, outside = (params | {"embedding": params["embedding"] | {"word": table}} for table in word)
     x = transformer.embed(cfg, inside, rows.tokens, rows.positions)  # [B, S, D]
     x = transformer.blocks(cfg, params["blocks"], x, rows.allowed, position_terms(cfg, rows.positions, x.dtype))
@@ -147,7 +147,7 @@ def measure_paths(cfg: GLMConfig, seed: int, alpha: float = 1.0, shrink_head: bo
         cfg: of the model.
         seed: of the params and the rows.
         alpha: of the shrink, on the lookup's path.
-        shrink_head: on the head's path, too.
+        shrink_head: whether the head's path is shrunk, too.
     """
     lookup, at_head = (np.asarray(part, np.float64) for part in _paths(cfg, jnp.int32(seed)))  # [V, D]
     lookup, at_head = alpha * lookup, (alpha if shrink_head else 1.0) * at_head
@@ -156,6 +156,6 @@ def measure_paths(cfg: GLMConfig, seed: int, alpha: float = 1.0, shrink_head: bo
 
 
 def paths_table(measured: Mapping[str, Sequence[Paths]]) -> str:
-    """Write the paths by name: medians over seeds, and their range."""
+    """Return a table of the paths by name: medians over seeds, and their range."""
     lines = [[name, *(_range(values) for values in zip(*paths, strict=True))] for name, paths in measured.items()]
     return table(["", "lookup", "head", "both", "cosine"], lines)

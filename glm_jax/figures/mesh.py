@@ -1,6 +1,6 @@
 """Figures of the 3D mesh: which device holds which part of which array, and what a pipeline schedule costs.
 
-All of it follows from shapes, partition specs and schedule tables; no device is asked.
+Everything is computed from shapes, partition specs and schedule tables; no device is used.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import matplotlib
@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.typing import ColorType
 
 from glm_jax.figures import style
 from glm_jax.figures.depth import logarithmic
@@ -37,10 +38,10 @@ Box = tuple[float, float, float, float]  # left, bottom, width, height in the un
 
 
 class Layout(NamedTuple):
-    """How one array lies on the mesh."""
+    """How one array is laid over the mesh."""
 
     path: str
-    shape: tuple[int, ...]  # in memory: layers padded to as many on every stage
+    shape: tuple[int, ...]  # in memory: layers padded to the same number on every stage
     axes: tuple[str | None, ...]  # logical axis of each dimension
     weights: jax.P  # spec of the computation's copy
     state: jax.P  # spec of master params and moments
@@ -60,13 +61,13 @@ def layouts(cfg: GLMConfig, sizes: Sizes) -> dict[str, Layout]:
 
 
 def entries(spec: jax.P, dimensions: int) -> list[tuple[str, ...]]:
-    """Return the mesh axes that split each dimension of an array, the outer first."""
+    """Return the mesh axes that split each dimension of an array, outermost first."""
     filled = [*spec, *[None] * (dimensions - len(spec))]
     return [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in filled]
 
 
 def held(shape: Sequence[int], spec: jax.P, sizes: Sizes, device: Mapping[str, int]) -> tuple[slice, ...]:
-    """Return which part of an array a device holds.
+    """Return the part of an array that a device holds.
 
     Args:
         shape: of the whole array; its split dimensions divide evenly.
@@ -85,9 +86,9 @@ def held(shape: Sequence[int], spec: jax.P, sizes: Sizes, device: Mapping[str, i
 
 
 def box(shape: Sequence[int], spec: jax.P, sizes: Sizes, device: Mapping[str, int]) -> Box:
-    """Place a device's part in the unit square: what `pipeline` splits from top to bottom, the rest from left to right.
+    """Place a device's part in the unit square: `pipeline` splits from top to bottom, other axes from left to right.
 
-    Where both `tensor` and `data` split columns, each tensor member's are cut again by `data`.
+    If both `tensor` and `data` split columns, `data` splits each part of `tensor` again.
     """
     top, bottom, left, right = 0.0, 1.0, 0.0, 1.0
     named = entries(spec, len(shape))
@@ -103,20 +104,20 @@ def box(shape: Sequence[int], spec: jax.P, sizes: Sizes, device: Mapping[str, in
 
 
 def devices(sizes: Sizes) -> list[dict[str, int]]:
-    """List the places of all devices of a mesh."""
+    """Return the places of all devices of a mesh."""
     return [dict(zip(AXES, place, strict=True)) for place in itertools.product(*(range(sizes[axis]) for axis in AXES))]
 
 
 def partition_figure(
     cfg: GLMConfig, sizes: Sizes, paths: Sequence[str], device: Mapping[str, int], title: str
 ) -> Figure:
-    """Draw the parts of arrays: the computation's weights above, the state below, one device's parts marked.
+    """Draw the parts of arrays: the computation's weights above, the state below, with one device's parts marked.
 
     Args:
         cfg, sizes: the model and the mesh.
         paths: of the arrays, see `layouts`.
         device: the one to mark, by its place on each mesh axis.
-        title: of the whole.
+        title: of the figure.
     """
     found = layouts(cfg, sizes)
     made, axes = style.figure(2, len(paths), width=2.5, height=2.7)
@@ -141,9 +142,9 @@ def partition_figure(
 def _draw_parts(
     axis: Axes, layout: Layout, spec: jax.P, cfg: GLMConfig, sizes: Sizes, device: Mapping[str, int]
 ) -> None:
-    """Draw one array as the unit square, each part in its stage's colour, and name its dimensions on the axes."""
+    """Draw one array as the unit square, each part in its stage's colour, and label the axes with its dimensions."""
     used = partition.mesh_axes(spec)
-    shades = matplotlib.colormaps[style.MAP](np.linspace(0.25, 0.95, sizes["pipeline"]))
+    shades = [matplotlib.colormaps[style.MAP](place) for place in np.linspace(0.25, 0.95, sizes["pipeline"])]
     parts: dict[Box, dict[str, int]] = {}
     for each in devices(sizes):
         parts.setdefault(box(layout.shape, spec, sizes, each), each)
@@ -170,13 +171,13 @@ def _draw_parts(
     axis.set_ylabel("\n".join(down), fontsize=7)
 
 
-def _contrast(shade: Any) -> str:
+def _contrast(shade: ColorType) -> str:
     red, green, blue = to_rgb(shade)
     return "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"
 
 
 def bytes_a_device(cfg: GLMConfig, sizes: Sizes) -> dict[str, int]:
-    """Return the bytes of params-sized arrays on each device, by `KINDS`; activations and the stash come on top."""
+    """Return the bytes of params-sized arrays on each device, by `KINDS`; activations and the stash are not counted."""
     total = dict.fromkeys(KINDS, 0)
     for layout in layouts(cfg, sizes).values():
         for kind, size in KINDS.items():
@@ -187,7 +188,7 @@ def bytes_a_device(cfg: GLMConfig, sizes: Sizes) -> dict[str, int]:
 
 
 def bytes_figure(cfg: GLMConfig, meshes: Sequence[Sizes], memory: float, title: str) -> Figure:
-    """Draw `bytes_a_device` of several meshes, in GB of 1e9 bytes, and a line at a device's memory (GB)."""
+    """Draw `bytes_a_device` of several meshes, in GB of 1e9 bytes, and a line at a device's memory in GB."""
     made, (axis,) = style.figure(1, 1, width=7.5, height=0.9 + 0.42 * len(meshes))
     places = np.arange(len(meshes))[::-1]
     found = [bytes_a_device(cfg, sizes) for sizes in meshes]
@@ -205,7 +206,7 @@ def bytes_figure(cfg: GLMConfig, meshes: Sequence[Sizes], memory: float, title: 
 
 
 def timeline(schedules: Sequence[schedule.Schedule], title: str) -> Figure:
-    """Draw schedules under one another on one axis of time: a row a stage; a backward slot takes two forward ones."""
+    """Draw schedules below one another on one time axis, a row per stage; a backward slot is as long as two forward."""
     height = 0.55 + 0.3 * max(each.stages for each in schedules)
     made, axes = style.figure(len(schedules), 1, width=9.5, height=height)
     colours = {"F": style.COLOURS[0], "B": style.COLOURS[5]}
@@ -238,20 +239,20 @@ def timeline(schedules: Sequence[schedule.Schedule], title: str) -> Figure:
 
 
 def stash_and_bubble(stages: int, microbatches: Sequence[int], marked: int, title: str) -> Figure:
-    """Draw what schedules cost against M: the idle share of time, and the most stash slots that a stage needs.
+    """Draw the costs of schedules against M: the idle share of time, and the most stash slots that a stage needs.
 
     Args:
         stages: P.
         microbatches: values of M.
-        marked: one of them, to be marked with a line.
-        title: of the whole.
+        marked: one of them, to mark with a line.
+        title: of the figure.
     """
     made, (idle, stash) = style.figure(1, 2, width=4.6, height=3.0)
     for name, colour, width, line in (("gpipe", style.COLOURS[4], 4.5, "-"), ("1f1b", style.COLOURS[0], 1.6, "--")):
         tables = [schedule.build(name, stages, count) for count in microbatches]
-        look: dict[str, Any] = {"color": colour, "linewidth": width, "linestyle": line, "label": name}
-        idle.plot(microbatches, [100 * float(table.bubble) for table in tables], **look)
-        stash.plot(microbatches, [max(table.in_flight) for table in tables], **look)
+        shares, slots = [100 * float(table.bubble) for table in tables], [max(table.in_flight) for table in tables]
+        for axis, costs in ((idle, shares), (stash, slots)):
+            axis.plot(microbatches, costs, color=colour, linewidth=width, linestyle=line, label=name)
     for axis, y, name in ((idle, "idle time, %", "Bubble"), (stash, "stash slots of the fullest stage", "Stash")):
         axis.axvline(marked, color=MARK, linewidth=1.2, linestyle=":", label=f"M = {marked}")
         logarithmic(axis.xaxis)

@@ -1,4 +1,4 @@
-"""What the three kinds of positions tell attention, drawn from the model's own functions."""
+"""Figures of what the three kinds of positions tell attention, computed by the model's own functions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from glm_jax.model.transformer import embed
 
 
 def rotary_similarity(cfg: GLMConfig, positions: np.ndarray) -> np.ndarray:
-    """Return the cosine between two heads' vectors of ones, rotated to `positions` [S]: [S, S].
+    """Return the cosines between a head's vectors of ones, rotated to `positions` [S]: [S, S].
 
-    The mean of cos(distance x frequency) over the frequencies: what RoPE alone makes of equal contents.
+    This is the mean of cos(distance x frequency) over the frequencies: the effect of RoPE alone on equal contents.
     """
     ones = jnp.ones((1, len(positions), 1, cfg.head_dim))  # [B, S, N, K]
     turned = rotate(ones, rotary_tables(cfg, jnp.asarray(positions)[None], jnp.dtype("float32")))[0, :, 0]  # [S, K]
@@ -26,7 +26,7 @@ def rotary_similarity(cfg: GLMConfig, positions: np.ndarray) -> np.ndarray:
 
 
 def alibi_bias(cfg: GLMConfig, positions: np.ndarray) -> np.ndarray:
-    """Return what ALiBi adds to the scores of each head at `positions` [S]: [N, S, S]."""
+    """Return what ALiBi adds to each head's scores at `positions` [S]: [N, S, S]."""
     distance = np.asarray(alibi_distance(jnp.asarray(positions)[None])[0])  # [S, S]
     return -np.array(alibi_slopes(cfg.num_heads))[:, None, None] * distance
 
@@ -42,11 +42,11 @@ def learned_similarity(cfg: GLMConfig, streams: np.ndarray, seed: int) -> np.nda
 
 
 def against_distance(configs: Mapping[str, GLMConfig], heads: GLMConfig, farthest: int) -> Figure:
-    """Draw what RoPE and ALiBi make of a distance from 0 to `farthest` tokens.
+    """Draw the effect of distances from 0 to `farthest` tokens under RoPE and ALiBi.
 
     Args:
         configs: models by name, whose rotary similarity is drawn.
-        heads: the model whose ALiBi biases are drawn, a line a head, as the factor on an unnormalised weight.
+        heads: the model whose ALiBi biases are drawn, a line per head, as factors on unnormalised weights.
         farthest: tokens.
     """
     made, (left, right) = style.figure(1, 2, 4.0, 3.0)
@@ -64,11 +64,11 @@ def against_distance(configs: Mapping[str, GLMConfig], heads: GLMConfig, farthes
 
 
 def as_matrices(panels: Mapping[str, np.ndarray], starts: Sequence[int], names: Sequence[str]) -> Figure:
-    """Draw matrices [S, S] of queries x keys, a panel each with a scale of its own; NaN, what is not seen, stays white.
+    """Draw matrices [S, S] of queries x keys, each in its own panel and scale. NaN, for keys not seen, stays white.
 
     Args:
         panels: by title.
-        starts: places where a part of the row begins, in which lines are drawn.
+        starts: the places where a part of the row begins, which are marked by lines.
         names: of the parts, one more than `starts`.
     """
     made, axes = style.figure(1, len(panels), 3.5, 3.2)

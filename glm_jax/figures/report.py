@@ -1,4 +1,4 @@
-"""`glm-jax report`: a run's curves and events on one page that needs nothing else, or in one picture."""
+"""`glm-jax report`: a run's curves and events on one self-contained page, or in one picture."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import textwrap
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from glm_jax.config import default_values
 from glm_jax.config.fields import flatten
 from glm_jax.errors import UserError
 from glm_jax.storage.files import write_atomic
+from glm_jax.types import Json
 from glm_jax.workdir.folder import CONFIG
 from glm_jax.workdir.history import MARK_NAMES, Mark, Record, read
 
@@ -46,7 +46,7 @@ def write(workdir: Path, out: Path | None = None) -> Path:
     """Draw the record of a run.
 
     Args:
-        workdir: of the run, which may still be going on.
+        workdir: of the run, which may still be in progress.
         out: the file to write, an .html page or a .png picture; by default report.html in the workdir.
 
     Returns:
@@ -73,8 +73,8 @@ def write(workdir: Path, out: Path | None = None) -> Path:
     return path
 
 
-def page(record: Record, config: dict[str, Any], name: str) -> str:
-    """Return the page: facts, curves, events, and what the config says other than the defaults."""
+def page(record: Record, config: Json, name: str) -> str:
+    """Return the page: facts, curves, events, and where the config differs from the defaults."""
     from glm_jax.figures import curves, style
 
     figures = []
@@ -101,8 +101,8 @@ def page(record: Record, config: dict[str, Any], name: str) -> str:
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def picture(record: Record, config: dict[str, Any], name: str) -> bytes:
-    """Return the curves as one PNG, the facts as its head."""
+def picture(record: Record, config: Json, name: str) -> bytes:
+    """Return the curves as one PNG, with the facts at its top."""
     from glm_jax.figures import curves, style
 
     panels = curves.panels(record)
@@ -120,8 +120,8 @@ def picture(record: Record, config: dict[str, Any], name: str) -> bytes:
     return style.png(drawn)
 
 
-def facts(record: Record, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the head of a report as (name, value): how far the run is and how well it does."""
+def facts(record: Record, config: Json) -> list[tuple[str, str]]:
+    """Return the facts at the top of a report as (name, value): how far the run is, and its losses."""
     train, heldout = record.last("train"), record.last("evaluation")
     total = config.get("train", {}).get("steps")
     step = f"{record.last_step:,}" + (f" of {total:,}" if total else "")
@@ -132,7 +132,7 @@ def facts(record: Record, config: dict[str, Any]) -> list[tuple[str, str]]:
         found.append(("tokens, about", _short(tokens)))
     if "loss" in train:
         found.append(("training loss", f"{train['loss']:.4f}"))
-    for key, value in sorted(heldout.items()):  # all before the sources
+    for key, value in sorted(heldout.items()):  # the loss of all comes before those of sources
         if key == "loss" or key.startswith("loss/"):
             found.append((" ".join(["held-out loss", *key.split("/")[1:]]), f"{value:.4f}"))
     versions = record.last("start").get("versions", {})
@@ -140,11 +140,11 @@ def facts(record: Record, config: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def differences(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """List (key, value, default) of what a config says other than the defaults; None where there is no default."""
+def differences(config: Json) -> list[tuple[str, object, object]]:
+    """Return (key, value, default) where a config differs from the defaults; None where there is no default."""
     data = config.get("data", {})
     names = {table: data.get(table, {}) for table in ("sources", "instructions")}
-    defaults = json.loads(json.dumps(default_values(names)))  # tuples as the workdir's file holds them
+    defaults = json.loads(json.dumps(default_values(names)))  # tuples become lists, as in the workdir's file
     return [
         (key, value, defaults.get(key))
         for key, value in flatten(config)
@@ -152,15 +152,15 @@ def differences(config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def _read_config(workdir: Path) -> dict[str, Any]:
-    """Read the workdir's config as plain values, which may be of another version; empty if there is none."""
+def _read_config(workdir: Path) -> Json:
+    """Read the workdir's config as plain values, as it may be of another version; empty if there is none."""
     path = workdir / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: bring it back, or take it away") from error
+        raise UserError(f"{path} is damaged: restore it, or delete it") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged: bring it back, or take it away")
+        raise UserError(f"{path} is damaged: restore it, or delete it")
     return config
 
 
@@ -189,7 +189,7 @@ def _events_table(marks: Iterable[Mark]) -> str:
     return _table("Events", ["", "step", "samples", "event", "what"], rows, numbers=3)
 
 
-def _config_table(config: dict[str, Any]) -> str:
+def _config_table(config: Json) -> str:
     rows = [
         [f"<td><code>{escape(key)}</code></td>", _code(value), _code(default)]
         for key, value, default in differences(config)
@@ -198,7 +198,7 @@ def _config_table(config: dict[str, Any]) -> str:
 
 
 def _table(title: str, heads: list[str], rows: list[list[str]], numbers: int = 0) -> str:
-    """Return a table under its title, the first `numbers` columns of which hold numbers; empty without rows."""
+    """Return a titled table whose first `numbers` columns hold numbers; empty without rows."""
     if not rows:
         return ""
     classes = [' class="number"'] * numbers + [""] * (len(heads) - numbers)
@@ -211,12 +211,12 @@ def _cell(text: str, number: bool = False) -> str:
     return f'<td class="number">{escape(text)}</td>' if number else f"<td>{escape(text)}</td>"
 
 
-def _code(value: Any) -> str:
+def _code(value: object) -> str:
     return "<td></td>" if value is None else f"<td><code>{escape(json.dumps(value, ensure_ascii=False))}</code></td>"
 
 
 def _short(count: int) -> str:
-    """Write a large count with three digits: 12.3 billion."""
+    """Return a large count with three digits: 12.3 billion."""
     for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if count >= size:
             return f"{count / size:.3g} {word}"

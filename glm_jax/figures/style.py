@@ -1,42 +1,46 @@
-"""How every figure looks: one set of colours, one axis style, the same bytes for the same data.
+"""The style of all figures: one set of colours, one axis style, the same bytes for the same data.
 
 Figures are matplotlib objects made without pyplot, so that drawing leaves no state behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; their black is INK, their yellow, pale on white, last.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. INK takes the place of black; yellow is last, as
+# it is pale on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#f0e442")
 INK = "#262626"  # lines of totals, text and axes; `svg` turns it into the colour of the text around the figure
 MAP = "cividis"  # of heat maps; reads the same to colour-blind readers and in grey
 
-_SETTINGS: Any = {
-    "font.family": "sans-serif",
-    "font.size": 9.0,
-    "text.parse_math": False,  # names of sources may hold a dollar
-    "svg.fonttype": "none",
-    "svg.hashsalt": "glm_jax",
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
+
+def _settings() -> contextlib.AbstractContextManager[None]:
+    """Apply matplotlib's settings for all figures."""
+    return matplotlib.rc_context({
+        "font.family": "sans-serif",
+        "font.size": 9.0,
+        "text.parse_math": False,  # names of sources may hold a dollar
+        "svg.fonttype": "none",
+        "svg.hashsalt": "glm_jax",
+        "text.color": INK,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    })  # fmt: skip
 
 
 def figure(rows: int, columns: int, width: float = 5.6, height: float = 2.6) -> tuple[Figure, list[Axes]]:
-    """Return a transparent figure and its axes, row by row; `width` and `height` are one axis's, in inches."""
-    with matplotlib.rc_context(_SETTINGS):
+    """Return a transparent figure and its axes, row by row; `width` and `height` are those of one axis, in inches."""
+    with _settings():
         made = Figure(figsize=(columns * width, rows * height), layout="constrained", facecolor="none")
         axes = [made.add_subplot(rows, columns, place + 1) for place in range(rows * columns)]
     for axis in axes:
@@ -46,8 +50,8 @@ def figure(rows: int, columns: int, width: float = 5.6, height: float = 2.6) -> 
 
 
 def finish(axis: Axes, x: str = "", y: str = "", title: str = "", legend: bool = True) -> None:
-    """Label an axis, take away its box, and name its lines if `legend` and any has a label."""
-    with matplotlib.rc_context(_SETTINGS):
+    """Label an axis, remove its box, and add a legend if `legend` is set and any line has a label."""
+    with _settings():
         axis.set_xlabel(x)
         axis.set_ylabel(y)
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
@@ -61,9 +65,9 @@ def finish(axis: Axes, x: str = "", y: str = "", title: str = "", legend: bool =
 
 
 def scale_values(axis: Axes, log: bool = False) -> None:
-    """Number the y axis in plain figures; with `log` its scale is logarithmic if the values span more than fourfold.
+    """Write the numbers of the y axis in plain digits; with `log`, make it logarithmic if values span over fourfold.
 
-    To be called when all is plotted.
+    Call it when everything is plotted.
     """
     low, high = axis.dataLim.intervaly
     if log and low > 0 and 4 * low < high:
@@ -74,22 +78,22 @@ def scale_values(axis: Axes, log: bool = False) -> None:
 
 
 def svg(drawn: Figure) -> str:
-    """Return a figure as an <svg> element for a page; its text and axes take on the colour of the page's."""
+    """Return a figure as an <svg> element for a page; its text and axes have the colour of the page's text."""
     text = _save(drawn, "svg").decode("utf-8")
-    # What only a file of its own needs goes: the prologue, the metadata, the addresses that name XML dialects.
+    # Remove what only a separate file needs: the prologue, the metadata, the addresses of XML namespaces.
     text = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>\s*|<style.*?</style>", "", text, flags=re.DOTALL)
     return re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace(INK, "currentColor")
 
 
 def png(drawn: Figure, dots_per_inch: int = 110) -> bytes:
-    """Return a figure as a PNG file on white."""
-    return _save(drawn, "png", facecolor="white", dpi=dots_per_inch)
+    """Return a figure as a PNG file on a white background."""
+    return _save(drawn, "png", "white", dots_per_inch)
 
 
-def _save(drawn: Figure, kind: str, **options: Any) -> bytes:
+def _save(drawn: Figure, kind: str, background: str = "auto", dots_per_inch: int | str = "figure") -> bytes:
     file = io.BytesIO()
     nameless = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}[kind]
-    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+    with _settings(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a source's name in another script
-        drawn.savefig(file, format=kind, metadata=nameless, **options)
+        drawn.savefig(file, format=kind, metadata=nameless, facecolor=background, dpi=dots_per_inch)
     return file.getvalue()

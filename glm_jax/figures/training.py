@@ -1,7 +1,7 @@
 """Figures and tables of trained sweeps: loss curves, final losses, the stability frontier.
 
-Every function takes the results of `sweep_saved.Saved`, whatever part of the sweep they are: what is not there is not
-drawn, and a table says so.
+Every function takes the results of `saved.Saved`, complete or not: a figure leaves out what is missing, and a table
+says so.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from glm_jax.sweeps.results import Row, spread, table
 MARKERS = "osD^vP"
 DEPTH, SCHEME, RATE, SEED = "model.num_layers", "model.norm", "lr", "seed"  # axes of the sweep of layer norms
 NATS = "loss, nats a target token"
-NOTHING = "learnt nothing"  # as sweep_verdict.py has it
+NOTHING = "learnt nothing"  # as in verdict.py
 
 
 def labels(results: Sequence[Row], axis: str) -> list[str]:
-    """Return the labels of an axis that are there, in their order; numbers ascending."""
+    """Return the labels of an axis that occur, in their order; numbers ascending."""
     found = list(dict.fromkeys(result["labels"][axis] for result in results))
     return sorted(found, key=float) if all(map(_is_number, found)) else found
 
@@ -44,7 +44,7 @@ def _is_number(label: str) -> bool:
 
 
 def heldout(result: Row) -> float | None:
-    """Return the held-out loss of a member that finished; None of a diverged one, or where none was held out."""
+    """Return the held-out loss of a member; None if it diverged, or if nothing was held out."""
     return result["heldout"].get("loss") if result["status"] == "finished" else None
 
 
@@ -54,12 +54,12 @@ def where(results: Sequence[Row], chosen: Mapping[str, str]) -> list[Row]:
 
 
 def loss_curves(results: Sequence[Row], lines: str, rows: str = "", columns: str = "", title: str = "") -> Figure:
-    """Draw the moving average of every member's loss; a cross ends a diverged member at the step of its divergence.
+    """Draw the moving average of every member's loss; a cross marks the step at which a member diverged.
 
     Args:
-        lines: the axis whose labels have a colour each: a row of shades if they are numbers.
+        lines: the axis whose labels have a colour each, or shades of one if they are numbers.
         rows, columns: axes whose labels have a row or a column of panels each, if any.
-        title: of the whole.
+        title: of the figure.
     """
     down = labels(results, rows) if rows else [""]
     across = labels(results, columns) if columns else [""]
@@ -87,14 +87,14 @@ def loss_curves(results: Sequence[Row], lines: str, rows: str = "", columns: str
 
 
 def _colours(names: Sequence[str]) -> list:
-    """Return shades of one scale for numbers, unlike colours for names."""
+    """Return shades of one scale for numbers, distinct colours for names."""
     if all(map(_is_number, names)) and len(names) > 1:
         return list(matplotlib.colormaps[style.MAP](np.linspace(0, 0.9, len(names))))
     return list(itertools.islice(itertools.cycle(style.COLOURS), len(names)))
 
 
 def _span(results: Sequence[Row]) -> tuple[float, float]:
-    """Return limits that show all finite losses up to a nat above a uniform guess."""
+    """Return limits that show all finite losses, up to one nat above a uniform guess."""
     losses = np.concatenate([result["curves"]["loss"] for result in results])
     ceiling = max(result["uniform"] for result in results) + 1
     losses = losses[np.isfinite(losses)]
@@ -118,13 +118,13 @@ def _guess(axis: Axes, results: Sequence[Row]) -> None:
 
 
 def legend(made: Figure, axes: Sequence[Axes], title: str) -> None:
-    """Put one legend of what all panels draw under them, and the title above."""
+    """Put the title above the panels, and one legend of all of them below."""
     found: dict[str, Artist] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             if isinstance(handle, Line2D) and handle.get_linestyle() == "--":
                 solid = {"color": handle.get_color(), "linewidth": handle.get_linewidth()}
-                handle = Line2D([], [], **solid)  # dashes tell that a member diverged, not which label it has
+                handle = Line2D([], [], **solid)  # dashes mean that a member diverged; they do not depend on its label
             found.setdefault(label, handle)
     last = found.pop("guess by frequency", None)
     if last is not None:
@@ -136,14 +136,14 @@ def legend(made: Figure, axes: Sequence[Axes], title: str) -> None:
 
 
 def stability_frontier(results: Sequence[Row]) -> Figure:
-    """Draw, for each depth and scheme, the highest rate up to which nothing diverged: a mark a seed.
+    """Draw, for each depth and scheme, the highest rate up to which nothing diverged: a mark for each seed.
 
-    The bar goes from the lowest seed's rate to the first rate of the grid above the highest seed's: so much is open
-    between seeds and between points of the grid. An arrow in its place says that the grid ends before the scheme does.
+    A bar shows the uncertainty, between seeds and between points of the grid: it reaches from the lowest seed's rate to
+    the first rate of the grid above the highest seed's. An arrow means that the grid ends before the scheme diverges.
     """
     found, rates = frontier(results), [float(rate) for rate in labels(results, RATE)]
     depths, schemes = labels(results, DEPTH), labels(results, SCHEME)
-    none = rates[0] ** 2 / rates[1]  # where marks stand whose lowest rate diverged
+    none = rates[0] ** 2 / rates[1]  # the place of marks whose lowest rate diverged
     made, (axis,) = style.figure(1, 1, 6.4, 3.6)
     for place, scheme in enumerate(schemes):
         colour, marker = style.COLOURS[place], MARKERS[place]
@@ -184,9 +184,9 @@ def _labelled(axis: Axes, label: str) -> bool:
 
 
 def loss_against_rate(results: Sequence[Row]) -> Figure:
-    """Draw held-out loss after the last step against the learning rate: a panel a depth, a mark a seed.
+    """Draw held-out loss after the last step against the learning rate: a panel per depth, a mark per seed.
 
-    Lines join the means over the seeds that finished. A diverged member is a cross at the top.
+    Lines join the means over the seeds that finished. A diverged member is shown as a cross at the top.
     """
     depths, schemes = labels(results, DEPTH), labels(results, SCHEME)
     made, axes = style.figure(1, len(depths), 3.1 if len(depths) > 1 else 4.6, 3.1)
@@ -228,9 +228,9 @@ def _losses_of_scheme(axis: Axes, mine: Sequence[Row], scheme: str, place: int, 
 
 
 def final_losses(results: Sequence[Row], axis: str, title: str = "") -> Figure:
-    """Draw held-out loss after the last step by the labels of an axis: a mark a seed, a bar at the mean.
+    """Draw held-out loss after the last step by the labels of an axis: a mark per seed, a bar at the mean.
 
-    Members that share a seed have the same batches; a thin line joins them.
+    A thin line joins members that share a seed, and so have the same batches.
     """
     made, (panel,) = style.figure(1, 1, 4.6, 3.0)
     names = labels(results, axis)
@@ -252,9 +252,9 @@ def final_losses(results: Sequence[Row], axis: str, title: str = "") -> Figure:
 
 
 def paired_table(results: Sequence[Row], axis: str) -> str:
-    """Write held-out losses by the labels of an axis, and their differences from the first label's at equal seeds.
+    """Return a table of held-out losses by the labels of an axis, and of differences from the first label per seed.
 
-    Means over seeds with the spread of the sample. Equal seeds have equal batches, so that differences spread less.
+    Means over seeds with the spread of the sample. Equal seeds have equal batches, so differences spread less.
     """
     names = labels(results, axis)
     lost = {(r["labels"][axis], r["labels"][SEED]): value for r in results if (value := heldout(r)) is not None}
@@ -269,9 +269,9 @@ def paired_table(results: Sequence[Row], axis: str) -> str:
 
 
 def with_margin(results: Sequence[Row], margin: float) -> list[Row]:
-    """Judge "learnt nothing" by another margin below a guess by frequency, in nats, than sweep_verdict.LEARNT.
+    """Return results with "learnt nothing" judged by `margin`, in nats, instead of verdict.LEARNT.
 
-    A member that newly diverges so has no step. Other kinds of divergence stay as they are.
+    A member that diverges only by this margin has no step. Other kinds of divergence do not change.
     """
 
     def judged(result: Row) -> Row:
@@ -285,7 +285,7 @@ def with_margin(results: Sequence[Row], margin: float) -> list[Row]:
 
 
 def reasons_table(results: Sequence[Row], axis: str) -> str:
-    """Write, for each label of an axis, how many members finished, and how many diverged for which reason."""
+    """Return a table with, for each label of an axis, how many members finished, and how many diverged by reason."""
     reasons = list(dict.fromkeys(result["reason"] for result in results if result["reason"]))
     lines = []
     for name in labels(results, axis):
@@ -295,11 +295,11 @@ def reasons_table(results: Sequence[Row], axis: str) -> str:
 
 
 def claims_table(results: Sequence[Row], schemes: Sequence[str], scheme: str = "deepnorm") -> str:
-    """Set a scheme against the others, depth by depth: is the highest stable rate its own, and the lowest loss?
+    """Compare a scheme with the others at each depth: does it have the highest stable rate, and the lowest loss?
 
-    A scheme's highest stable rate is the median over seeds, of two the lower. Its best loss is the lowest of the grid
-    by the mean over seeds, at a rate where all seeds finished. A difference of two means that is within the root of
-    the sum of their squared spreads is none. A depth is open until all `schemes` are there.
+    A scheme's highest stable rate is the median over seeds; of two medians, the lower. Its best loss is the lowest mean
+    over seeds in the grid, among rates where all seeds finished. A difference of two means does not count if it is
+    within the root of the sum of their squared spreads. A depth is open until it has all `schemes`.
     """
     lines = []
     for depth in labels(results, DEPTH):
@@ -314,13 +314,13 @@ def claims_table(results: Sequence[Row], schemes: Sequence[str], scheme: str = "
 
 
 def _median_rate(results: Sequence[Row], depth: str, scheme: str) -> float | None:
-    """Return the median of the seeds' highest stable rates, 0 for none; None while members are missing."""
+    """Return the median of the seeds' highest stable rates, 0 if there is none; None while members are missing."""
     seeds = frontier(results).get((depth, scheme))
     return statistics.median_low(value or 0.0 for value in seeds.values()) if seeds else None
 
 
 def _best(results: Sequence[Row], depth: str, scheme: str) -> list[float]:
-    """Return the held-out losses of the seeds at the rate with the lowest mean; none if no rate has all seeds."""
+    """Return the held-out losses of the seeds at the rate with the lowest mean; empty if no rate has all seeds."""
     by_rate = []
     for rate in labels(results, RATE):
         here = where(results, {DEPTH: depth, SCHEME: scheme, RATE: rate})

@@ -1,1 +1,1 @@
-"""A run worked out without a device."""
+"""Plans of a run, made without a device."""

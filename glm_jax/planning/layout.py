@@ -1,4 +1,4 @@
-"""What lies where: the partition of a run's state over its mesh, worked out without a device."""
+"""The partition of a run's state over its mesh, computed without a device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def table(config: Experiment) -> Iterator[str]:
     """Yield a line for every array of the state: path, shape in memory, PartitionSpec, bytes on each device.
 
     Raises:
-        UserError: the mesh has a size of -1, which only devices can resolve, or does not fit the model.
+        UserError: the mesh has a size of -1, which only devices can resolve, or it does not fit the model.
     """
     tokenizer = config.data.tokenizer
     pieces = read(tokenizer.path, pinned=tokenizer.pinned).size if tokenizer.path else tokenizer.vocab_size

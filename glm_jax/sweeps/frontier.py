@@ -1,29 +1,28 @@
-"""The stability frontier of a sweep over learning rates: the highest rate up to which nothing diverged."""
+"""The stability frontier of a sweep over learning rates: the highest rate up to which no member diverged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from glm_jax.sweeps.results import Row, spread, table
 
-Settings = tuple[str, ...]  # labels of the axes but the learning rate's and the seed's
+Settings = tuple[str, ...]  # labels of all axes but the learning rate and the seed
 
 
-def settings(row: Mapping[str, Any], rate: str = "lr") -> Settings:
-    """Return the labels of a row but those of its learning rate and its seed."""
+def settings(row: Row, rate: str = "lr") -> Settings:
+    """Return the labels of a row, without its learning rate and its seed."""
     return tuple(label for axis, label in row["labels"].items() if axis not in (rate, "seed"))
 
 
 def frontier(rows: Sequence[Row], rate: str = "lr") -> dict[Settings, dict[str, float | None]]:
-    """Give, for each setting and seed, the highest learning rate of the grid up to which no member diverged.
+    """Return, for each setting and seed, the highest learning rate of the grid up to which no member diverged.
 
     Args:
-        rows: of results.json; a setting whose rates are not all there yet is left out.
-        rate: the axis of the learning rates, its labels numbers.
+        rows: of results.json; a setting that still lacks rates is left out.
+        rate: the axis of the learning rates; its labels are numbers.
 
     Returns:
-        setting -> seed -> the rate; None where the lowest one diverged already.
+        setting -> seed -> the rate; None where even the lowest rate diverged.
     """
     rates = sorted({row["labels"][rate] for row in rows}, key=float)
     found: dict[Settings, dict[str, dict[str, bool]]] = {}
@@ -47,9 +46,9 @@ def _highest(rates: Sequence[str], stable: Mapping[str, bool]) -> float | None:
 
 
 def frontier_table(rows: Sequence[Row], rate: str = "lr") -> str:
-    """Write a line for each setting: the frontier of each seed, and held-out loss by rate with its spread over seeds.
+    """Return a table by setting: the frontier of each seed, and held-out loss by rate with its spread over seeds.
 
-    In place of a loss stands how many of the seeds diverged, where some did, before the loss of the others.
+    Where seeds diverged, their number comes before the loss of the others.
     """
     rates = sorted({row["labels"][rate] for row in rows}, key=float)
     axes = [axis for axis in rows[0]["labels"] if axis not in (rate, "seed")]

@@ -1,8 +1,8 @@
-"""Members of a sweep trained together: one program takes a step of all of them.
+"""Train members of a sweep together: one program takes a step of all of them.
 
-The program is `training.step.train_step` under `jax.lax.map` over members: blocks of them by vmap, one block after the
-other. A block is as large as the processor's cache has use for: tiny members fill one block, those of some millions of
-parameters go one by one, which is faster than streaming all of them through memory at every operation.
+The program is `training.step.train_step` under `jax.lax.map` over members: vmap within a block of members, one block
+after another. A block is as large as fits the processor's cache. Tiny members fit in one block; members of some
+millions of parameters run one by one, which is faster than streaming all of them through memory for every operation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,26 +29,28 @@ from glm_jax.training import recipe, stretch
 from glm_jax.training.evaluation import HeldOut
 from glm_jax.training.state import StepConfig, TrainState, init_state
 from glm_jax.training.step import Controls, train_step
+from glm_jax.types import Tree
 
 Array = jax.Array
-GroupStep = Callable[[TrainState, Any, Any, Any], tuple[TrainState, dict[str, Any]]]
+Metrics = dict[str, Tree]  # of a step, by name; see `train_step`
+GroupStep = Callable[[TrainState, Rows[np.ndarray], np.ndarray, np.ndarray], tuple[TrainState, Metrics]]
 
 CACHED = 8 << 20  # bytes of a block's state and logits
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a member's training gave.
+    """The result of training a member.
 
     Attributes:
         losses: of every step's batch, nats a target token [T].
-        metrics: others of the train step's event by name, [n] each, at `steps`; NaN where there is none. Of
-            `activation_rms` the largest of all layers.
+        metrics: the other metrics of a train step by name, [n] each, at `steps`; NaN where one is missing. Of
+            `activation_rms`, the largest of all layers.
         steps: [n], from 1.
-        heldout: held-out losses after the last step, as `glm-jax train` gives them, and what sweep_suffix.py adds
-            where members have different blanks; empty where not evaluated.
-        uniform, unigram: nats a target token that guessing costs, see sweep_verdict.py.
-        skipped: steps whose gradients were not finite.
+        heldout: held-out losses after the last step, as `glm-jax train` logs them, and those of second_half.py where
+            members have different blanks; empty if not evaluated.
+        uniform, unigram: nats a target token that guessing costs, see verdict.py.
+        skipped: number of steps whose gradients were not finite.
     """
 
     losses: np.ndarray
@@ -62,7 +63,7 @@ class Outcome:
 
 
 class Streams:
-    """The batches of several members; those that read the same share them."""
+    """The batches of several members; members that read the same data share them."""
 
     def __init__(self, configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> None:
         keys = [json.dumps([config.seed, to_dict(config.data)], sort_keys=True) for config in configs]
@@ -85,14 +86,14 @@ class Streams:
 
 
 def data_key(config: Experiment) -> str:
-    """Return what the preparation of a config's data follows from, as text."""
+    """Return all that the preparation of a config's data depends on, as text."""
     data = to_dict(config.data)
     return json.dumps([data["sources"], data["tokenizer"], data["instructions"], data["near_duplicates"],
                        data["heldout"], data["cache"]], sort_keys=True)  # fmt: skip
 
 
 def prepare_all(configs: Sequence[Experiment], say: Callable[[str], None]) -> dict[str, Prepared]:
-    """Prepare the data of every config, each kind once; keyed by `data_key`."""
+    """Prepare the data of all configs, each distinct data once; keyed by `data_key`."""
     prepared: dict[str, Prepared] = {}
     for config in configs:
         key = data_key(config)
@@ -102,7 +103,7 @@ def prepare_all(configs: Sequence[Experiment], say: Callable[[str], None]) -> di
 
 
 def block_size(members: int, member_bytes: int) -> int:
-    """Return the members of a block: the most that divide `members` and whose bytes the cache holds, at least one."""
+    """Return the number of members in a block: the largest divisor of `members` that fits the cache, at least one."""
     fitting = max(1, CACHED // member_bytes)
     return max(size for size in range(1, members + 1) if members % size == 0 and size <= fitting)
 
@@ -114,10 +115,10 @@ def _member_bytes(cfg: StepConfig, config: Experiment) -> int:
 
 
 def compile_group(cfg: StepConfig, mesh: jax.sharding.Mesh, streams: np.ndarray, block: int) -> GroupStep:
-    """Bind the step of all members, which takes over the memory of their state.
+    """Compile the step of all members, which donates the memory of their state.
 
     Args:
-        cfg, mesh: as in `train_step`; the seed of `cfg` counts for dropout alone.
+        cfg, mesh: as in `train_step`; the seed of `cfg` is used only for dropout.
         streams: which of the batches each member reads, int32 [members].
         block: members under one vmap; divides their number.
 
@@ -127,14 +128,16 @@ def compile_group(cfg: StepConfig, mesh: jax.sharding.Mesh, streams: np.ndarray,
     """
     requests = jnp.zeros(mesh.size, jnp.int32)
 
-    def one(state: TrainState, batches: Any, stream: Array, lr: Array, shrink: Array) -> Any:
+    def one(
+        state: TrainState, batches: Rows[Array], stream: Array, lr: Array, shrink: Array
+    ) -> tuple[TrainState, Metrics]:
         batch = jax.tree.map(lambda array: array[stream], batches)
         return train_step(cfg, mesh, state, batch, Controls(lr, shrink, requests))
 
-    def step(states: TrainState, batches: Any, lrs: Array, shrinks: Array) -> Any:
+    def step(states: TrainState, batches: Rows[Array], lrs: Array, shrinks: Array) -> tuple[TrainState, Metrics]:
         taken = (states, jnp.asarray(streams), lrs, shrinks)
 
-        def member(values: Any) -> Any:
+        def member(values: tuple[TrainState, Array, Array, Array]) -> tuple[TrainState, Metrics]:
             state, stream, lr, shrink = values
             return one(state, batches, stream, lr, shrink)
 
@@ -144,16 +147,16 @@ def compile_group(cfg: StepConfig, mesh: jax.sharding.Mesh, streams: np.ndarray,
 
 
 def init_states(cfg: StepConfig, seeds: Sequence[int]) -> TrainState:
-    """Make the state of each seed as a run of its own does: arrays [members, ...]."""
+    """Return the initial state of each seed, as in a run of its own: arrays [members, ...]."""
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])  # [members]
     return jax.jit(jax.vmap(lambda key: init_state(cfg, key=key)))(keys)
 
 
 def begin(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tuple[GroupStep, TrainState, Streams]:
-    """Return what members that share a program are trained with: their step (see `compile_group`), states and batches.
+    """Return what trains members that share a program: their step (see `compile_group`), states and batches.
 
     Raises:
-        UserError: a model or a batch that does not fit.
+        UserError: a model or a batch does not fit.
     """
     cfg, mesh = _shared(configs, prepared)
     streams = Streams(configs, prepared)
@@ -174,17 +177,17 @@ def train(
     """Train members that share a program to their last step.
 
     Args:
-        configs: resolved, with equal `sweep_members.program`.
+        configs: resolved, with equal `members.program`.
         prepared: by `data_key`.
-        progress: told the steps that are done, after each.
+        progress: called with the number of steps done, after each step.
 
     Raises:
-        UserError: a model or a batch that does not fit.
+        UserError: a model or a batch does not fit.
     """
     first = configs[0]
     step, states, streams = begin(configs, prepared)
     counts = np.zeros((streams.of_member.max() + 1, states.params["embedding"]["word"].shape[1]))  # [streams, V]
-    taken: list[dict[str, Any]] = []
+    taken: list[Metrics] = []
     for number in range(1, first.train.steps + 1):
         batches = streams.at(number)
         for stream, targets in enumerate(batches.targets):
@@ -220,7 +223,7 @@ def _evaluate(
     cfg, mesh = _shared(configs, prepared)
 
     @jax.jit
-    def losses(params: Any, batch: Any, member: Array) -> Array:
+    def losses(params: Tree, batch: Rows[Array], member: Array) -> Array:
         own = jax.tree.map(lambda array: array[member], params)
         return passes.losses(cfg.engine, mesh, own, batch)
 
@@ -238,7 +241,7 @@ def _evaluate(
 
 def _outcome(
     config: Experiment,
-    taken: Sequence[Mapping[str, Any]],
+    taken: Sequence[Metrics],
     member: int,
     heldout: Mapping[str, float],
     uniform: float,

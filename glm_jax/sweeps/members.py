@@ -1,4 +1,4 @@
-"""What a sweep is made of: members, each a config of its own, and groups of members that one program can train.
+"""The parts of a sweep: members, each with its own config, and groups of members that one program can train.
 
 An ablation is an experiment's file with a second function beside `get_config`:
 
@@ -12,7 +12,7 @@ An ablation is an experiment's file with a second function beside `get_config`:
             "seed": (1, 2, 3),
         }
 
-An axis is a key of the config with its values, or a name of its own with labels and the keys that each of them sets.
+An axis is a key of the config with its values, or any other name with labels and the keys that each label sets.
 Every combination of the axes is a member, in the order of the axes, the last one fastest.
 """
 
@@ -24,25 +24,25 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from glm_jax.config import Experiment, by_key, with_changes
 from glm_jax.config.fields import in_section, to_dict
 from glm_jax.errors import UserError
 from glm_jax.training import recipe
 
-# Keys that a program takes in as arrays: the key of the initialisation, the batches, the learning rate, alpha.
+# Keys that a program takes as arrays: the key of the initialisation, the batches, the learning rate, alpha.
 ARRAY_KEYS = ("seed", "optimizer.peak_lr", "optimizer.min_lr", "optimizer.warmup_samples", "optimizer.decay_samples",
               "optimizer.rewarm", "train.embedding_shrink.alpha", "train.embedding_shrink.history", "data.seed",
               "data.weights", "data.temperature", "data.instructions", "data.blanks")  # fmt: skip
 
-# What a member does not do: it has one device, no operator, and steps of one size.
+# Members do without these: a member has one device, no operator, and steps of one size.
 PLAIN_KEYS = {"mesh.data": 1, "mesh.pipeline": 1, "mesh.tensor": 1, "train.batch_ramp": (), "train.skip_steps": (),
               "train.spike.rollbacks": 0, "interventions": ()}  # fmt: skip
 
-TOGETHER = 32  # members of a group at most: their states lie in memory side by side
+TOGETHER = 32  # largest number of members of a group: memory holds all their states at once
 
-Sweep = Mapping[str, Mapping[str, Mapping[str, Any]]]  # axis -> label -> dotted key -> value
+Sweep = Mapping[str, Mapping[str, Mapping[str, object]]]  # axis -> label -> dotted key -> value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Member:
     """One run of a sweep.
 
     Attributes:
-        name: made of the labels; also of its file.
+        name: made of the labels; its file has the same name.
         labels: axis -> label.
-        changes: dotted keys of the base that it sets.
+        changes: the dotted keys of the base that it sets.
         config: resolved.
     """
 
     name: str
     labels: Mapping[str, str]
-    changes: Mapping[str, Any]
+    changes: Mapping[str, object]
     config: Experiment
 
 
@@ -71,11 +71,11 @@ class Group:
 
     @property
     def steps(self) -> int:
-        """Return the steps of each member."""
+        """Return the number of steps of each member."""
         return self.members[0].config.train.steps
 
     def to_json(self, workdir: Path) -> str:
-        """Write down the group for sweep_worker.py, which leaves results in `workdir`."""
+        """Write the group as JSON for worker.py, which writes its results to `workdir`."""
         members = [
             {
                 "name": member.name,
@@ -92,7 +92,7 @@ def load(path: Path) -> Sweep:
     """Read the axes of an ablation's file.
 
     Raises:
-        UserError: it has no `get_sweep`, or one that does not give axes.
+        UserError: it has no `get_sweep`, or one that does not return axes.
     """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
@@ -103,23 +103,23 @@ def load(path: Path) -> Sweep:
         raise UserError(f"{path} has no get_sweep(): it is an experiment for `glm-jax train`, not a sweep")
     try:
         axes = module.get_sweep()
-    except Exception as error:  # whatever a person's own code may raise
+    except Exception as error:  # the user's own code may raise anything
         raise UserError(f"{path}: get_sweep() fails with {type(error).__name__} ({error}): fix it") from error
     return read_axes(axes, str(path))
 
 
-def read_axes(axes: Any, where: str = "get_sweep()") -> Sweep:
-    """Check what `get_sweep` gave and write out every axis as labels and their keys.
+def read_axes(axes: object, where: str = "get_sweep()") -> Sweep:
+    """Check the result of `get_sweep`, and write out every axis as labels and their keys.
 
     Raises:
-        UserError: it is not a sweep as this file's docstring describes.
+        UserError: it is not a sweep as described at the top of this file.
     """
     if not isinstance(axes, Mapping) or not axes:
-        raise UserError(f"{where}: get_sweep() gives {type(axes).__name__}, it must be a dict of axes, not empty")
+        raise UserError(f"{where}: get_sweep() returns {type(axes).__name__}, it must be a dict of axes, not empty")
     return {name: _read_axis(name, values, where) for name, values in axes.items()}
 
 
-def _read_axis(name: Any, values: Any, where: str) -> dict[str, Mapping[str, Any]]:
+def _read_axis(name: object, values: object, where: str) -> dict[str, Mapping[str, object]]:
     if not _fits_a_file(name) or not isinstance(values, Mapping | list | tuple) or not values:
         raise UserError(f"{where}: the axis {name!r} is {values!r}: give it values, or labels with the keys they set")
     if isinstance(values, Mapping):
@@ -133,31 +133,30 @@ def _read_axis(name: Any, values: Any, where: str) -> dict[str, Mapping[str, Any
     return {label: {name: value} for label, value in zip(labels, values, strict=True)}
 
 
-def _label(value: Any) -> str:
+def _label(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _fits_a_file(label: Any) -> bool:
+def _fits_a_file(label: object) -> TypeGuard[str]:
     return isinstance(label, str) and 0 < len(label) < 40 and not set(label) & set("/,= \n\0")
 
 
 def expand(base: Experiment, sweep: Sweep) -> list[Member]:
-    """Return every member of a sweep, its config checked.
+    """Return all members of a sweep, with their configs checked.
 
     Args:
         base: resolved.
         sweep: from `load`.
 
     Raises:
-        UserError: a key that does not exist, a value out of range, two axes that set one key, or a key that a sweep
-            does not take.
+        UserError: a key does not exist, a value is out of range, two axes set one key, or a sweep does not take a key.
     """
     short = _short_names(sweep)
     members = []
     for labels in itertools.product(*sweep.values()):
         chosen = dict(zip(sweep, labels, strict=True))
         name = ",".join(f"{short[axis]}={label}" for axis, label in chosen.items())
-        changes: dict[str, Any] = {}
+        changes: dict[str, object] = {}
         for axis, label in chosen.items():
             for key, value in sweep[axis][label].items():
                 if key in changes:
@@ -172,8 +171,8 @@ def expand(base: Experiment, sweep: Sweep) -> list[Member]:
     return members
 
 
-def _short_names(sweep: Mapping[str, Any]) -> dict[str, str]:
-    """Name each axis by the last part of its key where that tells it from the others."""
+def _short_names(sweep: Mapping[str, object]) -> dict[str, str]:
+    """Name each axis by the last part of its key, or by the whole key where last parts are alike."""
     last = [axis.rpartition(".")[2] for axis in sweep]
     return {axis: name if last.count(name) == 1 else axis for axis, name in zip(sweep, last, strict=True)}
 
@@ -182,15 +181,15 @@ def _check_plain(name: str, config: Experiment) -> None:
     found = by_key(config)
     for key, plain in PLAIN_KEYS.items():
         if found[key] != plain:
-            raise UserError(f"{name}: {key} is {found[key]!r}, the members of a sweep are run with {plain!r}")
+            raise UserError(f"{name}: {key} is {found[key]!r}, members of a sweep run with {plain!r}")
     if not config.data.sources:
         raise UserError(f"{name}: data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
 
 
 def program(config: Experiment) -> str:
-    """Return what a member's program follows from, as text; equal texts, one program.
+    """Return all that a member's program depends on, as text; members with equal texts share a program.
 
-    Dropout draws from the seed, which is then a part of the program.
+    With dropout, the seed is part of the program, because dropout draws from it.
     """
     drops = config.model.attention_dropout or config.model.hidden_dropout
     keys = {
@@ -202,7 +201,7 @@ def program(config: Experiment) -> str:
 
 
 def group(members: Sequence[Member], together: int = TOGETHER) -> list[Group]:
-    """Put members that one program can train together, at most `together`, in the order of their first ones."""
+    """Group members that one program can train, at most `together` each, in the order of their first members."""
     found: dict[str, list[Member]] = {}
     for member in members:
         found.setdefault(program(member.config), []).append(member)

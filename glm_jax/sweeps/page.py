@@ -1,9 +1,9 @@
-"""The tables of a results page, written from the results of sweeps.
+"""Write the tables of a results page from the results of sweeps.
 
     python -m glm_jax.sweeps.page docs/ablations.md experiments/ablations/results
 
-Between `<!-- norms: begin -->` and `<!-- norms: end -->` of the page stands the table of the sweep in the folder
-`norms` of the results; what is written by hand around it stays.
+The table of the sweep in the results' folder `norms` goes between `<!-- norms: begin -->` and `<!-- norms: end -->` of
+the page; the text around it stays as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from glm_jax.sweeps.results import RESULTS, Row, provenance, read_description, s
 
 
 def section(workdir: Path) -> str:
-    """Write what a page says of a sweep: where its numbers come from, then its table.
+    """Return a sweep's part of the page: the source of its numbers, then its table.
 
     Raises:
         UserError: the folder holds no sweep, or no results.
@@ -40,7 +40,7 @@ def _table(rows: list[Row]) -> str:
 
 
 def _second_half(rows: list[Row]) -> str:
-    """Write the losses on second halves as well, where members differ in their objectives."""
+    """Return the losses on second halves as well, if members differ in their objectives."""
     if "objective" not in rows[0]["labels"]:
         return ""
     halves = [{**row, "heldout": {"loss": row["heldout"].get("loss/second_half")}} for row in rows]
@@ -48,7 +48,7 @@ def _second_half(rows: list[Row]) -> str:
 
 
 def write_page(page: Path, results: Path) -> list[str]:
-    """Put the tables of all sweeps under `results` in their places on a page. Returns their names.
+    """Put the tables of all sweeps under `results` in their places on a page, and return the sweeps' names.
 
     Raises:
         UserError: the page has no place for one of them, or cannot be read.

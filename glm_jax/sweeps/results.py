@@ -1,12 +1,12 @@
-"""What a sweep leaves in its workdir, and the tables made of it.
+"""The files in a sweep's workdir, and the tables made from them.
 
     sweep.json              the sweep: base config, axes, rule of divergence, steps; written once
     members/<name>.json     the result of a member with its curves, written whole when its group is done
-    logs/<group>.log        what a group's process said
-    results.json, results.md    all results that are there, rewritten as groups end
+    logs/<group>.log        the output of a group's process
+    results.json, results.md    all results so far, rewritten whenever a group ends
 
-A member's `curves` hold `loss` at every step, and the other metrics of a step at those that `step` lists; its `run`
-says what the clock had to do with it, which the tables leave out.
+A member's `curves` hold `loss` at every step, and the other metrics at the steps in `step`; its `run` holds what
+depends on the clock, which the tables leave out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,31 +23,32 @@ from glm_jax.errors import UserError
 from glm_jax.storage.files import write_atomic
 from glm_jax.sweeps import verdict as sweep_verdict
 from glm_jax.sweeps.members import Member
+from glm_jax.types import Json
 
 DESCRIPTION, MEMBERS, LOGS = "sweep.json", "members", "logs"
 RESULTS, TABLE = "results.json", "results.md"
-DIGITS = 9  # significant digits of a saved number: what a float32 needs to be read back as it was
+DIGITS = 9  # significant digits of a saved number: enough to read a float32 back exactly
 
-Row = dict[str, Any]
+Row = Json  # a member's result, or a line of results.json
 
 
 def member_path(workdir: Path, name: str) -> Path:
-    """Return where a member's result is."""
+    """Return the path of a member's result."""
     return workdir / MEMBERS / f"{name}.json"
 
 
 def number(value: float) -> float | None:
-    """Return a number as it is saved: rounded to DIGITS, None where it is not finite."""
+    """Return a number as it is saved: rounded to DIGITS, None if it is not finite."""
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def save_member(workdir: Path, result: Mapping[str, Any]) -> None:
+def save_member(workdir: Path, result: Row) -> None:
     """Write a member's result, whole or not at all."""
     write_atomic(member_path(workdir, result["name"]), json.dumps(result, allow_nan=False) + "\n")
 
 
 def read_member(path: Path) -> Row:
-    """Read a member's result; in its curves NaN stands for what was not finite.
+    """Read a member's result; its curves have NaN where a value was not finite.
 
     Raises:
         UserError: it is damaged.
@@ -58,12 +58,12 @@ def read_member(path: Path) -> Row:
         curves = result["curves"]
         result["curves"] = {name: np.array(values, np.float64) for name, values in curves.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is damaged: delete it, and the same sweep makes it again") from error
+        raise UserError(f"{path} is damaged: delete it, and the same sweep trains it again") from error
     return result
 
 
 def read_all(workdir: Path) -> list[Row]:
-    """Read the results of a sweep, its members in their order, those that are there.
+    """Read all results of a sweep so far, in the order of its members.
 
     Raises:
         UserError: the folder holds no sweep, or a result is damaged.
@@ -73,11 +73,11 @@ def read_all(workdir: Path) -> list[Row]:
     return [read_member(path) for path in paths if path.exists()]
 
 
-def read_description(workdir: Path) -> dict[str, Any]:
+def read_description(workdir: Path) -> Json:
     """Read sweep.json.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: it is missing or damaged.
     """
     path = workdir / DESCRIPTION
     try:
@@ -88,31 +88,31 @@ def read_description(workdir: Path) -> dict[str, Any]:
         raise UserError(f"{workdir} holds no sweep ({DESCRIPTION} is missing): check the path") from None
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{path} is damaged: bring it back, or name another --workdir")
+    raise UserError(f"{path} is damaged: restore it, or name another --workdir")
 
 
-def provenance(description: Mapping[str, Any], there: int) -> str:
-    """Return in Markdown where results come from: command, commit, jax, members that are there, steps."""
+def provenance(description: Json, there: int) -> str:
+    """Return the source of results in Markdown: command, commit, jax, the number of members so far, steps."""
     commit = description["commit"]
-    told = f"commit `{commit[:12]}{'+' * commit.endswith('+')}`" if commit else "no commit"  # +: of a changed tree
+    told = f"commit `{commit[:12]}{'+' * commit.endswith('+')}`" if commit else "no commit"  # +: the tree had changes
     return (
         f"`{description['command']}`, {told}, jax {description['versions']['jax']}; {there} of "
         f"{len(description['members'])} members, {steps_text(description['base'])}"
     )
 
 
-def steps_text(base: Mapping[str, Any]) -> str:
-    """Return how long the members of a sweep with this base train."""
+def steps_text(base: Mapping[str, object]) -> str:
+    """Return how long members of a sweep with this base train, in words."""
     return f"{base['train.steps']} steps of {base['train.global_batch']} rows of {base['data.seq_length']} tokens"
 
 
-def rule() -> dict[str, Any]:
+def rule() -> Json:
     """Return the rule of divergence as sweep.json has it, in numbers and in words."""
     return {"rule": sweep_verdict.RULE, "rule_text": sweep_verdict.__doc__}
 
 
 def missing(workdir: Path, members: Iterable[Member]) -> bool:
-    """Return whether one of the members has no result yet, or a damaged one."""
+    """Whether any of the members has no result yet, or a damaged one."""
     for member in members:
         try:
             read_member(member_path(workdir, member.name))
@@ -121,21 +121,21 @@ def missing(workdir: Path, members: Iterable[Member]) -> bool:
     return False
 
 
-def row(result: Mapping[str, Any]) -> Row:
-    """Return a result without its curves and what the clock had to do with it, judged by the rule as it is now."""
+def row(result: Row) -> Row:
+    """Return a result without its curves and what depends on the clock, judged by the current rule."""
     verdict = judge_again(result)
     judged = {"status": verdict.status, "step": verdict.step, "reason": verdict.reason}
     return {name: value for name, value in result.items() if name not in ("curves", "run")} | judged
 
 
-def judge_again(result: Mapping[str, Any]) -> sweep_verdict.Verdict:
+def judge_again(result: Row) -> sweep_verdict.Verdict:
     """Apply the rule of divergence to a saved curve."""
     losses = np.array(result["curves"]["loss"], np.float64)  # None, as saved, becomes NaN
     return sweep_verdict.judge(losses, result["warmup"], result["uniform"], result["unigram"])
 
 
 def write_tables(workdir: Path) -> list[Row]:
-    """Rewrite results.json and results.md from the members that are there. Returns the rows."""
+    """Rewrite results.json and results.md from all results so far, and return the rows."""
     description, rows = read_description(workdir), [row(result) for result in read_all(workdir)]
     write_atomic(workdir / RESULTS, json.dumps(rows, indent=1) + "\n")
     total, there = len(description["members"]), len(rows)
@@ -147,13 +147,13 @@ def write_tables(workdir: Path) -> list[Row]:
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Write a Markdown table."""
+    """Return a Markdown table."""
     every = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in every)
 
 
 def members_table(rows: Sequence[Row]) -> str:
-    """Write a line for each member: its labels, what became of it, its losses."""
+    """Return a table with a line for each member: its labels, its status, its losses."""
     axes = list(rows[0]["labels"])
     lines = [
         [*(row["labels"][axis] for axis in axes), _status(row), _shown(row["loss"]), _shown(row["heldout"].get("loss"))]
@@ -163,10 +163,10 @@ def members_table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Write a line for each combination of labels but the seed's: how many finished, and how well.
+    """Return a table with a line for each combination of labels but the seed: how many finished, and how well.
 
-    Losses are means over the finished seeds with their spread (standard deviation of the sample, where two or more
-    finished), in nats a target token.
+    Losses are means over the seeds that finished, in nats a target token, with their spread if two or more finished
+    (the standard deviation of the sample).
     """
     axes = [axis for axis in rows[0]["labels"] if axis != "seed"]
     alike: dict[tuple[str, ...], list[Row]] = {}
@@ -189,7 +189,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Write the mean of values and their spread; nothing for none."""
+    """Return the mean of values and their spread as text; empty without values."""
     if not values:
         return ""
     mean = f"{statistics.fmean(values):.3f}"

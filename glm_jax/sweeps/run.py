@@ -1,9 +1,9 @@
-"""`glm-jax sweep`: the members of an ablation, trained in groups by processes, their results gathered in a workdir.
+"""`glm-jax sweep`: train the members of an ablation in groups, a process each, and collect results in a workdir.
 
-Each process trains one group on one core: small models gain nothing from a second one, and a result then does not
-depend on how many processes there are. A group is done when all its members have a result; a sweep that was
-interrupted or killed does the groups that are not, with the same members side by side as before, so that the numbers
-are those of a sweep that was never stopped.
+Each process trains one group on one core: small models gain nothing from a second core, and results then do not depend
+on the number of processes. A group is done when all its members have a result. A sweep that was interrupted or killed
+resumes with the groups that are not done, each with the same members as before, so that its numbers are those of a
+sweep that was never stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -34,31 +34,32 @@ from glm_jax.storage.files import write_atomic
 from glm_jax.sweeps import members as sweep_members
 from glm_jax.sweeps import results
 from glm_jax.sweeps.members import Group, Member, Sweep
+from glm_jax.types import Json
 
 DONE, STOPPED = 0, 3  # exit codes
-FREE_KEYS = ("data.cache",)  # may differ when a sweep goes on
+FREE_KEYS = ("data.cache",)  # may differ when a sweep resumes
 
 Say = Callable[[str], None]
 
 
 def train_all(base: Experiment, path: Path, workdir: Path, parallel: int, say: Say) -> int:
-    """Train what is missing of a sweep.
+    """Train the members of a sweep that have no result yet.
 
     Args:
         base: resolved, the config that members change.
-        path: of the ablation's file, which says how.
-        workdir: made if need be; goes on if it holds the same sweep.
+        path: of the ablation's file, which names the changes.
+        workdir: created if it does not exist; resumed if it holds the same sweep.
         parallel: processes at a time.
-        say: told one line at a time.
+        say: called with one line at a time.
 
     Returns:
         The exit code: 0, or 3 if asked to stop.
 
     Raises:
-        UserError: anything about the sweep, its data or the workdir that does not fit, before any training; or a
-            group whose process failed, after the others are done.
+        UserError: the sweep, its data or the workdir is not valid, before any training; or the process of a group
+            failed, after the others are done.
     """
-    from glm_jax.workdir.folder import check_writable, lock  # jax, which `listing` does without
+    from glm_jax.workdir.folder import check_writable, lock  # imports jax, which `listing` does not need
 
     sweep = sweep_members.load(path)
     members = sweep_members.expand(base, sweep)
@@ -72,19 +73,19 @@ def train_all(base: Experiment, path: Path, workdir: Path, parallel: int, say: S
             return _run(workdir, description, groups, parallel, say)
         except OSError as error:
             raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}): make room, and the same "
-                            "command goes on") from error  # fmt: skip
+                            "command resumes") from error  # fmt: skip
 
 
-def _run(workdir: Path, description: dict[str, Any], groups: Sequence[Group], parallel: int, say: Say) -> int:
+def _run(workdir: Path, description: Json, groups: Sequence[Group], parallel: int, say: Say) -> int:
     _check_same(workdir, description)
     if not (workdir / results.DESCRIPTION).exists():
         write_atomic(workdir / results.DESCRIPTION, json.dumps(description, indent=1) + "\n")
     waiting = [group for group in groups if results.missing(workdir, group.members)]
     for member in (member for group in waiting for member in group.members):
-        results.member_path(workdir, member.name).unlink(missing_ok=True)  # its group is done again as a whole
+        results.member_path(workdir, member.name).unlink(missing_ok=True)  # its group is trained again as a whole
     results.write_tables(workdir)
     if len(waiting) < len(groups):
-        say(f"{len(groups) - len(waiting)} of {len(groups)} groups are done; going on with the others")
+        say(f"{len(groups) - len(waiting)} of {len(groups)} groups are done; resuming with the others")
     failed = _Pool(workdir, waiting, parallel, say).go()
     if failed is None:
         say(f"stopped: the groups that are done are kept in {workdir}; the same command resumes from there")
@@ -97,10 +98,10 @@ def _run(workdir: Path, description: dict[str, Any], groups: Sequence[Group], pa
 
 
 def listing(base: Experiment, path: Path) -> Iterator[str]:
-    """Yield what a sweep would do: a line for each group, and one for each of its members.
+    """Yield what a sweep would train: a line for each group, and a line for each of its members.
 
     Raises:
-        UserError: anything about the sweep that does not fit.
+        UserError: the sweep is not valid.
     """
     groups = sweep_members.group(sweep_members.expand(base, sweep_members.load(path)))
     members = sum(len(group.members) for group in groups)
@@ -111,18 +112,18 @@ def listing(base: Experiment, path: Path) -> Iterator[str]:
             yield f"  {member.name}"
 
 
-def _numbers(base: Experiment) -> dict[str, Any]:
+def _numbers(base: Experiment) -> Json:
     plain = json.loads(json.dumps(by_key(base)))
     return {key: value for key, value in plain.items() if not in_section(key, FREE_KEYS)}
 
 
-def _check_same(workdir: Path, description: dict[str, Any]) -> None:
-    """Check that the workdir holds no other sweep, and none on other texts; the rule judges old curves as well."""
+def _check_same(workdir: Path, description: Json) -> None:
+    """Check that the workdir holds no other sweep or data; another rule is fine, as old curves are judged again."""
     if not (workdir / results.DESCRIPTION).exists():
         return
     before = results.read_description(workdir)
     for what in ("base", "axes", "members", "data"):
-        value = description.get(what, before.get(what))  # data are known once they are prepared
+        value = description.get(what, before.get(what))  # data is known only after it is prepared
         if before.get(what) == value:
             continue
         hint = ""
@@ -131,20 +132,20 @@ def _check_same(workdir: Path, description: dict[str, Any]) -> None:
             key = min(key for key in now.keys() | old.keys() if now.get(key) != old.get(key))
             hint = f" ({key} was {old.get(key)!r}, it is {now.get(key)!r})"
         if what == "data":
-            hint = " (its texts or its tokenizer are not what they were)"
+            hint = " (its texts or its tokenizer have changed)"
         raise UserError(f"{workdir} holds a sweep with other {what}{hint}: set it back, or name another --workdir")
 
 
-def _prepare(members: Sequence[Member], say: Say) -> list[dict[str, Any]]:
-    """Prepare all data before any process asks for it, and find what is wrong with it. Returns what it is."""
+def _prepare(members: Sequence[Member], say: Say) -> list[Json]:
+    """Prepare all data before any process needs it, so that errors show first. Return its digests."""
     from glm_jax.sweeps.group import prepare_all
 
     prepared = prepare_all([member.config for member in members], say)
     return [{"tokenizer": data.tokenizer.digest, "sources": data.digests} for data in prepared.values()]
 
 
-def _describe(path: Path, base: Experiment, sweep: Sweep, members: Sequence[Member]) -> dict[str, Any]:
-    """Return what sweep.json says, but its data."""
+def _describe(path: Path, base: Experiment, sweep: Sweep, members: Sequence[Member]) -> Json:
+    """Return the contents of sweep.json, without its data."""
     packages = ("glm-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.stem
     description = {
@@ -162,7 +163,7 @@ def _describe(path: Path, base: Experiment, sweep: Sweep, members: Sequence[Memb
 
 
 def _commit() -> str | None:
-    """Return the commit of the working tree, with a + where files differ from it; None without one."""
+    """Return the commit of the working tree, with a + if files differ from it; None without a commit."""
     folder = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
@@ -174,7 +175,7 @@ def _commit() -> str | None:
 
 @dataclasses.dataclass
 class _Pool:
-    """Processes that take groups in turn."""
+    """Processes that train the groups in turn."""
 
     workdir: Path
     groups: Sequence[Group]
@@ -189,10 +190,10 @@ class _Pool:
         self._bar = tqdm(total=total, unit="step", disable=not self.groups, smoothing=0.05, mininterval=1)
 
     def go(self) -> list[str] | None:
-        """Train all groups; returns the logs of those that failed, or None when asked to stop."""
+        """Train all groups. Return the logs of those that failed, or None if asked to stop."""
         with self._listening(), self._bar, concurrent.futures.ThreadPoolExecutor(self.parallel) as pool:
             waiting = [pool.submit(self._train, group) for group in self.groups]
-            # In turns: a signal that comes just before a wait does not end it, and Python's handler runs after it.
+            # With a timeout: a signal just before a wait does not end it, and Python runs its handler only afterwards.
             while concurrent.futures.wait(waiting, timeout=1).not_done:
                 pass
             failed = [future.result() for future in waiting]
@@ -213,7 +214,7 @@ class _Pool:
             process.kill()
 
     def _train(self, group: Group) -> str | None:
-        """Train one group in a process of its own; returns its log if that failed."""
+        """Train one group in a process of its own. Return its log if that failed."""
         if self._stopping:
             return None
         started = time.monotonic()
@@ -229,7 +230,7 @@ class _Pool:
                 return None
             with self._lock:
                 rows = results.write_tables(self.workdir)
-        except (OSError, UserError) as error:  # a full disk, say: the other groups go on
+        except (OSError, UserError) as error:  # such as a full disk: the other groups continue
             self._report(f"{group.name}: {error}")
             return str(log)
         names = {member.name for member in group.members}
@@ -237,7 +238,7 @@ class _Pool:
         self._report(f"{group.name}: {len(names)} members in {time.monotonic() - started:.0f} s, {diverged} diverged")
         return None
 
-    def _work(self, group: Group, errors: Any) -> int:
+    def _work(self, group: Group, errors: TextIO) -> int:
         environment = {"JAX_PLATFORMS": "cpu", **os.environ, "NPROC": "1"}  # threads of XLA on the CPU
         process = subprocess.Popen(
             [sys.executable, "-m", "glm_jax.sweeps.worker"], env=environment, text=True,

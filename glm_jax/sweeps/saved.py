@@ -2,13 +2,13 @@
 
     python -m glm_jax.sweeps.saved runs/norms experiments/ablations/results/norms
 
-The folder holds three files, whatever part of the sweep there is so far:
+The folder holds three files, even for a sweep that is not complete:
 
     sweep.json, results.json    as they are in the sweep's workdir; docs/ablations.md is written from them
-    curves.json                 of each member the moving average of its loss (sweep_verdict.smooth), its gradient
-                                norms and the rms of its activations, at some tens of steps, to DIGITS digits
+    curves.json                 for each member, the moving average of its loss (verdict.smooth), its gradient norms and
+                                the rms of its activations, at some tens of steps, to DIGITS digits
 
-Where nothing is saved, `train_small` trains a few small members in the process that asks, and gives the same form.
+Without saved results, `train_small` trains a few small members in the calling process, and returns the same form.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
@@ -43,14 +42,15 @@ from glm_jax.sweeps.results import (
     steps_text,
 )
 from glm_jax.sweeps.worker import result
+from glm_jax.types import Json
 
 CURVES = "curves.json"
 DIGITS = 4  # significant
-LARGEST = 800_000  # bytes that curves.json is meant to have with all members
-NUMBER = 8  # bytes of a number in it, with its comma
+LARGEST = 800_000  # bytes of curves.json to aim at, with all members
+NUMBER = 8  # bytes of a number in curves.json, with its comma
 FEWEST, MOST = 20, 200  # points of a curve
 
-# Modules of the standard library with long docstrings, for a text that every Python has.
+# Modules of the standard library with long docstrings: a text that comes with every Python.
 MODULES = ("argparse", "calendar", "configparser", "datetime", "difflib", "doctest", "fractions", "functools",
            "gettext", "inspect", "locale", "optparse", "pathlib", "pdb", "pickletools", "random", "shutil",
            "statistics", "string", "subprocess", "tarfile", "textwrap", "threading", "typing", "zipfile")  # fmt: skip
@@ -61,21 +61,21 @@ class Saved:
     """Results of a sweep.
 
     Attributes:
-        description: as in sweep.json; its `command` and `commit` are None where the members were trained on the spot.
-        results: a row of results.json each, those members that are there, in their order; with `curves` by name: `loss`
-            [n], the moving average, at `loss_step`, and the others [m] at `step`. NaN is what was not finite.
+        description: as in sweep.json; its `command` and `commit` are None if the members were trained on the spot.
+        results: the rows of results.json for the members so far, in their order, with `curves` by name: `loss` [n], the
+            moving average, at `loss_step`, and the others [m] at `step`. NaN where a value was not finite.
     """
 
-    description: Mapping[str, Any]
+    description: Json
     results: list[Row]
 
     @property
     def members(self) -> int:
-        """Return the members of the whole sweep."""
+        """Return the number of members of the whole sweep."""
         return len(self.description["members"])
 
     def renamed(self, axis: str, name: str, names: Mapping[str, str]) -> Saved:
-        """Return those results whose label of `axis` is in `names`, under the axis `name` with the labels it gives."""
+        """Return the results whose label of `axis` is in `names`, with the axis and its labels renamed."""
         kept = [found for found in self.results if found["labels"][axis] in names]
         labels = [
             {name if key == axis else key: names[label] if key == axis else label for key, label in old.items()}
@@ -85,19 +85,19 @@ class Saved:
         return dataclasses.replace(self, results=results)
 
     def origin(self) -> str:
-        """Return in Markdown where the results come from, and how much of the sweep there is."""
+        """Return the source of the results in Markdown, and how much of the sweep they cover."""
         there = len(self.results)
         if not self.description["command"]:
             return (
                 f"**No saved results: {there} small members, trained just now**, "
                 f"{steps_text(self.description['base'])}, on docstrings of Python's standard library. They show that "
-                "the figures work, and no more than that."
+                "the figures work, and nothing else."
             )
         state = "complete" if there == self.members else "incomplete"
         return f"**Saved results, {state}:** {provenance(self.description, there)}.{self._coverage()}"
 
     def _coverage(self) -> str:
-        """Return which labels of the first axis are there in part or not at all; nothing of a complete sweep."""
+        """Return how many members each label of the first axis has; empty for a complete sweep."""
         if len(self.results) == self.members:
             return ""
         axis, values = next(iter(self.description["axes"].items()))
@@ -107,8 +107,8 @@ class Saved:
         return f" By {axis}: {told}."
 
 
-def thin(full: Mapping[str, Any], points: int) -> dict[str, list[float | None]]:
-    """Take at most about `points` points of each curve of a member's result that the figures draw."""
+def thin(full: Row, points: int) -> dict[str, list[float | None]]:
+    """Return the curves of a member's result that figures draw, thinned to about `points` points at most."""
     curves = full["curves"]
     losses = np.array(curves["loss"], np.float64)  # [T], None becomes NaN
     kept = {"loss_step": np.arange(1, len(losses) + 1), "loss": verdict.smooth(losses)}
@@ -119,7 +119,7 @@ def thin(full: Mapping[str, Any], points: int) -> dict[str, list[float | None]]:
 
 
 def _thinned(values: np.ndarray, points: int) -> list[float | None]:
-    """Take every n-th value counted from the last, and the first one; rounded, None for what is not finite."""
+    """Return every n-th value counted from the last, and the first; rounded, None if not finite."""
     every = -(-len(values) // points)
     places = sorted({0, *range(len(values) - 1, 0, -every)})
     return [_rounded(values[place]) for place in places]
@@ -132,12 +132,12 @@ def _rounded(value: float) -> float | None:
 
 
 def save(workdir: Path, folder: Path) -> int:
-    """Write what there is of a sweep. Returns the number of members.
+    """Write the results of a sweep so far, and return the number of members.
 
     Raises:
-        UserError: the workdir holds no sweep or no result, or one that is damaged.
+        UserError: the workdir holds no sweep or no result, or a damaged one.
     """
-    description, results = read_description(workdir) | rule(), read_all(workdir)  # by which rows are judged
+    description, results = read_description(workdir) | rule(), read_all(workdir)  # the rule that judges the rows
     if not results:
         raise UserError(f"{workdir} has no finished member yet: wait for the first group of the sweep")
     numbers = sum(name.startswith("grad_norm") for name in results[0]["curves"]) + 4
@@ -150,7 +150,7 @@ def save(workdir: Path, folder: Path) -> int:
     return len(results)
 
 
-def _compact(value: Any) -> str:
+def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
@@ -158,7 +158,7 @@ def load(folder: Path) -> Saved:
     """Read what `save` wrote.
 
     Raises:
-        UserError: the folder holds no sweep, or a file that is damaged.
+        UserError: the folder holds no sweep, or a damaged file.
     """
     description = read_description(folder)
     try:
@@ -173,15 +173,15 @@ def _arrays(curves: Mapping[str, list[float | None]]) -> dict[str, np.ndarray]:
     return {name: np.array(values, np.float64) for name, values in curves.items()}
 
 
-def train_small(base: Config, axes: Mapping[str, Any]) -> Saved:
-    """Train the members of a small sweep here and now, on docstrings of the standard library; nothing is kept.
+def train_small(base: Config, axes: Mapping[str, object]) -> Saved:
+    """Train the members of a small sweep on the spot, on docstrings of the standard library, without a workdir.
 
     Args:
         base: not resolved; its sources are replaced.
-        axes: as of an ablation's `get_sweep`.
+        axes: as returned by `get_sweep` of an ablation.
 
     Raises:
-        UserError: a key or a value that does not fit.
+        UserError: a key or a value is not valid.
     """
     sweep = sweep_members.read_axes(axes)
     with TemporaryDirectory() as folder:
@@ -213,7 +213,7 @@ def _train_group(group: sweep_members.Group) -> list[Row]:
 
 
 def standard_docstrings() -> list[str]:
-    """Return the docstrings of MODULES, some hundred kilobytes."""
+    """Return the docstrings of MODULES, a few hundred kilobytes."""
     specs = [importlib.util.find_spec(name) for name in MODULES]
     paths = [Path(spec.origin) for spec in specs if spec and spec.origin]
     return [text for path in paths for text in docstrings(path.read_text(encoding="utf-8"))]

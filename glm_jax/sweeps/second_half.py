@@ -1,8 +1,8 @@
-"""A yardstick for members with different objectives: the loss on the second half of a text, given the first.
+"""A measure for members with different objectives: the loss on the second half of a text, given the first half.
 
-Every member predicts the same tokens from the same tokens before them. One that was trained on [gMASK] suffixes sees
-the first half as context, all of it at once; one that was trained on whole texts as targets alone, and so is
-unidirectional, reads it from left to right, as it was trained, and its loss there does not count.
+Every member predicts the same tokens from the same preceding tokens. A member trained on [gMASK] suffixes sees the
+first half as context, all at once. A member trained only on whole texts as targets is unidirectional: it reads the
+first half from left to right, as in training, and its loss there does not count.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ GMASK_ALONE = {"data.blanks.mask": 0.0, "data.blanks.smask": 0.0, "data.blanks.g
 
 
 def is_unidirectional(config: Experiment) -> bool:
-    """Return whether every training row is one [gMASK] target without context."""
+    """Whether every training row is one [gMASK] target without context."""
     blanks = config.data.blanks
     others = blanks.mask + blanks.smask + blanks.instruction
     return blanks.gmask > 0 and not others and blanks.gmask_min_ratio == 1.0 and not blanks.history
 
 
 def applies(config: Experiment) -> bool:
-    """Return whether a member has learnt to continue a text: some of its rows are [gMASK] ones."""
+    """Whether a member learns to continue a text: some of its rows are [gMASK] rows."""
     return config.data.blanks.gmask > 0 and not config.data.blanks.history
 
 
 def batches(config: Experiment, prepared: Prepared) -> Iterator[Rows[np.ndarray]]:
-    """Yield the held-out rows of all sources as batches of a microbatch's size, the same texts for every member."""
+    """Yield the held-out rows of all sources in batches of a microbatch's rows, the same texts for every member."""
     rows = config.train.global_batch // config.train.microbatches
     for held in heldout_batches(with_changes(config, GMASK_ALONE), prepared).values():
         count = min(config.train.eval_rows, held.rows_per_epoch) // rows * rows
@@ -46,7 +46,7 @@ def batches(config: Experiment, prepared: Prepared) -> Iterator[Rows[np.ndarray]
 
 
 def make_batch(texts: list[np.ndarray], config: Experiment, prepared: Prepared) -> Rows[np.ndarray]:
-    """Make a batch of texts, int32 [n] each, of which the second halves count."""
+    """Return a batch of texts, int32 [n] each, in which only the second halves count."""
     two_streams = config.model.position == "learned_2d"
     batch = Rows.empty(len(texts), config.data.seq_length, prepared.tokenizer.pad, two_streams=two_streams)
     for b, text in enumerate(texts):
@@ -57,7 +57,7 @@ def make_batch(texts: list[np.ndarray], config: Experiment, prepared: Prepared) 
 
 
 def _sample(text: np.ndarray, config: Experiment, prepared: Prepared, two_streams: bool) -> tuple[Sample, int]:
-    """Return the sample of a text, and its first place that counts."""
+    """Return the sample of a text, and the first place that counts in it."""
     special, end = prepared.tokenizer, config.data.blanks.gmask_eop
     half = len(text) // 2
     start = 0 if is_unidirectional(config) else half
@@ -70,11 +70,11 @@ def evaluate(
     prepared: Prepared,
     losses: Callable[[Rows[np.ndarray]], np.ndarray],
 ) -> dict[str, float]:
-    """Return `loss/second_half` in nats a token; empty where it does not apply, or nothing is held out.
+    """Return `loss/second_half` in nats a token; empty if it does not apply, or nothing is held out.
 
     Args:
         config, prepared: of the member.
-        losses: gives the loss of every target token, [1, B, S], of a batch with arrays [1, B, ...].
+        losses: returns the loss of every target token, [1, B, S], for a batch of arrays [1, B, ...].
     """
     if not applies(config):
         return {}

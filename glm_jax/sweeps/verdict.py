@@ -1,20 +1,22 @@
 """When a member of a sweep counts as diverged: one rule, a pure function of its loss curve.
 
 Write m(t) for the exponential moving average of the training loss (factor DECAY, bias-corrected as Adam's moments
-are; losses that are not finite are left out). A member has diverged if one of these holds, looked for in this order:
+are; losses that are not finite are left out). A member has diverged if one of these holds, checked in this order:
 
-1. "not finite": the loss is not finite NOT_FINITE steps in a row.
-2. "above a uniform guess": after the warm-up, m exceeds by more than RISE what guessing among all pieces alike costs.
+1. "not finite": the loss is not finite for NOT_FINITE steps in a row.
+2. "above a uniform guess": after the warm-up, m exceeds the cost of guessing uniformly among all pieces by more than
+   RISE.
 3. "risen": m ends more than RISE above its own lowest value.
-4. "learnt nothing": m ends less than LEARNT below what guessing by the frequency of the targets costs, which needs no
-   context.
+4. "learnt nothing": m ends less than LEARNT below the cost of guessing by the frequencies of the targets, which needs
+   no context.
 
-All else has finished, however badly. The step of a divergence is the first from which on it held: of the first
-non-finite loss, of the first excess, of the last time that m was within RISE of its lowest, of the lowest m.
+Any other member has finished, however badly. The step of a divergence is the first from which its rule
+held: the first non-finite loss; the first excess; the last time that m was within RISE of its lowest; the lowest m.
 
 LEARNT was 0 when the norm grid began. Its members of 4 layers showed that those that learn nothing end within 0.03
-nats of that cost, on either side by chance, and all others at least 0.2 below it; the margin lies between, for all.
-Deeper members, trained later, fill that gap: the verdicts of some hang on the margin, and notebook 02 names them.
+nats of that cost, on either side by chance, and all others at least 0.2 below it. The margin is between the two, for
+all members. Deeper members, trained later, fill that gap: the verdicts of some depend on the margin, and notebook 02
+names them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-DECAY = 0.95  # of the moving average: it remembers some 20 steps
+DECAY = 0.95  # of the moving average: it remembers about 20 steps
 RISE = 0.5  # nats
 NOT_FINITE = 5  # steps
 LEARNT = 0.1  # nats
@@ -35,7 +37,7 @@ RULE = {"decay": DECAY, "rise": RISE, "not_finite": NOT_FINITE, "learnt": LEARNT
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What became of a member: `step` (from 1) and `reason` of its divergence, None where it finished."""
+    """The end of a member: `step` (from 1) and `reason` of its divergence, None where it finished."""
 
     step: int | None = None
     reason: str | None = None
@@ -60,12 +62,12 @@ def smooth(losses: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def judge(losses: Sequence[float] | np.ndarray, warmup: int, uniform: float, unigram: float) -> Verdict:
-    """Apply the rule.
+    """Judge a loss curve by the rule.
 
     Args:
         losses: of the training batches, nats a target token [T], from the first step to the last.
         warmup: steps of the learning rate's warm-up.
-        uniform: nats a target token that guessing among all pieces alike costs, the log of their number.
+        uniform: nats a target token that guessing uniformly among all pieces costs, the log of their number.
         unigram: nats a target token that guessing by the targets' own frequencies costs, their entropy.
     """
     run = 0

@@ -1,8 +1,8 @@
-"""One process of a sweep: trains a group that comes as JSON on standard input, and writes its members' results.
+"""One process of a sweep: train a group, given as JSON on standard input, and write its members' results.
 
     python -m glm_jax.sweeps.worker < group.json
 
-Standard output has the steps done, a line each; when nobody reads it any more, the process ends.
+Each step done is a line on standard output; when nobody reads it any more, the process ends.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from glm_jax.config import Experiment, resolve
 from glm_jax.errors import UserError
 from glm_jax.sweeps import group
 from glm_jax.sweeps import verdict as sweep_verdict
 from glm_jax.sweeps.group import Outcome
-from glm_jax.sweeps.results import number, save_member
+from glm_jax.sweeps.results import Row, number, save_member
+from glm_jax.types import Json
 
 
-def work(job: Mapping[str, Any]) -> None:
+def work(job: Json) -> None:
     """Train the group of a job and write its members' results."""
     started = time.monotonic()
     resolved = [resolve(member["config"]) for member in job["members"]]
@@ -36,8 +35,8 @@ def work(job: Mapping[str, Any]) -> None:
         save_member(Path(job["workdir"]), {**named, **result(config, outcome), "run": run})
 
 
-def result(config: Experiment, outcome: Outcome) -> dict[str, Any]:
-    """Return what is saved of an outcome; the verdict is on the numbers as they are saved."""
+def result(config: Experiment, outcome: Outcome) -> Row:
+    """Return an outcome as it is saved; the verdict judges the saved numbers."""
     losses = [number(loss) for loss in outcome.losses]
     saved = [float("nan") if loss is None else loss for loss in losses]
     smooth, warmup = sweep_verdict.smooth(saved), math.ceil(config.optimizer.warmup_samples / config.train.global_batch)
@@ -59,13 +58,13 @@ def result(config: Experiment, outcome: Outcome) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Do the job on standard input."""
+    """Do the job given on standard input, and return the exit code."""
     try:
         work(json.load(sys.stdin))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the sweep is gone: what it starts next does this group again
+    except BrokenPipeError:  # the sweep is gone; when it resumes, it trains this group again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

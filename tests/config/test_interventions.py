@@ -1,4 +1,4 @@
-"""The record of changes and the config that follows from it; tests/end_to_end/test_log_replay.py has whole runs."""
+"""The record of changes and the config that it leads to; tests/end_to_end/test_log_replay.py has whole runs."""
 
 import errno
 import importlib.util
@@ -33,7 +33,7 @@ def build(**changes: Any) -> Config:
     return resolve(config)
 
 
-def test_interventions_hold_from_the_step_after_theirs_in_the_order_of_steps() -> None:
+def test_interventions_take_effect_after_their_step_in_the_order_of_steps() -> None:
     config = build(optimizer__peak_lr=1.0, interventions=PLANNED)
     for step, peak in ((9, 1.0), (10, 0.25), (19, 0.25), (20, 0.5), (99, 0.5)):
         assert effective(config, step).optimizer.peak_lr == peak
@@ -44,20 +44,20 @@ def test_interventions_hold_from_the_step_after_theirs_in_the_order_of_steps() -
     assert numbers(effective(from_json(to_json(config)), 25)) == numbers(effective(config, 25))
 
 
-def test_spikes_pass_over_their_steps_and_use_up_rollbacks() -> None:
+def test_spikes_skip_their_steps_and_use_up_rollbacks() -> None:
     config = build(train__skip_steps=((3, 4),))
     after = effective(config, 20, [(11, 13), (15, 19)])
     assert after.train.skip_steps == ((3, 4), (11, 13), (15, 19)) and after.train.spike.rollbacks == 1
     assert effective(config, 20, [(1, 1)] * 5).train.spike.rollbacks == 0
     assert numbers(after) == after_spikes(numbers(config), [(11, 13), (15, 19)])
-    assert numbers(after) == after_spikes(numbers(after), [(11, 13), (15, 19)])  # known already
+    assert numbers(after) == after_spikes(numbers(after), [(11, 13), (15, 19)])  # already known
     assert changes(numbers(config), numbers(after)) == {
         "train.skip_steps": ([[3, 4]], [[3, 4], [11, 13], [15, 19]]),
         "train.spike.rollbacks": (3, 1),
     }
 
 
-def test_how_a_run_is_carried_out_is_no_change() -> None:
+def test_how_a_run_is_executed_is_no_change() -> None:
     config = build(train__log_every=3, mesh__data=2, interventions=PLANNED)
     assert changes(numbers(config), numbers(build())) == {}
 
@@ -87,7 +87,7 @@ def test_the_record_forgets_what_will_be_done_again(tmp_path: Path) -> None:
         assert again.skipped() == [(21, 22)] * (step >= 20)
 
 
-def test_a_line_that_was_cut_off_is_mended_and_a_damaged_one_named(tmp_path: Path) -> None:
+def test_a_line_that_was_cut_off_is_dropped_and_a_damaged_one_named(tmp_path: Path) -> None:
     Record(tmp_path, 0).add(10, 80, "config", {"optimizer.peak_lr": (1.0, 0.5)})
     path = tmp_path / RECORD
     whole = path.read_text(encoding="utf-8")
@@ -99,7 +99,7 @@ def test_a_line_that_was_cut_off_is_mended_and_a_damaged_one_named(tmp_path: Pat
         Record(tmp_path, 20)
     lines = ("garbage", "5", '{"step": 1, "cause": "config", "changes": {"optimizer.peak_lr": 5}}',
              '{"step": 1, "cause": "spike", "changes": {}}')  # fmt: skip
-    for line in lines:  # whole, but no line of a record
+    for line in lines:  # whole, but not lines of a record
         path.write_text(line + "\n", encoding="utf-8")
         with pytest.raises(UserError, match="line 1, is damaged"):
             interventions.read(path)
@@ -107,7 +107,7 @@ def test_a_line_that_was_cut_off_is_mended_and_a_damaged_one_named(tmp_path: Pat
         interventions.read(tmp_path / "none.jsonl")
 
 
-def test_a_record_that_finds_no_room_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = Record(tmp_path, 0)
     record.add(10, 80, "config", {"optimizer.peak_lr": (1.0, 0.5)})
 
@@ -121,7 +121,7 @@ def test_a_record_that_finds_no_room_is_a_line(tmp_path: Path, monkeypatch: pyte
         record.forget(10)
 
 
-def test_a_line_is_on_the_disk_before_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_is_on_the_disk_before_the_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record, journal = Record(tmp_path, 0), Journal(monkeypatch)
     for step in (10, 20):
         record.add(step, 8 * step, "config", {"optimizer.peak_lr": (1.0, 0.5)})
@@ -180,7 +180,7 @@ def test_glm_130bs_log_by_hand(glm_130b_log: ModuleType) -> None:
     def lr(step: int, seen: int) -> float:
         return recipe.learning_rate(effective(config, step - 1), step, seen)
 
-    peak, floor, half = 8e-5, 8e-6, 99_426_268  # half way between warm-up and the end of the cosine
+    peak, floor, half = 8e-5, 8e-6, 99_426_268  # halfway between warm-up and the end of the cosine
     assert lr(100, 549_316) == pytest.approx(peak / 2)
     assert lr(20_000, half) == pytest.approx((peak + floor) / 2, rel=1e-6)
     assert lr(23_300, half) == pytest.approx((peak + floor) / 2 / 4, rel=1e-6)  # 500 of 2,000 steps of the new warm-up

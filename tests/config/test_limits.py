@@ -1,4 +1,4 @@
-"""Every limit at its edge: the last value that is taken, the first that is refused, and the one line that says so."""
+"""Every limit at its edge: the last value accepted, the first one refused, and the line that says why."""
 
 import math
 from typing import Any
@@ -59,7 +59,7 @@ FROM_0_BELOW_1 = [
     "optimizer.beta1",
     "optimizer.beta2",
 ]
-MUCH = ("model.hidden_size",)  # other rules ask for more
+MUCH = ("model.hidden_size",)  # other rules demand more
 
 NEAR_1 = math.nextafter(1.0, 0.0)
 
@@ -83,9 +83,9 @@ EDGES: list[tuple[str, Any, Any, str]] = [
     ("train.embedding_shrink.history", ((5, 0.0), (6, 1.0)), ((5, 0.1), (5, 1.0)), "put them in order"),
     ("train.embedding_shrink.history", ((5, 1.0),), ((5, 1.1),), "from 0 to 1"),
     ("train.skip_steps", ((1, 1),), ((0, 1),), "steps count from 1"),
-    ("train.skip_steps", ((1, 1), (4, 4)), ((1, 1), (4, 3)), "the first comes first"),
+    ("train.skip_steps", ((1, 1), (4, 4)), ((1, 1), (4, 3)), "the first must not be after the last"),
     ("train.profile", (1, 1), (0, 1), "steps count from 1"),
-    ("train.profile", (2, 2), (2, 1), "the first comes first"),
+    ("train.profile", (2, 2), (2, 1), "the first must not be after the last"),
     ("optimizer.rewarm", ((0, 1),), ((-1, 1),), "the step it begins at"),
     ("optimizer.rewarm", ((0, 1),), ((0, 0),), "how many"),
     ("train.batch_ramp", (1, 1, 1), (0, 1, 1), "first batch 0"),
@@ -105,7 +105,7 @@ EDGES: list[tuple[str, Any, Any, str]] = [
 
 
 @pytest.mark.parametrize("key, taken, refused, said", EDGES)
-def test_a_value_at_the_edge_is_taken_and_the_next_refused(key: str, taken: Any, refused: Any, said: str) -> None:
+def test_a_value_at_the_edge_is_accepted_and_the_next_refused(key: str, taken: Any, refused: Any, said: str) -> None:
     build({key: taken})
     with pytest.raises(UserError, match=said) as raised:
         build({key: refused})
@@ -140,7 +140,7 @@ def test_numbers_of_a_kind_have_its_limit(keys: list[str], taken: float, refused
 
 
 def every_key(*kinds: type) -> list[tuple[str, type]]:
-    """List the keys of a type, as they stand in `build`'s config."""
+    """Return the keys of some types, as they are called in the config of `build`."""
     entries = {"data.sources.NAME": "data.sources.en", "data.instructions.NAME": "data.instructions.tasks"}
     found = []
     for definition, _ in keys():
@@ -166,7 +166,7 @@ def test_every_float_is_finite(key: str, kind: type) -> None:
 
 
 def test_the_keys_are_many() -> None:
-    assert len(every_key(int, float)) > 60 and len(every_key(float)) > 25  # or the two tests above show nothing
+    assert len(every_key(int, float)) > 60 and len(every_key(float)) > 25  # otherwise the two tests above show nothing
 
 
 def test_all_shares_at_0_are_refused_and_any_one_is_enough() -> None:

@@ -1,4 +1,4 @@
-"""docs/configuration.md says what the definitions of the keys say."""
+"""docs/configuration.md agrees with the definitions of the keys."""
 
 from pathlib import Path
 

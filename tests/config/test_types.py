@@ -1,4 +1,4 @@
-"""A misspelt read of a key, and a choice that is none, are errors that pyright finds before anything runs."""
+"""Pyright finds a misspelt key and a misspelt choice before anything runs."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A tiny bilingual experiment, and the command line as a person runs it."""
+"""A tiny bilingual experiment, and the command line as a user runs it."""
 
 import os
 import random
@@ -48,7 +48,7 @@ CHINESE = "话说天下大势分久必合合久必分周末七国分争并入于
 
 @pytest.fixture(scope="session")
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write two small corpora and an experiment over them; the cache is shared by the tests of the session."""
+    """Write two small corpora and an experiment on them; all tests of the session share its cache."""
     folder = tmp_path_factory.mktemp("tiny")
     draw = random.Random(0)
     english = [" ".join(draw.choices(ENGLISH, k=60)).capitalize() + "." for _ in range(120)]
@@ -68,7 +68,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def glm_jax(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a function that runs `glm-jax` with arguments and returns what it said."""
+    """Return a function that runs `glm-jax` with arguments and returns the finished process."""
 
     def run(*arguments: str | Path, devices: int = 1) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""`glm-jax train` within the test's own process, so that what is compiled is shared."""
+"""`glm-jax train` in the test's own process, so that compiled programs are shared."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from glm_jax.cli import main
 from tests.proofs import kills
 
-# ml_collections loads an experiment by it
+# ml_collections loads experiments by it
 in_process = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 
@@ -27,5 +27,5 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def train_events(workdir: Path) -> dict[int, dict[str, Any]]:
-    """Return the train events by step, less what depends on the clock."""
+    """Return the train events by step, without what depends on the clock."""
     return {step: event for (kind, step), event in kills.events(workdir).items() if kind == "train"}

@@ -1,4 +1,4 @@
-"""`glm-jax config` shows every value and its origin, without jax; what is not read to its end ends in silence."""
+"""`glm-jax config` shows every value and its origin, without jax; a command whose output is not read ends silently."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def test_list_gives_each_experiment_a_line(glm_jax: Cli) -> None:
 
 
 def test_experiments_are_found_by_name_from_any_directory(tmp_path: Path) -> None:
-    (tmp_path / "quickstart").mkdir()  # a workdir, say, is no experiment
+    (tmp_path / "quickstart").mkdir()  # a folder, such as a workdir, is no experiment
     names = ("quickstart", "quickstart.py", "experiments/quickstart.py", "ablations/norms", "quickstar")
     shown = [["config", "show", f"--config={names[0]}", "--config.seed=5"]]
     shown += [["config", "show", "--config", name] for name in names]
@@ -71,8 +71,8 @@ def test_schedule_draws_its_timeline(glm_jax: Cli, tmp_path: Path) -> None:
 UNREAD = ("--help", "train --help", "corpus --help", "config list", "config show --config {}", "schedule", "no-command")
 
 
-def test_output_that_nobody_reads_is_no_mistake(experiment: Path, environment: dict[str, str]) -> None:
-    for buffered in ("", "1"):  # a pipe that is closed is found at the end, and at the first line
+def test_output_that_nobody_reads_is_no_error(experiment: Path, environment: dict[str, str]) -> None:
+    for buffered in ("", "1"):  # a closed pipe is noticed at the end, or at the first line
         reader, writer = os.pipe()
         os.close(reader)
         started = [
@@ -93,7 +93,7 @@ def test_output_that_nobody_reads_is_no_mistake(experiment: Path, environment: d
 
 def test_a_reader_of_one_line_gets_it_and_ends_the_command(environment: dict[str, str]) -> None:
     long = ["schedule", "--stages=64", "--microbatches=512"]  # more than a pipe holds
-    buffered = {**environment, "PYTHONUNBUFFERED": ""}  # else Python itself drops what a write of a line leaves over
+    buffered = {**environment, "PYTHONUNBUFFERED": ""}  # otherwise Python drops what the write of a line leaves over
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     writer = subprocess.Popen([sys.executable, "-m", "glm_jax", *long], env=buffered, **pipes)
     reader = subprocess.run(

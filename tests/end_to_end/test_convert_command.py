@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glm_jax import config as configs
+from glm_jax.config import resolve
 from glm_jax.interop import sat
 from glm_jax.model import GLMConfig
 
@@ -30,7 +30,7 @@ PUBLISHED = {
 
 
 def preset(name: str) -> GLMConfig:
-    resolved = configs.resolve(runpy.run_path(f"experiments/{name}.py")["get_config"]())
+    resolved = resolve(runpy.run_path(f"experiments/{name}.py")["get_config"]())
     return resolved.glm(0)
 
 

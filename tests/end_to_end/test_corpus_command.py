@@ -1,4 +1,4 @@
-"""`glm-jax corpus`: build once, train from the cache; damage counted or refused; what is inside, shown."""
+"""`glm-jax corpus`: build once, train from the cache, count or refuse damage, show the contents."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def damaged(experiment: Path, tmp_path: Path) -> list[str | Path]:
-    """Return flags for the tiny experiment with a source of two files, two records of which are damaged."""
+    """Return flags for the tiny experiment, with a source of two files that have two damaged records."""
     lines = (experiment.parent / "zh.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.jsonl").write_text("\n".join([*lines[:60], "{broken", *lines[60:]]), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A user's mistakes: one line that says what and how to fix it, exit code 2, nothing half-written."""
+"""A user's mistakes: one line that says what is wrong and how to fix it, exit code 2, nothing half-written."""
 
 import subprocess
 from collections.abc import Callable
@@ -10,7 +10,7 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """Check that a command was refused in one line; give the line."""
+    """Check that a command was refused in one line, and return the line."""
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.stderr and not done.stdout

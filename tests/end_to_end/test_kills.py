@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL, once inside a save and once before a change of mesh; tests/proofs/kills.py has more."""
+"""A run killed with SIGKILL, once during a save and once before a change of mesh; tests/proofs/kills.py has more."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 FLAGS = ["--config.train.steps=20", "--config.train.eval_every=10", "--config.train.save_every=3"]
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(experiment: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_as_if_nothing_had_happened(experiment: Path, tmp_path: Path) -> None:
     whole, again, elsewhere = tmp_path / "whole", tmp_path / "again", tmp_path / "elsewhere"
     kills.run(experiment, whole, FLAGS, [], [ONE])
     outcome = kills.run(experiment, again, FLAGS, [Kill("save", 0.0, 6)], [ONE])

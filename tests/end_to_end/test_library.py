@@ -1,4 +1,4 @@
-"""docs/library.md, run from its first block to its last on eight emulated devices."""
+"""The blocks of docs/library.md, run from first to last on eight emulated devices."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.end_to_end.conftest import ENGLISH
 from tests.patience import HANG
 
 GUIDE = Path(__file__).parents[2] / "docs" / "library.md"
-# What the guide's names stand for at its end, for this process to look at.
+# Prints the values of the guide's names at its end, for this process to check.
 REPORT = """
 import json
 import numpy as np

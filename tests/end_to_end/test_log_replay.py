@@ -1,6 +1,6 @@
-"""GLM-130B's training log in small: one run, changed at each of the log's incidents, against values worked out by hand.
+"""A small copy of GLM-130B's training log: one run, changed at each of the log's incidents, against values by hand.
 
-Incidents, of 2022: 6 May start, 7 May node failure, 10 May shrink, 29 May mixture ramp with a warm
+Incidents in 2022: 6 May start, 7 May node failure, 10 May shrink, 29 May mixture ramp with a warm
 restart, 3 June learning rate halved, 12 and 14 June shrink, 20 and 22 June data skipped.
 """
 
@@ -28,7 +28,7 @@ BEFORE, AFTER = {"gmask": 1.0, "mask": 0.0}, {"gmask": 0.5, "mask": 0.5}
 RAMP = ((0, BEFORE), (160, BEFORE), (224, AFTER))
 SOURCES = ((0, {"en": 1.0}), (160, {"en": 1.0}), (224, {"en": 0.5, "zh": 0.5}))
 
-# Each incident: the run's steps up to the next one, and what its command changes.
+# Each incident: the steps up to the next one, and what its command changes.
 START = {
     "train.steps": 10,
     "train.eval_every": 0,
@@ -51,14 +51,14 @@ MIXTURE_RAMP = {
 }
 HALVED = {"train.steps": 34, "optimizer.peak_lr": 5e-3, "optimizer.min_lr": 5e-4}
 DROPPED = {"train.steps": 38, "train.embedding_shrink.history": (), "train.embedding_shrink.alpha": 0.5}
-PASSED_OVER = {"train.steps": 50, "train.embedding_shrink.alpha": 0.1, "train.skip_steps": ((41, 43), (46, 46))}
+SKIPPED = {"train.steps": 50, "train.embedding_shrink.alpha": 0.1, "train.skip_steps": ((41, 43), (46, 46))}
 
 SHRINKS = [0.1] * 12 + [0.325, 0.55, 0.775] + [1.0] * 5 + [0.2 + 0.8 * k / 6 for k in range(1, 7)] + [1.0] * 8
 SHRINKS += [0.5] * 4 + [0.1] * 12
 
 
 def lr(step: int) -> float:
-    """The rate by hand: 4 steps of warm-up, a cosine to step 50, 4 steps anew after step 20, halved after step 28."""
+    """Return the rate by hand: 4 steps of warm-up, a cosine to step 50, 4 more after step 20, halved after step 28."""
     if step <= 4:
         return 1e-2 * step / 4
     cosine = (1 + math.cos(math.pi * (step - 4) / 46)) / 2
@@ -68,7 +68,7 @@ def lr(step: int) -> float:
 
 
 class Batches:
-    """What the steps of a run were given, by step: read off the stretches as they hand it out."""
+    """The batches of a run by step, recorded as its stretches hand them out."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.given: dict[int, tuple[np.ndarray, Rows[np.ndarray]]] = {}
@@ -77,7 +77,7 @@ class Batches:
         def batch(part: Stretch, samples: int, rows: int) -> Any:
             given = hand_out(part, samples, rows)
             assert rows == ROWS
-            labels = np.zeros((2, len(OBJECTIVES)), int)  # of sources and objectives, the rows
+            labels = np.zeros((2, len(OBJECTIVES)), int)  # rows by source and objective
             np.add.at(labels, (given.source.ravel(), given.objective.ravel()), 1)
             self.given[samples // ROWS + 1] = labels, given
             expected = part.batches.at(samples, ROWS)
@@ -88,26 +88,26 @@ class Batches:
         monkeypatch.setattr(Stretch, "batch", batch)
 
     def rows(self, first: int, last: int) -> list[int]:
-        """Count the rows of some steps: English [MASK] and [gMASK], Chinese [MASK] and [gMASK]."""
+        """Return the rows of some steps: English [MASK] and [gMASK], Chinese [MASK] and [gMASK]."""
         total = np.sum([self.given[step][0] for step in range(first, last + 1)], axis=0)
         assert total.sum() == ROWS * (last - first + 1)
         return [int(total[source, kind]) for source in (0, 1) for kind in (MASK, GMASK)]
 
 
 def replay_the_log(experiment: Path, workdir: Path) -> None:
-    """Go through the log: each incident as a resume with the operator's flags, the earlier ones' kept."""
+    """Follow the log: resume at each incident with the operator's flags, and keep those of earlier incidents."""
     changes = dict(START)
     train(experiment, workdir, changes)
     changes |= SHRINK_RAMP
-    outcome = kills.run(experiment, workdir, flags(changes), [Kill("step", 0.0, 14)], [ONE])  # and the same again
+    outcome = kills.run(experiment, workdir, flags(changes), [Kill("step", 0.0, 14)], [ONE])  # and resumed
     assert len(outcome.kills) == 1 and not outcome.damaged
-    for incident in (MIXTURE_RAMP, HALVED, DROPPED, PASSED_OVER):
+    for incident in (MIXTURE_RAMP, HALVED, DROPPED, SKIPPED):
         changes |= incident
         train(experiment, workdir, changes)
 
 
 def check_record(workdir: Path, cause: str) -> None:
-    """Compare interventions.jsonl with the list of what the commands changed."""
+    """Check interventions.jsonl against the list of what the commands changed."""
     before = {
         "data.blanks.history": [[0, BEFORE]],
         "data.weights": [[0, {"en": 1.0}]],
@@ -120,7 +120,7 @@ def check_record(workdir: Path, cause: str) -> None:
         "train.steps": 10,
     }
     expected = []
-    for step, changes in ((10, SHRINK_RAMP), (20, MIXTURE_RAMP), (28, HALVED), (34, DROPPED), (38, PASSED_OVER)):
+    for step, changes in ((10, SHRINK_RAMP), (20, MIXTURE_RAMP), (28, HALVED), (34, DROPPED), (38, SKIPPED)):
         after = json.loads(json.dumps(changes))
         changed = {key: [before[key], value] for key, value in after.items()}
         expected.append(
@@ -150,7 +150,7 @@ def test_the_log_in_small_and_its_replay(experiment: Path, tmp_path: Path, monke
     check_record(again, "planned")
     assert list(batches.given) == taken
     assert batches.rows(1, 20) == [0, 160, 0, 0]
-    for first in (21, 23, 25, 27):  # the ramp's only stair: a quarter [MASK], a quarter Chinese
+    for first in (21, 23, 25, 27):  # the ramp's only step: a quarter [MASK], a quarter Chinese
         assert batches.rows(first, first + 1) == [3, 9, 1, 3]
     for step in taken[28:]:
         assert batches.rows(step, step) == [2, 2, 2, 2]
@@ -177,7 +177,7 @@ SPIKES = {
 
 
 @in_process
-def test_a_spike_is_gone_back_from_once(experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_spike_is_rolled_back_once(experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, killed = tmp_path / "run", tmp_path / "killed"
     train(experiment, run, SPIKES)
     said = capsys.readouterr().err
@@ -195,9 +195,9 @@ def test_a_spike_is_gone_back_from_once(experiment: Path, tmp_path: Path, capsys
     assert list(train_events(run)) == [*range(1, 9), *range(13, 27)]
     evaluated = [step for kind, step in kills.events(run) if kind == "evaluation"]
     assert evaluated == [0, 6, 18, 24, 26]
-    # the second one is told, once, and borne
-    (borne,) = (event for event in lines(run / "metrics.jsonl") if event["event"] == "spike")
-    assert borne["step"] == 22 and borne["loss"] > 20 and "train.spike.rollbacks are used up" in said
+    # the second one is reported once, and not rolled back
+    (second,) = (event for event in lines(run / "metrics.jsonl") if event["event"] == "spike")
+    assert second["step"] == 22 and second["loss"] > 20 and "train.spike.rollbacks are used up" in said
     assert said.count("spike at step") == 2
 
     process, record = kills.start(experiment, killed, flags(SPIKES), ONE), killed / "interventions.jsonl"
@@ -208,7 +208,7 @@ def test_a_spike_is_gone_back_from_once(experiment: Path, tmp_path: Path, capsys
     capsys.readouterr()
     train(experiment, killed, SPIKES)
     said = capsys.readouterr().err
-    assert "resuming from step 8" in said and said.count("spike at step") == 1  # the first is not met again
+    assert "resuming from step 8" in said and said.count("spike at step") == 1  # the first does not occur again
     assert kills.events(killed) == kills.events(run)
     assert lines(record) == lines(run / "interventions.jsonl")
 
@@ -222,9 +222,7 @@ def test_a_spike_is_gone_back_from_once(experiment: Path, tmp_path: Path, capsys
 
 
 @in_process
-def test_a_run_whose_last_steps_are_passed_over_is_evaluated_and_saved_at_its_end(
-    experiment: Path, tmp_path: Path
-) -> None:
+def test_a_run_whose_last_steps_are_skipped_is_evaluated_and_saved_at_its_end(experiment: Path, tmp_path: Path) -> None:
     planned = ((2, {"train.precision": "float16", "train.loss_scale.initial": 1024.0}),)
     changes = {"train.steps": 5, "train.skip_steps": ((4, 9),), "train.eval_every": 5, "interventions": planned}
     train(experiment, tmp_path, changes)

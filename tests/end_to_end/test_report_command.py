@@ -1,4 +1,4 @@
-"""`glm-jax report` as a person runs it."""
+"""`glm-jax report` as a user runs it."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_report_writes_a_page_or_a_picture_and_says_in_one_line_what_it_lacks(glm_jax: Cli, tmp_path: Path) -> None:
+def test_report_writes_a_page_or_a_picture_and_says_in_one_line_what_is_missing(glm_jax: Cli, tmp_path: Path) -> None:
     events = [{"event": "train", "step": step, "samples": step, "loss": 3.0 - step} for step in (1, 2)]
     workdir = tmp_path / "run"
     workdir.mkdir()

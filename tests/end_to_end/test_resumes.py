@@ -1,4 +1,4 @@
-"""What may change when a run goes on: its batch, its precision, the order of what is to come; and when it saves."""
+"""What may change when a run resumes: its batch, its precision, the order of its data; and when it saves."""
 
 import math
 import os
@@ -23,7 +23,7 @@ def checkpoints(workdir: Path) -> list[int]:
 
 
 def test_a_batch_ramp_and_a_resume_within_it(experiment: Path, tmp_path: Path) -> None:
-    """4 rows at first, 8 once 40 rows are seen: ten steps of 4."""
+    """4 rows at first, 8 once 40 rows are seen, after ten steps of 4."""
     ramp = BASE | {"train.steps": 14, "train.batch_ramp": (4, 4, 40)}
     train(experiment, tmp_path / "whole", ramp)
     train(experiment, tmp_path / "parts", ramp | {"train.steps": 6})
@@ -46,7 +46,7 @@ def test_saving_by_the_clock_and_what_is_kept(experiment: Path, tmp_path: Path) 
     assert checkpoints(rarely) == [4, 8, 10]
 
 
-def test_another_data_seed_reshuffles_what_is_to_come(experiment: Path, tmp_path: Path) -> None:
+def test_another_data_seed_reshuffles_the_rest(experiment: Path, tmp_path: Path) -> None:
     whole, changed = tmp_path / "whole", tmp_path / "changed"
     train(experiment, whole, BASE | {"train.steps": 12})
     train(experiment, changed, BASE | {"train.steps": 6})
@@ -58,7 +58,7 @@ def test_another_data_seed_reshuffles_what_is_to_come(experiment: Path, tmp_path
     assert line["step"] == 6 and line["changes"] == {"data.seed": [-1, 77], "train.steps": [6, 12]}
 
 
-def test_another_batch_goes_on_with_the_next_row(experiment: Path, tmp_path: Path) -> None:
+def test_another_batch_resumes_with_the_next_row(experiment: Path, tmp_path: Path) -> None:
     train(experiment, tmp_path, BASE | {"train.steps": 6})
     train(experiment, tmp_path, BASE | {"train.steps": 9, "train.global_batch": 16})
     events = train_events(tmp_path)
@@ -67,7 +67,7 @@ def test_another_batch_goes_on_with_the_next_row(experiment: Path, tmp_path: Pat
     assert events[9]["lr"] == pytest.approx(1e-4 + (1e-2 - 1e-4) * (1 + math.cos(math.pi * 80 / 184)) / 2, rel=1e-6)
 
 
-def test_another_precision_goes_on_with_a_loss_scale_of_its_own(experiment: Path, tmp_path: Path) -> None:
+def test_another_precision_resumes_with_its_own_loss_scale(experiment: Path, tmp_path: Path) -> None:
     for steps, precision in ((4, "float32"), (8, "float16"), (12, "bfloat16"), (14, "float16")):
         scale = {"train.loss_scale.initial": 2.0**14, "train.loss_scale.window": 3}
         train(experiment, tmp_path, BASE | scale | {"train.steps": steps, "train.precision": precision})
@@ -94,7 +94,7 @@ def test_half_precision_ends_where_float32_does(experiment: Path, tmp_path: Path
         assert ends[precision][:2] == pytest.approx((trained, heldout), rel=0.01), ends
 
 
-def test_a_stop_at_the_step_of_an_intervention_loses_nothing_of_it(
+def test_a_stop_at_the_step_of_an_intervention_does_not_lose_it(
     experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = BASE | {"train.steps": 6, "interventions": ((4, {"optimizer.peak_lr": 1e-3}),)}
@@ -102,7 +102,7 @@ def test_a_stop_at_the_step_of_an_intervention_loses_nothing_of_it(
     hand_out = Stretch.batch
 
     def batch(part: Stretch, samples: int, rows: int) -> Any:
-        if samples == 16:  # of step 3; the stop is met with the next one
+        if samples == 16:  # of step 3; the run stops after the next step
             os.kill(os.getpid(), signal.SIGTERM)
         return hand_out(part, samples, rows)
 

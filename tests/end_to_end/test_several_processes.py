@@ -1,4 +1,4 @@
-"""A run of two processes on one machine: the same numbers as one process, stopping together, and losing one."""
+"""A run of two processes on one machine: it has the numbers of one process, stops as a whole, and may lose one."""
 
 import json
 import signal
@@ -32,18 +32,18 @@ def free_port() -> int:
 
 
 def by_flags(index: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """Tell a process of the others as a person does."""
+    """Return the flags and variables by which a user tells a process of the others."""
     return [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={index}"], {}
 
 
 def by_slurm(index: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """Tell a process of the others as `srun` does; jax takes a port from the number of the job."""
+    """Return the flags and variables of `srun`; jax takes a port from the number of the job."""
     here = {"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_PROCID": str(index)}
     return [], {**here, "SLURM_JOB_ID": "1", "SLURM_LOCALID": str(index), "JAX_COORDINATOR_PORT": str(port)}
 
 
 def by_open_mpi(index: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """Tell a process of the others as `mpirun` does."""
+    """Return the flags and variables of `mpirun`."""
     here = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"}
     rank = {"OMPI_COMM_WORLD_RANK": str(index), "OMPI_COMM_WORLD_LOCAL_RANK": str(index)}
     return [], {**here, **rank, "JAX_COORDINATOR_PORT": str(port)}
@@ -78,21 +78,21 @@ def start(experiment: Path, environment: dict[str, str]) -> Iterator[Start]:
 
 
 def ends(process: Process) -> Ended:
-    """Wait for the end; progress bars are no lines."""
+    """Wait for the end, and return how it ended; lines leave out progress bars."""
     said = process.communicate(timeout=HANG)[1]
     return process.returncode, [line for line in said.split("\n") if line.strip()]
 
 
 def events(workdir: Path, kind: str) -> dict[int, dict[str, Any]]:
-    """Read the events of one kind, by step."""
+    """Return the events of one kind, by step."""
     lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found = [event for event in map(json.loads, lines) if event["event"] == kind]
-    assert len({event["step"] for event in found}) == len(found)  # one process writes, and each step once
+    assert len({event["step"] for event in found}) == len(found)  # one process writes, and each step only once
     return {event["step"]: event for event in found}
 
 
 def wait_for_step(workdir: Path, step: int, processes: list[Process]) -> None:
-    """Wait until the metrics hold a step."""
+    """Wait until the metrics have a step."""
     metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + HANG
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
         if metrics.exists() and f'"event": "train", "step": {step},' in metrics.read_text(encoding="utf-8"):
@@ -102,12 +102,12 @@ def wait_for_step(workdir: Path, step: int, processes: list[Process]) -> None:
 
 
 def saved(workdir: Path) -> list[int]:
-    """List the checkpoints."""
+    """Return the steps of the checkpoints."""
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
 
 
 @pytest.mark.parametrize(("axis", "steps"), [("data", 20), ("pipeline", 4)])
-def test_two_processes_are_one_of_the_same_mesh(
+def test_two_processes_equal_one_on_the_same_mesh(
     axis: str, steps: int, start: Start, glm_jax: Callable[..., Any], experiment: Path, tmp_path: Path
 ) -> None:
     mesh = [f"--config.mesh.{axis}=2", "--config.optimizer.decay_samples=192"]
@@ -127,7 +127,7 @@ def test_two_processes_are_one_of_the_same_mesh(
                 assert event[name] == pytest.approx(theirs[step][name], rel=1e-6)
     trained = events(together, "train").values()
     speeds = [event["tokens_per_second"] / event["mfu"] / event["tokens"] for event in trained]
-    assert speeds == pytest.approx(speeds[:1] * steps, rel=1e-9)  # of the tokens of both
+    assert speeds == pytest.approx(speeds[:1] * steps, rel=1e-9)  # counts the tokens of both
     assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
     if axis == "pipeline":
         return
@@ -174,7 +174,7 @@ def test_a_request_to_one_stops_both_and_a_lost_one_ends_the_other(
     assert list(events(workdir, "train")) == list(range(1, step + 2))
 
 
-def test_a_mistake_is_said_and_nobody_waits_for_ever(start: Start, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_and_no_process_waits_forever(start: Start, tmp_path: Path) -> None:
     (code, said), (other, told) = map(ends, start(tmp_path / "both", "--config.mesh.data=3"))
     assert (code, other) == (2, 2) and said == told and said[-1].startswith("error: mesh.data=3"), (said, told)
     assert not (tmp_path / "both").exists()

@@ -1,4 +1,4 @@
-"""`glm-jax sweep` as a person runs it: listed, run, interrupted, killed and gone on with, refused."""
+"""`glm-jax sweep` as a user runs it: listed, run, interrupted, killed and resumed, refused."""
 
 import fcntl
 import json
@@ -40,7 +40,7 @@ def ablation(experiment: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(ablation: Path, glm_jax: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the sweep without any trouble; gives its workdir."""
+    """Run the sweep without interruption, and return its workdir."""
     workdir = tmp_path_factory.mktemp("finished") / "sweep"
     done = glm_jax("sweep", "--config", ablation, "--workdir", workdir, *SMALL, "--parallel=2")
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def tables(workdir: Path) -> list[bytes]:
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
-    """Check that a command was refused in one line; give the line."""
+    """Check that a command was refused in one line, and return the line."""
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     return error
@@ -111,7 +111,7 @@ def test_a_killed_sweep_gives_the_same_table(
     assert done.returncode == 0 and "1 of 2 groups are done" in done.stderr, done.stderr
     assert {path: path.stat().st_mtime_ns for path in survivors} == survivors
     assert tables(workdir) == tables(finished)
-    # A group that lacks a member is done again as a whole, and so with the same numbers.
+    # A group that lacks a member is trained again as a whole, and so has the same numbers.
     (workdir / "members" / "norm=deepnorm,lr=calm,seed=2.json").unlink()
     (workdir / "members" / "norm=deepnorm,lr=calm,seed=1.json").write_text('{"name": "cut off')
     done = glm_jax("sweep", "--config", ablation, "--workdir", workdir, *SMALL)
@@ -179,11 +179,11 @@ def test_what_is_refused(ablation: Path, experiment: Path, finished: Path, glm_j
     again.write_text(ablation.read_text(encoding="utf-8").replace('"seed": (1, 2),', "").replace(
         "    return {", '    return {"seed": (1, 2),'), encoding="utf-8")  # fmt: skip
     line = one_line(glm_jax("sweep", "--config", again, "--workdir", finished, *SMALL))
-    assert "holds a sweep with other members" in line  # in another order, they have other names
+    assert "holds a sweep with other members" in line  # members in another order have other names
     assert tables(finished) == before
     description = json.loads((finished / "sweep.json").read_text())
     (tmp_path / "moved").mkdir()
     description["data"][0]["tokenizer"] = "another"
     (tmp_path / "moved" / "sweep.json").write_text(json.dumps(description))
     line = one_line(glm_jax("sweep", "--config", ablation, "--workdir", tmp_path / "moved", *SMALL))
-    assert "holds a sweep with other data (its texts or its tokenizer are not what they were)" in line
+    assert "holds a sweep with other data (its texts or its tokenizer have changed)" in line

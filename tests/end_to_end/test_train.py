@@ -1,4 +1,4 @@
-"""Text in, a trained GLM out, as a person does it: train, stop, go on, generate, on one device and on a mesh."""
+"""From text to a trained GLM, as a user does it: train, stop, resume, generate, on one device and on a mesh."""
 
 import json
 import shutil
@@ -21,12 +21,12 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def events(workdir: Path, kind: str) -> dict[int, dict[str, Any]]:
-    """Return the events of one kind, by step, less what depends on the clock."""
+    """Return the events of one kind, by step, without what depends on the clock."""
     return {step: event for (of, step), event in kills.events(workdir).items() if of == kind}
 
 
 def numbers(event: dict[str, Any]) -> list[float]:
-    """Return the numbers of an event, those of lists as well."""
+    """Return the numbers of an event, including those in lists."""
     lists = (value if isinstance(value, list) else [value] for key, value in event.items() if key != "event")
     return [number for values in lists for number in values]
 
@@ -79,7 +79,7 @@ def test_the_same_command_again_says_that_it_is_done(finished: Path, experiment:
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_stopping_saves_and_going_on_repeats_the_uninterrupted_run(
+def test_stopping_saves_and_resuming_repeats_the_uninterrupted_run(
     finished: Path, experiment: Path, environment: dict[str, str], glm_jax: Cli, tmp_path: Path
 ) -> None:
     workdir = tmp_path / "run"
@@ -119,9 +119,7 @@ def test_a_run_may_begin_on_a_mesh_of_eight_devices_and_end_on_one(
             assert numbers(event) == pytest.approx(numbers(together[step]), rel=1e-4)
 
 
-def test_short_rows_train_and_a_damaged_checkpoint_is_passed_over(
-    glm_jax: Cli, experiment: Path, tmp_path: Path
-) -> None:
+def test_short_rows_train_and_a_damaged_checkpoint_is_skipped(glm_jax: Cli, experiment: Path, tmp_path: Path) -> None:
     arguments = ["train", "--config", experiment, "--workdir", tmp_path / "run", "--config.data.seq_length=32"]
     generate = ["generate", "--workdir", tmp_path / "run", "--prompt", "[MASK]", "--max_tokens", "5"]
     arguments += ["--config.train.eval_every=0", "--config.train.save_every=2"]

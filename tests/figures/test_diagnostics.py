@@ -71,7 +71,7 @@ def test_the_residual_and_the_branch_are_those_of_the_scheme():
     alpha = depth_coefficients("deepnorm", LAYERS).alpha
     np.testing.assert_allclose(measured("deepnorm").residual, alpha, rtol=1e-2)  # alpha times a normed stream
     np.testing.assert_allclose(measured("post").residual, 1, rtol=1e-2)
-    np.testing.assert_allclose(measured("sandwich").branch, 1, rtol=1e-2)  # behind its norm
+    np.testing.assert_allclose(measured("sandwich").branch, 1, rtol=1e-2)  # after its norm
     assert (measured("sandwich").sublayer < 0.9).all()
     for norm in ("post", "pre", "deepnorm"):
         np.testing.assert_array_equal(measured(norm).branch, measured(norm).sublayer)

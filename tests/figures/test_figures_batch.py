@@ -42,14 +42,14 @@ def row(samples, length, objective, streams=1) -> Rows[np.ndarray]:
 
 
 def spans(streams=1, length=20):
-    """Return a row of eight tokens with the blanks 12 13 and 16, whose blocks stand in the other order."""
+    """Return a row of eight tokens with the blanks 12 13 and 16, whose blocks come in the other order."""
     tokens = np.array([10, 11, 12, 13, 14, 15, 16, 99], np.int32)
     sample = blank_spans(tokens, np.array([2, 6]), np.array([2, 1]), np.array([1, 0]), WORDS.mask, WORDS)
     return row([sample], length, 0, streams)
 
 
 def packed():
-    """Return a row of two prompts with answers, each one blank at the end."""
+    """Return a row of two prompts with answers, each with one blank at the end."""
     tokens = np.array([10, 20, 21, 22], np.int32)
     return row([blank_one(tokens, 2, 4, WORDS.mask, WORDS), blank_one(tokens, 1, 4, WORDS.mask, WORDS)], 16, 3)
 
@@ -57,7 +57,7 @@ def packed():
 def test_a_target_has_the_number_of_its_blank():
     #     reads a ⏎ [MASK] 14 15 [MASK] 99 | sop 16 | sop 12 13
     assert figures_batch.blanks(spans(), 0, WORDS).tolist() == [0, 0, 1, 0, 0, 2, 0, 2, 2, 1, 1, 1] + [0] * 8
-    # of packed prompts each [MASK] has its own, whatever the positions say
+    # each [MASK] of packed prompts has its own number, whatever the positions are
     assert figures_batch.blanks(packed(), 0, WORDS).tolist() == [0, 0, 1, 1, 1, 1, 0, 2, 2, 2, 2, 2, 0, 0, 0, 0]
 
 
@@ -86,7 +86,7 @@ def test_the_svg_holds_every_token_and_nothing_overlaps(streams):
     assert max(right for _, right in edges) <= float(root.attrib["width"])
 
 
-def test_packed_samples_stand_on_lines_of_their_own_and_long_rows_wrap():
+def test_packed_samples_have_their_own_lines_and_long_rows_wrap():
     def tops(batch):
         root = ElementTree.fromstring(figures_batch.tokens_svg(batch, 0, WORDS))
         return [float(box.attrib["y"]) for box in root.iter(f"{SVG}rect") if box.get("rx")], float(

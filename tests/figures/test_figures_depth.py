@@ -10,7 +10,7 @@ from glm_jax.figures.diagnostics import Scales
 
 
 def scales(depth, factor=1.0):
-    """Two seeds, the second twice the first; the stream grows along the depth."""
+    """Return the scales of two seeds, the second twice the first; the stream grows along the depth."""
     along = np.arange(1, 2 * depth + 2, dtype=np.float32) * factor
     pair = np.stack([along, 2 * along])
     return Scales(
@@ -48,7 +48,7 @@ def test_quantities_are_drawn_against_depth_a_colour_a_scheme():
     (axis,) = axes(figure)
     assert [line.get_label() for line in axis.lines] == ["pre", "post"]
     assert [to_hex(line.get_color()) for line in axis.lines] == list(style.COLOURS[:2])
-    assert axis.lines[0].get_marker() != axis.lines[1].get_marker()  # told apart without colours too
+    assert axis.lines[0].get_marker() != axis.lines[1].get_marker()  # different without colours, too
     np.testing.assert_array_equal(axis.lines[0].get_xdata(), [4, 16])
     np.testing.assert_allclose(axis.lines[1].get_ydata(), [135, 495])
     assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")

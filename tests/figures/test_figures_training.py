@@ -30,7 +30,7 @@ def member(labels, loss, diverged=False, heldout: float | None = None) -> dict[s
 
 
 def norms(depths=("4",), diverged=(), losses=None):
-    """Results of a grid; `diverged` names (scheme, rate, seed)."""
+    """Return the results of a grid; `diverged` names (scheme, rate, seed)."""
     found = []
     for depth in depths:
         for scheme in SCHEMES:
@@ -43,7 +43,7 @@ def norms(depths=("4",), diverged=(), losses=None):
 
 
 def settings(values):
-    """Results of a family: by label, the held-out losses of its seeds."""
+    """Return the results of a family; `values` has the held-out losses of the seeds by label."""
     return [
         member({"model.position": label, "seed": str(seed)}, 4.0, loss is None, loss)
         for label, losses in values.items()
@@ -69,7 +69,7 @@ def test_loss_curves_have_a_panel_a_setting_and_a_shade_a_rate():
     assert figure.get_suptitle() == "Loss"
     assert [text.get_text() for text in figure.legends[0].texts] == ["0.001", "0.01", "guess by frequency"]
     pre, deepnorm = axes(figure)[:2]
-    assert len(deepnorm.lines) == 5 and len(pre.lines) == 6  # four members, the guess; a cross
+    assert len(deepnorm.lines) == 5 and len(pre.lines) == 6  # four members and the guess; in pre also a cross
     crosses = [line for line in pre.lines if line.get_marker() == "x"]
     assert [list(line.get_xdata()) for line in crosses] == [[10]]
     assert [line.get_linestyle() for line in pre.lines[:5]] == ["-", "-", "-", "--", "None"]
@@ -99,7 +99,9 @@ def test_the_frontier_marks_every_seed_the_gap_to_the_next_rate_and_none():
     figure = training.stability_frontier(results)
     (axis,) = axes(figure)
     marks = {line.get_label(): list(line.get_ydata()) for line in axis.lines if len(line.get_ydata()) == 2}
-    np.testing.assert_allclose(marks["pre"], [0.001, 0.0001])  # the second seed lost its lowest rate: the tick "none"
+    np.testing.assert_allclose(
+        marks["pre"], [0.001, 0.0001]
+    )  # the second seed diverged at the lowest rate: the tick "none"
     assert marks["deepnorm"] == [0.01, 0.01]
     arrows = [line for line in axis.lines if line.get_marker() == r"$\uparrow$" and len(line.get_ydata()) == 1]
     assert [to_hex(line.get_color()) for line in arrows] == [style.COLOURS[1]]  # the grid ended before deepnorm did
@@ -122,7 +124,9 @@ def test_losses_against_rates_join_means_and_put_diverged_members_on_top():
     results = norms(diverged={("pre", "0.01", "1")}, losses={("pre", "0.01"): 4.5})
     (axis,) = axes(loss_against_rate(results))
     lines = {line.get_label(): line for line in axis.lines if line.get_label() in SCHEMES}
-    np.testing.assert_allclose(lines["pre"].get_ydata(), [4.115, 4.62])  # of two seeds, of the one that finished
+    np.testing.assert_allclose(
+        lines["pre"].get_ydata(), [4.115, 4.62]
+    )  # the mean of two seeds, and the one that finished
     np.testing.assert_allclose(lines["deepnorm"].get_ydata(), [4.115, 4.115])
     (cross,) = [line for line in axis.lines if line.get_marker() == "x" and len(line.get_xdata())]
     assert cross.get_ydata()[0] > 4.62 and cross.get_ydata()[0] < axis.get_ylim()[1]

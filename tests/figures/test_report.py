@@ -1,4 +1,4 @@
-"""The report of a run: what it reads, what it draws where, and the page itself."""
+"""The report of a run: what it reads, what it draws and where, and the page itself."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def short(tmp_path: Path) -> Path:
-    """A run of which little is known, so that its report takes no time."""
+    """A run with few values, so that its report takes no time."""
     (tmp_path / "short").mkdir()
     events = [{"event": "train", "step": step, "loss": 2.0, "activation_rms": [1.0, step]} for step in (1, 2)]
     (tmp_path / "short" / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -82,7 +82,7 @@ def short(tmp_path: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """What a page shows: rows of its tables, captions, facts, the texts of its figures; and that its tags match."""
+    """The contents of a page: rows of its tables, captions, facts, texts of its figures. Checks that its tags match."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def points(line: Line2D) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
 
 
-def test_marks_stand_at_their_steps_in_every_curve_over_steps(workdir: Path) -> None:
+def test_marks_are_at_their_steps_in_every_curve_over_steps(workdir: Path) -> None:
     read = history.read(workdir)
     for panel in curves.panels(read):
         _, (axis,) = style.figure(1, 1)
@@ -253,7 +253,7 @@ def test_values_that_span_little_keep_a_linear_scale() -> None:
         assert axis.get_yscale() == scale
 
 
-def test_a_run_of_other_days_without_config_has_a_report(tmp_path: Path) -> None:
+def test_an_old_run_without_config_has_a_report(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"event": "evaluation", "step": 0, "loss": 2.0}\n')
     shown = Page(report.write(tmp_path, tmp_path / "deep" / "page.htm").read_text())
     assert shown.figures == 1 and shown.rows == [] and shown.texts["dd"] == ["0", "2.0000"]

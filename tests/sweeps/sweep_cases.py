@@ -4,15 +4,14 @@ import random
 from pathlib import Path
 from typing import Any
 
-from glm_jax import config as configs
-from glm_jax.config import Config, default_config, source
+from glm_jax.config import Config, default_config, resolve, source, with_changes
 
 TEXT = "the a small large array model returns takes gives shape type of with for new old value axis and"
 WORDS = tuple(TEXT.split(" "))
 
 
 def write_text(folder: Path) -> Path:
-    """Write a corpus whose next word often follows from the last."""
+    """Write a corpus in which the next word often follows from the last."""
     draw = random.Random(0)
     texts = []
     for _ in range(60):
@@ -27,7 +26,7 @@ def write_text(folder: Path) -> Path:
 
 
 def tiny(folder: Path, **changes: Any) -> Config:
-    """Return the config, resolved; its cache lies in `folder`."""
+    """Return the resolved config; its cache is in `folder`."""
     config = default_config()
     config.model.num_layers = 2
     config.model.hidden_size = 16
@@ -44,4 +43,4 @@ def tiny(folder: Path, **changes: Any) -> Config:
     config.train.eval_every = 50
     config.train.eval_rows = 8
     config.optimizer.warmup_samples = 40
-    return configs.with_changes(configs.resolve(config), changes)
+    return with_changes(resolve(config), changes)

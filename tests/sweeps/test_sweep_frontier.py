@@ -12,7 +12,7 @@ from glm_jax.sweeps.page import section, write_page
 
 
 def row(norm: str, lr: str, seed: str, loss: float | None) -> dict[str, Any]:
-    """Return a row of results.json; no loss, diverged."""
+    """Return a row of results.json; without a loss, it diverged."""
     return {
         "labels": {"model.norm": norm, "lr": lr, "seed": seed}, "status": "diverged" if loss is None else "finished",
         "step": 9, "reason": "risen", "loss": loss, "heldout": {"loss": loss},

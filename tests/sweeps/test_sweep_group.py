@@ -1,4 +1,4 @@
-"""Members trained together against the same members trained by `glm-jax train`'s loop, one by one."""
+"""Members trained together, compared with the same members trained one by one by the loop of `glm-jax train`."""
 
 import json
 import math
@@ -39,13 +39,13 @@ def together(configs: list[Config]) -> list[Outcome]:
 
 
 def alone(config: Config, workdir: Path) -> list[dict[str, Any]]:
-    """Train by the loop; gives the events of metrics.jsonl."""
+    """Train by the loop, and return the events of metrics.jsonl."""
     assert Run(config, workdir, quiet).go() == DONE
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def check_equal(outcome: Outcome, events: list[dict[str, Any]]) -> None:
-    """Compare every step's loss and norms, and the last held-out losses."""
+    """Check the loss and norms of every step, and the last held-out losses."""
     steps = [event for event in events if event["event"] == "train"]
     assert [event["step"] for event in steps] == outcome.steps.tolist() == list(range(1, len(outcome.losses) + 1))
     np.testing.assert_allclose(outcome.losses, [event["loss"] for event in steps], rtol=1e-6)

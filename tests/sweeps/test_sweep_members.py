@@ -1,4 +1,4 @@
-"""What a sweep is expanded to, and which members one program can train."""
+"""The members that a sweep expands to, and which of them one program can train."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from glm_jax import config as configs
-from glm_jax.config import Config, default_config, source
+from glm_jax.config import Config, default_config, resolve, source, with_changes
 from glm_jax.errors import UserError
 from glm_jax.sweeps import members as sweep_members
 from glm_jax.sweeps import run
@@ -27,7 +26,7 @@ AXES = {
 def base(**changes: Any) -> Config:
     config = default_config()
     config.data.sources.en = source(path="text.txt")
-    return configs.with_changes(configs.resolve(config), changes)
+    return with_changes(resolve(config), changes)
 
 
 def test_every_combination_is_a_member_the_last_axis_fastest() -> None:
@@ -67,7 +66,7 @@ def test_dropout_makes_the_seed_a_part_of_the_program() -> None:
     assert [len(part.members) for part in group(expand(base(**{"model.hidden_dropout": 0.1}), axes))] == [2, 2]
 
 
-def test_a_large_group_is_cut() -> None:
+def test_a_large_group_is_split() -> None:
     groups = group(expand(base(), read_axes({"seed": tuple(range(5))})), together=2)
     assert [[member.labels["seed"] for member in part.members] for part in groups] == [["0", "1"], ["2", "3"], ["4"]]
     assert [part.name for part in groups] == ["01 all", "02 all", "03 seed=4"]
@@ -86,7 +85,7 @@ def test_a_large_group_is_cut() -> None:
         ({"norm": {"pre": "pre"}}, "a label with keys to set"),
     ],
 )
-def test_axes_that_are_none(axes: Any, said: str) -> None:
+def test_invalid_axes(axes: Any, said: str) -> None:
     with pytest.raises(UserError) as raised:
         read_axes(axes, "some.py")
     assert said in str(raised.value) and "some.py" in str(raised.value) and "\n" not in str(raised.value)
@@ -98,19 +97,19 @@ def test_axes_that_are_none(axes: Any, said: str) -> None:
         ({"model.nrom": ("pre",)}, "nrom=pre: unknown config key model.nrom: did you mean model.norm"),
         ({"model.norm": ("pre", "batch")}, "norm=batch: model.norm is 'batch'"),
         ({"seed": ("x",)}, "seed=x: seed is 'x'"),
-        ({"mesh.data": (2,)}, "mesh.data is 2, the members of a sweep are run with 1"),
+        ({"mesh.data": (2,)}, "mesh.data is 2, members of a sweep run with 1"),
         ({"train.skip_steps": (((1, 2),),)}, "train.skip_steps"),
         ({"model.norm": ("pre",), "again": {"x": {"model.norm": "post"}}}, "the axis again sets model.norm"),
     ],
 )
-def test_members_that_cannot_be(axes: Any, said: str) -> None:
+def test_invalid_members(axes: Any, said: str) -> None:
     with pytest.raises(UserError) as raised:
         expand(base(), {name: dict(labels) for name, labels in _plain(axes).items()})
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
 def _plain(axes: Any) -> Any:
-    """Write out axes of values without the check that their labels can name files."""
+    """Write out axes of values, without checking that their labels can name files."""
     return {
         name: values if isinstance(values, dict) else {sweep_members._label(value).replace(" ", ""): {name: value}
                                                        for value in values}
@@ -131,7 +130,7 @@ def test_a_file_without_axes(tmp_path: Path) -> None:
 def test_the_ablations_expand(path: Path) -> None:
     namespace: dict[str, Any] = {}
     exec(compile(path.read_text(encoding="utf-8"), path, "exec"), namespace)
-    members = expand(configs.resolve(namespace["get_config"]()), sweep_members.load(path))
+    members = expand(resolve(namespace["get_config"]()), sweep_members.load(path))
     assert 5 <= len(members) <= 240 and f"--config {path}" in namespace["__doc__"]
     assert f"({len(members)} members)" in namespace["__doc__"].splitlines()[0]
 
@@ -140,7 +139,7 @@ def test_the_two_feed_forwards_have_equal_parameters() -> None:
     path = Path("experiments/ablations/feedforward.py")
     namespace: dict[str, Any] = {}
     exec(compile(path.read_text(encoding="utf-8"), path, "exec"), namespace)
-    members = expand(configs.resolve(namespace["get_config"]()), sweep_members.load(path))
+    members = expand(resolve(namespace["get_config"]()), sweep_members.load(path))
     sizes = {member.labels["feedforward"]: member.config.glm(500).num_parameters for member in members}
     assert sizes["gelu"] - sizes["geglu"] == 8 * (33_346 - 33_432)  # as its docstring says, 0.3% of a layer's
 

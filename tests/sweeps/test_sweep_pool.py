@@ -1,4 +1,4 @@
-"""The pool of a sweep's processes, without the processes."""
+"""The pool of a sweep's processes, with none of them started."""
 
 import signal
 import threading
@@ -15,11 +15,11 @@ from glm_jax.sweeps import run
 def test_a_signal_that_does_not_end_the_wait_for_a_group_still_stops_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another thread takes it, so that the main one waits on, as it does after a signal just before its wait."""
+    """Another thread takes the signal, so the main thread keeps waiting, as after a signal just before its wait."""
     seen = []
 
     def train(pool: Any, group: Any) -> None:
-        time.sleep(0.5)  # the main thread waits by now; where it does not, the test passes
+        time.sleep(0.5)  # the main thread waits by now; if it does not, the test passes
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         last = time.monotonic() + 60
         while not pool._stopping and time.monotonic() < last:

@@ -1,4 +1,4 @@
-"""Members' results on disk, and the tables made of them."""
+"""Members' results on disk, and the tables made from them."""
 
 import json
 from pathlib import Path

@@ -29,7 +29,7 @@ def result(name, loss=4.0, steps=100):
 
 @pytest.fixture
 def workdir(tmp_path):
-    """A sweep of which one member of two is there."""
+    """A sweep in which one member of two is done."""
     description = {
         "title": "T",
         "command": "glm-jax sweep --config a.py --workdir runs/a",
@@ -51,7 +51,7 @@ def test_what_is_saved_is_read_back(workdir, tmp_path):
     saved = load(tmp_path / "saved")
     (found,) = saved.results
     assert saved.members == 2 and found["name"] == "k=b" and "run" not in found
-    assert saved.description["rule"] == RULE  # by which rows are judged, whatever the sweep began with
+    assert saved.description["rule"] == RULE  # the rule that judges the rows, whatever rule the sweep began with
     assert sorted(found["curves"]) == sorted(
         ["loss_step", "loss", "step", "grad_norm", "grad_norm/embedding", "grad_norm/blocks_0_1", "activation_rms"]
     )
@@ -94,14 +94,14 @@ def test_labels_can_be_renamed_and_chosen():
     assert results[0]["labels"] == {"choice": "base"}
 
 
-def test_a_sweep_without_a_member_is_told(workdir, tmp_path):
+def test_a_sweep_without_a_result_is_refused(workdir, tmp_path):
     next((workdir / "members").iterdir()).unlink()
     with pytest.raises(UserError, match="no finished member yet"):
         save(workdir, tmp_path / "saved")
 
 
 @pytest.mark.parametrize("name", ["results.json", "curves.json"])
-def test_damaged_files_are_told(workdir, tmp_path, name):
+def test_damaged_files_are_refused(workdir, tmp_path, name):
     save(workdir, tmp_path / "saved")
     (tmp_path / "saved" / name).write_text("{}" if name == "curves.json" else "{")
     with pytest.raises(UserError, match="write them again"):

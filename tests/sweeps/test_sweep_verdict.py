@@ -1,4 +1,4 @@
-"""The rule of divergence, by hand."""
+"""The rule of divergence, checked by hand."""
 
 import math
 
@@ -21,7 +21,7 @@ def verdict(losses: list[float]) -> Verdict:
 
 def test_the_moving_average_is_corrected_for_its_start_and_leaves_out_what_is_not_finite() -> None:
     assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
-    # weights 0.05 * 0.95 and 0.05, over their sum
+    # weights 0.05 * 0.95 and 0.05, divided by their sum
     assert smooth([2.0, 4.0])[1] == pytest.approx((0.95 * 2 + 4) / 1.95)
     averages = smooth([NAN, 2.0, INF, 2.0])
     assert math.isnan(averages[0]) and averages[1:] == pytest.approx([2.0, 2.0, 2.0])
@@ -33,14 +33,14 @@ def test_a_falling_curve_finishes() -> None:
 
 def test_a_run_of_losses_that_are_not_finite() -> None:
     losses = falling()
-    losses[40:44] = [NAN, INF, NAN, NAN]  # steps 41 to 44: four are forgiven
+    losses[40:44] = [NAN, INF, NAN, NAN]  # steps 41 to 44: four are allowed
     assert verdict(losses) == Verdict()
     losses[44] = NAN
     assert verdict(losses) == Verdict(41, "not finite") and verdict(losses).status == "diverged"
     assert verdict([NAN] * 100) == Verdict(1, "not finite")
 
 
-def test_above_a_uniform_guess_counts_after_the_warm_up_alone() -> None:
+def test_above_a_uniform_guess_counts_only_after_the_warm_up() -> None:
     early = [9.0] * 3 + falling()
     assert smooth(early)[2] > UNIFORM + 0.5 > smooth(early)[WARMUP] and verdict(early) == Verdict()
     constant = [UNIFORM + 0.6] * 100
@@ -50,7 +50,7 @@ def test_above_a_uniform_guess_counts_after_the_warm_up_alone() -> None:
 
 def test_risen_at_the_end_counts_and_risen_between_does_not() -> None:
     fall, high = falling(200, 3.0), [5.0] * 100
-    # After the fall m is a little above 3: it passes its lowest by 0.5 when 2 * (1 - 0.95 ** n) passes about 0.5.
+    # After the fall m is a little above 3: it exceeds its lowest by 0.5 once 2 * (1 - 0.95 ** n) exceeds about 0.5.
     averages = smooth(fall + high)
     lowest = averages.min()
     last = int(np.flatnonzero(averages <= lowest + 0.5)[-1]) + 1
