@@ -170,7 +170,9 @@ class Stage:
 
         return lax.fori_loop(0, self.turns(microbatch), block, (x, stash, squares, vary(jnp.int32(0))))
 
-    def head(self, microbatch: Array, outputs: Array, gradient: Array, result: Result, seed: Array) -> tuple:
+    def head(
+        self, microbatch: Array, outputs: Array, gradient: Array, result: Result, seed: Array
+    ) -> tuple[Array, Result]:
         """Run the head for the last stage, all stages together.
 
         Returns:
