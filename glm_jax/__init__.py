@@ -13,7 +13,7 @@ docs/library.md shows more. Nothing of JAX is imported before it is needed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +36,7 @@ def load(
     *,
     optimizer: optax.GradientTransformation | None = None,
     say: Callable[[str], None] = print,
-    **overrides: Any,
+    **overrides: object,
 ) -> Run:
     """Return the run of an experiment: its data prepared, standing at its newest checkpoint or at the start.
 
@@ -76,7 +76,7 @@ def load(
     return run
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         import importlib.metadata
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from glm_jax.parallel.mesh import check_divides, nearest
 from glm_jax.parallel.pipeline import run
 from glm_jax.parallel.pipeline.stage import Keep
 from glm_jax.parallel.tensor import ShardedAxis
+from glm_jax.types import Tree
 
 Array = jax.Array
 Normalization = Literal["tokens", "microbatch"]
@@ -100,13 +101,13 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
         )
 
 
-def state_specs(cfg: GLMConfig, mesh: jax.sharding.Mesh) -> Any:
+def state_specs(cfg: GLMConfig, mesh: jax.sharding.Mesh) -> Tree:
     """Return the PartitionSpecs of master params, gradients and each moment."""
     return partition.state_specs(model.logical_axes(cfg), cfg.hidden_size, mesh.shape["data"])
 
 
 def functions(
-    cfg: EngineConfig, axis: ShardedAxis, specs: Any, key: Array | None, shrink: Array | None
+    cfg: EngineConfig, axis: ShardedAxis, specs: Tree, key: Array | None, shrink: Array | None
 ) -> run.Functions:
     """Bind GLM to the engine.
 
@@ -119,22 +120,22 @@ def functions(
     """
     glm = cfg.model
 
-    def embed(outer: Any, batch: Batch) -> Array:
+    def embed(outer: Tree, batch: Batch) -> Array:
         rows = row_keys(key, batch.number)  # [B]
         return transformer.embed(glm, outer, batch.rows.tokens, batch.rows.positions, shrink, rows, axis)  # [B, S, D]
 
-    def prepare(batch: Batch) -> Any:
+    def prepare(batch: Batch) -> Tree:
         rows = batch.rows
         terms = position_terms(glm, rows.positions, jnp.dtype(cfg.compute))
         return model.Visibility(rows.segments, rows.context), terms, row_keys(key, batch.number)
 
-    def block(weights: Any, x: Array, terms: Any, layer: Array) -> Array:
+    def block(weights: Tree, x: Array, terms: Tree, layer: Array) -> Array:
         allowed, positions, rows = terms
         if cfg.zero == 3:
             weights = zero.gather_layer(weights, specs["blocks"], cfg.compute)
         return transformer.block(glm, weights, x, allowed, positions, layer, rows, axis=axis)[0]  # [B, S, D]
 
-    def head(outer: Any, x: Array, batch: Batch) -> tuple[Array, Sums]:
+    def head(outer: Tree, x: Array, batch: Batch) -> tuple[Array, Sums]:
         losses = token_losses(cfg, axis, outer, x, batch.rows, shrink if cfg.shrink_logits else None)  # [B, S]
         of_objective = jax.nn.one_hot(batch.rows.objective, cfg.objectives, dtype=losses.dtype)  # [B, O]
         rows, counts = losses.sum(-1), batch.rows.loss_mask.sum(-1)  # [B] both
@@ -144,7 +145,7 @@ def functions(
 
 
 def token_losses(
-    cfg: EngineConfig, axis: ShardedAxis, outer: Any, x: Array, rows: Rows[Array], shrink: Array | None = None
+    cfg: EngineConfig, axis: ShardedAxis, outer: Tree, x: Array, rows: Rows[Array], shrink: Array | None = None
 ) -> Array:
     """Return the loss in nats of every target token, 0 elsewhere: x [B, S, D] -> float32 [B, S]."""
     logits = transformer.head(cfg.model, outer, x, axis, shrink)  # [B, S, V / shards]

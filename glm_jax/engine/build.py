@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 
@@ -12,7 +12,7 @@ from glm_jax.config.data import OBJECTIVES
 from glm_jax.engine import bind
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
-from glm_jax.parallel.mesh import AXES, REST
+from glm_jax.parallel.mesh import AXES, REST, Device
 from glm_jax.parallel.mesh import build as build_mesh
 
 
@@ -24,7 +24,7 @@ class Engine(NamedTuple):
 
 
 def build(
-    experiment: Experiment, pieces: int = 1, devices: Sequence[Any] | None = None, *, abstract: bool = False
+    experiment: Experiment, pieces: int = 1, devices: Sequence[Device] | None = None, *, abstract: bool = False
 ) -> Engine:
     """Lay an experiment's model and batch over its mesh, and check that they fit.
 

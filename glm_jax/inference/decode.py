@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from glm_jax.data.rows.blanks import sample_positions
 from glm_jax.inference.strategies import Sampling
 from glm_jax.model import Cache, GLMConfig, apply_cached, init_cache
+from glm_jax.types import Tree
 
 Array = jax.Array
 
@@ -48,7 +49,7 @@ def row_positions(cfg: GLMConfig, length: int, context: int, blank: int, repeats
 def _generate(
     cfg: GLMConfig,
     sampling: Sampling,
-    params: Any,
+    params: Tree,
     tokens: Array,
     positions: Array,
     sop: Array,
@@ -89,7 +90,7 @@ def _generate(
 
 def generate(
     cfg: GLMConfig,
-    params: Any,
+    params: Tree,
     context: list[int],
     blank: int,
     *,

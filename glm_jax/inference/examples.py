@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.inference.fill import fill
 from glm_jax.model import GLMConfig
+from glm_jax.types import Tree
 
 CONTEXT = 24  # tokens on each side of the blank
 SPAN = 3  # tokens in the blank, about the mean of the training's spans
@@ -26,7 +27,7 @@ class Documents(Protocol):
 
 def heldout(
     cfg: GLMConfig,
-    params: Any,
+    params: Tree,
     tokenizer: Tokenizer,
     documents: Mapping[str, Sequence[np.ndarray] | Documents],
     languages: Mapping[str, str],

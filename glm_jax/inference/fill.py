@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from glm_jax.errors import UserError
 from glm_jax.inference.decode import generate
 from glm_jax.inference.strategies import GREEDY, Sampling
 from glm_jax.model import GLMConfig
+from glm_jax.types import Tree
 
 BLANK = re.compile(r"\[[sg]?MASK\]")
 
@@ -26,7 +27,7 @@ class Piece(NamedTuple):
 
 def fill(
     cfg: GLMConfig,
-    params: Any,
+    params: Tree,
     tokenizer: Tokenizer,
     prompt: str,
     *,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.model import GLMConfig
+from glm_jax.types import Tree
 from glm_jax.workdir import folder
 from glm_jax.workdir.checkpoints import load_params
 
@@ -17,7 +17,7 @@ class Model:
     """What generation needs: a config, params on one device, and the tokenizer."""
 
     config: GLMConfig
-    params: Any  # a tree of arrays, as model.init makes them
+    params: Tree  # a tree of arrays, as model.init makes them
     tokenizer: Tokenizer
 
     @classmethod

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from glm_jax.types import Tree
 
 Array = jax.Array
 
@@ -91,14 +94,18 @@ def dropout(x: Array, rate: float, keys: Array | None, places: Array) -> Array:
 
 
 def param(
-    module: nn.Module, name: str, initialiser: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]
+    module: nn.Module,
+    name: str,
+    initialiser: Callable[..., Array],
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
 ) -> Array:
     """Declare one parameter of a module, with the logical axis of each dimension (None is never sharded)."""
-    value: Any = module.param(name, nn.with_partitioning(initialiser, axes), shape)
-    return value
+    value = module.param(name, nn.with_partitioning(initialiser, axes), shape)
+    return cast(Array, value)  # flax's type includes the box with the names, which `param` takes off
 
 
-def run(module: nn.Module, weights: Any, *arguments: Any) -> Any:
+def run(module: nn.Module, weights: Tree, *arguments: Tree) -> Tree:
     """Call a module as the pure function that it is."""
     return module.apply({"params": weights}, *arguments)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,9 +27,10 @@ from glm_jax.model.layers import (
 from glm_jax.model.positions import PositionTerms, alibi_distance, position_terms
 from glm_jax.model.residual import residual_update
 from glm_jax.model.visibility import Visibility, queries
+from glm_jax.types import Tree
 
 Array = jax.Array
-Params = dict[str, Any]
+Params = dict[str, Tree]
 
 
 class Cache(NamedTuple):
@@ -138,10 +139,9 @@ def _init_boxed(cfg: GLMConfig, key: Array) -> Params:
     x = jnp.zeros((1, 1, cfg.hidden_size))
     terms = position_terms(cfg, positions, x.dtype)
 
-    def block(layer_key: Array) -> Params:
+    def block(layer_key: Array) -> Tree:
         arguments = (x, jnp.ones((1, 1, 1), bool), terms, jnp.int32(0), None, None)
-        variables: Any = Block(cfg).init(layer_key, *arguments)
-        return variables["params"]
+        return Block(cfg).init(layer_key, *arguments)["params"]
 
     return {
         "embedding": Embedding(cfg).init(embedding_key, tokens, positions, None)["params"],

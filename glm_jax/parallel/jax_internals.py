@@ -5,12 +5,11 @@ A new version of jax may change any of them. When one does, this file and its te
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
+from glm_jax.types import Tree
+
 Array = jax.Array
-Tree = Any
 
 
 def varying_axes(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
@@ -18,7 +17,7 @@ def varying_axes(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def without_first_argument(pull: Any) -> Any:
+def without_first_argument(pull: Tree) -> Tree:
     """Return a vjp function that no longer holds the first argument it was linearised at.
 
     As a pytree it has the residuals alone then. `with_first_argument` makes it callable again.
@@ -27,7 +26,7 @@ def without_first_argument(pull: Any) -> Any:
     return pull
 
 
-def with_first_argument(pull: Any, argument: Tree) -> Any:
+def with_first_argument(pull: Tree, argument: Tree) -> Tree:
     """Return a vjp function with its first argument put back."""
     pull.args_res[0] = argument
     return pull

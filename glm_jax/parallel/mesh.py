@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -12,11 +12,24 @@ from jax.experimental import mesh_utils
 
 from glm_jax.errors import UserError
 from glm_jax.parallel import partition
-
-Tree = Any
+from glm_jax.types import Tree
 
 AXES = ("data", "pipeline", "tensor")
 REST = -1  # the size of at most one axis: as many devices as the others leave
+
+
+class Device(Protocol):
+    """What the mesh asks of jax's devices, whose own class has no types."""
+
+    @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`."""
+        ...
+
+    @property
+    def process_index(self) -> int:
+        """The process that the device belongs to."""
+        ...
 
 
 def resolve(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
@@ -48,7 +61,7 @@ def _shown(sizes: Mapping[str, int], without: Iterable[str] = ()) -> str:
     return " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if axis not in without)
 
 
-def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+def build(sizes: Mapping[str, int], devices: Sequence[Device] | None = None) -> jax.sharding.Mesh:
     """Build the mesh; a laptop is 1 x 1 x 1. Members of `tensor`, which talk most, are neighbours.
 
     Args:
@@ -129,7 +142,8 @@ def place(mesh: jax.sharding.Mesh, batch: Tree, microbatches: int) -> Tree:
         parts = array.reshape(microbatches, len(members), -1, *array.shape[1:])  # [M, members, B/M/data, ...]
         share = parts.shape[2]
 
-        def read(index: Any) -> np.ndarray:
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # as for a scalar
             start, stop, _ = index[1].indices(share * mesh.shape["data"])
             chosen = [members.index(member) for member in range(start // share, stop // share)]
             return parts[:, chosen].reshape(microbatches, -1, *parts.shape[3:])  # [M, rows of these members, ...]

@@ -7,14 +7,14 @@ also split over `data` (ZeRO-1, arXiv 1910.02054).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Tree = Any
+from glm_jax.types import Tree
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     # parameters
@@ -33,7 +33,7 @@ STATE_RULES = {**RULES, "hidden": "data"}  # every parameter has a hidden axis, 
 BATCH_AXES = ("microbatches", "rows")  # M, B/M; what follows stays whole
 
 
-def _is_axes(leaf: Any) -> bool:
+def _is_axes(leaf: object) -> bool:
     """Whether a leaf names logical axes: a plain tuple, unlike the states of optax."""
     return type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)
 
@@ -111,13 +111,13 @@ def true_layers(params: Tree, axes: Tree, layers: int) -> Tree:
     return _map_layers(params, axes, lambda array: array[:layers])
 
 
-def _map_layers(params: Tree, axes: Tree, change: Any) -> Tree:
+def _map_layers(params: Tree, axes: Tree, change: Callable[[jax.Array], jax.Array]) -> Tree:
     return jax.tree.map(
         lambda leaf, array: change(array) if "layers" in leaf else array, axes, params, is_leaf=_is_axes
     )
 
 
-def _pad(array: Any, length: int) -> Any:
+def _pad(array: jax.Array, length: int) -> jax.Array:
     widths = [(0, length - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
     return jnp.pad(array, widths)
 

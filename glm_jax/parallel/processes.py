@@ -12,12 +12,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import ParamSpec, Protocol, TypeVar
 
 import jax
 from orbax.checkpoint import multihost
 
 from glm_jax.errors import UserError
+from glm_jax.types import Tree
+
+P = ParamSpec("P")  # what a function takes
+R = TypeVar("R", covariant=True)  # and what it returns
 
 # The variables by which a scheduler tells a process that it is one of several, with their number; jax reads the rest.
 SCHEDULERS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}
@@ -132,7 +136,14 @@ def wait_for_all() -> None:
             raise Gone(min(reasons)[1])
 
 
-def compiled_together(function: Any) -> Callable[..., Any]:
+class Jitted(Protocol[P, R]):
+    """What `jax.jit` returns. Shapes are enough to lower it."""
+
+    def __call__(self, *arguments: P.args, **named: P.kwargs) -> R: ...
+    def lower(self, *arguments: Tree, **named: Tree) -> jax.stages.Lowered: ...
+
+
+def compiled_together(function: Jitted[P, R]) -> Callable[P, R]:
     """Return a jitted function for all processes to call alike.
 
     It compiles before the first call with new shapes, and waits until all have: collectives wait less long, gloo half a
@@ -142,13 +153,13 @@ def compiled_together(function: Any) -> Callable[..., Any]:
         return function
     seen: set[tuple[tuple[int, ...], ...]] = set()
 
-    def call(*arguments: Any) -> Any:
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves((arguments, named)))
         if shapes not in seen:
-            function.lower(*arguments).compile()
+            function.lower(*arguments, **named).compile()
             wait_for_all()
             seen.add(shapes)
-        return function(*arguments)
+        return function(*arguments, **named)
 
     return call
 

@@ -8,18 +8,18 @@ a layer at a time instead, for meshes without a pipeline.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from jax import lax
+from jax.typing import DTypeLike
 
 from glm_jax.parallel import partition
+from glm_jax.types import Tree
 
 Array = jax.Array
-Tree = Any
 
 
-def gather(params: Tree, specs: Tree, dtype: Any) -> Tree:
+def gather(params: Tree, specs: Tree, dtype: DTypeLike) -> Tree:
     """Cast this device's shards of master params to the compute dtype and gather them over `data`.
 
     Args:
@@ -36,11 +36,11 @@ def gather(params: Tree, specs: Tree, dtype: Any) -> Tree:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_layer(shard: Array, dimension: int, dtype: Any) -> Array:
+def _gather_layer(shard: Array, dimension: int, dtype: DTypeLike) -> Array:
     return lax.all_gather(shard.astype(dtype), "data", axis=dimension, tiled=True)
 
 
-def _scatter_layer(dimension: int, dtype: Any, shard: Array, gradient: Array) -> tuple[Array]:
+def _scatter_layer(dimension: int, dtype: DTypeLike, shard: Array, gradient: Array) -> tuple[Array]:
     # Autodiff alone would add up in the compute dtype.
     wide = gradient.astype(shard.dtype)
     return (lax.psum_scatter(wide, "data", scatter_dimension=dimension, tiled=True),)
@@ -49,7 +49,7 @@ def _scatter_layer(dimension: int, dtype: Any, shard: Array, gradient: Array) ->
 _gather_layer.defvjp(lambda shard, dimension, dtype: (_gather_layer(shard, dimension, dtype), shard), _scatter_layer)
 
 
-def gather_layer(shards: Tree, specs: Tree, dtype: Any) -> Tree:
+def gather_layer(shards: Tree, specs: Tree, dtype: DTypeLike) -> Tree:
     """Gather one block's weights where they are used, as ZeRO-3 and FSDP do; its vjp sums and scatters gradients.
 
     Args:

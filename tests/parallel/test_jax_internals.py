@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.parallel.jax_internals import varying_axes, with_first_argument, without_first_argument
 
 
 def test_arrays_say_along_which_axes_they_vary() -> None:
-    mesh = meshes.build({"data": 1, "pipeline": 1, "tensor": 1})
+    grid = mesh.build({"data": 1, "pipeline": 1, "tensor": 1})
     seen = {}
 
     def body(split: jax.Array, whole: jax.Array) -> jax.Array:
@@ -17,9 +17,9 @@ def test_arrays_say_along_which_axes_they_vary() -> None:
         for name, array in (("split", split), ("whole", whole), ("marked", marked), ("both", split * marked),
                             ("summed", jax.lax.psum(split, "data"))):  # fmt: skip
             seen[name] = varying_axes(array)
-        return jax.lax.psum(split * marked, mesh.axis_names)
+        return jax.lax.psum(split * marked, grid.axis_names)
 
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P())
+    mapped = jax.shard_map(body, mesh=grid, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P())
     jax.eval_shape(mapped, jnp.ones(2), jnp.ones(2))
     assert seen == {
         "split": {"data"},

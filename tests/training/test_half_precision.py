@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.training.precision import LossScaleConfig
 from glm_jax.training.state import TrainState
 from glm_jax.training.step import controls
@@ -33,7 +33,7 @@ def take(made: Compiled, state: TrainState, poisoned: bool = False) -> tuple[Tra
     batch = make_batch()
     if poisoned:
         batch.loss_mask[0, 4] = np.inf
-    state, metrics = made.train(state, meshes.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
+    state, metrics = made.train(state, mesh.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
     return state, jax.device_get(metrics)
 
 

@@ -10,10 +10,10 @@ import pytest
 from glm_jax.config import default_config, resolve, source
 from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.training.evaluation import HeldOut
 
-ONE_DEVICE: dict[str, int] = dict.fromkeys(meshes.AXES, 1)
+ONE_DEVICE: dict[str, int] = dict.fromkeys(mesh.AXES, 1)
 EOS, EOP = 1, 6
 VOCABULARY = 9000
 GOLDEN = 5.626069391634981  # the loss of `nats` over the rows below
@@ -84,7 +84,7 @@ def evaluate(config: Any) -> tuple[dict[str, Any], list[Rows[np.ndarray]]]:
     """Run an evaluation whose losses are `nats`; gives its values and the batches that it asked about."""
     batches: list[Rows[np.ndarray]] = []
 
-    def losses(params: Any, batch: Rows[Any]) -> tuple[np.ndarray, str]:
+    def losses(params: Any, batch: Rows[Any]) -> np.ndarray:
         assert params == "params"
         read = Rows(*(np.asarray(array)[0] for array in batch))
         batches.append(read)
@@ -92,9 +92,9 @@ def evaluate(config: Any) -> tuple[dict[str, Any], list[Rows[np.ndarray]]]:
         made = np.zeros(read.tokens.shape, np.float32)  # [B, S]
         for row, place in zip(*np.nonzero(read.loss_mask), strict=True):
             made[row, place] = nats(int(read.targets[row, place]), int(place))
-        return made, "of no account"
+        return made[None]
 
-    return HeldOut(config, PREPARED, meshes.build(ONE_DEVICE)).losses(losses, "params"), batches
+    return HeldOut(config, PREPARED, mesh.build(ONE_DEVICE)).losses(losses, "params"), batches
 
 
 def name_of(row: np.ndarray) -> str:

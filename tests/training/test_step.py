@@ -16,7 +16,7 @@ from glm_jax.data.rows.rows import Rows
 from glm_jax.engine.bind import EngineConfig, row_weights
 from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.positions import position_terms
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.training import optimizer
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.precision import LossScale, LossScaleConfig
@@ -73,15 +73,15 @@ class Compiled(NamedTuple):
         return self.train(state, self.place(microbatches), controls(self.mesh, LR, shrink, request))
 
     def place(self, microbatches: int) -> dict[str, Any]:
-        return meshes.place(self.mesh, make_batch(), microbatches)
+        return mesh.place(self.mesh, make_batch(), microbatches)
 
 
 @functools.cache
 def compiled_on(cfg: StepConfig, sizes: tuple[int, ...]) -> Compiled:
-    mesh = meshes.build(dict(zip(meshes.AXES, sizes, strict=True)))
-    state = create_state(cfg, mesh)
+    grid = mesh.build(dict(zip(mesh.AXES, sizes, strict=True)))
+    state = create_state(cfg, grid)
     shardings = jax.tree.map(lambda array: array.sharding, state)
-    return Compiled(mesh, *compile_steps(cfg, mesh), jax.device_get(state), shardings)
+    return Compiled(grid, *compile_steps(cfg, grid), jax.device_get(state), shardings)
 
 
 def compiled(cfg: StepConfig, sizes: dict[str, int]) -> Compiled:
@@ -219,7 +219,7 @@ def test_the_shrink_reaches_the_embedding_alone(mesh_sizes: dict[str, int]) -> N
 def test_a_batch_without_a_target_decays_and_moves_nothing_else(mesh_sizes: dict[str, int]) -> None:
     made = compiled(CONFIG, mesh_sizes)
     batch = make_batch()._replace(loss_mask=np.zeros((8, 16), np.float32))
-    state, metrics = made.train(made.state(), meshes.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
+    state, metrics = made.train(made.state(), mesh.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
     assert metrics["grad_norm"] == 0 and metrics["skipped"] == 0 and not metrics["sums"].targets.any()
     before, after = made.start.params["embedding"]["word"], jax.device_get(state.params)["embedding"]["word"]
     np.testing.assert_allclose(after, before * (1 - LR * 0.1), rtol=1e-5)
