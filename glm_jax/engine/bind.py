@@ -1,4 +1,4 @@
-"""Where GLM meets the pipeline: its embed, block and head bound as the pipeline's functions."""
+"""Binds GLM's embed, block and head as the functions that the pipeline runs."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ Normalization = Literal["tokens", "microbatch"]
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """All that gradients depend on besides arrays and the mesh; hashable."""
+    """Everything gradients depend on besides arrays and the mesh; hashable."""
 
     model: GLMConfig
-    num_tokens: int  # real rows of the padded vocabulary; the rest never gets probability
-    objectives: int  # how many a row's `objective` may name
+    num_tokens: int  # real rows of the padded vocabulary; the rest get no probability
+    objectives: int  # how many there are for a row's `objective`
     compute: str = "float32"  # dtype of weights and activations
     schedule: str = "1f1b"
     keep: Keep = "layer"
     normalization: Normalization = "tokens"
-    shrink_logits: bool = False  # the embedding gradient shrink on the head's path, too
-    zero: Literal[1, 3] = 1  # 3: the blocks' weights, too, stay split over `data`, gathered a layer at a time
+    shrink_logits: bool = False  # apply the embedding gradient shrink on the head's path too
+    zero: Literal[1, 3] = 1  # 3: the blocks' weights also stay split over `data`, gathered one layer at a time
 
 
 class Batch(NamedTuple):
-    """What the pipeline hands to the functions: rows, and which of the global batch they are."""
+    """What the pipeline passes to the functions: rows, and their numbers in the global batch."""
 
     rows: Rows[Array]
-    number: Array  # int32 [B]; dropout draws by it
+    number: Array  # int32 [B]; the dropout keys follow from it
 
 
 class Sums(NamedTuple):
@@ -57,7 +57,7 @@ class Sums(NamedTuple):
 
 
 def loss_metrics(sums: Sums) -> dict[str, float]:
-    """Turn sums by objective into `loss` and `loss/<objective>`, nats a target token; absent objectives stay out."""
+    """Turn sums by objective into `loss` and `loss/<objective>`, nats a target token; leave out absent objectives."""
     losses, targets = np.asarray(sums.loss, np.float64), np.asarray(sums.targets, np.float64)
     metrics = {"loss": float(losses.sum() / max(targets.sum(), 1.0))}
     for name, loss, count in zip(OBJECTIVES, losses, targets, strict=True):
@@ -67,10 +67,10 @@ def loss_metrics(sums: Sums) -> dict[str, float]:
 
 
 def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microbatches: int, length: int) -> None:
-    """Check that the model and the batch can be laid over the mesh.
+    """Check that the model and the batch fit the mesh.
 
     Raises:
-        UserError: naming the axis, the number and the nearest that work.
+        UserError: names the axis, the number and the nearest that work.
     """
     sizes, glm = dict(mesh.shape), cfg.model
     if glm.num_layers < sizes["pipeline"]:
@@ -109,7 +109,7 @@ def state_specs(cfg: GLMConfig, mesh: jax.sharding.Mesh) -> Tree:
 def functions(
     cfg: EngineConfig, axis: ShardedAxis, specs: Tree, key: Array | None, shrink: Array | None
 ) -> run.Functions:
-    """Bind GLM to the engine.
+    """Bind GLM as the pipeline's functions.
 
     Args:
         cfg: static.
@@ -155,7 +155,7 @@ def token_losses(
 def row_weights(cfg: EngineConfig, counts: Array) -> Array:
     """Return the factor of each row's summed loss before the global normaliser, for its target tokens `counts`.
 
-    `tokens` weighs every target token alike. `microbatch` weighs every row alike, as the reference does: it takes the
-    mean of each microbatch, of one row, and the mean of these.
+    `tokens` weighs every target token alike. `microbatch` weighs every row alike, like the reference, which takes the
+    mean over each microbatch of one row, then the mean of these means.
     """
     return jnp.ones_like(counts) if cfg.normalization == "tokens" else 1.0 / jnp.maximum(counts, 1.0)

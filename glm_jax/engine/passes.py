@@ -1,4 +1,4 @@
-"""Passes over a batch on a mesh: losses, and gradients of their mean, in one shard_map each."""
+"""Passes over a batch on a mesh: losses, or gradients of their mean, each in one shard_map."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from glm_jax.types import Tree
 
 
 class Gradients(NamedTuple):
-    """What one pass over a global batch gives."""
+    """The result of one pass over a global batch."""
 
-    gradients: Tree  # of the mean loss, float32, laid out as the master params
+    gradients: Tree  # of the mean loss, float32, laid out like the master params
     sums: Sums
-    activation_rms: Array  # float32 [L padded], of the residual stream after each layer, over the rows' places
-    executed: Array  # int32 [data, P, tensor, 2]: block runs of each device in forward and in backward slots
+    activation_rms: Array  # float32 [L padded], root mean square of the residual stream after each layer
+    executed: Array  # int32 [data, P, tensor, 2]: each device's block runs in forward and in backward slots
 
 
 class _Layout(NamedTuple):
-    """What a pass over a batch follows from besides arrays."""
+    """How a batch and a model are laid out for a pass."""
 
     specs: Tree
     table: schedule.Schedule
@@ -50,7 +50,7 @@ def _layout(cfg: EngineConfig, mesh: jax.sharding.Mesh, rows: Rows[Array]) -> _L
 
 
 def _split(tree: Tree) -> tuple[Tree, Tree]:
-    """Part what embedding and head use from the blocks."""
+    """Split what embedding and head use from the blocks."""
     return {name: tree[name] for name in tree if name != "blocks"}, tree["blocks"]
 
 
@@ -77,16 +77,16 @@ def value_and_grad(
     shrink: ArrayLike | None = None,
     loss_scale: ArrayLike = 1.0,
 ) -> Gradients:
-    """Return loss sums and the gradients of the mean loss over a global batch, under the mesh's parallelism.
+    """Return loss sums and the gradients of the mean loss over a global batch, computed in parallel on the mesh.
 
     Args:
         cfg: static.
-        mesh: see `check` for what it must divide.
-        params: float32 master params, blocks padded to the stages (`partition.pad_layers`).
+        mesh: see `bind.check` for what it must divide.
+        params: float32 master params, their blocks padded to the stages (`partition.pad_layers`).
         rows: the global batch, arrays [M, B/M, ...].
-        key: dropout key of the step; row b of the global batch draws as the b-th row does in `model.apply`.
+        key: the step's dropout key; row b of the global batch draws what row b draws in `model.apply`.
         shrink: alpha of the embedding gradient shrink.
-        loss_scale: the loss is multiplied by it inside; the gradients are divided by it.
+        loss_scale: multiplies the loss inside; the returned gradients are divided by it.
     """
     layout = _layout(cfg, mesh, rows)
 

@@ -1,6 +1,6 @@
-"""What the pipeline takes from jax beyond its documentation; the test beside it says what is expected of it.
+"""Undocumented parts of jax that the pipeline uses; tests/parallel/test_jax_internals.py states what they must do.
 
-A new version of jax may change any of them. When one does, this file and its test are all that has to follow.
+A new version of jax may change any of them. Then only this file and its test need to change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def varying_axes(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
 def without_first_argument(pull: Tree) -> Tree:
     """Return a vjp function that no longer holds the first argument it was linearised at.
 
-    As a pytree it has the residuals alone then. `with_first_argument` makes it callable again.
+    As a pytree it then has only the residuals. `with_first_argument` makes it callable again.
     """
     pull.args_res[0] = None
     return pull

@@ -142,8 +142,8 @@ def build(name: str, stages: int, microbatches: int) -> Schedule:
 def check(schedule: Schedule) -> None:
     """Prove that a table can run.
 
-    Every stage runs every microbatch forward once and backward once, one job a slot. Each input is made exactly one tick
-    before it is needed. No stashed input is overwritten before its backward has read it.
+    Every stage runs every microbatch forward once and backward once, one job a slot. Each input is made exactly one
+    tick before it is needed. No stashed input is overwritten before its backward has read it.
 
     Raises:
         ValueError: names the first broken rule, the stage and the microbatch.
