@@ -1,4 +1,4 @@
-"""Prompts with blanks: what is filled, in what order, what stays, and what is refused."""
+"""Prompts with blanks: what is filled, in which order, what stays, and what is refused."""
 
 from typing import Any
 

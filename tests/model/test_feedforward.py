@@ -1,4 +1,4 @@
-"""GELU and its derivative, which are ours, against Python's own erfc."""
+"""Our GELU and its derivative, against Python's erfc."""
 
 import math
 

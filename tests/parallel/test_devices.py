@@ -1,4 +1,4 @@
-"""What devices can do, and the memory in use."""
+"""The peak rate of devices, and the memory in use."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""The embedding gradient shrink on both paths of the tied embedding, against jax.grad with the paths told apart."""
+"""The embedding gradient shrink on both paths of the tied embedding, against jax.grad of each path alone."""
 
 import dataclasses
 from typing import Any
@@ -39,7 +39,7 @@ def make_batch() -> Rows[np.ndarray]:
 
 
 def by_path(params: Any, batch: Rows[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Return the word embedding's gradient through the input and through the head, as of two matrices."""
+    """Return the word embedding's gradients through the input and through the head, as if these were two matrices."""
 
     def mean_loss(entry: jax.Array, tied: jax.Array) -> jax.Array:
         below, above = ({**params, "embedding": {**params["embedding"], "word": word}} for word in (entry, tied))
