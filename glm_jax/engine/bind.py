@@ -15,7 +15,7 @@ from glm_jax.data.rows.rows import Rows
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.layers import row_keys
-from glm_jax.model.positions import position_terms
+from glm_jax.model.positions import PositionTerms, position_terms
 from glm_jax.parallel import partition, tensor, zero
 from glm_jax.parallel.mesh import check_divides, nearest
 from glm_jax.parallel.pipeline import run
@@ -25,6 +25,7 @@ from glm_jax.types import Tree
 
 Array = jax.Array
 Normalization = Literal["tokens", "microbatch"]
+Terms = tuple[model.Visibility, PositionTerms, Array | None]  # what the blocks share; the last are dropout keys [B]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,8 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
     if cfg.zero == 3 and (sizes["pipeline"] > 1 or cfg.keep == "all"):
         what = f"mesh.pipeline={sizes['pipeline']}" if sizes["pipeline"] > 1 else "pipeline.stash=all"
         raise UserError(
-            f"mesh.zero=3 gathers each layer's weights in every slot and does not go with {what}: use mesh.zero=1, or "
-            "mesh.pipeline=1 and pipeline.stash=layer"
+            f"mesh.zero=3 gathers each layer's weights in every slot and cannot be combined with {what}: use "
+            "mesh.zero=1, or mesh.pipeline=1 and pipeline.stash=layer"
         )
     check_divides(
         sizes,
@@ -124,12 +125,12 @@ def functions(
         rows = row_keys(key, batch.number)  # [B]
         return transformer.embed(glm, outer, batch.rows.tokens, batch.rows.positions, shrink, rows, axis)  # [B, S, D]
 
-    def prepare(batch: Batch) -> Tree:
+    def prepare(batch: Batch) -> Terms:
         rows = batch.rows
         terms = position_terms(glm, rows.positions, jnp.dtype(cfg.compute))
         return model.Visibility(rows.segments, rows.context), terms, row_keys(key, batch.number)
 
-    def block(weights: Tree, x: Array, terms: Tree, layer: Array) -> Array:
+    def block(weights: Tree, x: Array, terms: Terms, layer: Array) -> Array:
         allowed, positions, rows = terms
         if cfg.zero == 3:
             weights = zero.gather_layer(weights, specs["blocks"], cfg.compute)

@@ -81,7 +81,7 @@ def value_and_grad(
 
     Args:
         cfg: static.
-        mesh: see `bind.check` for what it must divide.
+        mesh: one that passes `bind.check`.
         params: float32 master params, their blocks padded to the stages (`partition.pad_layers`).
         rows: the global batch, arrays [M, B/M, ...].
         key: the step's dropout key; row b of the global batch draws what row b draws in `model.apply`.

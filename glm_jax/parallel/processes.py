@@ -69,7 +69,7 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
         raise UserError(f"--process={index} of --processes={count}: they count from 0 to {count - 1}")
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
         raise UserError(
-            f"--coordinator={coordinator} is not HOST:PORT: name the host of process 0 and a free port of it"
+            f"--coordinator={coordinator} is not HOST:PORT: name the host of process 0 and a free port on it"
         )
     flag = f"--xla_cpu_collective_timeout_seconds={max(1, round(timeout))}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
@@ -80,7 +80,7 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
     except (RuntimeError, ValueError) as error:
         where = coordinator or "the address that the scheduler gives"
         raise UserError(
-            f"the processes did not find one another at {where} ({_short(error)}): are all started?"
+            f"the processes did not find one another at {where} ({_short(error)}): have all of them started?"
         ) from error
     _exit_on_abort()
 

@@ -74,7 +74,7 @@ class Run:
         if config.train.wandb:
             import_wandb()  # report a missing package before the work begins
         for step, _ in config.interventions:
-            build(interventions.effective(config, step))  # report one that does not fit now, not at its step
+            build(interventions.effective(config, step))  # refuse one that does not fit now, not at its step
         self.config, self.workdir, self._optimizer = config, workdir, optimizer
         self._say = say if processes.is_first() else lambda line: None
         prepared = ready(config, workdir, self._say)

@@ -186,9 +186,9 @@ def test_a_prompt_fits_to_the_last_place(asked: list[dict[str, Any]]) -> None:
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("prompt, said", [("", "empty"), (" \n", "empty"), ("a\ud800", "UTF-8"), ("\udfff", "UTF-8")])
-def test_prompts_without_text_or_with_half_a_character_are_refused(prompt: str, said: str) -> None:
-    with pytest.raises(fill.UserError, match=said) as raised:
+@pytest.mark.parametrize("prompt, words", [("", "empty"), (" \n", "empty"), ("a\ud800", "UTF-8"), ("\udfff", "UTF-8")])
+def test_prompts_without_text_or_with_half_a_character_are_refused(prompt: str, words: str) -> None:
+    with pytest.raises(fill.UserError, match=words) as raised:
         fill.fill(MODEL, "params", LETTERS, prompt)
     assert "\n" not in str(raised.value)
 

@@ -49,10 +49,10 @@ def test_the_nearest_divisor_is_named() -> None:
         mesh.resolve({"data": -1, "pipeline": 5, "tensor": 1}, 8)
     quantities = [("data", "rows", 12), ("tensor", "heads", 10)]
     mesh.check_divides({"data": 6, "tensor": 10}, quantities)
-    for size, told in ((4, "2 or 5"), (6, "5 or 10"), (11, "10"), (3, "2 or 5")):
+    for size, nearest in ((4, "2 or 5"), (6, "5 or 10"), (11, "10"), (3, "2 or 5")):
         with pytest.raises(UserError) as raised:
             mesh.check_divides({"data": 12, "tensor": size}, quantities)
-        assert str(raised.value) == f"mesh.tensor={size} does not divide heads (10): {told} would"
+        assert str(raised.value) == f"mesh.tensor={size} does not divide heads (10): {nearest} would"
 
 
 class Device(NamedTuple):
@@ -95,8 +95,8 @@ def abstract(*shape: int) -> Any:
             {},
             r"mesh.pipeline x mesh.tensor=3 does not divide the padded vocabulary \(64\): 2 or 4 would, or a",
         ),
-        ((1, 2, 1), {"zero": 3}, "mesh.zero=3 .* does not go with mesh.pipeline=2"),
-        ((1, 1, 1), {"zero": 3, "keep": "all"}, "mesh.zero=3 .* does not go with pipeline.stash=all"),
+        ((1, 2, 1), {"zero": 3}, "mesh.zero=3 .* cannot be combined with mesh.pipeline=2"),
+        ((1, 1, 1), {"zero": 3, "keep": "all"}, "mesh.zero=3 .* cannot be combined with pipeline.stash=all"),
     ],
 )
 def test_a_mesh_that_the_model_does_not_fit_is_refused(shape: tuple, changes: dict, message: str) -> None:
