@@ -5,6 +5,7 @@ lint:  ## a first answer, in fifteen seconds or so
 	ruff check .
 	ruff format --check .
 	pyright
+	pyright -p pyright-strict.json
 	lint-imports
 
 test-fast:  ## a second one, in ninety: every room

@@ -8,12 +8,12 @@ The front door in Python, without the command line:
     for step in run.steps():
         print(step.number, step.loss)
 
-docs/library.md shows more. Nothing of JAX is imported before it is needed.
+docs/library.md shows more. JAX is imported only when it is needed.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,20 +36,20 @@ def load(
     *,
     optimizer: optax.GradientTransformation | None = None,
     say: Callable[[str], None] = print,
-    **overrides: Any,
+    **overrides: object,
 ) -> Run:
-    """Return the run of an experiment: its data prepared, standing at its newest checkpoint or at the start.
+    """Return the run of an experiment, with its data prepared, at its newest checkpoint or at the start.
 
     Args:
         experiment: a name such as `quickstart`, a file, what its `get_config()` returns, or a resolved `Experiment`.
-        workdir: the folder that holds what the run makes, as `--workdir`; None for a temporary one, which goes when
-            the run is closed.
-        optimizer: any transformation of optax, in place of the experiment's AdamW.
-        say: told one line at a time what is done.
+        workdir: the folder for everything the run makes, like `--workdir`; None for a temporary one, which is deleted
+            when the run is closed.
+        optimizer: any optax transformation, to replace the experiment's AdamW.
+        say: called with one line for each thing done.
         overrides: values by dotted key: `**{"train.steps": 20}`.
 
     Raises:
-        UserError: an experiment, key or value that cannot be, or data and devices that do not fit.
+        UserError: the experiment, a key or a value is invalid, or data and devices do not fit.
     """
     import atexit
     import tempfile
@@ -72,11 +72,11 @@ def load(
     if temporary:
         run.closing.callback(temporary.cleanup)
     living = weakref.ref(run)
-    atexit.register(lambda: (left := living()) and left.close())  # nothing is lost with a run that was not closed
+    atexit.register(lambda: (left := living()) and left.close())  # a run left open must not lose what it saves
     return run
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         import importlib.metadata
 

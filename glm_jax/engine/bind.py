@@ -1,9 +1,9 @@
-"""Where GLM meets the pipeline: its embed, block and head bound as the pipeline's functions."""
+"""Binds GLM's embed, block and head as the functions that the pipeline runs."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,37 +15,39 @@ from glm_jax.data.rows.rows import Rows
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.layers import row_keys
-from glm_jax.model.positions import position_terms
+from glm_jax.model.positions import PositionTerms, position_terms
 from glm_jax.parallel import partition, tensor, zero
 from glm_jax.parallel.mesh import check_divides, nearest
 from glm_jax.parallel.pipeline import run
 from glm_jax.parallel.pipeline.stage import Keep
 from glm_jax.parallel.tensor import ShardedAxis
+from glm_jax.types import Tree
 
 Array = jax.Array
 Normalization = Literal["tokens", "microbatch"]
+Terms = tuple[model.Visibility, PositionTerms, Array | None]  # what the blocks share; the last are dropout keys [B]
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """All that gradients depend on besides arrays and the mesh; hashable."""
+    """Everything gradients depend on besides arrays and the mesh; hashable."""
 
     model: GLMConfig
-    num_tokens: int  # real rows of the padded vocabulary; the rest never gets probability
-    objectives: int  # how many a row's `objective` may name
+    num_tokens: int  # real rows of the padded vocabulary; the rest get no probability
+    objectives: int  # how many there are for a row's `objective`
     compute: str = "float32"  # dtype of weights and activations
     schedule: str = "1f1b"
     keep: Keep = "layer"
     normalization: Normalization = "tokens"
-    shrink_logits: bool = False  # the embedding gradient shrink on the head's path, too
-    zero: Literal[1, 3] = 1  # 3: the blocks' weights, too, stay split over `data`, gathered a layer at a time
+    shrink_logits: bool = False  # apply the embedding gradient shrink on the head's path too
+    zero: Literal[1, 3] = 1  # 3: the blocks' weights also stay split over `data`, gathered one layer at a time
 
 
 class Batch(NamedTuple):
-    """What the pipeline hands to the functions: rows, and which of the global batch they are."""
+    """What the pipeline passes to the functions: rows, and their numbers in the global batch."""
 
     rows: Rows[Array]
-    number: Array  # int32 [B]; dropout draws by it
+    number: Array  # int32 [B]; the dropout keys follow from it
 
 
 class Sums(NamedTuple):
@@ -56,7 +58,7 @@ class Sums(NamedTuple):
 
 
 def loss_metrics(sums: Sums) -> dict[str, float]:
-    """Turn sums by objective into `loss` and `loss/<objective>`, nats a target token; absent objectives stay out."""
+    """Turn sums by objective into `loss` and `loss/<objective>`, nats a target token; leave out absent objectives."""
     losses, targets = np.asarray(sums.loss, np.float64), np.asarray(sums.targets, np.float64)
     metrics = {"loss": float(losses.sum() / max(targets.sum(), 1.0))}
     for name, loss, count in zip(OBJECTIVES, losses, targets, strict=True):
@@ -66,10 +68,10 @@ def loss_metrics(sums: Sums) -> dict[str, float]:
 
 
 def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microbatches: int, length: int) -> None:
-    """Check that the model and the batch can be laid over the mesh.
+    """Check that the model and the batch fit the mesh.
 
     Raises:
-        UserError: naming the axis, the number and the nearest that work.
+        UserError: names the axis, the number and the nearest that work.
     """
     sizes, glm = dict(mesh.shape), cfg.model
     if glm.num_layers < sizes["pipeline"]:
@@ -80,8 +82,8 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
     if cfg.zero == 3 and (sizes["pipeline"] > 1 or cfg.keep == "all"):
         what = f"mesh.pipeline={sizes['pipeline']}" if sizes["pipeline"] > 1 else "pipeline.stash=all"
         raise UserError(
-            f"mesh.zero=3 gathers each layer's weights in every slot and does not go with {what}: use mesh.zero=1, or "
-            "mesh.pipeline=1 and pipeline.stash=layer"
+            f"mesh.zero=3 gathers each layer's weights in every slot and cannot be combined with {what}: use "
+            "mesh.zero=1, or mesh.pipeline=1 and pipeline.stash=layer"
         )
     check_divides(
         sizes,
@@ -100,15 +102,15 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
         )
 
 
-def state_specs(cfg: GLMConfig, mesh: jax.sharding.Mesh) -> Any:
+def state_specs(cfg: GLMConfig, mesh: jax.sharding.Mesh) -> Tree:
     """Return the PartitionSpecs of master params, gradients and each moment."""
     return partition.state_specs(model.logical_axes(cfg), cfg.hidden_size, mesh.shape["data"])
 
 
 def functions(
-    cfg: EngineConfig, axis: ShardedAxis, specs: Any, key: Array | None, shrink: Array | None
+    cfg: EngineConfig, axis: ShardedAxis, specs: Tree, key: Array | None, shrink: Array | None
 ) -> run.Functions:
-    """Bind GLM to the engine.
+    """Bind GLM as the pipeline's functions.
 
     Args:
         cfg: static.
@@ -119,22 +121,22 @@ def functions(
     """
     glm = cfg.model
 
-    def embed(outer: Any, batch: Batch) -> Array:
+    def embed(outer: Tree, batch: Batch) -> Array:
         rows = row_keys(key, batch.number)  # [B]
         return transformer.embed(glm, outer, batch.rows.tokens, batch.rows.positions, shrink, rows, axis)  # [B, S, D]
 
-    def prepare(batch: Batch) -> Any:
+    def prepare(batch: Batch) -> Terms:
         rows = batch.rows
         terms = position_terms(glm, rows.positions, jnp.dtype(cfg.compute))
         return model.Visibility(rows.segments, rows.context), terms, row_keys(key, batch.number)
 
-    def block(weights: Any, x: Array, terms: Any, layer: Array) -> Array:
+    def block(weights: Tree, x: Array, terms: Terms, layer: Array) -> Array:
         allowed, positions, rows = terms
         if cfg.zero == 3:
             weights = zero.gather_layer(weights, specs["blocks"], cfg.compute)
         return transformer.block(glm, weights, x, allowed, positions, layer, rows, axis=axis)[0]  # [B, S, D]
 
-    def head(outer: Any, x: Array, batch: Batch) -> tuple[Array, Sums]:
+    def head(outer: Tree, x: Array, batch: Batch) -> tuple[Array, Sums]:
         losses = token_losses(cfg, axis, outer, x, batch.rows, shrink if cfg.shrink_logits else None)  # [B, S]
         of_objective = jax.nn.one_hot(batch.rows.objective, cfg.objectives, dtype=losses.dtype)  # [B, O]
         rows, counts = losses.sum(-1), batch.rows.loss_mask.sum(-1)  # [B] both
@@ -144,7 +146,7 @@ def functions(
 
 
 def token_losses(
-    cfg: EngineConfig, axis: ShardedAxis, outer: Any, x: Array, rows: Rows[Array], shrink: Array | None = None
+    cfg: EngineConfig, axis: ShardedAxis, outer: Tree, x: Array, rows: Rows[Array], shrink: Array | None = None
 ) -> Array:
     """Return the loss in nats of every target token, 0 elsewhere: x [B, S, D] -> float32 [B, S]."""
     logits = transformer.head(cfg.model, outer, x, axis, shrink)  # [B, S, V / shards]
@@ -154,7 +156,7 @@ def token_losses(
 def row_weights(cfg: EngineConfig, counts: Array) -> Array:
     """Return the factor of each row's summed loss before the global normaliser, for its target tokens `counts`.
 
-    `tokens` weighs every target token alike. `microbatch` weighs every row alike, as the reference does: it takes the
-    mean of each microbatch, of one row, and the mean of these.
+    `tokens` weighs every target token alike. `microbatch` weighs every row alike, like the reference, which takes the
+    mean over each microbatch of one row, then the mean of these means.
     """
     return jnp.ones_like(counts) if cfg.normalization == "tokens" else 1.0 / jnp.maximum(counts, 1.0)

@@ -1,9 +1,9 @@
-"""From an experiment to its model on a mesh."""
+"""Turns an experiment into its model on a mesh."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 
@@ -12,7 +12,7 @@ from glm_jax.config.data import OBJECTIVES
 from glm_jax.engine import bind
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
-from glm_jax.parallel.mesh import AXES, REST
+from glm_jax.parallel.mesh import AXES, REST, Device
 from glm_jax.parallel.mesh import build as build_mesh
 
 
@@ -24,20 +24,19 @@ class Engine(NamedTuple):
 
 
 def build(
-    experiment: Experiment, pieces: int = 1, devices: Sequence[Any] | None = None, *, abstract: bool = False
+    experiment: Experiment, pieces: int = 1, devices: Sequence[Device] | None = None, *, abstract: bool = False
 ) -> Engine:
-    """Lay an experiment's model and batch over its mesh, and check that they fit.
+    """Build an experiment's mesh and engine config, and check that model and batch fit the mesh.
 
     Args:
-        experiment: its sections model, mesh, pipeline, train and data say all.
-        pieces: of the tokenizer. 1 while there is none, to check: what divides the smallest vocabulary divides every
-            other.
-        devices: jax devices; all that there are, by default.
-        abstract: without devices, to know shapes and shardings or to compile ahead of time; the mesh is then an
-            AbstractMesh.
+        experiment: the sections model, mesh, pipeline, train and data are used.
+        pieces: of the tokenizer. To check an experiment that has no tokenizer yet, use 1: what divides the smallest
+            padded vocabulary divides every other.
+        devices: jax devices; by default all of them.
+        abstract: use an AbstractMesh, without devices, to find shapes and shardings or to compile ahead of time.
 
     Raises:
-        UserError: too few devices, a size that does not divide, or an abstract mesh with a size of -1.
+        UserError: there are too few devices, a size does not divide, or an abstract mesh has a size of -1.
     """
     sizes = experiment.mesh.sizes()
     mesh = _abstract(sizes) if abstract else build_mesh(sizes, devices)
@@ -61,4 +60,4 @@ def _abstract(sizes: dict[str, int]) -> jax.sharding.Mesh:
     if REST in sizes.values():
         raise UserError(f"a mesh size of {REST} depends on the devices: give a number, such as --config.mesh.data=1")
     mesh = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
-    return cast(jax.sharding.Mesh, mesh)  # it has the shape and the axes, which is what specs need
+    return cast(jax.sharding.Mesh, mesh)  # it has the shape and the axes, which is all that specs need

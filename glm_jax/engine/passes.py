@@ -1,33 +1,35 @@
-"""Passes over a batch on a mesh: losses, and gradients of their mean, in one shard_map each."""
+"""Passes over a batch on a mesh: losses, or gradients of their mean, each in one shard_map."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from glm_jax.data.rows.rows import Rows
 from glm_jax.engine.bind import Array, Batch, EngineConfig, Sums, functions, row_weights, state_specs, token_losses
 from glm_jax.parallel import partition, zero
 from glm_jax.parallel.pipeline import run, schedule
 from glm_jax.parallel.tensor import ShardedAxis
+from glm_jax.types import Tree
 
 
 class Gradients(NamedTuple):
-    """What one pass over a global batch gives."""
+    """The result of one pass over a global batch."""
 
-    gradients: Any  # of the mean loss, float32, laid out as the master params
+    gradients: Tree  # of the mean loss, float32, laid out like the master params
     sums: Sums
-    activation_rms: Array  # float32 [L padded], of the residual stream after each layer, over the rows' places
-    executed: Array  # int32 [data, P, tensor, 2]: block runs of each device in forward and in backward slots
+    activation_rms: Array  # float32 [L padded], root mean square of the residual stream after each layer
+    executed: Array  # int32 [data, P, tensor, 2]: each device's block runs in forward and in backward slots
 
 
 class _Layout(NamedTuple):
-    """What a pass over a batch follows from besides arrays."""
+    """How a batch and a model are laid out for a pass."""
 
-    specs: Any
+    specs: Tree
     table: schedule.Schedule
     axis: ShardedAxis
     batch: Batch
@@ -47,12 +49,12 @@ def _layout(cfg: EngineConfig, mesh: jax.sharding.Mesh, rows: Rows[Array]) -> _L
     )
 
 
-def _split(tree: Any) -> tuple[Any, Any]:
-    """Part what embedding and head use from the blocks."""
+def _split(tree: Tree) -> tuple[Tree, Tree]:
+    """Split what embedding and head use from the blocks."""
     return {name: tree[name] for name in tree if name != "blocks"}, tree["blocks"]
 
 
-def _weights(cfg: EngineConfig, params: Any, specs: Any) -> run.Weights:
+def _weights(cfg: EngineConfig, params: Tree, specs: Tree) -> run.Weights:
     outer, blocks = (
         zero.gather(part, part_specs, cfg.compute)
         for part, part_specs in zip(_split(params), _split(specs), strict=True)
@@ -60,7 +62,7 @@ def _weights(cfg: EngineConfig, params: Any, specs: Any) -> run.Weights:
     return run.Weights(outer, params["blocks"] if cfg.zero == 3 else blocks)
 
 
-def _reduce(cfg: EngineConfig, sums: run.Weights, specs: Any) -> Any:
+def _reduce(cfg: EngineConfig, sums: run.Weights, specs: Tree) -> Tree:
     outer_specs, block_specs = _split(specs)
     blocks = zero.reduce(sums.blocks, block_specs, scattered=cfg.zero == 3)
     return {**zero.reduce(sums.outer, outer_specs), "blocks": blocks}
@@ -69,26 +71,26 @@ def _reduce(cfg: EngineConfig, sums: run.Weights, specs: Any) -> Any:
 def value_and_grad(
     cfg: EngineConfig,
     mesh: jax.sharding.Mesh,
-    params: Any,
+    params: Tree,
     rows: Rows[Array],
     key: Array | None = None,
-    shrink: Array | float | None = None,
-    loss_scale: Array | float = 1.0,
+    shrink: ArrayLike | None = None,
+    loss_scale: ArrayLike = 1.0,
 ) -> Gradients:
-    """Return loss sums and the gradients of the mean loss over a global batch, under the mesh's parallelism.
+    """Return loss sums and the gradients of the mean loss over a global batch, computed in parallel on the mesh.
 
     Args:
         cfg: static.
-        mesh: see `check` for what it must divide.
-        params: float32 master params, blocks padded to the stages (`partition.pad_layers`).
+        mesh: one that passes `bind.check`.
+        params: float32 master params, their blocks padded to the stages (`partition.pad_layers`).
         rows: the global batch, arrays [M, B/M, ...].
-        key: dropout key of the step; row b of the global batch draws as the b-th row does in `model.apply`.
+        key: the step's dropout key; row b of the global batch draws what row b draws in `model.apply`.
         shrink: alpha of the embedding gradient shrink.
-        loss_scale: the loss is multiplied by it inside; the gradients are divided by it.
+        loss_scale: multiplies the loss inside; the returned gradients are divided by it.
     """
     layout = _layout(cfg, mesh, rows)
 
-    def local(params: Any, batch: Batch, extras: Any) -> Gradients:
+    def local(params: Tree, batch: Batch, extras: Tree) -> Gradients:
         key, shrink, loss_scale = extras
         counts = batch.rows.loss_mask.sum(-1)  # [M, B]
         total = lax.psum((counts * row_weights(cfg, counts)).sum(), "data")  # target tokens, or rows with any
@@ -109,22 +111,22 @@ def value_and_grad(
 
     wide = jnp.promote_types(cfg.compute, jnp.float32)
     in_specs = (layout.specs, layout.batch_specs, jax.P())
-    out_specs: Any = (layout.specs, jax.P(), jax.P("pipeline"), jax.P("data", "pipeline", "tensor"))
+    out_specs: Tree = (layout.specs, jax.P(), jax.P("pipeline"), jax.P("data", "pipeline", "tensor"))
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=Gradients(*out_specs))
     return mapped(params, layout.batch, (key, shrink, jnp.asarray(loss_scale, wide)))
 
 
-def losses(cfg: EngineConfig, mesh: jax.sharding.Mesh, params: Any, rows: Rows[Array]) -> Array:
+def losses(cfg: EngineConfig, mesh: jax.sharding.Mesh, params: Tree, rows: Rows[Array]) -> Array:
     """Return the loss in nats of every target token: float32 [M, B/M, S], 0 elsewhere.
 
     Arguments as in `value_and_grad`; no dropout.
     """
     layout = _layout(cfg, mesh, rows)
 
-    def local(params: Any, batch: Batch) -> Array:
+    def local(params: Tree, batch: Batch) -> Array:
         glm = functions(cfg, layout.axis, layout.specs, None, None)
 
-        def head(outer: Any, x: Array, batch: Batch) -> tuple[Array, Array]:
+        def head(outer: Tree, x: Array, batch: Batch) -> tuple[Array, Array]:
             of_tokens = token_losses(cfg, layout.axis, outer, x, batch.rows)  # [B, S]
             return of_tokens.sum(), of_tokens
 

@@ -1,9 +1,9 @@
-"""Token by token: prefill of the context, then a loop over the cache, all in one jitted function."""
+"""Generation token by token: prefill of the context, then a loop over the cache, all in one jitted function."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,17 @@ import numpy as np
 from glm_jax.data.rows.blanks import sample_positions
 from glm_jax.inference.strategies import Sampling
 from glm_jax.model import Cache, GLMConfig, apply_cached, init_cache
+from glm_jax.types import Tree
 
 Array = jax.Array
 
-BUCKET = 64  # rows are padded to a multiple, so that few lengths are compiled
+BUCKET = 64  # rows are padded to a multiple of it, so that few lengths are compiled
 
 
 class _Progress(NamedTuple):
-    tokens: Array  # int32 [T], the row: context, sop, what has been generated
+    tokens: Array  # int32 [T], the row: context, sop, generated tokens
     place: Array  # int32 [], of the newest token
-    logits: Array  # float32 [V], made at it
+    logits: Array  # float32 [V], computed at that token
     cache: Cache
     key: Array
     done: Array  # bool []
@@ -33,10 +34,10 @@ def row_positions(cfg: GLMConfig, length: int, context: int, blank: int, repeats
     Args:
         cfg: the model.
         length: T.
-        context: its tokens; sop stands right after them.
-        blank: the place of the mask that is filled.
-        repeats: True for [MASK] and [sMASK], whose fill keeps the mask's position; False for [gMASK], whose fill goes
-            on counting. The original GLM (learned_2d) always repeats, and counts in the second stream.
+        context: the number of its tokens; sop follows them.
+        blank: the place of the mask to fill.
+        repeats: True for [MASK] and [sMASK], whose fill keeps the mask's position; False for [gMASK], whose fill
+            continues to count. The original GLM (learned_2d) always repeats, and counts in the second stream.
     """
     streams = sample_positions(
         context, np.array([blank]), np.array([length - context]), repeat=repeats or cfg.position == "learned_2d"
@@ -48,7 +49,7 @@ def row_positions(cfg: GLMConfig, length: int, context: int, blank: int, repeats
 def _generate(
     cfg: GLMConfig,
     sampling: Sampling,
-    params: Any,
+    params: Tree,
     tokens: Array,
     positions: Array,
     sop: Array,
@@ -57,7 +58,7 @@ def _generate(
     ends: Array,
     key: Array,
 ) -> tuple[Array, Array]:
-    """Generate after the sop at place `sop` until an end token or place `stop`; gives the row and the newest place.
+    """Generate after the sop at place `sop` until an end token or place `stop`; return the row and the last place.
 
     tokens int32 [T], positions int32 [1, T] or [1, 2, T], banned and ends bool [V].
     """
@@ -89,7 +90,7 @@ def _generate(
 
 def generate(
     cfg: GLMConfig,
-    params: Any,
+    params: Tree,
     context: list[int],
     blank: int,
     *,
@@ -101,17 +102,17 @@ def generate(
     sampling: Sampling,
     key: Array,
 ) -> list[int]:
-    """Generate the fill of one blank (facts of the released generate.py: context, sop, autoregressive rows).
+    """Generate the fill of one blank in the layout of the released generate.py: context, sop, generated tokens.
 
     Args:
         cfg, params: the model.
-        context: tokens with the mask at index `blank`; sop is added here.
+        context: tokens, with the mask at index `blank`; sop is added here.
         blank, repeats: see `row_positions`.
-        sop, ends: special ids; an end token stops and is not part of the result.
-        banned: bool [V], never generated.
-        budget: at most this many tokens.
-        sampling: how each is chosen.
-        key: its randomness.
+        sop, ends: special ids; an end token stops generation and is not returned.
+        banned: bool [V], tokens that are never generated.
+        budget: the largest number of tokens to generate.
+        sampling: how each token is chosen.
+        key: random key for sampling.
 
     Returns:
         The generated tokens.

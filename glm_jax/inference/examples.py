@@ -1,9 +1,9 @@
-"""A few held-out blanks filled, so that a finished run shows what it has learnt."""
+"""Fills a few held-out blanks, so that a finished run shows what it has learnt."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -11,10 +11,11 @@ from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.inference.fill import fill
 from glm_jax.model import GLMConfig
+from glm_jax.types import Tree
 
 CONTEXT = 24  # tokens on each side of the blank
-SPAN = 3  # tokens in the blank, about the mean of the training's spans
-BUDGET = 12  # tokens of a fill at most
+SPAN = 3  # tokens in the blank, about the mean length in training
+BUDGET = 12  # tokens in a fill, at most
 
 
 class Documents(Protocol):
@@ -26,14 +27,14 @@ class Documents(Protocol):
 
 def heldout(
     cfg: GLMConfig,
-    params: Any,
+    params: Tree,
     tokenizer: Tokenizer,
     documents: Mapping[str, Sequence[np.ndarray] | Documents],
     languages: Mapping[str, str],
     count: int = 3,
 ) -> Iterator[str]:
-    """Yield lines: for each source, `count` held-out passages with one blank, the greedy fill and the truth."""
-    side = min(CONTEXT, (cfg.max_length - SPAN - BUDGET) // 4)  # half a row: decoded and encoded again it may grow
+    """Yield lines: for each source, `count` held-out passages with one blank, its greedy fill and the truth."""
+    side = min(CONTEXT, (cfg.max_length - SPAN - BUDGET) // 4)  # half a row: encoded again it may have more tokens
     for source, held_out in documents.items():
         shown = 0
         for index in range(len(held_out)):
@@ -48,7 +49,7 @@ def heldout(
             after = tokenizer.decode(tokens[start + SPAN : start + SPAN + side])
             try:
                 pieces = fill(cfg, params, tokenizer, f"{before}[MASK]{after}", max_tokens=BUDGET)
-            except UserError:  # this passage, spelt again, does not fit a row
+            except UserError:  # encoded again, this passage does not fit a row
                 continue
             shown += 1
             filled = " / ".join(piece.text for piece in pieces if piece.filled)

@@ -1,9 +1,9 @@
-"""Blanks in text: a prompt with [MASK], [sMASK] or [gMASK] in, the filled text out."""
+"""Fills blanks in text: takes a prompt with [MASK], [sMASK] or [gMASK], returns the filled text."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from glm_jax.errors import UserError
 from glm_jax.inference.decode import generate
 from glm_jax.inference.strategies import GREEDY, Sampling
 from glm_jax.model import GLMConfig
+from glm_jax.types import Tree
 
 BLANK = re.compile(r"\[[sg]?MASK\]")
 
@@ -26,7 +27,7 @@ class Piece(NamedTuple):
 
 def fill(
     cfg: GLMConfig,
-    params: Any,
+    params: Tree,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -34,28 +35,22 @@ def fill(
     sampling: Sampling = GREEDY,
     seed: int = 1234,
 ) -> list[Piece]:
-    """Fill every blank of a prompt, the first one first, each fill being context for the next.
+    """Fill every blank of a prompt in turn; each fill is context for the next.
 
-    A prompt without a blank is continued, as if it ended in [gMASK].
+    [MASK] blanks come first, then [sMASK], then [gMASK]. A prompt without a blank is treated as if it ended in [gMASK].
 
     Args:
         cfg, params, tokenizer: the trained model.
         prompt: text with blanks.
-        max_tokens: at most this many tokens a blank.
+        max_tokens: the largest number of tokens in a fill.
         sampling: how tokens are chosen.
-        seed: its randomness.
+        seed: of the sampling.
 
     Raises:
-        UserError: the prompt is empty, or it and the fill do not fit the model's longest row.
+        UserError: the prompt is empty or not valid UTF-8, or prompt and fill do not fit the model's longest row.
     """
-    if not prompt.strip():
-        raise UserError("the prompt is empty: write some text with a [MASK] in it")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError("the prompt is not valid UTF-8: check the encoding of the terminal")
-    if not BLANK.search(prompt):
-        prompt += "[gMASK]"
+    pieces = _split(prompt)
     kinds = {"[MASK]": tokenizer.mask, "[sMASK]": tokenizer.smask, "[gMASK]": tokenizer.gmask}
-    pieces = [Piece(text, False) for text in re.split(f"({BLANK.pattern})", prompt) if text]
     banned = np.arange(cfg.vocab_size) >= tokenizer.size  # [V]
     banned[[*kinds.values(), tokenizer.sop, tokenizer.pad]] = True
     key = jax.random.key(seed)
@@ -85,6 +80,17 @@ def fill(
         )
         pieces[place] = Piece(tokenizer.decode(generated), True)
     return pieces
+
+
+def _split(prompt: str) -> list[Piece]:
+    """Check a prompt and split it at its blanks."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty: write some text with a [MASK] in it")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError("the prompt is not valid UTF-8: check the encoding of the terminal")
+    if not BLANK.search(prompt):
+        prompt += "[gMASK]"
+    return [Piece(text, False) for text in re.split(f"({BLANK.pattern})", prompt) if text]
 
 
 def _is_blank(piece: Piece) -> bool:

@@ -1,13 +1,13 @@
-"""A trained model, opened from the workdir of its run."""
+"""A trained model, opened from a workdir."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.model import GLMConfig
+from glm_jax.types import Tree
 from glm_jax.workdir import folder
 from glm_jax.workdir.checkpoints import load_params
 
@@ -17,7 +17,7 @@ class Model:
     """What generation needs: a config, params on one device, and the tokenizer."""
 
     config: GLMConfig
-    params: Any  # a tree of arrays, as model.init makes them
+    params: Tree  # as model.init returns them
     tokenizer: Tokenizer
 
     @classmethod
@@ -25,7 +25,7 @@ class Model:
         """Open the newest good checkpoint of a workdir.
 
         Raises:
-            UserError: it holds no run, no checkpoint, or none with good params.
+            UserError: the workdir holds no run, no checkpoint, or none with good params.
         """
         workdir = Path(workdir)
         config, tokenizer = folder.read_config(workdir), folder.read_tokenizer(workdir)

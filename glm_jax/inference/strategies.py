@@ -12,12 +12,12 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Sample from the distribution after temperature, top-k and top-p, in this order; temperature 0 is greedy.
+    """Sampling after temperature, top-k and top-p, applied in this order; temperature 0 is greedy.
 
     Attributes:
         temperature: divides the logits.
-        top_k: keep this many tokens; 0 keeps all.
-        top_p: keep the fewest tokens whose probability reaches this, the one that crosses it included; 1 keeps all.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the fewest most likely tokens whose total probability reaches this; 1 keeps all.
     """
 
     temperature: float = 0.0
@@ -35,7 +35,7 @@ class Sampling:
             ordered = jnp.sort(logits, descending=True)  # [V]
         if self.top_p < 1.0:
             probabilities = jax.nn.softmax(ordered)  # [V]
-            before = jnp.cumsum(probabilities) - probabilities  # [V], mass of the tokens above each
+            before = jnp.cumsum(probabilities) - probabilities  # [V], total probability of the tokens above each
             last = jnp.maximum(jnp.sum(before < self.top_p) - 1, 0)
             logits = jnp.where(logits >= ordered[last], logits, -jnp.inf)  # [V]
         return jax.random.categorical(key, logits).astype(jnp.int32)

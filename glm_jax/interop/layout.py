@@ -20,6 +20,7 @@ from glm_jax.model import GLMConfig
 from glm_jax.workdir.checkpoint_format import Index, ParamPath
 
 CHUNK_BYTES = 32 * 2**20  # of float32, the most that is read, turned and written at a time
+SAT_NORMS = ("deepnorm", "post", "pre", "sandwich")
 AXIS_NAMES = {"N": "num_heads", "F": "ffn_size", "V": "vocab_size"}  # the axes that ranks split
 
 
@@ -69,10 +70,13 @@ def rules(cfg: GLMConfig) -> list[Rule]:
     head by head.
 
     Raises:
-        UserError: the model has an embedding norm, for which SAT has no name.
+        UserError: the model has an embedding norm or a norm scheme for which SAT has no names.
     """
     if cfg.embedding_norm:
         raise UserError("official checkpoints have no embedding norm: model.embedding_norm must be off")
+    if cfg.norm not in SAT_NORMS:
+        listed = ", ".join(SAT_NORMS)
+        raise UserError(f"official checkpoints have no norm scheme {cfg.norm!r}: model.norm must be one of {listed}")
     qkv = "CNK" if cfg.position == "learned_2d" else "NCK"
     table = [Rule("transformer.word_embeddings.weight", ("embedding", "word"), "V D", "VD", "V")]
     if cfg.position == "learned_2d":

@@ -25,7 +25,7 @@ from glm_jax.model.visibility import Visibility
 
 Array = jax.Array
 
-LARGESCALE_TENSOR_PARALLEL = 4  # the ranks whose slices the quirk below depends on
+LARGESCALE_TENSOR_PARALLEL = 4  # ranks; the quirk below depends on their slices
 
 
 class LayerCache(NamedTuple):
@@ -39,8 +39,8 @@ class LayerCache(NamedTuple):
 def qkv_stddev(cfg: GLMConfig) -> np.ndarray:
     """Return the standard deviation of each column of the qkv kernel, [N, 3, K].
 
-    `largescale` copies a quirk of the reference training code: it scales each rank's packed rows as if they were
-    [q; k; v] blocks, so that whole heads, not the v rows, get the gain beta.
+    `largescale` copies a quirk of the reference training code, which scales each rank's packed rows as if they were
+    [q; k; v] blocks. So whole heads get the gain beta instead of the v rows.
     """
     heads, width, dim = cfg.num_heads, cfg.hidden_size, cfg.head_dim
     if cfg.initialisation == "normal":
@@ -64,9 +64,9 @@ def output_stddev(cfg: GLMConfig) -> float:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: projections around a core, which lets each query see its keys.
+    """Multi-head self-attention: projections around a core, which mixes the values.
 
-    The first projection is fused: for each head q, k and v side by side, as in GLM-130B.
+    The first projection is fused: q, k and v of each head are side by side, as in GLM-130B.
     """
 
     cfg: GLMConfig
@@ -83,12 +83,12 @@ class Attention(nn.Module):
         dropout_keys: Array | None,
         cache: LayerCache | None,
     ) -> tuple[Array, LayerCache | None]:
-        """x [B, S, D], `allowed` of T keys -> [B, S, D] and the cache with the new keys and values (T = S without).
+        """x [B, S, D], `allowed` of T keys -> [B, S, D] and the cache with the new keys and values.
 
-        `dropout_keys` [B], one a row.
+        Without a cache T = S. `dropout_keys` [B], one a row.
         """
         cfg, dim, width = self.cfg, self.cfg.head_dim, self.cfg.hidden_size
-        members = self.axis.part(cfg.num_heads)  # [N]: the heads that are here
+        members = self.axis.part(cfg.num_heads)  # [N]: the heads of this member
         heads = members.shape[0]
         kernel, bias = Affine(
             (width, heads, 3, dim), ("hidden", "heads", None, None), qkv_stddev(cfg)[:heads], inputs=1, name="qkv"

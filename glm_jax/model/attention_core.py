@@ -1,4 +1,4 @@
-"""Cores of attention: from queries, keys and values to what each query has seen. `reference` has all options."""
+"""Attention cores: from queries, keys and values to the mixed values. `reference` supports every option."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Core(Protocol):
             queries: [B, S, N, K], rotated.
             keys, values: [B, T, N, K], the keys rotated.
             allowed: which of the T keys each query may see.
-            distance: ALiBi's, [B, S, T].
-            layer: int32 [], the index in the whole model.
-            heads: int32 [N], which heads these are.
+            distance: for ALiBi, [B, S, T].
+            layer: int32 [], the layer's index in the whole model.
+            heads: int32 [N], the indices of these heads.
             dropout_keys: [B], one a row.
 
         Returns:
@@ -44,7 +44,7 @@ def reference(
     cfg: GLMConfig, queries: Array, keys: Array, values: Array, allowed: Array | Visibility, distance: Array | None,
     layer: Array, heads: Array, dropout_keys: Array | None,
 ) -> Array:  # fmt: skip
-    """Mix values by the dense softmax of all scores, in any dtype and with every option; see `Core`."""
+    """Mix values by a dense softmax over all scores, in any dtype and with every option; see `Core`."""
     seen = dense(allowed)  # [B, S, T]
     probabilities = attention_probabilities(cfg, queries, keys, seen, distance, layer, heads)  # [B, N, S, T]
     probabilities = dropout(probabilities.astype(values.dtype), cfg.attention_dropout, dropout_keys, heads)
@@ -62,11 +62,12 @@ def attention_probabilities(
 ) -> Array:
     """Return float32 softmax probabilities [B, N, S, T] for queries [B, S, N, K], keys [B, T, N, K], allowed [B, S, T].
 
-    `heads`, int32 [N], says which heads they are.
-    With `score_scaling` the queries are divided by (layer + 1) sqrt(K) before the product in compute dtype, and the
-    float32 scores multiplied by layer + 1 after it (paper section 3.2: float32 softmax). With `pb_relax` alpha the
-    product is divided by alpha, less its largest magnitude, and multiplied by alpha (CogView, arXiv 2105.13290).
-    A query that may see nothing attends evenly to everything.
+    `heads`, int32 [N], are the indices of these heads.
+
+    With `score_scaling` the queries are divided by (layer + 1) sqrt(K) before the product in the compute dtype, and the
+    float32 scores are multiplied by layer + 1 after it (paper section 3.2: float32 softmax). With `pb_relax` alpha the
+    product is divided by alpha, its largest magnitude is subtracted, and the result is multiplied by alpha (CogView,
+    arXiv 2105.13290). A query that may see nothing attends evenly to everything.
     """
     if cfg.pb_relax:
         factor: Array | float = cfg.pb_relax

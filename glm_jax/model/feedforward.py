@@ -19,7 +19,7 @@ Array = jax.Array
 def gelu(x: Array) -> Array:
     """Compute the exact GELU, x times the normal distribution's cdf, of each entry (arXiv 1606.08415).
 
-    Its derivative is written out: jax 0.12.0 cannot differentiate erfc inside a shard_map that tracks varying axes.
+    The derivative is explicit: jax 0.12.0 cannot differentiate erfc inside a shard_map that tracks varying axes.
     """
     return x * normal_cdf(x)
 
@@ -33,12 +33,12 @@ def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
 
 
 def normal_cdf(x: Array) -> Array:
-    """Compute the standard normal distribution's cdf of each entry; erfc keeps the lower tail's digits."""
+    """Compute the standard normal cdf of each entry; erfc keeps the digits of the lower tail."""
     return 0.5 * jax.lax.erfc(-x * 0.5**0.5)
 
 
 def feedforward_stddevs(cfg: GLMConfig) -> tuple[float, float]:
-    """Return the standard deviations of the up kernel (each half is a matrix of its own) and of the down kernel."""
+    """Return the standard deviations of the up kernel (each half counts as one matrix) and of the down kernel."""
     if cfg.initialisation == "normal":
         return NORMAL_STDDEV, NORMAL_STDDEV * (2 * cfg.num_layers) ** -0.5
     gains = depth_coefficients(cfg.norm, cfg.num_layers)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from glm_jax.types import Tree
 
 Array = jax.Array
 
@@ -15,21 +18,21 @@ NORMAL_STDDEV = 0.02  # the original GLM's initialisation
 
 
 class TensorAxis(Protocol):
-    """How sharded matmuls and the sharded vocabulary meet the rest of the model; these defaults are one device's.
+    """How sharded matmuls and the sharded vocabulary join the rest of the model; the defaults are for one device.
 
     A block brackets each pair of matmuls: `enter` before the first (whose output features are sharded), `leave` after
     the second (whose result is a partial sum). parallel/tensor.py has one whose methods are collectives; with it, x
-    between the pairs is a slice of the sequence.
+    between the pairs holds a slice of the sequence.
     """
 
     @property
     def size(self) -> int:
-        """Over how many members the heads, the feed-forward features and the sequence are split."""
+        """The number of members over which the heads, the feed-forward features and the sequence are split."""
         return 1
 
     @property
     def vocab_shards(self) -> int:
-        """Over how many members the rows of the word embedding are split."""
+        """The number of members over which the rows of the word embedding are split."""
         return 1
 
     def part(self, count: int) -> Array:
@@ -45,24 +48,24 @@ class TensorAxis(Protocol):
         return x
 
     def lookup(self, table: Array, tokens: Array) -> Array:
-        """Take rows of the word embedding [V, D] for tokens [B, S] -> [B, S, D]."""
+        """Look up tokens [B, S] in the word embedding [V, D] -> [B, S, D]."""
         return jnp.take(table, tokens, axis=0)
 
 
 class OneDevice(TensorAxis):
-    """No axis at all."""
+    """The axis of a single device: every method does what the default does."""
 
 
 ONE_DEVICE = OneDevice()
 
 
 def at_least_float32(x: Array) -> Array:
-    """Widen to float32; float64 stays."""
+    """Widen to float32; float64 stays as it is."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def row_keys(key: Array | None, rows: Array) -> Array | None:
-    """Return each of `rows`, int32 [B], the dropout key of its own, [B], however the batch is cut."""
+    """Return a dropout key for each of `rows`, int32 [B]: keys [B], the same however the batch is split."""
     return None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
@@ -74,11 +77,11 @@ def fold_in(keys: Array | None, index: Array | int) -> Array | None:
 def dropout(x: Array, rate: float, keys: Array | None, places: Array) -> Array:
     """Zero each entry of x [B, n, ...] with probability `rate` and scale the rest by 1 / (1 - rate).
 
-    The bits of x[b, i] follow from keys[b] and places[i] alone, so that a device that holds some rows, and some heads
-    or tokens (`places`, int32 [n]), draws what one device draws for the whole. Without keys, do nothing.
+    The bits of x[b, i] follow from keys[b] and places[i] alone. So a device that holds some rows, and some heads or
+    tokens (`places`, int32 [n]), draws what a single device draws for the whole. Without keys, return x.
 
-    A row's key is the step's, folded with the row's index in the batch; then with 0 for the embedding, or with
-    layer + 1 and 0, 1 or 2 for attention probabilities, attention's output and the feed-forward's.
+    A row's key is the step's key, folded with the row's index in the batch; then with 0 for the embedding, or with
+    layer + 1 and 0, 1 or 2 for the attention probabilities, the attention output and the feed-forward output.
     """
     if keys is None or rate == 0.0:
         return x
@@ -91,15 +94,19 @@ def dropout(x: Array, rate: float, keys: Array | None, places: Array) -> Array:
 
 
 def param(
-    module: nn.Module, name: str, initialiser: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]
+    module: nn.Module,
+    name: str,
+    initialiser: Callable[..., Array],
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
 ) -> Array:
-    """Declare one parameter of a module, with the logical axis of each dimension (None is never sharded)."""
-    value: Any = module.param(name, nn.with_partitioning(initialiser, axes), shape)
-    return value
+    """Declare one parameter of a module, naming the logical axis of each dimension (None is never sharded)."""
+    value = module.param(name, nn.with_partitioning(initialiser, axes), shape)
+    return cast(Array, value)  # flax's type includes the box with the names, which `param` takes off
 
 
-def run(module: nn.Module, weights: Any, *arguments: Any) -> Any:
-    """Call a module as the pure function that it is."""
+def run(module: nn.Module, weights: Tree, *arguments: Tree) -> Tree:
+    """Call a module as a pure function of its weights."""
     return module.apply({"params": weights}, *arguments)
 
 
@@ -123,13 +130,13 @@ class LayerNorm(nn.Module):
 
 
 class Affine(nn.Module):
-    """The kernel and bias of one projection, declared together; the caller multiplies, since a bias may have to wait.
+    """The kernel and bias of one projection. The caller multiplies, since a bias may have to wait for a collective.
 
     Attributes:
         shape: of the kernel, input axes first.
-        axes: the logical axis of each, for parallel/partition.py; None is never sharded.
-        stddev: of the kernel's normal distribution at the start; an array broadcasts to the shape. Biases are zero.
-        inputs: how many leading axes are summed over; the others are the bias's.
+        axes: the logical axis of each kernel axis, for parallel/partition.py; None is never sharded.
+        stddev: of the kernel's initial normal distribution; an array broadcasts to the shape. Biases start at zero.
+        inputs: the number of leading axes that the product sums over; the bias has the others.
     """
 
     shape: tuple[int, ...]

@@ -14,17 +14,17 @@ Array = jax.Array
 
 
 class PositionTerms(NamedTuple):
-    """What attention needs of the positions; the members that the config does not use are None."""
+    """What attention needs to know of the positions; fields that the config does not use are None."""
 
     rotation: tuple[Array, Array] | None = None  # cosines and sines for the queries and new keys, [B, S, 1, K/2]
-    distance: Array | None = None  # ALiBi: [B, S, T], from each query to each of T keys
+    distance: Array | None = None  # ALiBi's [B, S, T], from each query to each of T keys
 
 
 def rotary_tables(cfg: GLMConfig, positions: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
     """Return cosines and sines [B, S, 1, K/2] for `positions` [B, S] (paper section 2.1; RoFormer, arXiv 2104.09864).
 
-    Angles are float32 or wider, unless `rope_angles` asks for the float16 tables of the released inference code, in
-    which frequencies, positions, angles and tables are all rounded to float16.
+    Angles are float32 or wider, unless `rope_angles` asks for the float16 tables of the released inference code, where
+    frequencies, positions, angles and tables are all rounded to float16.
     """
     half = cfg.head_dim // 2
     wide = jnp.promote_types(dtype, jnp.float32)
@@ -46,7 +46,8 @@ def rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
 def alibi_slopes(num_heads: int) -> list[float]:
     """Return one slope a head: 2^(-8/n), 2^(-16/n), ... for n heads, n a power of two (arXiv 2108.12409).
 
-    For other counts, the slopes of the power of two below, then every other slope of the one above, as its authors do.
+    For other counts: the slopes of the next lower power of two, then every other slope of the next higher one, as in
+    the authors' code.
 
     >>> alibi_slopes(4)
     [0.25, 0.0625, 0.015625, 0.00390625]
@@ -61,7 +62,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def repeat_ranks(positions: Array) -> tuple[Array, Array]:
-    """Return where positions [B, S] repeat: the run that each token belongs to and its place inside, both [B, S]."""
+    """Find runs of equal positions [B, S]; return each token's run and its place inside the run, both [B, S]."""
     starts = jnp.concatenate([jnp.ones_like(positions[:, :1], bool), positions[:, 1:] != positions[:, :-1]], axis=1)
     runs = jnp.cumsum(starts, axis=1)  # [B, S]
     index = jnp.arange(positions.shape[1])
@@ -72,8 +73,8 @@ def repeat_ranks(positions: Array) -> tuple[Array, Array]:
 def alibi_distance(positions: Array) -> Array:
     """Return ALiBi's distance [B, S, S] from each query to each key, for positions [B, S].
 
-    It is |p_i - p_j|, plus the distance inside a target block, where a blank's position repeats: there all p are
-    equal and alone would tell nothing of the order.
+    It is |p_i - p_j|, plus the distance inside a target block, where all p equal the position of the blank and do not
+    show the order.
     """
     runs, ranks = repeat_ranks(positions)  # [B, S] both
     apart = jnp.abs(positions[:, :, None] - positions[:, None, :])  # [B, S, S]
@@ -82,7 +83,7 @@ def alibi_distance(positions: Array) -> Array:
 
 
 def position_terms(cfg: GLMConfig, positions: Array, dtype: jnp.dtype) -> PositionTerms:
-    """Work out once, for all layers, what attention needs of `positions` ([B, S], or [B, 2, S] for learned_2d)."""
+    """Compute once, for all layers, what attention needs of `positions` ([B, S], or [B, 2, S] for learned_2d)."""
     if cfg.position == "rope":
         return PositionTerms(rotation=rotary_tables(cfg, positions, dtype))
     if cfg.position == "alibi":

@@ -7,9 +7,9 @@
 | pre      | x <- x + f(LN(x))                               | gain (2N)^(-1/2) on attention output and ff down  |
 | sandwich | x <- x + LN'(f(LN(x)))                          | as pre                                            |
 
-post and deepnorm are written *shifted*, as in the released model: the norm that ends one sublayer stands at the start
-of the next, so there is a norm right on the embedding and one after the last layer, 2N + 1 in all, and the stream
-between blocks is the sum that has not yet been normalised. All four schemes thus share one block.
+post and deepnorm are written *shifted*, as in the released model: the norm that ends one sublayer is moved to the start
+of the next. So there is a norm directly on the embedding and one after the last layer, 2N + 1 in all, and the stream
+between blocks is the sum before its norm. This lets all four schemes share one block.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class DepthCoefficients:
-    """What a scheme makes of the number of layers N: the residual's factor and the gains of initialisation."""
+    """What depends on the number of layers N: the residual's factor and the gains of initialisation."""
 
     alpha: float = 1.0
     value_gain: float = 1.0  # the v rows of qkv; q and k always have gain 1
@@ -56,15 +56,15 @@ def depth_coefficients(norm: str, num_layers: int) -> DepthCoefficients:
 
 
 class Parts(Protocol):
-    """What a scheme may use around a sublayer. Each part that is asked for has params of its own in every sublayer."""
+    """What a scheme may use around a sublayer. Every part that is used has its own params in every sublayer."""
 
     @property
     def cfg(self) -> GLMConfig:
-        """The model: its scheme, its depth, and the keys of a scheme's own."""
+        """The model config: the scheme, the depth, and keys that only one scheme uses."""
         ...
 
     def norm(self, name: str, /) -> Callable[[Array], Array]:
-        """Return a layer norm, [B, S, D] -> [B, S, D]; the others use `norm` and `output_norm`."""
+        """Return a layer norm, [B, S, D] -> [B, S, D]; the existing schemes use `norm` and `output_norm`."""
         ...
 
     def scale(self, initial: float, /) -> Array:

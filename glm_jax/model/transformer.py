@@ -1,8 +1,8 @@
-"""GLM itself: embed, block, blocks (a scan of them), head, and the whole of them, `apply`."""
+"""GLM itself: embed, block, blocks (a scan over block), head, and `apply`, which runs them all."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,9 +27,10 @@ from glm_jax.model.layers import (
 from glm_jax.model.positions import PositionTerms, alibi_distance, position_terms
 from glm_jax.model.residual import residual_update
 from glm_jax.model.visibility import Visibility, queries
+from glm_jax.types import Tree
 
 Array = jax.Array
-Params = dict[str, Any]
+Params = dict[str, Tree]
 
 
 class Cache(NamedTuple):
@@ -40,7 +41,7 @@ class Cache(NamedTuple):
 
 
 def shrink_gradient(x: Array, alpha: Array | float | None) -> Array:
-    """Leave x as it is and multiply its gradient by alpha (paper section 3.2); None: by 1."""
+    """Return x, with its gradient multiplied by alpha (paper section 3.2); None changes nothing."""
     if alpha is None:
         return x
     alpha = jnp.asarray(alpha, x.dtype)
@@ -48,14 +49,14 @@ def shrink_gradient(x: Array, alpha: Array | float | None) -> Array:
 
 
 class Embedding(nn.Module):
-    """The word embedding, tied with the head; the original GLM adds two learned position tables."""
+    """The word embedding, tied to the head, and the original GLM's two learned position tables."""
 
     cfg: GLMConfig
     axis: TensorAxis = ONE_DEVICE
 
     @nn.compact
     def __call__(self, tokens: Array, positions: Array, shrink: Array | float | None) -> Array:
-        """tokens [B, S], positions [B, S] or [B, 2, S] -> [B, S, D]; `shrink`, see `embed`."""
+        """tokens [B, S], positions [B, S] or [B, 2, S] -> [B, S, D]; for `shrink` see `embed`."""
         cfg = self.cfg
         word = self._table("word", cfg.vocab_size // self.axis.vocab_shards, "vocab")  # [V, D]
         x = self.axis.lookup(word, tokens)  # [B, S, D]
@@ -75,14 +76,14 @@ class Embedding(nn.Module):
 
 
 class SublayerParts(NamedTuple):
-    """The parts of residual.py that stand around one sublayer of a block."""
+    """The `Parts` of residual.py for one sublayer of a block."""
 
     block: Block
     sublayer: str
 
     @property
     def cfg(self) -> GLMConfig:
-        """The model."""
+        """The model config."""
         return self.block.cfg
 
     def norm(self, name: str) -> LayerNorm:
@@ -131,17 +132,16 @@ class Block(nn.Module):
 
 
 def _init_boxed(cfg: GLMConfig, key: Array) -> Params:
-    """Initialise with each array in a box that names its logical axes; blocks have no leading L yet, see callers."""
+    """Initialise, with each array in a box that names its logical axes, except the leading L of blocks; see callers."""
     embedding_key, block_key = jax.random.split(key)
     tokens = jnp.zeros((1, 1), jnp.int32)
     positions = jnp.zeros((1, 2, 1) if cfg.position == "learned_2d" else (1, 1), jnp.int32)
     x = jnp.zeros((1, 1, cfg.hidden_size))
     terms = position_terms(cfg, positions, x.dtype)
 
-    def block(layer_key: Array) -> Params:
+    def block(layer_key: Array) -> Tree:
         arguments = (x, jnp.ones((1, 1, 1), bool), terms, jnp.int32(0), None, None)
-        variables: Any = Block(cfg).init(layer_key, *arguments)
-        return variables["params"]
+        return Block(cfg).init(layer_key, *arguments)["params"]
 
     return {
         "embedding": Embedding(cfg).init(embedding_key, tokens, positions, None)["params"],
@@ -183,8 +183,8 @@ def embed(
 ) -> Array:
     """Embed tokens [B, S] at positions [B, S] (or [B, 2, S]) -> [B, S, D].
 
-    `shrink` is alpha of the embedding gradient shrink (paper section 3.2): the value stays, the gradient that reaches
-    the word embedding on this path is multiplied by it. `keys` [B], the rows' dropout keys.
+    `shrink` is alpha of the embedding gradient shrink (paper section 3.2): it leaves the value as it is and multiplies
+    the gradient that reaches the word embedding on this path. `keys` [B] are the rows' dropout keys.
     """
     x = run(Embedding(cfg, axis), weights["embedding"], tokens, positions, shrink)
     return dropout(x, cfg.hidden_dropout, fold_in(keys, 0), axis.part(tokens.shape[1]))  # [B, S, D]
@@ -203,7 +203,7 @@ def block(
 ) -> tuple[Array, LayerCache | None]:
     """Run one block: x [B, S, D] -> [B, S, D], and the layer's cache.
 
-    `layer` is its index in the whole model; `keys` [B], the rows' dropout keys.
+    `layer` is its index in the whole model; `keys` [B] are the rows' dropout keys.
     """
     keys = fold_in(keys, layer + 1)  # 0 is the embedding's
     return run(Block(cfg, axis), layer_weights, x, allowed, terms, layer, keys, cache)
@@ -220,7 +220,7 @@ def blocks(
 ) -> Array:
     """Run the blocks of `stacked_weights` (arrays [L, ...]) in one scan: x [B, S, D] -> [B, S, D].
 
-    With `remat`, the backward pass keeps only each block's input and computes the rest again.
+    With `remat`, only each block's input is kept for the backward pass, which computes the rest again.
     """
 
     def one(x: Array, scanned: tuple[Params, Array]) -> tuple[Array, None]:
@@ -264,13 +264,13 @@ def apply(
 
     Args:
         cfg: the model.
-        params: what `init` gives, in any dtype: the dtype of the arrays is the dtype of the computation.
+        params: as `init` returns them, in any dtype; it is the dtype of the computation.
         tokens: int32 [B, S].
         positions: int32 [B, S], or [B, 2, S] for learned_2d.
-        allowed: which key a query may see: `Visibility` for packed rows, or bool [B, S, S], True where it may.
+        allowed: which key a query may see: a `Visibility`, or bool [B, S, S], True where it may.
         shrink: alpha of the embedding gradient shrink, see `embed`.
-        key: dropout key, from which row b draws as the b-th of the batch; without one, no dropout.
-        remat: recompute inside blocks in the backward pass.
+        key: dropout key; row b of the batch draws by its index. None disables dropout.
+        remat: compute the inside of blocks again in the backward pass.
 
     Returns:
         float32 logits [B, S, V] (float64 for float64 params).
@@ -283,7 +283,7 @@ def apply(
 
 
 def init_cache(cfg: GLMConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> Cache:
-    """Make an empty cache for `batch` rows of up to `length` tokens."""
+    """Return an empty cache for `batch` rows of up to `length` tokens."""
     shape = (cfg.num_layers, batch, length, cfg.num_heads, cfg.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -297,19 +297,19 @@ def apply_cached(
     cache: Cache,
     start: Array,
 ) -> tuple[Array, Cache]:
-    """Run GLM over the S tokens that stand at `start`, seeing what the cache holds before them.
+    """Run GLM over the S tokens that begin at `start`, which may see what the cache holds.
 
     Args:
         cfg, params: as in `apply`.
         tokens: int32 [B, S], the new tokens.
-        positions: int32 [B, T] (or [B, 2, T]) of the whole row; those of the new tokens stand at `start`.
+        positions: int32 [B, T] (or [B, 2, T]) of the whole row; those of the new tokens begin at `start`.
         allowed: bool [B, S, T], which of the row's T places each new token may see.
-        cache: of T places; a place that no row of `allowed` shows may hold anything.
+        cache: of T places; a place that `allowed` shows to no token may hold anything.
         start: int32 [], the place of the first new token.
 
     Returns:
-        float32 logits [B, S, V] and the cache with the new keys and values in it. The logits equal those of `apply`
-        over the whole row.
+        float32 logits [B, S, V], equal to those of `apply` over the whole row, and the cache with the new keys and
+        values.
     """
     length = tokens.shape[1]
 

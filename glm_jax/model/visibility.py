@@ -1,4 +1,4 @@
-"""Who sees whom in packed rows, as a structure; dense only where a core of attention asks for it."""
+"""Which tokens see which in packed rows, as a structure; made dense only where an attention core needs it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Visibility(NamedTuple):
     """Which key each query of a row may see.
 
     Packed samples never see one another. Inside a segment the context sees all of the context, and a target token
-    sees the context and what precedes it (paper, section 2.2). Padding tokens see one another, so that no row of the
-    softmax is empty.
+    sees the context and the targets up to itself (paper, section 2.2). Padding tokens see one another, so that no row
+    of the softmax is empty.
     """
 
-    segments: Array  # int32 [B, S]: 1, 2, ... the samples of a row, 0 padding
+    segments: Array  # int32 [B, S]: 1, 2, ... the samples of a row; 0 is padding
     context: Array  # bool [B, S]
 
     def dense(self) -> Array:
@@ -35,5 +35,5 @@ def dense(allowed: Array | Visibility) -> Array:
 
 
 def queries(allowed: Array | Visibility) -> int:
-    """Return S, how many queries `allowed` is about."""
+    """Return S, the number of queries of `allowed`."""
     return allowed.segments.shape[1] if isinstance(allowed, Visibility) else allowed.shape[1]

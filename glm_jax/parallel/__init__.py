@@ -1,4 +1,4 @@
-"""Meshes and partition specs. Knows arrays and functions, not GLM."""
+"""Meshes, partition specs and the pipeline. Knows arrays and functions, not GLM."""
 
 from glm_jax.parallel.pipeline import schedule
 

@@ -1,4 +1,4 @@
-"""The sheet of accelerators: what devices can do at most, and how much memory is in use."""
+"""The peak rates of accelerators, and how much memory is in use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-# Dense half-precision peaks in FLOP/s a device, from the makers' data sheets, by the start of jax's device_kind.
+# Dense half-precision peaks in FLOP/s a device, from the vendors' data sheets, by the start of jax's device_kind.
 PEAK_FLOPS = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
@@ -18,7 +18,7 @@ PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # v5p; after the lighter ones, whose names begin the same
+    "TPU v5": 459e12,  # v5p; after the lighter ones, whose names start the same
 }
 
 
@@ -36,9 +36,9 @@ def matmul_rate(size: int = 1024, repeats: int = 8) -> float:
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float:
-    """Return the FLOP/s that the whole mesh could do: by the data sheet, on CPU as measured now.
+    """Return the peak FLOP/s of the whole mesh: from the data sheet, or measured now if the device is not in it.
 
-    Emulated devices share one CPU, so there the measured rate counts once.
+    Emulated devices share one CPU, so the measured rate counts once there.
     """
     device = mesh.devices.flat[0]
     for kind, peak in PEAK_FLOPS.items():
@@ -48,9 +48,9 @@ def peak_flops(mesh: jax.sharding.Mesh) -> float:
 
 
 def peak_memory() -> int:
-    """Return the most bytes that were in use at once: on the fullest of this process's accelerators, or by the process.
+    """Return the peak memory in bytes: of the fullest of this process's accelerators, or of the process.
 
-    An accelerator counts its own memory; on CPU it is the process's resident memory.
+    Accelerators report their own memory; on CPU it is the resident memory of the process.
     """
     devices = jax.local_devices()
     if devices[0].platform == "cpu":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -12,18 +12,31 @@ from jax.experimental import mesh_utils
 
 from glm_jax.errors import UserError
 from glm_jax.parallel import partition
-
-Tree = Any
+from glm_jax.types import Tree
 
 AXES = ("data", "pipeline", "tensor")
 REST = -1  # the size of at most one axis: as many devices as the others leave
+
+
+class Device(Protocol):
+    """What a mesh needs to know of a device. jax has no type for its own devices."""
+
+    @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`."""
+        ...
+
+    @property
+    def process_index(self) -> int:
+        """The process that the device belongs to."""
+        ...
 
 
 def resolve(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     """Fill in the axis of size `REST`.
 
     Raises:
-        UserError: two such axes, a size below 1, or devices that the other axes do not divide.
+        UserError: there are two such axes, a size is below 1, or the other axes do not divide the devices.
     """
     named = {axis: sizes[axis] for axis in AXES}
     wild = [axis for axis, size in named.items() if size == REST]
@@ -48,15 +61,15 @@ def _shown(sizes: Mapping[str, int], without: Iterable[str] = ()) -> str:
     return " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if axis not in without)
 
 
-def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """Build the mesh; a laptop is 1 x 1 x 1. Members of `tensor`, which talk most, are neighbours.
+def build(sizes: Mapping[str, int], devices: Sequence[Device] | None = None) -> jax.sharding.Mesh:
+    """Build the mesh; a laptop is 1 x 1 x 1. Members of `tensor`, which communicate most, are neighbours.
 
     Args:
-        sizes: the size of each of `AXES`, one of them may be `REST`.
-        devices: to lay the mesh over, the first ones are taken; by default every device of every process.
+        sizes: the size of each of `AXES`; one of them may be `REST`.
+        devices: the mesh takes the first ones; by default every device of every process.
 
     Raises:
-        UserError: fewer devices than the sizes ask for, or more in a run of several processes.
+        UserError: there are fewer devices than the sizes need, or more in a run of several processes.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = resolve(sizes, len(devices))
@@ -77,11 +90,11 @@ def build(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> jax
 
 
 def check_divides(sizes: Mapping[str, int], quantities: Iterable[tuple[str, str, int]]) -> None:
-    """Check that what is sharded divides evenly.
+    """Check that sharded quantities divide evenly.
 
     Args:
         sizes: of the mesh's axes.
-        quantities: (mesh axis, name of the quantity as the user knows it, count) of each.
+        quantities: mesh axis, the user's name for the quantity, and count of each.
 
     Raises:
         UserError: naming the axis, the number and the nearest sizes that work.
@@ -93,7 +106,7 @@ def check_divides(sizes: Mapping[str, int], quantities: Iterable[tuple[str, str,
 
 
 def nearest(size: int, count: int) -> str:
-    """Name the divisors of `count` on either side of `size`, which is none."""
+    """Return the divisors of `count` nearest to `size`, which is not one, as text."""
     working = [divisor for divisor in range(1, count + 1) if count % divisor == 0]
     below = max(divisor for divisor in working if divisor < size)
     above = [divisor for divisor in working if divisor > size][:1]
@@ -109,18 +122,18 @@ def local_members(mesh: jax.sharding.Mesh) -> list[int]:
 def local_rows(mesh: jax.sharding.Mesh, global_batch: int, microbatches: int) -> np.ndarray:
     """Return which rows of the global batch this process must read: int [M, B/M of this process].
 
-    Each microbatch is cut evenly over `data`; stages and tensor members of one data member read the same rows.
+    Each microbatch is split evenly over `data`; the stages and tensor members of a data member read the same rows.
     """
     rows = np.arange(global_batch).reshape(microbatches, mesh.shape["data"], -1)  # [M, data, B/M/data]
     return rows[:, local_members(mesh)].reshape(microbatches, -1)
 
 
 def place(mesh: jax.sharding.Mesh, batch: Tree, microbatches: int) -> Tree:
-    """Put a host batch, a tree of arrays, on the mesh as arrays [M, B/M, ...], rows over `data`.
+    """Put a host batch on the mesh as arrays [M, B/M, ...], with the rows split over `data`.
 
     Args:
         mesh: of any number of processes.
-        batch: arrays [B of this process, ...], the rows of `local_rows` in order; one process has all rows.
+        batch: a tree of arrays [B of this process, ...], the rows of `local_rows` in order.
         microbatches: M.
     """
     members = local_members(mesh)
@@ -129,7 +142,8 @@ def place(mesh: jax.sharding.Mesh, batch: Tree, microbatches: int) -> Tree:
         parts = array.reshape(microbatches, len(members), -1, *array.shape[1:])  # [M, members, B/M/data, ...]
         share = parts.shape[2]
 
-        def read(index: Any) -> np.ndarray:
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # as it would be for a scalar
             start, stop, _ = index[1].indices(share * mesh.shape["data"])
             chosen = [members.index(member) for member in range(start // share, stop // share)]
             return parts[:, chosen].reshape(microbatches, -1, *parts.shape[3:])  # [M, rows of these members, ...]

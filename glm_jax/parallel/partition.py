@@ -1,20 +1,20 @@
-"""The one table from logical axes to mesh axes, and the PartitionSpecs that follow from it.
+"""The only table from logical axes to mesh axes, and the PartitionSpecs that follow from it.
 
-model/ names the logical axes of every parameter. jit, shard_map, checkpoints and the planner read the specs from here
-alone. Two sets of them: `weights` as the computation holds them, and `state` (master params and moments), which is
-also split over `data` (ZeRO-1, arXiv 1910.02054).
+model/ names the logical axes of every parameter. jit, shard_map, checkpoints and the planner all take their specs from
+here. There are two sets: `specs` for the weights as the computation holds them, and `state_specs` for the state (master
+params and moments), which is also split over `data` (ZeRO-1, arXiv 1910.02054).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Tree = Any
+from glm_jax.types import Tree
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
     # parameters
@@ -28,12 +28,12 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "rows": "data",
     "sequence": None,
 }
-STATE_RULES = {**RULES, "hidden": "data"}  # every parameter has a hidden axis, save the biases of sharded features
+STATE_RULES = {**RULES, "hidden": "data"}  # every parameter has a hidden axis, except the biases of sharded features
 
-BATCH_AXES = ("microbatches", "rows")  # M, B/M; what follows stays whole
+BATCH_AXES = ("microbatches", "rows")  # M, B/M; further axes stay whole
 
 
-def _is_axes(leaf: Any) -> bool:
+def _is_axes(leaf: object) -> bool:
     """Whether a leaf names logical axes: a plain tuple, unlike the states of optax."""
     return type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)
 
@@ -42,13 +42,13 @@ def spec(axes: tuple[str | None, ...], rules: Mapping[str, str | tuple[str, ...]
     """Turn the logical axes of one array into its PartitionSpec.
 
     Raises:
-        KeyError: a logical axis that the table does not know.
+        KeyError: the table lacks a logical axis.
     """
     return jax.P(*(None if axis is None else rules[axis] for axis in axes))
 
 
 def specs(axes: Tree) -> Tree:
-    """Turn a tree of logical axes (`model.logical_axes`) into the specs of the computation's weights."""
+    """Turn a tree of logical axes (`model.logical_axes`) into the specs of the weights in the computation."""
     return jax.tree.map(spec, axes, is_leaf=_is_axes)
 
 
@@ -56,8 +56,8 @@ def state_specs(axes: Tree, hidden: int, data: int) -> Tree:
     """Return the specs of master params, and of moments of the same shapes.
 
     Args:
-        axes: of `model.logical_axes`.
-        hidden: the size of the logical axis `hidden`; where `data` does not divide it, state is not split over `data`.
+        axes: from `model.logical_axes`.
+        hidden: the size of the logical axis `hidden`; if `data` does not divide it, state is not split over `data`.
         data: the size of the mesh's axis `data`.
     """
     rules = RULES if hidden % data else STATE_RULES
@@ -65,7 +65,7 @@ def state_specs(axes: Tree, hidden: int, data: int) -> Tree:
 
 
 def batch_spec(ndim: int) -> jax.P:
-    """Return the PartitionSpec of a batch array [M, B/M, ...] of `ndim` axes; all but the first two stay whole."""
+    """Return the PartitionSpec of a batch array [M, B/M, ...] with `ndim` axes; all but the first two stay whole."""
     return spec(BATCH_AXES + (None,) * (ndim - 2))
 
 
@@ -75,7 +75,7 @@ def shardings(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
 
 
 def without(axis: str, tree: Tree) -> Tree:
-    """Return the specs with one mesh axis left out: arrays are whole along it."""
+    """Return the specs without one mesh axis: arrays are whole along it."""
 
     def one(spec: jax.P) -> jax.P:
         entries = [
@@ -87,43 +87,43 @@ def without(axis: str, tree: Tree) -> Tree:
 
 
 def mesh_axes(spec: jax.P) -> set[str]:
-    """Name the mesh axes that a spec uses."""
+    """Return the mesh axes that a spec uses."""
     return {axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)}
 
 
 def dimension(spec: jax.P, axis: str) -> int | None:
-    """Return which dimension of an array is split over the mesh axis alone, or None."""
+    """Return the dimension of an array that is split over this mesh axis alone, or None."""
     return list(spec).index(axis) if axis in spec else None
 
 
 def layers_held(layers: int, stages: int) -> int:
-    """Return Q, the layers that every stage has room for: L / P, rounded up."""
+    """Return Q, the number of layers that every stage has room for: L / P, rounded up."""
     return -(-layers // stages)
 
 
 def pad_layers(params: Tree, axes: Tree, stages: int) -> Tree:
-    """Pad arrays [L, ...] of blocks with zeros to [P Q, ...], as memory holds them; disks keep the true shape."""
+    """Pad arrays [L, ...] of blocks with zeros to [P Q, ...], their shape in memory; disks keep the true shape."""
     return _map_layers(params, axes, lambda array: _pad(array, stages * layers_held(array.shape[0], stages)))
 
 
 def true_layers(params: Tree, axes: Tree, layers: int) -> Tree:
-    """Undo `pad_layers`: arrays [P Q, ...] of blocks to [L, ...]."""
+    """Undo `pad_layers`: cut arrays [P Q, ...] of blocks to [L, ...]."""
     return _map_layers(params, axes, lambda array: array[:layers])
 
 
-def _map_layers(params: Tree, axes: Tree, change: Any) -> Tree:
+def _map_layers(params: Tree, axes: Tree, change: Callable[[jax.Array], jax.Array]) -> Tree:
     return jax.tree.map(
         lambda leaf, array: change(array) if "layers" in leaf else array, axes, params, is_leaf=_is_axes
     )
 
 
-def _pad(array: Any, length: int) -> Any:
+def _pad(array: jax.Array, length: int) -> jax.Array:
     widths = [(0, length - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
     return jnp.pad(array, widths)
 
 
 class Part(NamedTuple):
-    """What one device holds of an array."""
+    """One device's part of an array."""
 
     path: str
     shape: tuple[int, ...]
@@ -132,7 +132,7 @@ class Part(NamedTuple):
 
 
 def parts(shapes: Tree, specs: Tree, sizes: Mapping[str, int]) -> Iterator[Part]:
-    """List path, whole shape, spec and bytes a device of every array, for `config show --specs` and the planner.
+    """Yield path, whole shape, spec and bytes a device of every array, for `config show --specs` and the planner.
 
     Args:
         shapes: of arrays or abstract arrays.

@@ -1,4 +1,4 @@
-"""Runs of several processes: joining them, waiting for one another, and noticing that one is gone."""
+"""Runs of several processes: joining, waiting for one another, and noticing that one is gone."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import ParamSpec, Protocol, TypeVar
 
 import jax
 from orbax.checkpoint import multihost
 
 from glm_jax.errors import UserError
+from glm_jax.types import Tree
 
-# The variables by which a scheduler tells a process that it is one of several, with their number; jax reads the rest.
+P = ParamSpec("P")  # what a function takes
+R = TypeVar("R", covariant=True)  # and what it returns
+
+# Variables by which a scheduler tells a process that it is one of several, and those that hold the number of processes.
+# jax reads the rest.
 SCHEDULERS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}
 LOST = 1  # the exit code when another process is gone
-HOUR = 3600  # a patience for what others may do before they come: fetching, tokenising, compiling
-HEARTBEAT = 10  # seconds without a sign of life that a busy machine may need
+HOUR = 3600  # seconds to wait for what others may do before they arrive: fetching, tokenising, compiling
+HEARTBEAT = 10  # seconds that a busy machine may take between two signs of life
 
 # What jax, gloo, NCCL and the coordination service say when another process does not answer.
 _GONE = re.compile("gloo|nccl|barrier|heartbeat|coordination|connection|unavailable|deadline", re.IGNORECASE)
@@ -31,11 +36,11 @@ _barriers = itertools.count()
 
 
 class Gone(Exception):
-    """Another process has stopped, and said why."""
+    """Another process has stopped and has said why."""
 
 
 def scheduled(environment: Mapping[str, str]) -> bool:
-    """Return whether Slurm's srun, Open MPI's mpirun or a Cloud TPU slice has started this process beside others."""
+    """Whether Slurm's srun, Open MPI's mpirun or a Cloud TPU slice started this process together with others."""
     for variable, count in SCHEDULERS.items():
         if variable in environment and int(environment.get(count, "1")) > 1:
             return True
@@ -43,17 +48,17 @@ def scheduled(environment: Mapping[str, str]) -> bool:
 
 
 def start(coordinator: str | None, count: int | None, index: int | None, timeout: float) -> None:
-    """Join a run of several processes; to be called before anything touches a device. A process alone just goes on.
+    """Join a run of several processes. Call it before anything touches a device; for a single process it does nothing.
 
     Args:
-        coordinator: host:port of process 0, which all can reach; the three are None to ask the scheduler.
-        count: of processes.
-        index: of this one.
-        timeout: seconds after which a process that does not answer is taken for dead: in a collective on CPU, and
-            anywhere if it shows no sign of life (then at least `HEARTBEAT`).
+        coordinator: host:port of process 0, which all processes can reach. All three are None to ask the scheduler.
+        count: the number of processes.
+        index: of this process.
+        timeout: seconds after which a silent process counts as gone: in a collective on CPU, and anywhere without a
+            sign of life (then at least `HEARTBEAT`).
 
     Raises:
-        UserError: some of the three are missing or make no sense, or the processes do not find one another.
+        UserError: some of the three are missing or invalid, or the processes do not find one another.
     """
     given = [coordinator is not None, count is not None, index is not None]
     if any(given) and not all(given):
@@ -64,27 +69,27 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
         raise UserError(f"--process={index} of --processes={count}: they count from 0 to {count - 1}")
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
         raise UserError(
-            f"--coordinator={coordinator} is not HOST:PORT: name the host of process 0 and a free port of it"
+            f"--coordinator={coordinator} is not HOST:PORT: name the host of process 0 and a free port on it"
         )
     flag = f"--xla_cpu_collective_timeout_seconds={max(1, round(timeout))}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # signals are the loop's
+    jax.config.update("jax_enable_preemption_service", False)  # the loop handles signals
     try:
         jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=max(HEARTBEAT, round(timeout)))
     except (RuntimeError, ValueError) as error:
         where = coordinator or "the address that the scheduler gives"
         raise UserError(
-            f"the processes did not find one another at {where} ({_short(error)}): are all started?"
+            f"the processes did not find one another at {where} ({_short(error)}): have all of them started?"
         ) from error
     _exit_on_abort()
 
 
-_decided: tuple[str, int] | None = None  # the last line and the exit code of a process that is about to leave
+_decided: tuple[str, int] | None = None  # the last line and the exit code of a process about to exit
 
 
 def _decide(line: str, code: int) -> None:
-    """Settle how this process will leave, whatever ends it: those that it tells may be gone before it is."""
+    """Settle the last line and exit code of this process, whatever ends it: the others may exit first."""
     global _decided
     _decided = line, code
 
@@ -96,30 +101,30 @@ def _aborted(number: int) -> None:
 
 
 def _exit_on_abort() -> None:
-    """Let jax's own end of a process, an abort in a thread of its own, have our exit code.
+    """Exit with our line and code when jax aborts this process from a thread of its own.
 
-    So it ends a process that is in no collective, for it there is no error to be caught: when process 0 is gone, at
-    once, or when another shows no sign of life. Python's handlers of signals come too late, in the main thread.
+    jax does so in a process that is in no collective, where there is no error to catch: at once if process 0 is gone,
+    or when another process shows no sign of life. Python's signal handlers run in the main thread, too late.
     """
     ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
 
 
 def alone() -> bool:
-    """Return whether this process is the whole run."""
+    """Whether this process is the whole run."""
     return jax.process_count() == 1
 
 
 def is_first() -> bool:
-    """Return whether this is the process that speaks and writes for all."""
+    """Whether this is the process that prints and writes for all."""
     return jax.process_index() == 0
 
 
 def wait_for_all() -> None:
-    """Wait until every process has come to this call; unlike a collective, it has an hour's patience.
+    """Wait until every process has reached this call. Unlike a collective, it waits for up to an hour.
 
     Raises:
         Gone: another process has stopped with an error of its own.
-        jax.errors.JaxRuntimeError: another process is gone without a word.
+        jax.errors.JaxRuntimeError: another process is gone without saying why.
     """
     if not alone():
         key = f"glm_jax_{next(_barriers)}"
@@ -127,28 +132,35 @@ def wait_for_all() -> None:
         wait(key=key, timeout_ms=HOUR * 1000)
         if reasons := multihost.get_jax_distributed_client().key_value_dir_get(f"{key}_stopped/"):
             _decide(_stopped(min(reasons)[1]), LOST)
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # that one may have left before the answer came
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # that one may exit before the answer arrives
                 wait(key=f"{key}_told", timeout_ms=HOUR * 1000)
             raise Gone(min(reasons)[1])
 
 
-def compiled_together(function: Any) -> Callable[..., Any]:
-    """Return a jitted function for all processes to call alike.
+class Jitted(Protocol[P, R]):
+    """What `jax.jit` returns; to lower it, shapes are enough."""
 
-    It compiles before the first call with new shapes, and waits until all have: collectives wait less long, gloo half a
-    minute to connect.
+    def __call__(self, *arguments: P.args, **named: P.kwargs) -> R: ...
+    def lower(self, *arguments: Tree, **named: Tree) -> jax.stages.Lowered: ...
+
+
+def compiled_together(function: Jitted[P, R]) -> Callable[P, R]:
+    """Return a jitted function that all processes call alike.
+
+    Before the first call with new shapes it compiles, and waits until all processes have: collectives wait less long
+    (gloo waits half a minute for a connection).
     """
     if alone():
         return function
     seen: set[tuple[tuple[int, ...], ...]] = set()
 
-    def call(*arguments: Any) -> Any:
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
+    def call(*arguments: P.args, **named: P.kwargs) -> R:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves((arguments, named)))
         if shapes not in seen:
-            function.lower(*arguments).compile()
+            function.lower(*arguments, **named).compile()
             wait_for_all()
             seen.add(shapes)
-        return function(*arguments)
+        return function(*arguments, **named)
 
     return call
 
@@ -156,8 +168,9 @@ def compiled_together(function: Any) -> Callable[..., Any]:
 def together(run: Callable[[], int]) -> int:
     """Do this process's part of a run, and return its exit code.
 
-    In a run of several processes an error ends this process at once, in one line if it is the user's or if another
-    process is gone: an end in order would wait for the others, which may wait for this one. They are told.
+    In a run of several processes an error ends this process at once: an orderly exit would wait for the others, which
+    may be waiting for this one. It prints one line if the mistake is the user's or if another process is gone. The
+    others are told why.
     """
     try:
         return run()
@@ -172,7 +185,7 @@ def together(run: Callable[[], int]) -> int:
             _leave("interrupted; what was finished is kept, and the same command resumes from there", 130)
         if isinstance(error, Gone):
             _leave(_stopped(str(error)), LOST)
-        # a collective's error is a ValueError where no jit stands around it
+        # outside jit a collective's error is a ValueError
         if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and _GONE.search(str(error)):
             _leave(f"error: another process is gone ({_short(error)}): start all again with the same command", LOST)
         _decide(traceback.format_exc(), LOST)
@@ -182,7 +195,7 @@ def together(run: Callable[[], int]) -> int:
 
 
 def _tell(reason: str) -> None:
-    """Leave the others word, and meet them at the barrier where they wait or will, after which they read it."""
+    """Leave the others a message, and meet them at the barrier after which they read it."""
     client, wait = multihost.get_jax_distributed_client(), multihost.get_barrier_sync_fn()
     key = f"glm_jax_{next(_barriers)}"
     try:
@@ -190,9 +203,9 @@ def _tell(reason: str) -> None:
         for meeting in (key, f"{key}_told"):
             wait(key=meeting, timeout_ms=HEARTBEAT * 1000)
         if is_first():
-            time.sleep(1)  # the service through which the others hear ends with this process
+            time.sleep(1)  # the service that the others read from ends with this process
     except jax.errors.JaxRuntimeError:
-        return  # they are in a collective, which ends with an error of its own
+        return  # the others are in a collective, which ends with its own error
 
 
 def _stopped(reason: str) -> str:
@@ -204,7 +217,7 @@ def _short(error: BaseException) -> str:
 
 
 def _leave(line: str, code: int) -> None:
-    """Exit without what waits for others: threads that save, and jax's shutdown."""
+    """Exit without waiting for others, as threads that save and jax's shutdown would."""
     sys.stdout.flush()
     os.write(2, f"{line.rstrip()}\n".encode())
     os._exit(code)

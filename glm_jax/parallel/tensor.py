@@ -1,12 +1,12 @@
 """Tensor and sequence parallelism: collectives in and out of sharded matmuls, and the sharded vocabulary.
 
 Heads and feed-forward features are split over `tensor` (Megatron-LM, arXiv 1909.08053). Between two pairs of matmuls
-each member holds a slice of the sequence (arXiv 2205.05198), which makes norms, dropout and the pipeline's messages and
-stash smaller. The word embedding's rows are split over `pipeline` and `tensor` together, so that every stage does its
+each member holds a slice of the sequence (arXiv 2205.05198), which shrinks norms, dropout, and the pipeline's messages
+and stash. The word embedding's rows are split over `pipeline` and `tensor` together, so that every stage computes a
 part of the head (arXiv 2411.05288) and no device ever holds a whole row of logits.
 
-All of it runs inside a shard_map that is manual over every axis and tracks along which ones values vary (check_vma):
-then JAX transposes each collective into the right one.
+All of this runs inside a shard_map that is manual over every axis and tracks the axes along which values vary
+(check_vma), so that JAX transposes each collective into the right one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEQUENCE = 1  # the axis of x [B, S, D] that is split over `tensor`
 
 @dataclasses.dataclass(frozen=True)
 class ShardedAxis:
-    """What model/ asks of a tensor axis, as collectives over `tensor` of `size` members."""
+    """The tensor axis that model/ asks for, as collectives over the `size` members of `tensor`."""
 
     size: int
     vocab_shards: int
@@ -44,7 +44,7 @@ class ShardedAxis:
         return lax.psum_scatter(x, "tensor", scatter_dimension=SEQUENCE, tiled=True)
 
     def lookup(self, table: Array, tokens: Array) -> Array:
-        """Take rows of the word embedding, of which this device holds `table` [V / shards, D], for tokens [B, S].
+        """Look up tokens [B, S] in the word embedding, of which this device holds `table` [V / shards, D].
 
         Returns:
             [B, S / size, D], the same on every stage.
@@ -56,17 +56,17 @@ class ShardedAxis:
 
 
 def first_row(rows: int) -> Array:
-    """Return which row of the vocabulary is the first of the `rows` that this device holds."""
+    """Return the index of the first of the `rows` rows of the vocabulary that this device holds."""
     return lax.axis_index(VOCAB_AXES) * rows
 
 
 def token_losses(logits: Array, targets: Array, num_tokens: int) -> Array:
-    """Return the cross-entropy in nats of targets [B, S], float32 [B, S], the same over `pipeline` and `tensor`.
+    """Return the cross-entropy in nats of each target, float32 [B, S], the same over `pipeline` and `tensor`.
 
     Args:
-        logits: float32 [B, S, V / shards], those of the vocabulary rows that this device holds.
+        logits: float32 [B, S, V / shards], for the vocabulary rows that this device holds.
         targets: int32 [B, S].
-        num_tokens: real rows of the vocabulary; those from here on are padding and get no probability.
+        num_tokens: real rows of the vocabulary; the rest are padding and get no probability.
     """
     rows = first_row(logits.shape[-1]) + jnp.arange(logits.shape[-1])  # [V / shards]
     logits = jnp.where(rows < num_tokens, logits, jnp.finfo(logits.dtype).min)  # [B, S, V / shards]

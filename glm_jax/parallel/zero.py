@@ -1,30 +1,30 @@
-"""ZeRO-1 (arXiv 1910.02054): state lies split over `data`; a step gathers weights first and scatters gradients last.
+"""ZeRO-1 (arXiv 1910.02054): state is split over `data`; a step gathers weights first and scatters gradients last.
 
-Both run inside a shard_map. Between the two, every device holds whole weights of its stage and tensor part; outside,
-the optimizer works on the shards, as jit partitions it by the same specs. With zero=3 the blocks' weights are gathered
-a layer at a time instead, for meshes without a pipeline.
+Both run inside a shard_map. In between, every device holds the whole weights of its stage and tensor part. Outside, the
+optimizer works on the shards, since jit partitions it by the same specs. With zero=3 the blocks' weights are
+gathered one layer at a time instead; this needs a mesh without a pipeline.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 from jax import lax
+from jax.typing import DTypeLike
 
 from glm_jax.parallel import partition
+from glm_jax.types import Tree
 
 Array = jax.Array
-Tree = Any
 
 
-def gather(params: Tree, specs: Tree, dtype: Any) -> Tree:
+def gather(params: Tree, specs: Tree, dtype: DTypeLike) -> Tree:
     """Cast this device's shards of master params to the compute dtype and gather them over `data`.
 
     Args:
-        params: shards, as `specs` (of partition.state_specs) lays them out.
-        specs: a PartitionSpec for each.
+        params: shards, laid out by `specs`.
+        specs: a PartitionSpec for each, from partition.state_specs.
         dtype: of the weights.
     """
 
@@ -36,12 +36,12 @@ def gather(params: Tree, specs: Tree, dtype: Any) -> Tree:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_layer(shard: Array, dimension: int, dtype: Any) -> Array:
+def _gather_layer(shard: Array, dimension: int, dtype: DTypeLike) -> Array:
     return lax.all_gather(shard.astype(dtype), "data", axis=dimension, tiled=True)
 
 
-def _scatter_layer(dimension: int, dtype: Any, shard: Array, gradient: Array) -> tuple[Array]:
-    # Autodiff alone would add up in the compute dtype.
+def _scatter_layer(dimension: int, dtype: DTypeLike, shard: Array, gradient: Array) -> tuple[Array]:
+    # Autodiff would sum in the compute dtype.
     wide = gradient.astype(shard.dtype)
     return (lax.psum_scatter(wide, "data", scatter_dimension=dimension, tiled=True),)
 
@@ -49,12 +49,12 @@ def _scatter_layer(dimension: int, dtype: Any, shard: Array, gradient: Array) ->
 _gather_layer.defvjp(lambda shard, dimension, dtype: (_gather_layer(shard, dimension, dtype), shard), _scatter_layer)
 
 
-def gather_layer(shards: Tree, specs: Tree, dtype: Any) -> Tree:
-    """Gather one block's weights where they are used, as ZeRO-3 and FSDP do; its vjp sums and scatters gradients.
+def gather_layer(shards: Tree, specs: Tree, dtype: DTypeLike) -> Tree:
+    """Gather one block's weights where they are used, as ZeRO-3 and FSDP do; the vjp sums and scatters gradients.
 
     Args:
         shards: float32 shards of one layer's params.
-        specs: a PartitionSpec for each array of all layers, [L, ...].
+        specs: a PartitionSpec for the arrays of all layers, [L, ...].
         dtype: of the weights.
     """
 
@@ -66,12 +66,12 @@ def gather_layer(shards: Tree, specs: Tree, dtype: Any) -> Tree:
 
 
 def reduce(gradients: Tree, specs: Tree, scattered: bool = False) -> Tree:
-    """Sum gradients over all devices that share a parameter, and leave each with its shard: `gather` backwards.
+    """Sum gradients over all devices that share a parameter, and leave each device its shard: `gather` reversed.
 
     Args:
-        gradients: sums of this device.
-        specs: a PartitionSpec for each, of the state.
-        scattered: those that are split over `data` come from `gather_layer` and are shards already.
+        gradients: this device's sums.
+        specs: a PartitionSpec for each, from partition.state_specs.
+        scattered: whether gradients split over `data` come from `gather_layer`, and so are shards already.
     """
 
     def one(gradient: Array, spec: jax.P) -> Array:

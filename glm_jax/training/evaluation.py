@@ -1,10 +1,10 @@
-"""What an evaluation is made of: evaluators, of which the held-out loss is the first."""
+"""Evaluators, the parts of an evaluation; the held-out loss is the first."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import numpy as np
@@ -14,26 +14,27 @@ from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.data.rows.experiment import heldout_batches
 from glm_jax.data.rows.rows import Rows
 from glm_jax.parallel.mesh import local_rows, place
+from glm_jax.types import Tree
 
 if TYPE_CHECKING:
     from glm_jax.training.run import Run
 
 
 class Evaluator(Protocol):
-    """A part of an evaluation."""
+    """One part of an evaluation."""
 
     def __call__(self, run: Run, /) -> Mapping[str, float]:
-        """Measure the run's params as they are; return values by names that no other evaluator uses."""
+        """Measure the run's current params; return values under names that no other evaluator uses."""
         ...
 
 
 def heldout(run: Run) -> dict[str, float]:
-    """Return the losses on what was held out, see `HeldOut.losses`."""
+    """Return the held-out losses, see `HeldOut.losses`."""
     return run.stretch.heldout(run.state.params)
 
 
 class HeldOut:
-    """The held-out loss of every source, always over the same rows with the same blanks."""
+    """The held-out loss of every source, always over the same rows and the same blanks."""
 
     def __init__(self, config: Experiment, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
         self._mesh = mesh
@@ -42,11 +43,13 @@ class HeldOut:
         self._batches = heldout_batches(config, prepared)
         self._token_bytes = prepared.tokenizer.token_bytes
 
-    def losses(self, evaluate: Callable[[Any, Rows[jax.Array]], Any], params: Any) -> dict[str, float]:
-        """Return `loss` over all, `loss/<source>` in nats a target token, `bits_per_byte/<source>`.
+    def losses(
+        self, evaluate: Callable[[Tree, Rows[jax.Array]], jax.Array | np.ndarray], params: Tree
+    ) -> dict[str, float]:
+        """Return `loss` over all sources and `loss/<source>`, in nats a target token, and `bits_per_byte/<source>`.
 
         Args:
-            evaluate: gives the loss of every target token, [1, B, S], from params and rows [1, B, ...].
+            evaluate: returns the loss of every target token, [1, B, S], for params and rows [1, B, ...].
             params: for `evaluate`.
         """
         found: dict[str, float] = {}

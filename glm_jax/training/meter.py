@@ -1,23 +1,23 @@
-"""How fast a run is: tokens a second, the share of the hardware's peak, memory."""
+"""How fast a run is: tokens a second, the share of the hardware's peak, and memory."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import SupportsInt
 
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.parallel.devices import peak_memory
 
-RECOMPUTED = {"all": 0, "layer": 1, "stage": 2}  # forward passes that the backward repeats, by what it finds stashed
+RECOMPUTED = {"all": 0, "layer": 1, "stage": 2}  # forward passes that the backward repeats, by what is stashed
 
 
 class Meter:
     """Measures speed between two reads.
 
     Args:
-        cfg: its model's arithmetic and what its backward pass computes again are counted.
+        cfg: counts the model's arithmetic and what the backward pass computes again.
         sequence: tokens a row.
         peak: FLOP/s of the whole mesh, see `parallel.devices.peak_flops`.
     """
@@ -31,18 +31,19 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew, so that what is not training (evaluation, saving) does not count."""
-        self._start, self._wait, self._rows, self._tokens = time.perf_counter(), 0.0, 0, []
+        """Start measuring anew, so that time not spent training (evaluation, saving) does not count."""
+        self._start, self._wait, self._rows = time.perf_counter(), 0.0, 0
+        self._tokens: list[SupportsInt] = []
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time in the block as waiting for data."""
+        """Count the time inside the block as waiting for data."""
         start = time.perf_counter()
         yield
         self._wait += time.perf_counter() - start
 
-    def count(self, rows: int, tokens: Any) -> None:
-        """Count one step's rows and row tokens, of all processes; the latter are not waited for before `read`."""
+    def count(self, rows: int, tokens: SupportsInt) -> None:
+        """Count one step's rows and row tokens, of all processes. Only `read` waits for the tokens."""
         self._rows += rows
         self._tokens.append(tokens)
 
@@ -50,9 +51,9 @@ class Meter:
         """Return the speed since the last read.
 
         Returns:
-            `tokens_per_second`; `mfu`, the share of the peak that the model's own arithmetic makes; `hfu`, that with
+            `tokens_per_second`; `mfu`, the model's own arithmetic as a share of the peak; `hfu`, the same including
             what the backward pass computes again; `mfu_formula` and `hfu_formula`, the same by the model's
-            `published_flops`; `data_wait`, the share of time that the step waited for data; `memory`, see
+            `published_flops`; `data_wait`, the share of time spent waiting for data; `memory`, see
             `peak_memory`.
         """
         tokens = sum(map(int, self._tokens))

@@ -1,26 +1,26 @@
-"""AdamW on the mean gradient, clipped by its global norm (paper appendix B, table 11); or any optimizer of optax."""
+"""AdamW on the mean gradient, clipped by its global norm (paper appendix B, table 11); or any optax optimizer."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from glm_jax.config.training import OptimizerConfig
+from glm_jax.types import Tree
 
 Array = jax.Array
 Optimizer = OptimizerConfig | optax.GradientTransformation
 
 
-def decays(params: Any) -> Any:
-    """Return which params weight decay touches: kernels and the embedding, not scales and biases."""
+def decays(params: Tree) -> Tree:
+    """Return which params decay: kernels and the embedding, but not scales and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), params)
 
 
 def transformation(cfg: Optimizer) -> optax.GradientTransformation:
-    """Return what keeps the moments: a transformation as it is; of a config AdamW's direction, without learning rate.
+    """Return the transformation that keeps the moments: `cfg` itself, or for a config AdamW without the learning rate.
 
     AdamW: Loshchilov and Hutter, arXiv 1711.05101.
     """
@@ -32,12 +32,14 @@ def transformation(cfg: Optimizer) -> optax.GradientTransformation:
     )
 
 
-def update(cfg: Optimizer, gradients: Any, moments: Any, params: Any, lr: Array) -> tuple[Any, Any, dict[str, Array]]:
-    """Take one step: clip by global norm, then AdamW; or a transformation of optax, which is all there is to it.
+def update(
+    cfg: Optimizer, gradients: Tree, moments: Tree, params: Tree, lr: ArrayLike
+) -> tuple[Tree, Tree, dict[str, Array]]:
+    """Take one step: clip by global norm, then AdamW; or apply an optax transformation and nothing else.
 
     Returns:
         The new params, the new moments, and global norms: `grad_norm` before clipping, `param_norm` before the step,
-        `update_norm` of what the step changes.
+        `update_norm` of the change.
     """
     norm, before = optax.tree.norm(gradients), optax.tree.norm(params)
     if isinstance(cfg, optax.GradientTransformation):
@@ -55,11 +57,11 @@ def update(cfg: Optimizer, gradients: Any, moments: Any, params: Any, lr: Array)
 LAYER_GROUPS = 4
 
 
-def group_norms(gradients: Any, layers: int) -> dict[str, Array]:
+def group_norms(gradients: Tree, layers: int) -> dict[str, Array]:
     """Return the norms of the gradients of the embedding, the final norm and up to four groups of layers.
 
     Args:
-        gradients: laid out as params; blocks may have padding after their `layers` true layers.
+        gradients: in the tree of params; blocks may be padded after the first `layers` layers.
         layers: L.
 
     Returns:

@@ -22,16 +22,16 @@ class LossScale(NamedTuple):
 
 
 def initial_loss_scale(cfg: LossScaleConfig | None) -> LossScale:
-    """Start at the initial scale, or at 1 where none is needed."""
+    """Return the initial scale, or a scale of 1 where none is needed."""
     scale, hysteresis = (cfg.initial, cfg.hysteresis) if cfg else (1.0, 1)
     return LossScale(jnp.float32(scale), jnp.int32(0), jnp.int32(hysteresis), jnp.int32(0))
 
 
 def next_loss_scale(cfg: LossScaleConfig | None, state: LossScale, finite: Array) -> LossScale:
-    """Make the transition after a step whose gradients were all `finite` (bool scalar), or not.
+    """Return the state after a step; `finite`, bool [], tells whether all its gradients were finite.
 
-    A non-finite step uses up one of the hysteresis; when none is left it halves the scale, down to the minimum. A
-    window of finite steps in a row doubles the scale and restores the hysteresis (DeepSpeed's rule).
+    A non-finite step lowers the hysteresis by one; at 1 it halves the scale instead, down to the minimum. A window of
+    finite steps in a row doubles the scale and restores the hysteresis (DeepSpeed's rule).
     """
     skipped = state.skipped + jnp.where(finite, 0, 1)
     if cfg is None:
@@ -40,7 +40,7 @@ def next_loss_scale(cfg: LossScaleConfig | None, state: LossScale, finite: Array
     grows = good_steps >= cfg.window
     halves = ~finite & (state.hysteresis <= 1)
     scale = jnp.where(grows, state.scale * 2, jnp.where(halves, state.scale / 2, state.scale))
-    scale = jnp.maximum(scale, cfg.minimum)  # at once where an operator has raised it
+    scale = jnp.maximum(scale, cfg.minimum)  # immediately if an operator has raised the minimum
     spent = jnp.where(finite, state.hysteresis, jnp.maximum(state.hysteresis - 1, 1))
     hysteresis = jnp.where(grows, cfg.hysteresis, spent)
     return LossScale(scale, jnp.where(grows, 0, good_steps), hysteresis, skipped)

@@ -1,6 +1,6 @@
-"""What each step is taken with: pure functions of the config, the step and the samples seen, worked out on the host.
+"""The settings of each step, as pure functions of the config, the step and the samples seen, computed on the host.
 
-A step is named by its number, counted from 1. The learning rate and the batch size follow the samples (paper, table
+Steps are numbered from 1. The learning rate and the batch size follow the samples (paper, table
 11); the embedding shrink, re-warming and skipped steps follow the steps, as in GLM-130B's training log.
 """
 
@@ -15,10 +15,10 @@ from glm_jax.config import Experiment
 
 
 def batch_rows(config: Experiment, samples: int) -> int:
-    """Return the rows of the step that begins with `samples` rows seen.
+    """Return the batch size of the step that starts with `samples` rows seen.
 
-    With a ramp (first batch, increment, samples) the batch grows to train.global_batch by increments that are equal
-    parts of the ramp's samples apart (GLM-130B: 192 to 4,224 by 24 over 5,493,164).
+    A ramp (first batch, increment, samples) grows the batch to train.global_batch by equal increments, spread evenly
+    over its samples (GLM-130B: 192 to 4,224 by 24 over 5,493,164).
     """
     full = config.train.global_batch
     if not config.train.batch_ramp:
@@ -29,7 +29,7 @@ def batch_rows(config: Experiment, samples: int) -> int:
 
 
 def total_samples(config: Experiment) -> int:
-    """Return the samples after the last step."""
+    """Return the number of samples seen after the last step."""
     samples, steps = 0, config.train.steps
     while steps and batch_rows(config, samples) < config.train.global_batch:
         samples, steps = samples + batch_rows(config, samples), steps - 1
@@ -39,7 +39,7 @@ def total_samples(config: Experiment) -> int:
 def learning_rate(config: Experiment, step: int, samples: int) -> float:
     """Return the learning rate of `step`, which ends with `samples` rows seen.
 
-    Linear from 0 at no samples to the peak at `warmup_samples`, then a cosine that reaches `min_lr` at
+    It rises linearly from 0 at the start to the peak at `warmup_samples`, then follows a cosine to `min_lr` at
     `decay_samples` and stays there. In the window (first, steps) of a re-warming it is multiplied by
     (step - first) / steps: a warm restart after loading.
     """
@@ -58,7 +58,7 @@ def learning_rate(config: Experiment, step: int, samples: int) -> float:
 
 
 def embedding_shrink(config: Experiment, step: int) -> float:
-    """Return alpha of the embedding gradient shrink at `step`: linear between the knots of its history."""
+    """Return alpha of the embedding gradient shrink at `step`, linear between the knots of its history."""
     cfg = config.train.embedding_shrink
     if not cfg.history:
         return cfg.alpha
@@ -67,15 +67,15 @@ def embedding_shrink(config: Experiment, step: int) -> float:
 
 
 def shrinks(config: Experiment) -> bool:
-    """Return whether any step shrinks the embedding's gradient."""
+    """Whether any step shrinks the embedding's gradient."""
     cfg = config.train.embedding_shrink
     return any(alpha != 1.0 for _, alpha in cfg.history or ((0, cfg.alpha),))
 
 
 def skip(config: Experiment, step: int, samples: int) -> tuple[int, int]:
-    """Return the step and samples from which to go on after `step`: past any skipped steps that come next.
+    """Return the step and samples to continue from after `step`: past any skipped steps that follow it.
 
-    A skipped step is never taken, but counts: its rows are seen as far as data and schedules are concerned.
+    A skipped step is never taken, but it counts: for the data and the schedules its rows are seen.
     """
     while step < config.train.steps and any(first <= step + 1 <= last for first, last in config.train.skip_steps):
         step, samples = step + 1, samples + batch_rows(config, samples)
@@ -83,7 +83,7 @@ def skip(config: Experiment, step: int, samples: int) -> tuple[int, int]:
 
 
 def describe(config: Experiment, step: int, samples: int) -> Mapping[str, float]:
-    """Return what `step`, which begins with `samples` rows seen, is taken with."""
+    """Return the settings of `step`, which starts with `samples` rows seen."""
     rows = batch_rows(config, samples)
     return {
         "lr": learning_rate(config, step, samples + rows),

@@ -1,4 +1,4 @@
-"""A run: steps from the newest good checkpoint on, under a config that may change; read `Run.steps` first."""
+"""A training run: resumes from the newest good checkpoint, under a config that may change. Read `Run.steps` first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -32,6 +31,7 @@ from glm_jax.training.observers.save import Save
 from glm_jax.training.observers.spikes import Bands, Spike, Spikes
 from glm_jax.training.state import at_step, create_state, disk_targets, from_disk, to_disk, true_layers
 from glm_jax.training.stretch import Stretch, ready
+from glm_jax.types import Json, Tree
 from glm_jax.workdir import folder
 from glm_jax.workdir.checkpoints import Checkpoints
 from glm_jax.workdir.events import Event, import_wandb, versions
@@ -47,10 +47,10 @@ class Run:
     """One process's part of a run.
 
     Attributes:
-        config: as it was asked for; `current` is the one in effect now, interventions applied.
+        config: as requested; `current` is the config in effect now, with interventions applied.
         step, samples: optimizer steps taken and rows seen.
         state: the TrainState after them.
-        observers: told of each step, in order; append your own.
+        observers: called after each step, in this order; append your own.
         evaluators: functions of the run whose values make up an evaluation.
     """
 
@@ -61,26 +61,25 @@ class Run:
 
         Args:
             config: resolved.
-            workdir: made if need be; a run that has a checkpoint there resumes.
-            say: told one line at a time.
-            optimizer: any transformation of optax in place of the experiment's AdamW. It is given the mean gradients,
-                not clipped, and its updates are added to the params; the experiment's learning rate has no part in it.
+            workdir: created if it is missing; if it holds a checkpoint, the run resumes.
+            say: called with one line of text at a time.
+            optimizer: any optax transformation, to replace the experiment's AdamW. It receives the mean gradients,
+                unclipped, and its updates are added to the params; the experiment's learning rate is not used.
 
         Raises:
-            UserError: anything about the config, the data, the mesh or the workdir that does not fit; nothing is
-                written to the workdir then.
+            UserError: the config, the data, the mesh or the workdir do not fit; nothing was written to the workdir.
         """
         if not config.data.sources:
             raise UserError("data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
         if config.train.wandb:
-            import_wandb()  # one that is missing should be said now
+            import_wandb()  # report a missing package before the work begins
         for step, _ in config.interventions:
-            build(interventions.effective(config, step))  # one that does not fit should be said now
+            build(interventions.effective(config, step))  # refuse one that does not fit now, not at its step
         self.config, self.workdir, self._optimizer = config, workdir, optimizer
         self._say = say if processes.is_first() else lambda line: None
         prepared = ready(config, workdir, self._say)
         self.stretch = Stretch(config, prepared, optimizer)  # checks the rest, before anything is written
-        self.closing = contextlib.ExitStack()  # what is to be done when all is written
+        self.closing = contextlib.ExitStack()  # runs when everything is written
         if processes.is_first():
             self.closing.enter_context(folder.lock(workdir))
             folder.write(workdir, config, prepared.tokenizer)
@@ -91,7 +90,7 @@ class Run:
         self.evaluators: list[Evaluator] = [heldout]
         self.stopping, self._asked, self._stop_asked = False, Request.NOTHING, False
         self.saved_at = time.monotonic()
-        self._previous: Mapping[str, Any] | None = None  # the metrics of the step before
+        self._previous: Mapping[str, Tree] | None = None  # the metrics of the previous step
         self._closed = False
         try:
             self._begin()
@@ -100,15 +99,15 @@ class Run:
             raise
 
     def steps(self) -> Iterator[Step]:
-        """Take the steps that are left, tell the observers of each, and yield it.
+        """Take the remaining steps: call the observers after each, then yield it.
 
-        A step that an observer goes back from is not yielded. At the end, or after a request to stop, the run saves; a
-        loop that is left early saves nothing, and the next call continues from there.
+        A step that an observer undoes, by going back, is not yielded. The run saves at the end and after a request to
+        stop. Leaving the loop early saves nothing; the next call continues from there.
         """
         self._check_open()
         self.stopping = False
         if self.step >= self._until and self.saved != self.step:
-            self._change()  # a loop that was left at its last step has neither saved nor changed anything
+            self._change()  # the last loop was left at this step, before it saved and made the change
         if self.step >= self.current.train.steps:
             self.say(f"{self.workdir} is finished: step {self.step} of {self.current.train.steps}")
             return
@@ -139,12 +138,12 @@ class Run:
                 observer.close()
 
     def go(self) -> int:
-        """Take all steps that are left, and stop with a checkpoint at a signal. Returns the exit code.
+        """Take all remaining steps and return the exit code; a signal stops the run with a checkpoint.
 
         Raises:
             UserError: the last step could not be saved.
         """
-        with signals.listening(self.stop), self:  # a signal while the last checkpoint is written does not lose it
+        with signals.listening(self.stop), self:  # a signal during the last save does not lose it
             for _ in self.steps():
                 pass
         if unsaved := self.checkpoints.unsaved():
@@ -157,21 +156,21 @@ class Run:
 
     @property
     def current(self) -> Experiment:
-        """The experiment in effect, interventions applied."""
+        """The experiment in effect, with interventions applied."""
         return self.stretch.config
 
     @property
     def prepared(self) -> Prepared:
-        """The data: shards, tokenizer and what they were made of."""
+        """The data that batches are made of."""
         return self.stretch.prepared
 
     @property
     def watches_spikes(self) -> bool:
-        """Whether each step is waited for and watched; also when the rollbacks are used up."""
+        """Whether the run waits for each step and watches it for spikes, even after the last rollback is used up."""
         return max(self.current.train.spike.rollbacks, self.config.train.spike.rollbacks) > 0
 
     def _take(self) -> Step:
-        """Take one step, with the next one's work on its way while the caller looks at it."""
+        """Take one step. It may still be computing on return, so that the devices need not wait for the host."""
         number, rows = self.step + 1, recipe.batch_rows(self.current, self.samples)
         settings = recipe.describe(self.current, number, self.samples)
         with self.stretch.meter.waiting():
@@ -181,7 +180,7 @@ class Run:
         asked = Request.STOP if self._stop_asked else self._asked
         self.state, metrics = self.stretch.train(self.state, batch, rows, settings, asked)
         self.step, self.samples = number, self.samples + rows
-        # At most one step ahead, so that a request is met at once; not at all where each step is watched.
+        # Run at most one step ahead, so that a request is met soon; where steps are watched, wait for each.
         settled, self._previous = (metrics if self.watches_spikes else self._previous), metrics
         jax.block_until_ready(settled)
         self.stretch.meter.count(rows, metrics["tokens"])
@@ -190,30 +189,30 @@ class Run:
         return Step(self, number, self.samples, metrics, settings, request)
 
     def _skip(self) -> bool:
-        """Skip the steps that train.skip_steps names next, with their data; False when there are none."""
+        """Skip the coming steps that train.skip_steps names, with their data; return whether there were any."""
         step, samples = recipe.skip(self.current, self.step, self.samples)
         if step == self.step:
             return False
-        self.say(f"steps {self.step + 1} to {step} are skipped with their data")
+        self.say(f"skipping steps {self.step + 1} to {step} with their data")
         self.monitor.progress(step - self.step)
         self.state = at_step(self.stretch.mesh, self.state, step, samples)
         self.step, self.samples = step, samples
         if step == self.current.train.steps and self.current.train.eval_every:
-            self.evaluate()  # at the end, as of every run
+            self.evaluate()  # every run is evaluated at its end
         return True
 
     def ask(self, request: Request) -> None:
-        """Ask all processes for something; it is met a step or two later."""
+        """Send a request to all processes; it is met one or two steps later."""
         self._asked = max(self._asked, request)
 
     def stop(self) -> None:
-        """Ask for the end of `steps`, with a checkpoint. A signal may call it between any two lines."""
+        """Ask `steps` to end with a checkpoint. A signal handler may call this between any two lines."""
         self._stop_asked = True
 
-    def evaluate(self) -> dict[str, Any]:
-        """Run the evaluators now; returns the event, which is logged."""
+    def evaluate(self) -> Json:
+        """Run the evaluators now, log the result and return it as an event."""
         self._check_open()
-        event: dict[str, Any] = {"event": "evaluation", "step": self.step}
+        event: Json = {"event": "evaluation", "step": self.step}
         for evaluator in self.evaluators:
             event |= {name: float(value) for name, value in evaluator(self).items()}
         self.log(event)
@@ -223,7 +222,7 @@ class Run:
         return event
 
     def save(self) -> None:
-        """Save a checkpoint of where the run stands, once a step; it is written while training continues."""
+        """Save a checkpoint of this step, unless it is saved already; it is written while training continues."""
         self._check_open()
         if self.saved == self.step:
             return
@@ -237,7 +236,7 @@ class Run:
         }
         self.checkpoints.save(to_disk(self.stretch.cfg, self.stretch.mesh, self.state), run)
         self.saved, self.saved_at = self.step, time.monotonic()
-        self._asked, self._previous = Request.NOTHING, None  # what was asked for is done
+        self._asked, self._previous = Request.NOTHING, None  # the request is met
         self.stretch.meter.restart()
 
     def log(self, event: Event) -> None:
@@ -245,17 +244,17 @@ class Run:
         self.monitor.log(event)
 
     def say(self, line: str) -> None:
-        """Tell a line, above the progress bar while there is one."""
+        """Print a line, above the progress bar if there is one."""
         (self.monitor.say if "monitor" in self.__dict__ else self._say)(line)
 
     @functools.cached_property
     def monitor(self) -> Monitor:
-        """The sinks and the progress bar."""
+        """The sinks of events and the progress bar, made when first used."""
         first, project = processes.is_first(), self.config.train.wandb
         return Monitor(self.workdir, self.current.train.steps, self.step, primary=first, wandb_project=project)
 
     def _begin(self) -> None:
-        """Take up the newest good checkpoint, or make a first state."""
+        """Restore the newest good checkpoint, or make the first state."""
         run = self._restore()
         self.record = Record(self.workdir, self.step, primary=processes.is_first())
         if run is None:
@@ -265,11 +264,11 @@ class Run:
             self._say(f"resuming from step {self.step}, sample {self.samples:,}")
             kept, now = run["sources"], self.prepared.digests
             for name in [name for name in now if kept.get(name, now[name]) != now[name]]:
-                self._say(f"the text of {name} is not what it was: rows from here on are drawn from what it is now")
+                self._say(f"the text of {name} has changed: rows from here on are drawn from the new text")
         self._enter(run)
 
-    def _restore(self, at_most: int | None = None) -> Mapping[str, Any] | None:
-        """Stand at the newest good checkpoint, whose `run` is returned; without one at the start, and None."""
+    def _restore(self, at_most: int | None = None) -> Json | None:
+        """Restore the newest good checkpoint and return its `run`; if there is none, make the first state."""
         cfg, mesh = self.stretch.cfg, self.stretch.mesh
         self._previous = None
         restored = self.checkpoints.restore(disk_targets(cfg, mesh), at_most=at_most)
@@ -281,8 +280,8 @@ class Run:
         self.saved = self.step
         return run
 
-    def _enter(self, run: Mapping[str, Any] | None) -> None:
-        """Bring into effect what holds after this step, and record what differs from the checkpoint of `run`."""
+    def _enter(self, run: Json | None) -> None:
+        """Put the config of the next step into effect, and record what differs from the checkpoint of `run`."""
         skipped, before = self.record.skipped(), run and run["numbers"]
         config = interventions.effective(self.config, self.step, skipped)
         if before is not None:
@@ -307,9 +306,9 @@ class Run:
         self._previous = None
 
     def _change(self) -> None:
-        """Make the change that is due after this step; one that does not fit, for its data say, costs no steps."""
+        """Make the change planned after this step. If it fails, because of its data say, no step is lost."""
         if self.step >= self.current.train.steps and self.saved != self.step:
-            self.save()  # with the config that it was reached with, as all are
+            self.save()  # under the config that led here, as for every checkpoint
         try:
             self._enter({"numbers": interventions.numbers(self.current)})
         except UserError:
@@ -319,9 +318,9 @@ class Run:
         self.stretch.meter.restart()
 
     def restore(self, at_most: int | None = None) -> None:
-        """Go back to the newest good checkpoint, of step `at_most` or before; checkpoints after it are set aside."""
+        """Go back to the newest good checkpoint, of step `at_most` at the latest; newer ones are set aside."""
         self._check_open()
-        del self.state  # makes room for the one that takes its place
+        del self.state  # make room for the restored one
         run = self._restore(at_most)
         self.record.forget(self.step)
         if "monitor" in self.__dict__:
@@ -329,7 +328,7 @@ class Run:
         self._enter(run)
 
     def go_back(self, seen: Spike) -> None:
-        """Restore the last good checkpoint before a spike and skip the data from there to it."""
+        """Restore the last good checkpoint before a spike, and skip the data from there through the spike."""
         del self.state
         run = self._restore(seen.step - 1)
         self.record.forget(self.step)
@@ -342,28 +341,28 @@ class Run:
         self.record.add(self.step, self.samples, "spike", change, skipped=skipped, seen=dataclasses.asdict(seen))
         self.monitor.rewind(self.step)
         self.say(
-            f"spike at step {seen.step}: {seen.reason}; going back to step {self.step}, the data up to the spike is "
-            f"skipped ({len(known) + 1} of {self.config.train.spike.rollbacks} times)"
+            f"spike at step {seen.step}: {seen.reason}; going back to step {self.step} and skipping the data up to "
+            f"the spike ({len(known) + 1} of {self.config.train.spike.rollbacks} times)"
         )
         self._enter(run)
 
     @property
     def model(self) -> GLMConfig:
-        """The model, as `glm_jax.model.apply` takes it."""
+        """The model config that `glm_jax.model.apply` takes."""
         return self.stretch.cfg.engine.model
 
     @property
-    def params(self) -> Any:
-        """The float32 params on the mesh, as `glm_jax.model.apply` takes them."""
+    def params(self) -> Tree:
+        """The float32 params on the mesh, in the shape that `glm_jax.model.apply` takes."""
         return true_layers(self.stretch.cfg, self.state).params
 
     def rows(self, first: int | None = None, count: int | None = None) -> Rows[np.ndarray]:
-        """Return `count` rows of the training data from row `first` on: by default those of the next step."""
+        """Return `count` rows of the training data, starting at row `first`; by default the rows of the next step."""
         start = self.samples if first is None else first
         return self.stretch.batches.at(start, recipe.batch_rows(self.current, start) if count is None else count)
 
     def gradients(self, rows: Rows[np.ndarray]) -> Gradients:
-        """Return sums of losses and gradients of the mean loss over rows [B, ...], whole microbatches; no dropout."""
+        """Return loss sums and the gradients of the mean loss over rows [B, ...], B whole microbatches; no dropout."""
         return self.stretch.gradients(self.state.params, rows)
 
     def __enter__(self) -> Run:
@@ -373,14 +372,14 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Wait until checkpoints are written, close the log and give the workdir free; a second call does nothing."""
+        """Wait until checkpoints are written, close the log and unlock the workdir. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
         with self.closing:
             self.stretch.close()
             self.checkpoints.close()
-            if monitor := self.__dict__.pop("monitor", None):  # what is said after it has no bar to stand above
+            if monitor := self.__dict__.pop("monitor", None):  # later lines have no bar to print above
                 for event in self.checkpoints.events():
                     monitor.log(event)
                 monitor.close()

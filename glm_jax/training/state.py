@@ -1,10 +1,10 @@
-"""TrainState: what a run is made of between two steps, on the mesh and as it lies on disk."""
+"""TrainState: all that a run carries from step to step, on the mesh and on disk."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,39 +18,40 @@ from glm_jax.parallel import partition
 from glm_jax.training import optimizer, precision
 from glm_jax.training.optimizer import Optimizer
 from glm_jax.training.precision import LossScale
+from glm_jax.types import Tree
 
 Array = jax.Array
 Mesh = jax.sharding.Mesh
-Items = dict[str, Any]  # the trees of a checkpoint, by name
+Items = dict[str, Tree]  # the trees of a checkpoint, by name
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """All that a step depends on besides its arrays and the mesh; hashable."""
+    """Everything a step depends on besides its arrays and the mesh; hashable."""
 
     engine: EngineConfig
     optimizer: Optimizer
     loss_scale: LossScaleConfig | None  # None: the scale stays 1
     seed: int
-    shrinks: bool = False  # whether `Controls.shrink` is heeded
+    shrinks: bool = False  # whether `Controls.shrink` is used
 
 
 class TrainState(NamedTuple):
-    """What a run is made of between two steps; params and moments are float32.
+    """All that a run carries from step to step; params and moments are float32.
 
-    In memory the layers are padded to the stages of the pipeline (`true_layers` undoes it for the disk), and params
-    and moments are split over `data` as well (ZeRO-1).
+    In memory the layers are padded to fill the stages of the pipeline (`true_layers` undoes this for the disk), and
+    params and moments are also split over `data` (ZeRO-1).
     """
 
     step: Array  # int32, optimizer steps taken
-    samples: Array  # int32, rows seen: where the data and the learning rate stand
-    params: Any
-    moments: Any
+    samples: Array  # int32, rows seen; the data position and the learning rate follow from it
+    params: Tree
+    moments: Tree
     loss_scale: LossScale
 
 
 def init_state(cfg: StepConfig, stages: int = 1, key: Array | None = None) -> TrainState:
-    """Make the state before the first step, its layers padded to `stages`; `key` by default follows from the seed."""
+    """Make the state before the first step, its layers padded to `stages`. By default `key` is made from the seed."""
     axes = model.logical_axes(cfg.engine.model)
     key = jax.random.key(cfg.seed) if key is None else key
     params = partition.pad_layers(model.init(cfg.engine.model, key), axes, stages)
@@ -59,17 +60,17 @@ def init_state(cfg: StepConfig, stages: int = 1, key: Array | None = None) -> Tr
 
 
 def _axes(cfg: StepConfig) -> TrainState:
-    """Return the logical axes of every array of the state: a moment has those of its param, others none.
+    """Return the logical axes of every array of the state: a moment has those of its param, other arrays have none.
 
-    A moment is known by its path, which ends as its param's does, and by its shape: those of adam, of lion, of a
-    transformation that is masked to some params. What else an optimizer keeps lies whole on every device.
+    A moment is recognised by its path, which ends like its param's, and by its shape. This finds the moments of adam,
+    of lion, and of a transformation masked to some params. Anything else that an optimizer keeps is replicated.
     """
     shapes = jax.eval_shape(lambda: init_state(cfg))
     axes = jax.tree.leaves(model.logical_axes(cfg.engine.model), is_leaf=lambda leaf: isinstance(leaf, tuple))
     params = jax.tree_util.tree_leaves_with_path(shapes.params)
     known = {(tuple(path), array.shape): names for (path, array), names in zip(params, axes, strict=True)}
 
-    def axes_of(path: Any, array: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+    def axes_of(path: jax.tree_util.KeyPath, array: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
         ends = (known.get((tuple(path[start:]), array.shape)) for start in range(len(path)))
         return next((names for names in ends if names is not None), (None,) * array.ndim)
 
@@ -77,12 +78,12 @@ def _axes(cfg: StepConfig) -> TrainState:
 
 
 def state_specs(cfg: StepConfig, mesh: Mesh) -> TrainState:
-    """Return the PartitionSpec of every array of the state: moments lie as their params do, scalars everywhere."""
+    """Return the PartitionSpec of every array of the state: moments are split like their params, scalars replicated."""
     return partition.state_specs(_axes(cfg), cfg.engine.model.hidden_size, mesh.shape["data"])
 
 
 def true_layers(cfg: StepConfig, state: TrainState) -> TrainState:
-    """Take away the layers that only fill up the stages."""
+    """Remove the layers that only fill up the stages."""
     return partition.true_layers(state, _axes(cfg), cfg.engine.model.num_layers)
 
 
@@ -92,14 +93,14 @@ def pad_layers(cfg: StepConfig, state: TrainState, stages: int) -> TrainState:
 
 
 def create_state(cfg: StepConfig, mesh: Mesh) -> TrainState:
-    """Make the state on the mesh, each device its own part."""
+    """Make the first state on the mesh; each device makes its own part."""
     shardings = partition.shardings(mesh, state_specs(cfg, mesh))
     return jax.jit(lambda: init_state(cfg, mesh.shape["pipeline"]), out_shardings=shardings)()
 
 
 def at_step(mesh: Mesh, state: TrainState, step: int, samples: int, loss_scale: LossScale | None = None) -> TrainState:
-    """Return the state with other counters, and with another loss scale (but for its count of skipped steps)."""
-    counters: Any = (np.int32(step), np.int32(samples), loss_scale or state.loss_scale)
+    """Return the state with new counters and, if given, a new loss scale, which keeps its count of skipped steps."""
+    counters = (np.int32(step), np.int32(samples), loss_scale or state.loss_scale)
     step_, samples_, scale = jax.device_put(jax.device_get(counters), jax.NamedSharding(mesh, jax.P()))
     return state._replace(step=step_, samples=samples_, loss_scale=scale._replace(skipped=state.loss_scale.skipped))
 
@@ -109,7 +110,7 @@ def _is_padded(cfg: StepConfig, mesh: Mesh) -> bool:
 
 
 def _disk_shardings(cfg: StepConfig, mesh: Mesh) -> TrainState:
-    """Return the shardings of a state with its true layers, which padded stages do not divide."""
+    """Return the shardings of a state with its true layers, unsplit over `pipeline` where stages are padded."""
     specs = state_specs(cfg, mesh)
     if _is_padded(cfg, mesh):
         specs = partition.without("pipeline", specs)
@@ -122,14 +123,14 @@ def _items(state: TrainState) -> Items:
 
 
 def to_disk(cfg: StepConfig, mesh: Mesh, state: TrainState) -> Items:
-    """Return the trees of a checkpoint: `params`, and `training` with all else; the same layout for every mesh."""
+    """Return the trees of a checkpoint: `params`, and `training` with the rest; every mesh has the same layout."""
     if _is_padded(cfg, mesh):
         state = jax.jit(lambda state: true_layers(cfg, state), out_shardings=_disk_shardings(cfg, mesh))(state)
     return _items(state)
 
 
 def disk_targets(cfg: StepConfig, mesh: Mesh) -> Items:
-    """Return the shapes, dtypes and shardings in which `from_disk` takes the trees of a checkpoint.
+    """Return the shapes, dtypes and shardings of the trees that `from_disk` takes.
 
     Raises:
         UserError: the layers are padded to the stages, and the optimizer keeps arrays that cannot be cut to the layers.
@@ -139,7 +140,7 @@ def disk_targets(cfg: StepConfig, mesh: Mesh) -> Items:
         cut = jax.eval_shape(lambda: true_layers(cfg, init_state(cfg, mesh.shape["pipeline"])))
         if [array.shape for array in jax.tree.leaves(cut)] != [array.shape for array in jax.tree.leaves(shapes)]:
             raise UserError(
-                f"the optimizer keeps arrays of other shapes than the params: choose mesh.pipeline so that it divides "
+                f"the optimizer keeps arrays whose shapes differ from the params: choose a mesh.pipeline that divides "
                 f"model.num_layers ({cfg.engine.model.num_layers})"
             )
     target = jax.tree.map(
@@ -150,8 +151,8 @@ def disk_targets(cfg: StepConfig, mesh: Mesh) -> Items:
     return _items(target)
 
 
-def from_disk(cfg: StepConfig, mesh: Mesh, items: Mapping[str, Any]) -> TrainState:
-    """Return the state that `to_disk` has taken apart, padded to this mesh's stages."""
+def from_disk(cfg: StepConfig, mesh: Mesh, items: Mapping[str, Tree]) -> TrainState:
+    """Rebuild the state from the trees of `to_disk`, padded to this mesh's stages."""
     state = TrainState(params=items["params"], **items["training"])
     if not _is_padded(cfg, mesh):
         return state

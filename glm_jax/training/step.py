@@ -1,9 +1,8 @@
-"""The pure functions that advance a TrainState: train_step and its evaluation."""
+"""Pure functions of a TrainState: the train step, and the evaluation of its params."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +11,25 @@ import numpy as np
 from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import passes
 from glm_jax.parallel import partition
+from glm_jax.parallel.processes import Jitted
 from glm_jax.training import optimizer, precision
 from glm_jax.training.state import StepConfig, TrainState, state_specs
+from glm_jax.types import Tree
 
 Array = jax.Array
 Mesh = jax.sharding.Mesh
 
 
 class Controls(NamedTuple):
-    """What the host decides for a step."""
+    """What the host decides for a step; float32 unless noted."""
 
-    lr: Any  # float32 scalar
-    shrink: Any  # float32 scalar, alpha of the embedding gradient shrink, see model.transformer.embed
-    requests: Any  # int32 [devices], what each one's process asks of all; the largest comes back with the metrics
+    lr: Array | np.float32  # []
+    shrink: Array | np.float32  # [], alpha of the embedding gradient shrink, see model.transformer.embed
+    requests: Array  # int32 [devices], the request of each one's process; the largest returns in the metrics
 
 
 def controls(mesh: Mesh, lr: float, shrink: float, request: int = 0) -> Controls:
-    """Put a step's controls on the mesh; `request` is this process's, the rest is the same in all of them."""
+    """Put a step's controls on the mesh; `request` is this process's own, the others are the same in all processes."""
     sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     requests = jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.full(1, request, np.int32))
     return Controls(np.float32(lr), np.float32(shrink), requests)
@@ -36,7 +37,7 @@ def controls(mesh: Mesh, lr: float, shrink: float, request: int = 0) -> Controls
 
 def train_step(
     cfg: StepConfig, mesh: Mesh, state: TrainState, rows: Rows[Array], controls: Controls
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[TrainState, dict[str, Tree]]:
     """Take one optimizer step.
 
     Args:
@@ -46,10 +47,10 @@ def train_step(
         controls: of this step.
 
     Returns:
-        The state after it, and metrics: `sums` (see `engine.Sums`), `activation_rms` float32 [L] (see
-        `engine.Gradients`), and the scalars `lr`, `loss_scale`, `tokens` (row tokens, padding excluded), `skipped`
-        (non-finite steps so far), `requests` and the norms of optimizer.py. A step whose gradients are not all finite
-        changes nothing but the loss scale and the counters.
+        The state after the step, and metrics: `sums` (see `engine.Sums`), `activation_rms` float32 [L] (see
+        `passes.Gradients`), and the scalars `lr`, `loss_scale`, `tokens` (row tokens, padding excluded), `skipped`
+        (non-finite steps so far), `requests` and the norms of optimizer.py. If a gradient is not finite, the step
+        changes only the loss scale and the counters.
     """
     glm = cfg.engine.model
     samples = state.samples + rows.tokens.shape[0] * rows.tokens.shape[1]
@@ -81,13 +82,13 @@ def train_step(
 def compile_steps(
     cfg: StepConfig, mesh: Mesh
 ) -> tuple[
-    Callable[[TrainState, Rows[Array], Controls], tuple[TrainState, dict[str, Any]]],
-    Callable[[Any, Rows[Array]], Array],
+    Jitted[[TrainState, Rows[Array], Controls], tuple[TrainState, dict[str, Tree]]],
+    Jitted[[Tree, Rows[Array]], Array],
 ]:
-    """Bind the train step, which takes over the memory of its state, and the evaluation to a mesh.
+    """Return the train step and the evaluation, jitted for a mesh.
 
-    The evaluation gives the loss in nats of every target token of rows [M, B/M, ...]: float32 [M, B/M, S], 0
-    elsewhere.
+    The train step donates its state. The evaluation returns the loss in nats of every target token of rows
+    [M, B/M, ...]: float32 [M, B/M, S], 0 elsewhere.
     """
     shardings = partition.shardings(mesh, state_specs(cfg, mesh))
     whole = jax.NamedSharding(mesh, jax.P())

@@ -1,11 +1,11 @@
-"""A stretch of a run under one config: the mesh, the compiled step and the batches that follow from it."""
+"""A stretch: the part of a run under one config, with its mesh, compiled step and batches."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -24,14 +24,21 @@ from glm_jax.training import recipe
 from glm_jax.training.evaluation import HeldOut
 from glm_jax.training.meter import Meter
 from glm_jax.training.state import StepConfig, TrainState
-from glm_jax.training.step import compile_steps, controls
+from glm_jax.training.step import Controls, compile_steps, controls
+from glm_jax.types import Tree
 from glm_jax.workdir import folder
+
+if TYPE_CHECKING:
+    import grain
+
+Train = Callable[[TrainState, Rows[jax.Array], Controls], tuple[TrainState, dict[str, Tree]]]
+Evaluate = Callable[[Tree, Rows[jax.Array]], jax.Array]
 
 
 def step_config(
     config: Experiment, engine: EngineConfig, optimizer: optax.GradientTransformation | None = None
 ) -> StepConfig:
-    """Return all that a step depends on besides its arrays and the mesh; `optimizer` in place of AdamW."""
+    """Return everything a step depends on besides its arrays and the mesh; `optimizer` replaces AdamW."""
     return StepConfig(
         engine=engine,
         optimizer=optimizer or config.optimizer.constants(),
@@ -41,8 +48,8 @@ def step_config(
     )
 
 
-@functools.lru_cache(maxsize=2)  # a change of the learning rate alone, say, need not compile anything again
-def _compiled(cfg: StepConfig, mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], Callable[..., Any]]:
+@functools.lru_cache(maxsize=2)  # a change of the learning rate alone, say, compiles nothing again
+def _compiled(cfg: StepConfig, mesh: jax.sharding.Mesh) -> tuple[Train, Evaluate]:
     train, evaluate = compile_steps(cfg, mesh)
     return processes.compiled_together(train), processes.compiled_together(evaluate)
 
@@ -51,7 +58,7 @@ _gradients = jax.jit(passes.value_and_grad, static_argnums=(0, 1))
 
 
 class Stretch:
-    """All that a run is done with while its config stays the same."""
+    """Everything a run uses while its config stays the same."""
 
     def __init__(
         self, config: Experiment, prepared: Prepared, optimizer: optax.GradientTransformation | None = None
@@ -63,12 +70,12 @@ class Stretch:
         self.batches = training_batches(config, prepared)
         self._train, self._evaluate = _compiled(self.cfg, self.mesh)
         self._microbatch = config.train.global_batch // config.train.microbatches  # rows
-        self._stream: Any = None
+        self._stream: grain.DatasetIterator[Rows[np.ndarray]] | None = None
         self._stands = (-1, 0)  # the first row of the stream's next batch, and its rows
 
     def batch(self, samples: int, rows: int) -> Rows[np.ndarray]:
         """Read this process's share of the batch of `rows` rows that begins at row `samples`."""
-        if self._stands != (samples, rows):
+        if self._stream is None or self._stands != (samples, rows):
             self.close()
             mine = local_rows(self.mesh, rows, rows // self._microbatch).reshape(-1)
             self._stream = self.batches.prefetched(samples, rows, mine)
@@ -77,16 +84,16 @@ class Stretch:
 
     def train(
         self, state: TrainState, batch: Rows[np.ndarray], rows: int, chosen: Mapping[str, float], request: int
-    ) -> tuple[TrainState, dict[str, Any]]:
-        """Take a step with a batch of `rows` rows in all, and what recipe.py has `chosen`."""
+    ) -> tuple[TrainState, dict[str, Tree]]:
+        """Take a step with a batch of `rows` rows over all processes and the settings that recipe.py has `chosen`."""
         placed = place(self.mesh, batch, rows // self._microbatch)
         return self._train(state, placed, controls(self.mesh, chosen["lr"], chosen["embedding_shrink"], request))
 
-    def heldout(self, params: Any) -> dict[str, float]:
-        """Return the held-out losses of params on the mesh."""
+    def heldout(self, params: Tree) -> dict[str, float]:
+        """Return the held-out losses of params that are on the mesh."""
         return self._heldout.losses(self._evaluate, params)
 
-    def gradients(self, params: Any, rows: Rows[np.ndarray]) -> Gradients:
+    def gradients(self, params: Tree, rows: Rows[np.ndarray]) -> Gradients:
         """Return the gradients of the mean loss over rows [B, ...], see `engine.passes.value_and_grad`."""
         count = len(rows.tokens)
         mine = rows.take(local_rows(self.mesh, count, count // self._microbatch).reshape(-1))
@@ -94,11 +101,11 @@ class Stretch:
 
     @functools.cached_property
     def meter(self) -> Meter:
-        """The measure of the stretch's speed."""
+        """The meter of the stretch's speed."""
         return Meter(self.cfg.engine, self.config.data.seq_length, peak_flops(self.mesh))
 
     def close(self) -> None:
-        """End the threads that read ahead."""
+        """Stop the threads that read ahead."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -108,18 +115,18 @@ class Stretch:
 def ready(config: Experiment, workdir: Path, say: Callable[[str], None]) -> Prepared:
     """Check a config against its workdir and devices, and prepare its data.
 
-    The first process prepares alone, then the others, which find most of it in the cache.
+    The first process prepares alone. The others follow and find most of the data in the cache.
 
     Args:
-        config: resolved, as it holds where the run stands.
-        workdir: of the run; nothing is written to it.
-        say: told what is done.
+        config: resolved, with the interventions up to the current step.
+        workdir: of the run; not written to.
+        say: called with one line for each thing done.
 
     Raises:
-        UserError: anything about the config, the data, the mesh or the workdir that does not fit.
+        UserError: the config, the data, the mesh or the workdir do not fit.
     """
     folder.check(workdir, config)
-    build(config)  # a mesh that cannot be should be said before minutes of data preparation
+    build(config)  # report an impossible mesh before minutes of data preparation
     if not processes.is_first():
         processes.wait_for_all()
     prepared = prepare(config, say)

@@ -1,4 +1,4 @@
-"""Decoding with the cache gives what recomputing the whole row at every token gives; strategies choose as they say."""
+"""Decoding with the cache equals computing the whole row again for every token; strategies choose as documented."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ SOP, EOP, MASK = 61, 62, 63
 
 
 def recomputed(cfg: GLMConfig, params: dict, context: list[int], blank: int, repeats: bool, count: int) -> list[int]:
-    """Generate greedily, the whole row from scratch for every token, with its mask and positions written out."""
+    """Generate greedily: compute the whole row for every token, with its mask and positions written out."""
     size = len(context)
     length = size + 1 + count
     tokens = np.array([*context, SOP] + [0] * count)
@@ -69,9 +69,9 @@ def test_sampling_keeps_what_top_k_and_top_p_allow() -> None:
     assert chosen(GREEDY, logits) == {0}
     assert chosen(Sampling(temperature=1.0), logits) == {0, 1, 2, 3}
     assert chosen(Sampling(temperature=1.0, top_k=2), logits) == {0, 1}
-    assert chosen(Sampling(temperature=1.0, top_p=0.65), logits) == {0, 1}  # 0.4 does not reach it, 0.3 crosses it
+    assert chosen(Sampling(temperature=1.0, top_p=0.65), logits) == {0, 1}  # 0.4 is too little, with 0.3 it is enough
     assert chosen(Sampling(temperature=1.0, top_p=0.0), logits) == {0}
-    assert chosen(Sampling(temperature=1.0, top_k=3, top_p=0.4), logits) == {0}  # 0.4 of 0.9 crosses it alone
+    assert chosen(Sampling(temperature=1.0, top_k=3, top_p=0.4), logits) == {0}  # 0.4 of 0.9 is enough alone
 
 
 def test_temperature_flattens() -> None:

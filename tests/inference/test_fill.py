@@ -1,4 +1,4 @@
-"""Prompts with blanks: what is filled, in what order, what stays, and what is refused."""
+"""Prompts with blanks: what is filled, in which order, what stays, and what is refused."""
 
 from typing import Any
 
@@ -70,9 +70,9 @@ def test_no_special_token_is_generated(model: Model, tokenizer: Tokenizer) -> No
         assert pieces == again and pieces[1].text
 
 
-@pytest.mark.parametrize("prompt, said", [("  ", "empty"), ("the small array " * 30 + "[MASK]", "shorten the prompt")])
-def test_prompts_that_cannot_be_filled(model: Model, tokenizer: Tokenizer, prompt: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize("prompt, words", [("  ", "empty"), ("the small array " * 30 + "[MASK]", "shorten the prompt")])
+def test_prompts_that_cannot_be_filled(model: Model, tokenizer: Tokenizer, prompt: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
         fill(*model, tokenizer, prompt, max_tokens=8)
 
 

@@ -1,4 +1,4 @@
-"""Generation with a model that says what a script tells it: what it is asked, what is taken, and when it stops."""
+"""Generation with a scripted model: what the model is asked, which tokens are chosen, and when generation stops."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ BANNED = np.isin(np.arange(10), [MASK, SOP])
 
 
 class Script:
-    """Stands in for the model: its n-th answer prefers the tokens of `orders[n]`, best first; notes every call."""
+    """Stands in for the model: its n-th answer prefers the tokens of `orders[n]`, best first; records every call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, orders: list[list[int]]) -> None:
         self.orders, self.calls = orders, []
@@ -58,7 +58,7 @@ def test_the_model_is_asked_for_the_row_and_then_for_each_token(monkeypatch: pyt
     assert tokens.tolist() == [[4, MASK, 5, SOP] + [0] * 60] and place == 0
     assert positions[0, :8].tolist() == ([0, 1, 2, 1, 1, 1, 1, 1] if repeats else list(range(8)))
     assert allowed.shape == (1, 64, 64)
-    for query in range(3):  # the context sees all of itself and not sop
+    for query in range(3):  # the context sees all of itself, but not sop
         assert np.flatnonzero(allowed[0, query]).tolist() == [0, 1, 2]
     assert np.flatnonzero(allowed[0, 3]).tolist() == [0, 1, 2, 3]
     assert [call[0].tolist() for call in later] == [[[1]], [[2]], [[3]], [[EOP]]]
@@ -70,13 +70,13 @@ def test_the_model_is_asked_for_the_row_and_then_for_each_token(monkeypatch: pyt
 @pytest.mark.parametrize(
     "orders, budget, expected",
     [
-        ([[EOP, 3], [EOP]], 5, [3]),  # an end at once: no fill is empty, the next best token stands first
+        ([[EOP, 3], [EOP]], 5, [3]),  # an end at once: no fill is empty, so the next best token comes first
         ([[EOS, EOP, 3, 1], [2], [EOS]], 5, [3, 2]),
-        ([[MASK, SOP, 4], [SOP, MASK, 2], [EOP]], 5, [4, 2]),  # what is banned is skipped everywhere
+        ([[MASK, SOP, 4], [SOP, MASK, 2], [EOP]], 5, [4, 2]),  # banned tokens are skipped everywhere
         ([[1], [EOP]], 5, [1]),
         ([[1], [EOS]], 5, [1]),
         ([[1], [2], [EOP]], 2, [1, 2]),  # the budget ends it
-        ([[1], [2], [EOP]], 3, [1, 2]),  # an end as its last token is none of the fill
+        ([[1], [2], [EOP]], 3, [1, 2]),  # an end as the last token is not part of the fill
         ([[1], [2], [3]], 3, [1, 2, 3]),
         ([[EOP, 5]], 1, [5]),
         ([[1, 2, 3], [2, 1, 3], [3, 2, 1], [1, 2, 3], [2, 3, 1], [EOP, 1]], 9, [1, 2, 3, 1, 2]),  # the best each time
@@ -131,7 +131,7 @@ LETTERS: Any = Letters()
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Stand in for generation; gives what it was asked, call by call."""
+    """Replace generation; return the arguments of each call."""
     calls: list[dict[str, Any]] = []
 
     def record(cfg: Any, params: Any, context: list[int], blank: int, **settings: Any) -> list[int]:
@@ -147,7 +147,7 @@ MODEL: Any = SimpleNamespace(vocab_size=40, max_length=64)
 
 def test_blanks_are_filled_by_kind_each_with_a_key_of_its_own(asked: list[dict[str, Any]]) -> None:
     pieces = fill.fill(MODEL, "params", LETTERS, "a[gMASK]b[sMASK]c[MASK]d[MASK]", max_tokens=7)
-    assert "".join(piece.text for piece in pieces) == "abzcxdy"  # x the first, y the second, z the third, nothing
+    assert "".join(piece.text for piece in pieces) == "abzcxdy"  # x first, y second, z third, then nothing
     assert [piece.text for piece in pieces if piece.filled] == ["", "z", "x", "y"]
     g, s, m = LETTERS.gmask, LETTERS.smask, LETTERS.mask
     a, b, c, d, x, y, z = LETTERS.encode("abcdxyz").tolist()
@@ -168,7 +168,7 @@ def test_blanks_are_filled_by_kind_each_with_a_key_of_its_own(asked: list[dict[s
 
 def test_the_seed_and_the_sampling_reach_every_blank(asked: list[dict[str, Any]]) -> None:
     sampling = Sampling(temperature=0.5, top_k=3)
-    cfg: Any = SimpleNamespace(vocab_size=40, max_length=67)  # the blank, a letter, sop and the 64 that are usual
+    cfg: Any = SimpleNamespace(vocab_size=40, max_length=67)  # the blank, a letter, sop and the default budget of 64
     for seed in (1234, 5, 5, None):
         more = {} if seed is None else {"seed": seed}
         fill.fill(cfg, "params", LETTERS, "a[MASK]", sampling=sampling, **more)
@@ -178,7 +178,7 @@ def test_the_seed_and_the_sampling_reach_every_blank(asked: list[dict[str, Any]]
 
 
 def test_a_prompt_fits_to_the_last_place(asked: list[dict[str, Any]]) -> None:
-    """A row of 64 holds the context (50 letters, the blank, eos), sop and 11 tokens, and no more."""
+    """A row of 64 holds the context (50 letters, the blank, eos), sop and 11 tokens, but no more."""
     with pytest.raises(fill.UserError, match="the prompt has 52 tokens and 12 more may come, but .* hold 64"):
         fill.fill(MODEL, "params", LETTERS, "a[MASK]" + "b" * 49, max_tokens=12)
     assert not asked
@@ -186,9 +186,9 @@ def test_a_prompt_fits_to_the_last_place(asked: list[dict[str, Any]]) -> None:
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("prompt, said", [("", "empty"), (" \n", "empty"), ("a\ud800", "UTF-8"), ("\udfff", "UTF-8")])
-def test_prompts_without_text_or_with_half_a_character_are_refused(prompt: str, said: str) -> None:
-    with pytest.raises(fill.UserError, match=said) as raised:
+@pytest.mark.parametrize("prompt, words", [("", "empty"), (" \n", "empty"), ("a\ud800", "UTF-8"), ("\udfff", "UTF-8")])
+def test_prompts_without_text_or_with_half_a_character_are_refused(prompt: str, words: str) -> None:
+    with pytest.raises(fill.UserError, match=words) as raised:
         fill.fill(MODEL, "params", LETTERS, prompt)
     assert "\n" not in str(raised.value)
 
@@ -196,7 +196,7 @@ def test_prompts_without_text_or_with_half_a_character_are_refused(prompt: str, 
 def shown(
     monkeypatch: pytest.MonkeyPatch, longest: int, refused: int = 0, count: int | None = None
 ) -> Callable[..., Any]:
-    """Return a function that shows examples from documents of the given lengths, with fills that are told."""
+    """Return a function that makes examples from documents of the given lengths, with scripted fills."""
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def answer(cfg: Any, params: Any, tokenizer: Any, prompt: str, **settings: Any) -> list[fill.Piece]:
@@ -238,19 +238,19 @@ def test_an_example_is_three_tokens_in_the_middle_with_a_side_of_half_the_row(mo
     ]  # fmt: skip
 
 
-def test_as_many_examples_as_asked_for_and_one_that_does_not_fit_is_passed_over(
+def test_as_many_examples_as_requested_and_one_that_does_not_fit_is_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert len(shown(monkeypatch, 64)(*[40] * 9)[0]) == 6  # three, of two lines
+    assert len(shown(monkeypatch, 64)(*[40] * 9)[0]) == 6  # three, of two lines each
     lines, calls = shown(monkeypatch, 64, refused=2, count=1)(*[40] * 9)
     assert len(lines) == 2 and len(calls) == 3
     assert shown(monkeypatch, 18)(200, 200) == ([], [])  # no room for a side of one token: 18 - 15 < 4
     assert len(shown(monkeypatch, 19)(200, 200)[0]) == 4
 
 
-def test_a_top_p_of_1_keeps_all_even_where_one_token_has_all_but_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_top_p_of_1_keeps_all_even_where_one_token_has_almost_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax.random, "categorical", lambda key, logits: jnp.isfinite(logits).sum())
-    logits = jnp.array([90.0, 1.0, 0.0])  # in float32 the first has a probability of 1
+    logits = jnp.array([90.0, 1.0, 0.0])  # in float32 the first has probability 1
     assert Sampling(1.0, top_p=1.0).choose(logits, jax.random.key(0)) == 3
     assert Sampling(1.0, top_p=0.99).choose(logits, jax.random.key(0)) == 1
 
@@ -266,7 +266,7 @@ def allowed_by_hand(temperature: float, top_k: int, top_p: float) -> np.ndarray:
         weights = {token: weight for token, weight in weights.items() if weight >= least}
     kept, mass, total = {}, 0.0, sum(weights.values())
     for token, weight in sorted(weights.items(), key=lambda pair: -pair[1]):
-        if kept and mass >= top_p * total and weight < min(kept.values()):  # equals stay together
+        if kept and mass >= top_p * total and weight < min(kept.values()):  # equal ones stay together
             break
         kept[token], mass = weight, mass + weight
     return np.array([kept.get(token, 0.0) for token in range(9)]) / sum(kept.values())
@@ -287,7 +287,7 @@ POINTS = {0: 0.0, 1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 7:
 def test_tokens_come_as_often_as_their_probability_says(
     temperature: float, top_k: int, top_p: float, kept: int
 ) -> None:
-    """Chi-square over 8,000 draws at 99.9%: 14 cases, wrong once in 70 sets of keys; the keys are fixed."""
+    """Chi-square over 8,000 draws at 99.9%: 14 cases fail by chance for one set of keys in 70; the keys are fixed."""
     expected = allowed_by_hand(temperature, top_k, top_p)
     assert np.count_nonzero(expected) == kept
     sampling = Sampling(temperature, top_k, top_p)

@@ -226,6 +226,12 @@ def test_both_kinds_of_rotary_tables_are_accepted(tmp_path: Path) -> None:
     assert_equal(sat.load(tmp_path / "one", SMALL), noise(SMALL))
 
 
+def test_a_scheme_that_official_checkpoints_do_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "SAT_NORMS", ("deepnorm", "post"))
+    with pytest.raises(UserError, match="no norm scheme 'pre': model.norm must be one of deepnorm, post"):
+        layout.rules(dataclasses.replace(SMALL, norm="pre"))
+
+
 @pytest.mark.parametrize(
     "change, options, words",
     [

@@ -1,9 +1,9 @@
-"""GLM in float64 numpy on one page, written from the papers and without regard for speed: what model/ is held against.
+"""GLM in float64 numpy on one page, written from the papers without regard for speed: the reference for model/.
 
-Post-LN and DeepNorm stand here as in the paper, LN(alpha x + f(x)), not in the shifted form of the released code; their
-first norm is the one on the embedding. Matrices come in the layout of glm_jax.model.init; `layer` below is one block's.
+Post-LN and DeepNorm are written as in the paper, LN(alpha x + f(x)), not shifted as in the released code; their first
+norm is the one on the embedding. Matrices have the layout of glm_jax.model.init; `layer` below is one block's.
 
-Dropout (Srivastava et al. 2014) takes its masks from the caller; `dropout_masks` draws those that training draws.
+Dropout (Srivastava et al. 2014) takes its masks from the caller; `dropout_masks` draws the same ones as training.
 """
 
 import math
@@ -24,7 +24,7 @@ def layer_norm(params: Any, x: np.ndarray, epsilon: float) -> np.ndarray:
 
 
 class Masks(NamedTuple):
-    """Which entries dropout keeps in one row, bool; in the order in which the row meets them."""
+    """Which entries dropout keeps in one row, bool; in order of use."""
 
     embedding: np.ndarray  # [S, D]
     probabilities: np.ndarray  # [L, N, S, S]
@@ -37,7 +37,7 @@ def drop(x: np.ndarray, kept: np.ndarray | None, rate: float) -> np.ndarray:
 
 
 def dropout_masks(cfg: Any, key: jax.Array, batch: int, length: int) -> list[Masks]:
-    """Draw by the rule that model/layers.py states: keys by row, layer (0 is the embedding), sublayer and place."""
+    """Draw masks by the rule in model/layers.py: keys by row, layer (0 is the embedding), sublayer and place."""
     drawn = jax.device_get(_draw(cfg, key, batch, length))
     return [Masks(*(array[index] for array in drawn)) for index in range(batch)]
 
@@ -72,7 +72,7 @@ def slopes(heads: int) -> np.ndarray:
 
 
 def alibi_distance(p: np.ndarray) -> np.ndarray:
-    """|p_i - p_j|, and |i - j| more where i and j lie in one run of equal positions (a target block)."""
+    """|p_i - p_j|, plus |i - j| if i and j are in the same run of equal positions (a target block)."""
     distance = np.abs(p[:, None] - p[None, :])
     for i in range(len(p)):
         for j in range(len(p)):
@@ -82,7 +82,7 @@ def alibi_distance(p: np.ndarray) -> np.ndarray:
 
 
 def rotate(x: np.ndarray, p: np.ndarray, base: float) -> np.ndarray:
-    """RoPE (Su et al. 2021) on [S, K]: the pair (j, j + K/2) is a complex number, turned by p base^(-2j/K)."""
+    """RoPE (Su et al. 2021) on [S, K]: the pair (j, j + K/2) is a complex number, rotated by p base^(-2j/K)."""
     half = x.shape[-1] // 2
     turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * p[:, None] * base ** (-np.arange(half) / half))
     return np.concatenate([turned.real, turned.imag], -1)
@@ -134,7 +134,7 @@ def forward(
     allowed: np.ndarray,
     masks: list[Masks] | None = None,
 ) -> np.ndarray:
-    """tokens [B, S], positions [B, S] or [B, 2, S], allowed [B, S, S], a row's masks each -> logits [B, S, V].
+    """tokens [B, S], positions [B, S] or [B, 2, S], allowed [B, S, S], masks by row -> logits [B, S, V].
 
     The head is the word embedding, unless `params["head"]` holds another [V, D].
     """

@@ -1,4 +1,4 @@
-"""Attention's softmax by itself, in float16, where score scaling, pb_relax and the float32 softmax show."""
+"""The softmax of attention alone, in float16, where score scaling, pb_relax and the float32 softmax matter."""
 
 import dataclasses
 from typing import Any
@@ -60,7 +60,7 @@ def test_score_scaling_keeps_deep_layers_in_range() -> None:
 
 
 def test_pb_relax_subtracts_the_largest_magnitude_of_a_head_in_float16() -> None:
-    """Beside -1000, in the other row of its head, 1.0, 1.1 and 1.2 all become -999; in the other head nothing does."""
+    """Next to -1000, in another row of the head, 1.0, 1.1 and 1.2 all become -999; the other head does not change."""
     queries = np.array(
         [[[[256, 0, 0, 0]] * 2, [[0, 256, 0, 0]] * 2]], np.float16
     )  # [B = 1, S = 2, N = 2, K]: 1 after 128 x 2
@@ -85,8 +85,8 @@ def test_a_query_that_sees_nothing_attends_evenly_and_others_to_what_they_see() 
     assert (found[0, :, 1] == np.float32(0.2)).all()
 
 
-def test_biases_are_those_of_the_heads_that_are_here() -> None:
-    """ALiBi over heads 3 and 1 of 4, whose slopes are 2^-8 and 2^-4."""
+def test_biases_are_those_of_the_given_heads() -> None:
+    """ALiBi over heads 3 and 1 of 4, with slopes 2^-8 and 2^-4."""
     queries, keys = np.zeros((1, 2, 2, 4), np.float32), np.zeros((1, 3, 2, 4), np.float32)
     distance = jnp.asarray([[[0, 16, 32], [16, 0, 48]]])
     cfg = dataclasses.replace(CFG, position="alibi")

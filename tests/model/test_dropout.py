@@ -1,4 +1,4 @@
-"""Dropout: its statistics, and the model under it against numpy_reference.py, which draws masks of its own."""
+"""Dropout: its statistics, and the model with it against numpy_reference.py, which draws its own masks."""
 
 from collections.abc import Iterator
 from itertools import combinations
@@ -15,8 +15,8 @@ from glm_jax.model import GLMConfig, apply, init
 from glm_jax.model.layers import dropout
 
 RATE = 0.3
-# Below, a fraction of n independent entries lies within 5 standard errors of its expectation: by chance it misses once
-# in 1.7 million draws, and the seeds are fixed. A correlation of n entries has standard error n ** -0.5.
+# Below, a fraction of n independent entries must be within 5 standard errors of its expectation. By chance it fails
+# once in 1.7 million draws; the seeds are fixed. A correlation of n entries has standard error n ** -0.5.
 ERRORS = 5.0
 
 
@@ -69,7 +69,7 @@ def test_dropout_keeps_the_dtype_and_does_nothing_without_keys_or_rate() -> None
     ("post", "rope", "gelu"),
 ])  # fmt: skip
 def test_the_model_drops_where_the_reference_does(double: None, norm: Any, position: Any, activation: Any) -> None:
-    """Two rates that differ, so that neither stands for the other, and none that equals 1 less itself."""
+    """The rates differ, so that a swap shows, and neither is 0.5, so that keeping at the rate shows."""
     cfg = GLMConfig(3, 12, 3, 10, 17, 9, norm=norm, position=position, activation=activation,
                     embedding_norm=activation == "gelu", attention_dropout=0.4, hidden_dropout=0.2)  # fmt: skip
     shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
@@ -95,7 +95,7 @@ def test_the_model_drops_where_the_reference_does(double: None, norm: Any, posit
 
 
 def test_masks_of_all_places_are_independent() -> None:
-    """Of the masks that the test above finds in the model: of sublayers, layers, rows and heads."""
+    """The masks that the test above finds in the model, across sublayers, layers, rows and heads."""
     cfg = GLMConfig(3, 64, 2, 10, 17, attention_dropout=RATE, hidden_dropout=RATE)
     first, second = numpy_reference.dropout_masks(cfg, jax.random.key(0), 2, 48)
     hidden = [first.embedding, *first.attention, *first.feedforward, second.embedding, *second.attention]

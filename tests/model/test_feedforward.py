@@ -1,4 +1,4 @@
-"""GELU and its derivative, which are ours, against Python's own erfc."""
+"""Our GELU and its derivative, against Python's erfc."""
 
 import math
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glm_jax.model.feedforward import gelu
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 
 POINTS = np.array([-9.0, -5.0, -2.0, -0.75, -1e-3, 0.0, 0.5, 1.0, 3.0, 8.0])
 
@@ -35,10 +35,10 @@ def test_gelu_and_its_derivative(dtype: str, tolerance: float) -> None:
 
 
 def test_gelu_can_be_differentiated_where_varying_axes_are_tracked() -> None:
-    mesh = meshes.build({"data": 1, "pipeline": 1, "tensor": 1})
+    grid = mesh.build({"data": 1, "pipeline": 1, "tensor": 1})
 
     def slope(x: jax.Array) -> jax.Array:
         return jax.grad(lambda x: gelu(x).sum())(x)
 
-    mapped = jax.shard_map(slope, mesh=mesh, in_specs=jax.P("tensor"), out_specs=jax.P("tensor"))
+    mapped = jax.shard_map(slope, mesh=grid, in_specs=jax.P("tensor"), out_specs=jax.P("tensor"))
     np.testing.assert_allclose(mapped(jnp.array([0.5, -2.0])), [exact(0.5)[1], exact(-2.0)[1]], rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The model against arrays that the official torch classes made: logits, loss, gradients and greedy decoding.
+"""The model against arrays from the official torch classes: logits, loss, gradients and greedy decoding.
 
 tests/goldens/README.md says what the arrays are and where the tolerances come from.
 """
@@ -106,7 +106,7 @@ def test_loss_and_gradients(checkpoint: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(losses, arrays["token_ce"], rtol=0, atol=LOGITS)
     valid = arrays["batch/valid"]
     np.testing.assert_allclose(np.asarray(logits)[valid], arrays["logits"][valid], rtol=0, atol=LOGITS)
-    sat.save(tmp_path / "gradients", cfg, gradients, tensor_parallel=1, iteration=0)  # for the official names
+    sat.save(tmp_path / "gradients", cfg, gradients, tensor_parallel=1, iteration=0)  # converts to the official names
     ours = sat.read_tensors(tmp_path / "gradients")
     expected = {name.removeprefix("grad/"): array for name, array in arrays.items() if name.startswith("grad/")}
     assert ours.keys() == expected.keys()

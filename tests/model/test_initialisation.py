@@ -1,4 +1,4 @@
-"""Every parameter's scale at the start against the formulas of the papers, for every norm and initialisation."""
+"""The initial scale of every parameter against the papers' formulas, for every norm and initialisation."""
 
 import re
 from itertools import combinations
@@ -15,7 +15,7 @@ XAVIER = (1 / D) ** 0.5  # of a D x D matrix: the root of 2 / (D + D)
 DEPTH = (2 * L) ** -0.5
 ERRORS = 5.0  # a standard deviation of n draws has relative standard error (2 n) ** -0.5; seeds are fixed
 
-# Gains on (v, attention output, up, down): DeepNorm's by the paper, section 2.1; pre's and sandwich's as in GPT-2.
+# Gains on (v, attention output, up, down): DeepNorm as in the paper, section 2.1; pre and sandwich as in GPT-2.
 GAINS = {
     "deepnorm": (DEPTH, DEPTH, DEPTH, DEPTH), "post": (1, 1, 1, 1), "pre": (1, DEPTH, 1, DEPTH),
     "sandwich": (1, DEPTH, 1, DEPTH),
@@ -40,7 +40,7 @@ def expected(norm: str, initialisation: str) -> dict[str, np.ndarray]:
     if initialisation == "xavier":
         qkv[:, 2] = value
     elif initialisation == "largescale":
-        qkv[2::3] = value  # the last head of three on each of four ranks
+        qkv[2::3] = value  # the last of three heads on each of four ranks
     qkv *= XAVIER
     if initialisation == "normal":
         tables, qkv[:] = dict.fromkeys(tables, 0.02), 0.02

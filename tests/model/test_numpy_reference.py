@@ -22,7 +22,7 @@ def double() -> Iterator[None]:
 
 
 def sample(cfg: GLMConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two rows: a blank at 2 filled from place 5 on, and a [gMASK] row of two packed samples."""
+    """Return two rows: one with a blank at 2, filled from place 5 on, and a [gMASK] row of two packed samples."""
     random = np.random.default_rng(1)
     tokens = random.integers(0, cfg.vocab_size, (2, 9))
     segments = np.array([[1] * 9, [1] * 5 + [2] * 4])
@@ -54,7 +54,7 @@ def test_logits_and_gradients(norm: Any, position: Any, activation: Any) -> None
         logits = apply(cfg, params, *map(jnp.asarray, inputs))
         return jnp.sum(mixture * jnp.tanh(logits)), logits
 
-    with jax.disable_jit():  # operation by operation: compiling 36 models takes longer than running them
+    with jax.disable_jit():  # compiling 36 models takes longer than running them op by op
         (_, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     assert logits.dtype == np.float64
     np.testing.assert_allclose(logits, numpy_reference.forward(cfg, params, *inputs), rtol=0, atol=1e-10)

@@ -1,4 +1,4 @@
-"""The model's own contracts: shapes, counts, initialisation, cache, dropout, options that must not change numbers."""
+"""The model's contracts: shapes, counts, initialisation, cache, dropout, and options that must not change numbers."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ SMALL = GLMConfig(3, 32, 4, 48, 64, max_length=32, attention_dropout=0.1, hidden
 
 
 def sample(cfg: GLMConfig, length: int = 12, context: int = 7) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return tokens, positions and allowed of two rows with `context` bidirectional tokens, the blank being at 3."""
+    """Return tokens, positions and allowed of two rows with `context` bidirectional tokens and a blank at 3."""
     tokens = jax.random.randint(jax.random.key(1), (2, length), 0, cfg.vocab_size)
     places = np.arange(length)
     positions = np.where(places < context, places, 3)
@@ -48,7 +48,7 @@ def test_glm_130b_has_its_published_parameter_count() -> None:
 
 
 def matmul_flops(jaxpr: Any) -> int:
-    """Count 2 for each multiply-add of a traced program's matmuls; the body of a scan as often as it runs."""
+    """Count 2 for each multiply-add in the matmuls of a traced program; count a scan's body as often as it runs."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":

@@ -1,7 +1,7 @@
-"""Compiles the engine on a 2 x 2 x 2 mesh and prints what the compiled programs are like; run in a subprocess.
+"""Compiles the engine on a 2 x 2 x 2 mesh and prints facts about the compiled programs; run in a subprocess.
 
 Prints one JSON object: temporary bytes a device by schedule and microbatches, and the collectives of the 1f1b program
-that sit inside a loop and outside, by the mesh axes over which they talk.
+inside and outside loops, by the mesh axes that they use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads the collectives of a compiled program: over which mesh axes they talk, and whether they sit inside a loop."""
+"""Reads the collectives of a compiled program: which mesh axes they use, and whether they are inside a loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def computations(text: str) -> dict[str, str]:
 
 
 def inside_loops(blocks: dict[str, str]) -> set[str]:
-    """Name the computations that some while loop runs, however deep."""
+    """Return the names of the computations that a while loop runs, however deeply nested."""
     bodies = {body for text in blocks.values() for body in re.findall(r"body=%?([\w.\-]+)", text)}
     reached: set[str] = set()
     while bodies:
@@ -32,12 +32,12 @@ def inside_loops(blocks: dict[str, str]) -> set[str]:
 
 
 def numbers(text: str) -> list[int]:
-    """Read integers between commas."""
+    """Return the integers between commas."""
     return [int(number) for number in text.split(",")]
 
 
 def iota(dimensions: str, order: str | None) -> np.ndarray:
-    """Make the ids 0, 1, ... in an array of these dimensions, transposed to this order of axes."""
+    """Return the ids 0, 1, ... in an array of these dimensions, with its axes transposed to this order."""
     ids = np.arange(np.prod(numbers(dimensions))).reshape(numbers(dimensions))
     return ids.transpose(numbers(order)) if order else ids
 
@@ -63,7 +63,7 @@ def groups(line: str) -> list[list[int]]:
 
 
 def axes_of(line: str, shape: tuple[int, ...]) -> str:
-    """Name the mesh axes along which the members of a collective's groups differ."""
+    """Return the names of the mesh axes along which the members of a collective's groups differ."""
     places = [np.array(np.unravel_index(group, shape)) for group in groups(line)]  # [3, members] each
     differs = [any((place[axis] != place[axis, 0]).any() for place in places) for axis in range(len(shape))]
     return "+".join(name for name, differ in zip(AXES, differs, strict=True) if differ)

@@ -1,7 +1,7 @@
 """Compares the engine on a mesh of emulated devices with plain `jax.value_and_grad` on one; run in a subprocess.
 
-The plain side shares the model with the engine, but neither the optimizer (tests/training/numpy_adamw.py) nor, where
-losses and gradients are held against tests/model/numpy_reference.py as well, the model, its dropout and the shrink.
+The plain side shares the model with the engine, but not the optimizer (see tests/training/numpy_adamw.py). Losses and
+gradients are also compared with tests/model/numpy_reference.py, which shares neither model nor dropout nor shrink.
 
 `python -m tests.parallel.parity CASES.json` prints one JSON object a case; see `run_case` for the keys of a case.
 """
@@ -91,7 +91,7 @@ def reference(cfg: bind.EngineConfig, params: Any, batch: Rows[Any], key: jax.Ar
 
 
 class Independent:
-    """The same losses and slopes in float64 numpy, with masks drawn by the reference's own code."""
+    """The same losses and slopes in float64 numpy, with masks from the reference's own code."""
 
     def __init__(self, cfg: bind.EngineConfig, batch: Rows[np.ndarray], key: jax.Array) -> None:
         self.cfg, self.batch, segments = cfg, batch, batch.segments
@@ -120,7 +120,7 @@ class Independent:
     def slope_error(self, params: Any, gradients: Any) -> float:
         """Compare the slope along a random direction with that of `gradients`, in units of their norm.
 
-        The word embedding moves by SHRINK as much at the input as at the head, as its gradient says.
+        The word embedding moves SHRINK times as far at the input as at the head, like its gradient.
         """
         params, gradients, generator = double(params), double(gradients), np.random.default_rng(2)
         direction = jax.tree.map(lambda leaf: generator.standard_normal(leaf.shape), params)
@@ -161,7 +161,7 @@ def build(case: dict[str, Any]) -> tuple[bind.EngineConfig, jax.sharding.Mesh, i
 
 
 def start_params(glm: GLMConfig, dtype: str) -> Any:
-    """Initialise; biases and scales lie away from 0 and 1, so that they matter."""
+    """Initialise params, with biases and scales away from 0 and 1, so that they matter."""
     params = jax.jit(model.init, static_argnums=0)(glm, jax.random.key(0))
     generator = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: np.asarray(leaf + 0.1 * generator.normal(size=leaf.shape), dtype), params)
@@ -181,19 +181,27 @@ def plain_adam(params: Any, moments: numpy_adamw.Moments | None, gradients: Any)
     return numpy_adamw.like(params, moved), moments
 
 
+def ran_own_blocks(executed: np.ndarray, layers: int, microbatches: int) -> bool:
+    """Whether every device ran exactly the blocks of its stage, `microbatches` times; executed [data, P, tensor, 2]."""
+    stages = executed.shape[1]
+    held = math.ceil(layers / stages)
+    blocks = np.clip(layers - held * np.arange(stages), 0, held)  # [P]
+    return bool((executed == (microbatches * blocks)[:, None, None]).all())
+
+
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """Run one case.
 
     Args:
-        case: `mesh`, sizes of data, pipeline and tensor; and, optional, `model`, `engine` (changes to the configs),
-            `rows`, `microbatches`, `x64`.
+        case: `mesh`, the sizes of data, pipeline and tensor; and optionally `model` and `engine` (changes to the
+            configs), `rows`, `microbatches` and `x64`.
 
     Returns:
-        The case; the largest relative errors: `loss`, of the loss sums over five optimizer steps; `gradient`, of any
-        gradient of the first step, with its name in `worst`; `later_gradient`, of any gradient of any step;
-        `token_losses`, of each token's loss without dropout; against float64 numpy, for float32 and float64,
-        `numpy_loss`, of the loss sums of the first and the last step, and `numpy_slope`, of the first gradient; and
-        whether every device ran exactly the blocks of its stage, microbatches times.
+        The case, and the largest relative errors: `loss`, of the loss sums over five optimizer steps; `gradient`, of
+        any gradient of the first step, named in `worst`; `later_gradient`, of any gradient of any step;
+        `token_losses`, of each token's loss without dropout. Against float64 numpy, for float32 and float64:
+        `numpy_loss`, of the loss sums of the first and the last step, and `numpy_slope`, of the first gradient. Also
+        `exact_slots`, see `ran_own_blocks`.
     """
     jax.config.update("jax_enable_x64", bool(case.get("x64")))
     cfg, grid, rows, microbatches = build(case)
@@ -226,9 +234,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         if independent and step in (0, STEPS - 1):
             numpy_loss = max(numpy_loss, error(independent.by_objective(params), got.sums.loss))
         loss = max(loss, error(np.asarray(by_objective).T, np.stack(got.sums)))
-        held = math.ceil(glm.num_layers / stages)
-        layers = np.clip(glm.num_layers - held * np.arange(stages), 0, held)
-        exact &= bool((np.asarray(got.executed) == (microbatches * layers)[None, :, None, None]).all())
+        exact &= ran_own_blocks(np.asarray(got.executed), glm.num_layers, microbatches)
         params, moments = plain_adam(params, moments, expected)
         placed, placed_moments = update(placed, placed_moments, got.gradients)
     return {

@@ -1,9 +1,9 @@
-"""What devices can do, and the memory in use."""
+"""The peak rate of devices, and the memory in use."""
 
 import jax
 import pytest
 
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.parallel.devices import matmul_rate, peak_flops, peak_memory
 
 
@@ -22,5 +22,5 @@ def test_memory_is_that_of_the_fullest_accelerator(monkeypatch: pytest.MonkeyPat
 
 
 def test_emulated_devices_share_one_measured_peak() -> None:
-    mesh = meshes.build({"data": 1, "pipeline": 1, "tensor": 1})
-    assert 0.1 < peak_flops(mesh) / matmul_rate() < 10 and jax.devices()[0].platform == "cpu"
+    grid = mesh.build({"data": 1, "pipeline": 1, "tensor": 1})
+    assert 0.1 < peak_flops(grid) / matmul_rate() < 10 and jax.devices()[0].platform == "cpu"

@@ -1,4 +1,4 @@
-"""The paper's run, compiled (tests/proofs/compile_130b.py), and the reader of compiled programs that it stands on."""
+"""The paper's run, compiled (tests/proofs/compile_130b.py), and the reader of compiled programs that it needs."""
 
 import subprocess
 import sys

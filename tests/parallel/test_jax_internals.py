@@ -1,15 +1,15 @@
-"""What the pipeline expects of jax beyond its documentation; a new version that changes it is to fail here first."""
+"""What the pipeline expects of undocumented parts of jax; a new version that changes them should fail here first."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.parallel.jax_internals import varying_axes, with_first_argument, without_first_argument
 
 
-def test_arrays_say_along_which_axes_they_vary() -> None:
-    mesh = meshes.build({"data": 1, "pipeline": 1, "tensor": 1})
+def test_arrays_know_the_axes_along_which_they_vary() -> None:
+    grid = mesh.build({"data": 1, "pipeline": 1, "tensor": 1})
     seen = {}
 
     def body(split: jax.Array, whole: jax.Array) -> jax.Array:
@@ -17,9 +17,9 @@ def test_arrays_say_along_which_axes_they_vary() -> None:
         for name, array in (("split", split), ("whole", whole), ("marked", marked), ("both", split * marked),
                             ("summed", jax.lax.psum(split, "data"))):  # fmt: skip
             seen[name] = varying_axes(array)
-        return jax.lax.psum(split * marked, mesh.axis_names)
+        return jax.lax.psum(split * marked, grid.axis_names)
 
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P())
+    mapped = jax.shard_map(body, mesh=grid, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P())
     jax.eval_shape(mapped, jnp.ones(2), jnp.ones(2))
     assert seen == {
         "split": {"data"},
@@ -35,7 +35,7 @@ def test_a_vjp_gives_its_first_argument_up_and_takes_it_back() -> None:
     weights, x = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([0.5, -1.0])
     y, pull = jax.vjp(lambda weights, x: jnp.sin(weights["kernel"] @ x), {"kernel": weights}, x)
     held = without_first_argument(pull)
-    assert all(leaf.shape != (2, 2) for leaf in jax.tree.leaves(held))  # of `weights`, nothing is kept
+    assert all(leaf.shape != (2, 2) for leaf in jax.tree.leaves(held))  # nothing of `weights` is kept
     leaves, structure = jax.tree.flatten(held)  # as the stash keeps it
     other = jnp.array([[5.0, -1.0], [0.5, 2.0]])
     pull = with_first_argument(jax.tree.unflatten(structure, leaves), {"kernel": other})

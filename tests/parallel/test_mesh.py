@@ -1,4 +1,4 @@
-"""Meshes, specs and placing, on one device or on shapes alone; and the run of two processes."""
+"""Meshes, specs and placing, on one device or on shapes alone; and a run of two processes."""
 
 import dataclasses
 import json
@@ -49,14 +49,14 @@ def test_the_nearest_divisor_is_named() -> None:
         mesh.resolve({"data": -1, "pipeline": 5, "tensor": 1}, 8)
     quantities = [("data", "rows", 12), ("tensor", "heads", 10)]
     mesh.check_divides({"data": 6, "tensor": 10}, quantities)
-    for size, told in ((4, "2 or 5"), (6, "5 or 10"), (11, "10"), (3, "2 or 5")):
+    for size, nearest in ((4, "2 or 5"), (6, "5 or 10"), (11, "10"), (3, "2 or 5")):
         with pytest.raises(UserError) as raised:
             mesh.check_divides({"data": 12, "tensor": size}, quantities)
-        assert str(raised.value) == f"mesh.tensor={size} does not divide heads (10): {told} would"
+        assert str(raised.value) == f"mesh.tensor={size} does not divide heads (10): {nearest} would"
 
 
 class Device(NamedTuple):
-    """What `build` asks of a device before it lays a mesh."""
+    """What `build` needs to know of a device."""
 
     process_index: int
     platform: str = "cpu"
@@ -80,7 +80,7 @@ def test_a_mesh_larger_than_the_devices_is_refused() -> None:
 
 
 def abstract(*shape: int) -> Any:
-    """Make a mesh of sizes alone."""
+    """Return a mesh without devices."""
     return jax.sharding.AbstractMesh(shape, mesh.AXES)
 
 
@@ -95,8 +95,8 @@ def abstract(*shape: int) -> Any:
             {},
             r"mesh.pipeline x mesh.tensor=3 does not divide the padded vocabulary \(64\): 2 or 4 would, or a",
         ),
-        ((1, 2, 1), {"zero": 3}, "mesh.zero=3 .* does not go with mesh.pipeline=2"),
-        ((1, 1, 1), {"zero": 3, "keep": "all"}, "mesh.zero=3 .* does not go with pipeline.stash=all"),
+        ((1, 2, 1), {"zero": 3}, "mesh.zero=3 .* cannot be combined with mesh.pipeline=2"),
+        ((1, 1, 1), {"zero": 3, "keep": "all"}, "mesh.zero=3 .* cannot be combined with pipeline.stash=all"),
     ],
 )
 def test_a_mesh_that_the_model_does_not_fit_is_refused(shape: tuple, changes: dict, message: str) -> None:
@@ -194,14 +194,14 @@ def test_a_hidden_size_that_data_does_not_divide_stays_whole() -> None:
 
 
 def free_port() -> int:
-    """Find a port that nothing listens on."""
+    """Return a port that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def run_processes(count: int) -> list[dict[str, Any]]:
-    """Run tests/parallel/two_processes.py as so many processes and read what the first one says."""
+    """Run tests/parallel/two_processes.py in `count` processes and return what the first one prints."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     port = str(free_port())
     command = [sys.executable, "-m", "tests.parallel.two_processes", port, str(count)]
@@ -218,7 +218,7 @@ def run_processes(count: int) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_two_processes_give_what_one_process_gives() -> None:
     one, two = run_processes(1), run_processes(2)
-    assert [result["stages"] for result in two] == [[[0], [1]], [[0, 1], [0, 1]]]  # across pipeline, then across data
+    assert [result["stages"] for result in two] == [[[0], [1]], [[0, 1], [0, 1]]]  # split over pipeline, then over data
     assert [result["rows"] for result in two] == [16, 8]
     for alone, together in zip(one, two, strict=True):
         np.testing.assert_allclose(together["loss"], alone["loss"], rtol=1e-6)

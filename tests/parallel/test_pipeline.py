@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.2}
 
-# Every factorisation of 8 devices; schedules, stashes and what a model may choose are spread over them. All 40
-# combinations of mesh, schedule and stash: tests/proofs/parity_matrix.py.
+# Every factorisation of 8 devices, with schedules, stashes and the options of a model spread over them. For all 40
+# combinations of mesh, schedule and stash see tests/proofs/parity_matrix.py.
 KINDS: list[dict[str, Any]] = [  # each axis alone, and all of them
     {"mesh": [1, 1, 8], "engine": {"schedule": "gpipe"}},
     {"mesh": [1, 8, 1], "engine": {"keep": "all"}, "model": {"num_layers": 9, **DROPOUT}, "microbatches": 8},
@@ -44,7 +44,7 @@ HALF += [{"mesh": [4, 1, 2], "engine": {"compute": "float16", "zero": 3}}]
 
 
 def run_module(module: str, *arguments: str) -> list[Any]:
-    """Run a module of the tests in a process of its own, which may have as many devices as it likes."""
+    """Run a test module in its own process, which may set its number of devices."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-W", "error", "-m", f"tests.parallel.{module}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
@@ -54,7 +54,7 @@ def run_module(module: str, *arguments: str) -> list[Any]:
 
 @cache
 def results(group: str) -> list[Any]:
-    """Run a group of cases once."""
+    """Run a group of cases, once."""
     cases = {"kinds": KINDS, "others": OTHERS, "float64": FLOAT64, "half": HALF}[group]
     return run_module("parity", json.dumps(cases))
 
@@ -92,7 +92,7 @@ def test_half_precision_differs_by_rounding_alone(index: int, bound: float) -> N
 
 @cache
 def compiled() -> dict[str, Any]:
-    """Read what the compiled programs are like, once."""
+    """Compile the engine and return the facts about its programs, once."""
     return run_module("compiled")[0]
 
 
@@ -106,5 +106,5 @@ def test_memory_of_1f1b_does_not_grow_with_microbatches() -> None:
 def test_nothing_is_reduced_over_data_inside_the_loop() -> None:
     inside, outside = compiled()["collectives"]["inside"], compiled()["collectives"]["outside"]
     assert not [axes for axes in inside if "data" in axes], inside
-    assert inside["tensor"] and inside["pipeline"] and inside["pipeline+tensor"]  # the reader of HLO sees them
+    assert inside["tensor"] and inside["pipeline"] and inside["pipeline+tensor"]  # the reader of HLO finds them
     assert outside["data"]

@@ -72,12 +72,12 @@ def test_checker_finds_a_slot_that_is_wrong(changes, message):
         schedule.check(dataclasses.replace(table, **wrong))
 
 
-def test_checker_asks_for_a_slot_for_each_input_that_waits():
+def test_checker_demands_a_slot_for_each_waiting_input():
     table = schedule.build("1f1b", 3, 8)
     assert table.in_flight == (5, 3, 1) and table.output_ring == 1
     with pytest.raises(ValueError, match="microbatch 0 on stage 0 is written over by microbatch 4"):
         schedule.check(dataclasses.replace(table, ring=4))
-    late = ((schedule.IDLE,) * 2, *(row[:2] for row in table.backward))  # the last stage's column stands, others wait
+    late = ((schedule.IDLE,) * 2, *(row[:2] for row in table.backward))  # the last stage's column stays, others wait
     columns = [(*first, last[2]) for first, last in zip(late, (*table.backward, (-1, -1, -1)), strict=True)]
     forward = (*table.forward, (-1, -1, -1))
     shifted = dataclasses.replace(table, forward=forward, backward=tuple(columns), ring=8)

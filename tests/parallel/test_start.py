@@ -1,4 +1,4 @@
-"""Joining a run of several processes, and leaving it when another has stopped or is gone."""
+"""Joining a run of several processes, and exiting when another has stopped or is gone."""
 
 import os
 import re
@@ -30,11 +30,11 @@ OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:34911", "OMPI_COMM_W
         ({"SLURM_NTASKS": "4"}, False),  # inside an allocation, but not started by srun
         (OPEN_MPI, True),
         ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"}, True),  # Cloud TPU: the decision alone
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "TPU_WORKER_ID": "1"}, True),  # Cloud TPU: only the decision
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
     ],
 )
-def test_the_environment_says_whether_there_are_others(environment: dict[str, str], several: bool) -> None:
+def test_the_environment_shows_whether_there_are_others(environment: dict[str, str], several: bool) -> None:
     assert processes.scheduled(environment) is several
 
 
@@ -47,7 +47,7 @@ def test_a_process_knows_whether_it_is_alone_and_the_first(
     assert (processes.alone(), processes.is_first()) == (count == 1, index == 0)
 
 
-def test_who_tells_of_a_mistake_does_not_mind_those_who_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_telling_others_of_a_mistake_works_even_if_they_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {}
 
     def wait(**meeting: Any) -> None:
@@ -69,7 +69,7 @@ def test_who_tells_of_a_mistake_does_not_mind_those_who_are_gone(monkeypatch: py
         ("localhost", 2, 1, "--coordinator=localhost is not HOST:PORT"),
     ],
 )
-def test_flags_that_make_no_sense_are_said(coordinator: str, count: int, index: int, told: str) -> None:
+def test_flags_that_make_no_sense_are_refused(coordinator: str, count: int, index: int, told: str) -> None:
     with pytest.raises(UserError, match=re.escape(told)):
         processes.start(coordinator, count, index, 20)
 
@@ -93,7 +93,7 @@ def test_only_those_who_have_others_join_them(environment: dict[str, str], monke
 
 
 def test_a_process_leaves_as_it_has_decided_even_if_jax_aborts_it_first() -> None:
-    """Those that it tells of a mistake may be gone before it is, at which jax aborts it."""
+    """The processes that it tells of a mistake may exit first, and then jax aborts it."""
     for decide, line, code in (
         ("processes._decide('error: no such file', 2)", "error: no such file", 2),
         ("pass", "error: aborted, most likely because another process is gone", 1),
@@ -103,7 +103,7 @@ def test_a_process_leaves_as_it_has_decided_even_if_jax_aborts_it_first() -> Non
         assert ended.returncode == code and ended.stderr.startswith(line), ended.stderr
 
 
-# Two processes that meet, say so, and then wait for one another as the arguments say.
+# Two processes that meet, print that they did, and then act as their arguments say.
 SCRIPT = """
 import os, sys, time
 from glm_jax.errors import UserError
@@ -133,10 +133,10 @@ Meet = Callable[..., list["subprocess.Popen[str]"]]
 
 @pytest.fixture
 def meet() -> Iterator[Meet]:
-    """Return a function that starts a process for each act, which it does once all have met, and waits until then.
+    """Return a function that starts a process for each act and waits until all have met; then they perform their acts.
 
-    A process that shows no sign of life for `heartbeat` seconds counts as gone, and so may a busy machine's: few where
-    one does go, many elsewhere.
+    A process without a sign of life for `heartbeat` seconds counts as gone, even if the machine is only busy: use few
+    seconds where one does go, and many elsewhere.
     """
     started: list[subprocess.Popen[str]] = []
 
@@ -150,7 +150,7 @@ def meet() -> Iterator[Meet]:
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             started.append(subprocess.Popen(command, env=environment, **pipes))
         for process in started:
-            assert process.stdout is not None and "met\n" in process.stdout  # gloo has lines of its own before it
+            assert process.stdout is not None and "met\n" in process.stdout  # gloo prints its own lines first
         return started
 
     yield start
@@ -160,7 +160,7 @@ def meet() -> Iterator[Meet]:
 
 
 def last_line(process: "subprocess.Popen[str]") -> str:
-    """Wait until it ends; give what it said last. Threads of jax may log something after it."""
+    """Wait until a process ends and return its last line. Threads of jax may log something after it."""
     errors = process.communicate(timeout=HANG)[1].splitlines()
     own = [line for line in errors if line.startswith(("error: ", "KeyError: "))]
     assert own, errors
@@ -188,7 +188,7 @@ def test_one_that_is_busy_when_another_dies_ends(meet: Meet) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_the_others_are_told_of_a_mistake_that_one_has_met(meet: Meet, victim: int) -> None:
+def test_the_others_are_told_of_a_mistake_that_one_has_found(meet: Meet, victim: int) -> None:
     started = meet(*("fail" if index == victim else "wait" for index in range(2)))
     own, told = last_line(started[victim]), last_line(started[1 - victim])
     assert [started[victim].returncode, started[1 - victim].returncode] == [2, 1]
@@ -198,7 +198,7 @@ def test_the_others_are_told_of_a_mistake_that_one_has_met(meet: Meet, victim: i
 
 
 @pytest.mark.slow
-def test_a_mistake_that_all_have_met_is_said_by_each(meet: Meet) -> None:
+def test_a_mistake_that_all_have_found_is_reported_by_each(meet: Meet) -> None:
     started = meet("fail", "fail")
     assert [last_line(process) for process in started] == ["error: its texts cannot be read: bring them"] * 2
     assert [process.returncode for process in started] == [2, 2]

@@ -1,6 +1,6 @@
-"""Sums in half precision runs: over microbatches, over `data` and in metrics, none is kept in the compute dtype.
+"""Sums in half precision runs: over microbatches, over `data` and in metrics, none is in the compute dtype.
 
-bfloat16 has 8 significant bits: 256 + 1 is 256 there. So one term of 256 swallows any number of ones after it.
+bfloat16 has 8 significant bits, so 256 + 1 is 256: one term of 256 swallows any number of ones after it.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ REDUCTIONS = ("psum", "psum_invariant", "reduce_scatter", "psum_scatter", "pmax"
 @pytest.mark.parametrize("keep", ["layer", "stage", "all"])
 @pytest.mark.parametrize("name", ["1f1b", "gpipe"])
 def test_microbatches_are_added_up_in_float32(keep: Keep, name: str) -> None:
-    """Of loss = v e w1 w2 h with e = w1 = w2 = h = 1, every gradient is v, and so is every activation."""
+    """For loss = v e w1 w2 h with e = w1 = w2 = h = 1, every gradient is v, and so is every activation."""
     one = jnp.ones((), jnp.bfloat16)
     weights = Weights({"e": one, "h": one}, {"w": jnp.ones(2, jnp.bfloat16)})
     batch = {"v": jnp.asarray([256.0, 129.0] + [1.0] * (ROWS - 2), jnp.bfloat16)[:, None]}  # [M, 1]
@@ -79,7 +79,7 @@ def test_a_gathered_layer_adds_up_members_gradients_in_float32() -> None:
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:
-    """Walk a traced program, loops and all."""
+    """Yield the equations of a traced program, including those inside loops."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
@@ -89,7 +89,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def make_batch() -> Rows[np.ndarray]:
-    """Make rows that are all targets but for their first token, and one target less, so that their count is odd."""
+    """Make rows that are all targets except the first token, and one target fewer, so that their count is odd."""
     draw, places = np.random.default_rng(0), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
     tokens, targets = draw.integers(0, 16, (2, ROWS, LENGTH)).astype(np.int32)
     loss_mask = (places > 0).astype(np.float32)
@@ -115,7 +115,7 @@ def test_no_reduction_over_data_is_in_the_compute_dtype(stage: Any, shape: tuple
         halves += gathers and equation.invars[0].aval.dtype == "bfloat16"
     assert halves and {str(equation.invars[0].aval.dtype) for equation in reductions} == {"float32"}
     scattered = [equation for equation in reductions if "scatter" in equation.primitive.name]
-    assert len(scattered) == 13  # an array each, but for the biases of qkv and of the up projection
+    assert len(scattered) == 13  # one for each array, except the biases of qkv and of the up projection
 
 
 @pytest.mark.slow
@@ -130,6 +130,6 @@ def test_metrics_of_many_microbatches_lose_no_target() -> None:
     logits = numpy_reference.forward(GLM, wide, batch.tokens, batch.positions, causal)  # [B, S, V]
     chosen = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]  # [B, S]
     losses = (np.log(np.exp(logits).sum(-1)) - chosen) * batch.loss_mask
-    assert got.sums.loss[0] == pytest.approx(losses.sum(), rel=5e-4)  # the activations' rounding is no more
+    assert got.sums.loss[0] == pytest.approx(losses.sum(), rel=5e-4)  # the rounding of the activations alone
     leaves = jax.tree.leaves((got.gradients, got.sums, got.activation_rms))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}

@@ -1,7 +1,7 @@
 """One process's part of a gradient on a mesh of 8 emulated devices, 1 or 2 processes; run in subprocesses.
 
-`python -m tests.parallel.two_processes PORT COUNT INDEX` prints (process 0 alone) a JSON object a mesh: which processes
-hold each stage, how many rows this process reads, and the sums and norms that the processes must agree on.
+`python -m tests.parallel.two_processes PORT COUNT INDEX` prints one JSON object a mesh, from process 0: which
+processes hold each stage, how many rows this process reads, and the sums and norms that the processes must agree on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from glm_jax.parallel import mesh, partition, processes  # noqa: E402
 from tests.parallel import parity  # noqa: E402
 from tests.parallel.together import whole  # noqa: E402
 
-MESHES = [1, 2, 4], [2, 2, 2]  # of two processes, each holds a stage; each holds a member of data
+MESHES = [1, 2, 4], [2, 2, 2]  # with two processes each holds a stage, then a member of data
 
 
 def run(shape: list[int]) -> None:

@@ -73,12 +73,14 @@ def devices(target: str) -> Any:
 def lower(options: argparse.Namespace) -> Any:
     """Lower the train_step of the experiment, with the changes on the command line."""
     import jax
+    from jax.typing import DTypeLike
 
     from glm_jax.config import resolve
     from glm_jax.engine import build
     from glm_jax.parallel import partition
     from glm_jax.training import step, stretch
     from glm_jax.training.state import init_state, state_specs
+    from glm_jax.types import Tree
 
     config = experiment(options)
     config = resolve(config)
@@ -86,7 +88,7 @@ def lower(options: argparse.Namespace) -> Any:
     engine, grid = build(config, NUM_TOKENS, devices(options.target))
     cfg = stretch.step_config(config, engine)
 
-    def describe(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    def describe(shape: tuple[int, ...], dtype: DTypeLike, sharding: jax.sharding.Sharding) -> Tree:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     shapes = jax.eval_shape(lambda: init_state(cfg, grid.shape["pipeline"]))
@@ -100,7 +102,7 @@ def lower(options: argparse.Namespace) -> Any:
     train, _ = step.compile_steps(cfg, grid)
     requests = describe((grid.size,), "i4", jax.NamedSharding(grid, jax.P(grid.axis_names)))
     scalar = describe((), "f4", jax.NamedSharding(grid, jax.P()))
-    return train.lower(state, batch, step.Controls(scalar, scalar, requests))  # pyright: ignore[reportFunctionMemberAccess]
+    return train.lower(state, batch, step.Controls(scalar, scalar, requests))
 
 
 def experiment(options: argparse.Namespace) -> Any:

@@ -1,7 +1,7 @@
 """AdamW in float64 numpy, written from the paper (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
 
-The optimizer is held against it. The learning rate here is the paper's schedule multiplier, whose alpha is 1. Gradients
-are clipped by their global norm first (Pascanu et al., arXiv 1211.5063). Trees are flat dicts from paths to arrays.
+The optimizer is tested against it. The learning rate here is the paper's schedule multiplier, with alpha = 1. Gradients
+are first clipped by their global norm (Pascanu et al., arXiv 1211.5063). Trees are flat dicts from paths to arrays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Moments(NamedTuple):
-    """The steps taken, and both running means."""
+    """The number of steps taken, and both running means."""
 
     steps: int
     first: Arrays
@@ -49,7 +49,7 @@ def update(
     norm = np.sqrt(sum(np.sum(gradient**2) for gradient in gradients.values()))
     count, first, second, moved = moments.steps + 1, {}, {}, {}
     for name, param in params.items():
-        gradient = gradients[name] * min(1.0, clip_norm / (norm + 1e-6))  # the 1e-6 is that of torch and Megatron-LM
+        gradient = gradients[name] * min(1.0, clip_norm / (norm + 1e-6))  # 1e-6 as in torch and Megatron-LM
         first[name] = beta1 * moments.first[name] + (1 - beta1) * gradient
         second[name] = beta2 * moments.second[name] + (1 - beta2) * gradient**2
         direction = (first[name] / (1 - beta1**count)) / (np.sqrt(second[name] / (1 - beta2**count)) + epsilon)

@@ -1,4 +1,4 @@
-"""From a config to the batches of a run and of its evaluation."""
+"""The batches of a run and of its evaluation, as the config sets them."""
 
 import json
 
@@ -36,7 +36,7 @@ def config(tmp_path_factory):
 
 
 def changed(config, **data):
-    """Return the config with other keys of its section data."""
+    """Return the config with changes to its section data."""
     return with_changes(config, dict(flatten({"data": data})))
 
 

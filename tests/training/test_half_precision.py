@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.training.precision import LossScaleConfig
 from glm_jax.training.state import TrainState
 from glm_jax.training.step import controls
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.slow
 SCALE = LossScaleConfig(initial=1024.0, window=3, hysteresis=2, minimum=1.0)
 HALF = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, compute="float16"), loss_scale=SCALE)
 
-# By hand, with a window of 3 and a hysteresis of 2: what each step meets (x: gradients that are not finite), the scale
-# after it, and the steps skipped so far. The first overflow is forgiven, then each one halves until three good steps
-# in a row double the scale and restore the patience.
+# By hand, with a window of 3 and a hysteresis of 2: the outcome of each step (x: gradients that are not finite), the
+# scale after it, and the steps skipped so far. The first overflow is forgiven; each further one halves the scale, until
+# three good steps in a row double it and restore the hysteresis.
 TRACE = (
     (".", 1024, 0), ("x", 1024, 1), (".", 1024, 1), ("x", 512, 2), ("x", 256, 3), (".", 256, 3), (".", 256, 3),
     (".", 512, 3), ("x", 512, 4), (".", 512, 4), (".", 512, 4), (".", 1024, 4), ("x", 1024, 5), ("x", 512, 6),
@@ -33,7 +33,7 @@ def take(made: Compiled, state: TrainState, poisoned: bool = False) -> tuple[Tra
     batch = make_batch()
     if poisoned:
         batch.loss_mask[0, 4] = np.inf
-    state, metrics = made.train(state, meshes.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
+    state, metrics = made.train(state, mesh.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
     return state, jax.device_get(metrics)
 
 

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, held against a count of our own over texts that say where they come from."""
+"""The numbers of an evaluation, against our own count over texts whose tokens tell where they come from."""
 
 import math
 from types import SimpleNamespace
@@ -10,14 +10,14 @@ import pytest
 from glm_jax.config import default_config, resolve, source
 from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.training.evaluation import HeldOut
 
-ONE_DEVICE: dict[str, int] = dict.fromkeys(meshes.AXES, 1)
+ONE_DEVICE: dict[str, int] = dict.fromkeys(mesh.AXES, 1)
 EOS, EOP = 1, 6
 VOCABULARY = 9000
 GOLDEN = 5.626069391634981  # the loss of `nats` over the rows below
-# Ids from, and lengths of the documents: each token of a split stands there once, so an id says whence it came.
+# First id, and lengths of the documents. Each id occurs once, so it tells the document that it came from.
 SPLITS = {
     ("large", "train"): (100, [40] * 20),
     ("large", "heldout"): (2000, [33, 9, 57, 61, 24, 45, 50, 38, 29]),  # 346 tokens
@@ -43,7 +43,7 @@ class Documents:
         return self._documents[index].astype(np.int32)
 
     def ids(self) -> set[int]:
-        """Return the ids that stand here and nowhere else."""
+        """Return the ids that occur only here."""
         return {int(token) for document in self._documents for token in document} - {EOS}
 
 
@@ -52,7 +52,7 @@ def bytes_of(token: int) -> int:
 
 
 def nats(token: int, place: int) -> float:
-    """Return a loss that tells every target and every place in the row apart; exact in float32."""
+    """Return a loss that differs for every target and every place in the row; exact in float32."""
     return (token % 512) / 64 + place / 8
 
 
@@ -81,10 +81,10 @@ def build(eval_rows: int = 1000, rows: int = 4, **changes: Any) -> Any:
 
 
 def evaluate(config: Any) -> tuple[dict[str, Any], list[Rows[np.ndarray]]]:
-    """Run an evaluation whose losses are `nats`; gives its values and the batches that it asked about."""
+    """Run an evaluation whose losses are `nats`; return its values and the batches it asked for."""
     batches: list[Rows[np.ndarray]] = []
 
-    def losses(params: Any, batch: Rows[Any]) -> tuple[np.ndarray, str]:
+    def losses(params: Any, batch: Rows[Any]) -> np.ndarray:
         assert params == "params"
         read = Rows(*(np.asarray(array)[0] for array in batch))
         batches.append(read)
@@ -92,20 +92,20 @@ def evaluate(config: Any) -> tuple[dict[str, Any], list[Rows[np.ndarray]]]:
         made = np.zeros(read.tokens.shape, np.float32)  # [B, S]
         for row, place in zip(*np.nonzero(read.loss_mask), strict=True):
             made[row, place] = nats(int(read.targets[row, place]), int(place))
-        return made, "of no account"
+        return made[None]
 
-    return HeldOut(config, PREPARED, meshes.build(ONE_DEVICE)).losses(losses, "params"), batches
+    return HeldOut(config, PREPARED, mesh.build(ONE_DEVICE)).losses(losses, "params"), batches
 
 
 def name_of(row: np.ndarray) -> str:
-    """Return which source a row's tokens are held out from; fails where one is not."""
+    """Return the source that a row's tokens are held out from; fail if one is not held out."""
     ids = {int(token) for token in row} - set(range(10))
     (name,) = [name for name, splits in PREPARED.shards.items() if ids <= splits["heldout"].ids()]
     return name
 
 
 def count(batches: list[Rows[np.ndarray]]) -> dict[str, dict[str, Any]]:
-    """Add up by source, a target at a time: nats, targets, bytes; `rows` that hold anything, `texts` they restore."""
+    """Sum nats, targets and bytes by source, one target at a time; also collect the filled `rows` and their `texts`."""
     sums: dict[str, dict[str, Any]] = {}
     for batch in batches:
         for tokens, targets, segments, mask in zip(
@@ -127,12 +127,12 @@ def count(batches: list[Rows[np.ndarray]]) -> dict[str, dict[str, Any]]:
     return sums
 
 
-# Without eop the last target is read nowhere, so that a row's targets are not the tokens that it reads.
+# Without eop the last target is never read, so the targets of a row are not the tokens it reads.
 @pytest.mark.parametrize("blanks", [{}, {"mask": 1.0, "gmask": 0.0}, {"mask": 0.0, "gmask": 1.0, "gmask_eop": False}])
 def test_losses_are_means_over_target_tokens_and_bits_are_per_byte_of_text(blanks: dict[str, Any]) -> None:
     event, batches = evaluate(build(**{f"data__blanks__{name}": share for name, share in blanks.items()}))
     sums = count(batches)
-    assert list(sums) == ["large", "little"]  # nothing of `scant`, which holds less than 16 tokens
+    assert list(sums) == ["large", "little"]  # not `scant`, which has fewer than 16 tokens
     expected: dict[str, float] = {}
     for name, mine in sums.items():
         expected[f"loss/{name}"] = mine["nats"] / mine["targets"]
@@ -140,10 +140,10 @@ def test_losses_are_means_over_target_tokens_and_bits_are_per_byte_of_text(blank
     expected["loss"] = sum(mine["nats"] for mine in sums.values()) / sum(mine["targets"] for mine in sums.values())
     assert event == pytest.approx(expected, rel=1e-12)
     means = [event["loss/large"], event["loss/little"]]
-    assert abs(event["loss"] - sum(means) / 2) > 0.01  # the sources' own targets weigh, not the sources
+    assert abs(event["loss"] - sum(means) / 2) > 0.01  # targets weigh alike, not sources
     ends = sum(int((batch.targets == EOP).sum()) for batch in batches)
     assert (ends == 0) == (blanks.get("gmask_eop") is False)  # the run's own options
-    for name, mine in sums.items():  # one pass: no text twice, and most of it
+    for name, mine in sums.items():  # one pass: no text twice, and most of the text
         assert len(set(mine["texts"])) == len(mine["texts"])
         assert len(mine["texts"]) > 0.6 * sum(SPLITS[name, "heldout"][1])
 
@@ -185,7 +185,7 @@ def test_models_of_two_position_streams_are_evaluated_with_two() -> None:
 
 
 def test_losses_are_those_of_the_rows_of_other_versions() -> None:
-    """Losses of two versions compare only over the same blanks; who draws others on purpose brings another number."""
+    """Losses of two versions compare only over the same blanks; to draw others on purpose, change the number here."""
     assert evaluate(build())[0]["loss"] == pytest.approx(GOLDEN, rel=1e-9)
 
 

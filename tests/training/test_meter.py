@@ -1,4 +1,4 @@
-"""The meter of speed, against the clock, the model's arithmetic and the numbers of GLM-130B's training log."""
+"""The meter, against the clock, the model's arithmetic and the numbers of GLM-130B's training log."""
 
 import time
 from typing import Any
@@ -29,7 +29,7 @@ def test_the_formula_reproduces_the_training_log_of_glm_130b() -> None:
     for rows, seconds, teraflops in ((4224, 88.5, 134.1), (6144, 122.5, 141.0)):
         rate = rows * GLM_130B.published_flops(2048, passes=4) / (seconds * 768)
         assert round(rate / 1e12, 1) == teraflops
-    # With 4 passes it counts the head, which is not computed again, right: exact for a GeGLU of 8/3 h.
+    # With 4 passes it is right about the head, which is not computed again: exact for a GeGLU of 8/3 h.
     head = 2 * 2048 * GLM_130B.hidden_size * GLM_130B.vocab_size
     exact = 4 * GLM_130B.forward_flops(2048) - head
     assert GLM_130B.published_flops(2048, passes=4) == pytest.approx(exact, rel=1e-12)

@@ -1,4 +1,4 @@
-"""What decays, clipping, and AdamW's update against numbers worked out by hand and numpy_adamw.py."""
+"""Decay, clipping and AdamW's update, against numbers worked out by hand and numpy_adamw.py."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def test_six_updates_and_their_moments_are_those_of_the_paper(constants: dict[st
         "beta2": 0.95,
         "epsilon": 1e-8,
         "weight_decay": 0.1,
-    }  # paper table 11, but for its clipping
+    }  # paper table 11, except clipping
     for step, (norm, lr) in enumerate([(6.0, 0.1), (0.9, 0.2), (2.5, 0.05), (1.9, 0.1), (9.0, 0.3), (0.2, 0.1)]):
         gradients = jax.tree.map(lambda shape: np.float32(draw.normal(size=shape)), shapes, is_leaf=is_shape)
         size = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradients)))
@@ -89,7 +89,7 @@ def test_small_gradients_are_not_clipped() -> None:
 
 
 def test_the_clipping_factor_is_that_of_torch() -> None:
-    """Its 1e-6 beside the norm shows where both are as small: 3e-6 / (5e-6 + 1e-6) is a half."""
+    """The 1e-6 added to the norm shows when both are small: 3e-6 / (5e-6 + 1e-6) is a half."""
     cfg, params = OptimizerConfig(clip_norm=3e-6), {"kernel": jnp.zeros(2)}
     moments = optimizer.transformation(cfg).init(params)
     gradients = {"kernel": jnp.array([3e-6, -4e-6])}
@@ -97,14 +97,14 @@ def test_the_clipping_factor_is_that_of_torch() -> None:
     np.testing.assert_allclose(moments[0].mu["kernel"], [0.15e-6, -0.2e-6], rtol=1e-5)
 
 
-def test_group_norms_part_the_global_norm_and_leave_padding_out() -> None:
+def test_group_norms_split_the_global_norm_and_leave_padding_out() -> None:
     draw = np.random.default_rng(0)
     gradients = {
         "embedding": {"word": jnp.asarray(draw.normal(size=(5, 3)))},
         "blocks": {"kernel": jnp.asarray(draw.normal(size=(7, 2, 3))), "bias": jnp.asarray(draw.normal(size=(7, 3)))},
         "final_norm": {"scale": jnp.asarray(draw.normal(size=3))},
     }
-    gradients["blocks"] = jax.tree.map(lambda leaf: leaf.at[6].set(0), gradients["blocks"])  # 6 layers, one of padding
+    gradients["blocks"] = jax.tree.map(lambda leaf: leaf.at[6].set(0), gradients["blocks"])  # 6 layers, then padding
     norms = optimizer.group_norms(gradients, 6)
     assert sorted(norms) == ["grad_norm/blocks_0_0", "grad_norm/blocks_1_2", "grad_norm/blocks_3_3",
                              "grad_norm/blocks_4_5", "grad_norm/embedding", "grad_norm/final_norm"]  # fmt: skip

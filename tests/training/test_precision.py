@@ -16,13 +16,13 @@ def trace(cfg: LossScaleConfig, outcomes: str) -> list[float]:
 
 def test_the_scale_follows_the_hand_computed_trace() -> None:
     cfg = LossScaleConfig(initial=16.0, window=3, hysteresis=2, minimum=4.0)
-    # one overflow is forgiven, every further one halves until three good steps double and restore the patience
+    # one overflow is forgiven, each further one halves, until three good steps double and restore the hysteresis
     assert trace(cfg, "x" "x" "x" "." "." "." "x" "x") == [16, 8, 4, 4, 4, 8, 8, 4]  # fmt: skip
     assert trace(cfg, "xxxxxx")[-1] == 4  # the minimum holds
-    assert trace(cfg, "..x...") == [16, 16, 16, 16, 16, 32]  # an overflow starts the window again
+    assert trace(cfg, "..x...") == [16, 16, 16, 16, 16, 32]  # an overflow restarts the window
 
 
-def test_a_minimum_that_is_raised_in_mid_run_holds_at_once() -> None:
+def test_a_minimum_that_is_raised_during_a_run_holds_at_once() -> None:
     low = initial_loss_scale(LossScaleConfig(initial=2.0))
     raised = next_loss_scale(LossScaleConfig(minimum=64.0), low, jnp.bool_(True))
     assert float(raised.scale) == 64 and int(raised.good_steps) == 1

@@ -1,4 +1,4 @@
-"""A run's steps, with a stretch that only counts: what is due at which step, and what follows."""
+"""A run's steps, with a stretch that only counts: what happens at which step, and in what order."""
 
 import json
 import os
@@ -26,7 +26,7 @@ SPEED = {"tokens_per_second": 1.0, "mfu": 0.5}
 
 
 class Counting:
-    """Stands in for a Stretch: its state is the steps taken, its losses are `losses[step]`, 2 where none is named."""
+    """Stands in for a Stretch: its state is the number of steps taken, its losses are `losses[step]`, else 2."""
 
     def __init__(
         self, diary: list[tuple[Any, ...]], config: Config, losses: dict[int, float], asks: dict[int, int]
@@ -58,7 +58,7 @@ class Counting:
 
 
 class Diary:
-    """Stands in for the monitor and the checkpoints: writes down what they are told."""
+    """Stands in for the monitor and the checkpoints: records their calls."""
 
     def __init__(self, diary: list[tuple[Any, ...]]) -> None:
         self.diary, self.saved = diary, {}
@@ -87,7 +87,7 @@ class Diary:
         assert state == run["step"]
         self.diary.append(("save", run["step"], run["samples"]))
         self.diary.append(("saved with", run["numbers"]["train.global_batch"]))
-        self.diary.append(("band", run["bands"][0][2]))  # how many values made that of the loss
+        self.diary.append(("band", run["bands"][0][2]))  # the number of values in the loss's band
         self.saved[run["step"]] = SimpleNamespace(items=state, run=run)
 
     def restore(self, targets: Any, at_most: int) -> Any:
@@ -97,7 +97,7 @@ class Diary:
 
 
 class Watch(Observer):
-    """Stands in for the profiler: writes down when it is told."""
+    """Stands in for the profiler: records when it is called."""
 
     def __init__(self, diary: list[tuple[Any, ...]]) -> None:
         self.diary = diary
@@ -116,7 +116,7 @@ def scalar(run: Run) -> Any:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that runs to the end, from a start, and gives the diary; keys as in `train__steps=5`."""
+    """Return a function that runs from a start to the end and returns the diary; keys as in `train__steps=5`."""
     monkeypatch.setattr(running, "at_step", lambda mesh, state, step, samples, *scale: step)
     monkeypatch.setattr(running, "create_state", lambda cfg, mesh: 0)
     monkeypatch.setattr(running, "disk_targets", lambda cfg, mesh: None)
@@ -159,7 +159,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
                     break
             if leave:
                 diary.extend(("seen", step.number) for step in made.steps())
-            made.save()  # what is saved is not saved again
+            made.save()  # a saved step is not saved again
         with pytest.raises(ValueError, match="the run is closed"):
             next(made.steps())
         diary.append(("last", made.current.train.steps))
@@ -188,7 +188,7 @@ def test_logs_evaluations_and_saves_come_at_their_multiples_and_at_the_end(run: 
     assert diary.count(("close",)) == 1 and steps_of(diary, "seen") == list(range(1, 11))
 
 
-def test_a_run_that_is_not_evaluated_or_goes_on_does_not_evaluate_its_start(run: Any) -> None:
+def test_a_run_that_resumes_or_has_no_evaluations_does_not_evaluate_its_start(run: Any) -> None:
     assert steps_of(run(), "evaluation") == [] and steps_of(run(), "save") == [10]
     diary = run(start=(6, 24), train__eval_every=4, train__log_every=5)
     assert steps_of(diary, "step") == [7, 8, 9, 10] and diary[0] == ("before", 7)
@@ -201,13 +201,13 @@ def test_a_request_is_met_a_step_later_and_saves(run: Any) -> None:
     assert steps_of(diary, "save") == [5]
     diary = run(asks={4: Request.SAVE})
     assert steps_of(diary, "save") == [5, 10] and diary[-1] == ("ends", 10, 40, False)
-    diary = run(asks={4: Request.SAVE, 5: Request.SAVE})  # the second was on its way when the first was met
+    diary = run(asks={4: Request.SAVE, 5: Request.SAVE})  # the second was already sent when the first was met
     assert steps_of(diary, "save") == [5, 10]
-    diary = run(asks={4: Request.STOP}, train__spike__rollbacks=1)  # steps that are watched are waited for
+    diary = run(asks={4: Request.STOP}, train__spike__rollbacks=1)  # the run waits for steps that it watches
     assert diary[-1] == ("ends", 4, 16, True)
 
 
-def test_steps_are_passed_over_with_their_data_to_the_last_of_the_range(run: Any) -> None:
+def test_steps_are_skipped_with_their_data_through_the_last_of_the_range(run: Any) -> None:
     diary = run(train__skip_steps=((3, 5), (9, 40)), train__eval_every=4, train__save_every=4)
     assert [entry[1:] for entry in diary if entry[0] == "step"] == [(1, 0), (2, 4), (6, 20), (7, 24), (8, 28)]
     assert steps_of(diary, "bar") == [1, 1, 3, 1, 1, 1, 2]
@@ -218,7 +218,7 @@ def test_a_change_takes_effect_with_the_step_after_its_own(run: Any) -> None:
     diary = run(interventions=((4, {"train.global_batch": 8}), (10, {"train.global_batch": 4})))
     assert [entry[2] for entry in diary if entry[0] == "step"] == [0, 4, 8, 12, 16, 24, 32, 40, 48, 56]
     assert diary.index(("close",)) < diary.index(("step", 5, 16)) < diary.index(("save", 10, 64))
-    assert steps_of(diary, "saved with") == [8]  # what the last step was taken with, and not what would follow
+    assert steps_of(diary, "saved with") == [8]  # the batch of the last step, not of the next
 
 
 def test_a_change_that_does_not_fit_costs_no_steps(run: Any) -> None:
@@ -235,9 +235,9 @@ def test_a_change_that_does_not_fit_costs_no_steps(run: Any) -> None:
         assert steps_of(diary, "step") == list(range(start + 1, 5)) and steps_of(diary, "save") == [4]
 
 
-def test_a_change_that_leaves_the_data_alone_does_not_prepare_them(run: Any) -> None:
+def test_a_change_that_leaves_the_data_alone_does_not_prepare_it_again(run: Any) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("data are prepared again")
+        raise AssertionError("the data is prepared again")
 
     diary = run(interventions=((4, {"optimizer.peak_lr": 2e-3}),), ready=refuse)
     assert steps_of(diary, "step") == list(range(1, 11)) and diary.count(("close",)) == 2
@@ -246,10 +246,10 @@ def test_a_change_that_leaves_the_data_alone_does_not_prepare_them(run: Any) -> 
 SPIKE = {"train__spike__window": 3, "train__spike__deviations": 1.0}
 
 
-def test_a_spike_goes_back_to_the_checkpoint_and_passes_over_the_data(run: Any) -> None:
+def test_a_spike_goes_back_to_the_checkpoint_and_skips_the_data(run: Any) -> None:
     diary = run(losses={7: 90.0}, train__save_every=4, train__spike__rollbacks=1, **SPIKE)
     assert steps_of(diary, "step") == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
-    assert steps_of(diary, "seen") == [1, 2, 3, 4, 5, 6, 8, 9, 10]  # not the one that was gone back from
+    assert steps_of(diary, "seen") == [1, 2, 3, 4, 5, 6, 8, 9, 10]  # not the one that was undone
     assert ("restore", 6) in diary and ("rewind", 4) in diary and ("bar", 3) in diary
     assert steps_of(diary, "band") == [4, 5, 7]  # of steps 1 to 4, then 8, then 9 and 10
     assert [entry for entry in diary if entry[0] == "save"] == [("save", 4, 16), ("save", 8, 32), ("save", 10, 40)]
@@ -261,7 +261,7 @@ def test_a_spike_before_any_checkpoint_goes_back_to_the_start(run: Any) -> None:
     assert ("bar", 5) in diary
 
 
-def test_used_up_rollbacks_are_said_once_for_steps_in_a_row(run: Any) -> None:
+def test_used_up_rollbacks_are_reported_once_for_steps_in_a_row(run: Any) -> None:
     losses = {4: 90.0, 5: 91.0, 6: 92.0, 8: 93.0}
     spike = SPIKE | {"train__spike__window": 2}
     diary = run(losses=losses, train__spike__rollbacks=1, train__save_every=2, **spike)
@@ -272,13 +272,13 @@ def test_used_up_rollbacks_are_said_once_for_steps_in_a_row(run: Any) -> None:
 
 
 @pytest.mark.parametrize("leave", [4, 10])
-def test_a_loop_that_is_left_goes_on_where_it_was_and_loses_no_step(run: Any, leave: int) -> None:
+def test_a_loop_that_is_left_continues_where_it_was_and_loses_no_step(run: Any, leave: int) -> None:
     diary = run(leave=leave, train__eval_every=5, interventions=((10, {"train.steps": 12}),))
     assert steps_of(diary, "step") == steps_of(diary, "seen") == list(range(1, 13))
     assert steps_of(diary, "save") == [10, 12] and steps_of(diary, "evaluation") == [0, 5, 10, 12]
 
 
-def test_a_signal_while_the_last_checkpoint_is_written_does_not_lose_it() -> None:
+def test_a_signal_during_the_last_save_does_not_lose_it() -> None:
     made: Any = object.__new__(Run)
     wrote: list[str] = []
 

@@ -1,4 +1,4 @@
-"""The embedding gradient shrink on both paths of the tied embedding, against jax.grad with the paths told apart."""
+"""The embedding gradient shrink on both paths of the tied embedding, against jax.grad of each path alone."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ from glm_jax.engine import passes
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.model import GLMConfig
 from glm_jax.model.transformer import blocks, embed, head, position_terms
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def make_batch() -> Rows[np.ndarray]:
 
 
 def by_path(params: Any, batch: Rows[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Return the word embedding's gradient through the input and through the head, as of two matrices."""
+    """Return the word embedding's gradients through the input and through the head, as if these were two matrices."""
 
     def mean_loss(entry: jax.Array, tied: jax.Array) -> jax.Array:
         below, above = ({**params, "embedding": {**params["embedding"], "word": word}} for word in (entry, tied))
@@ -55,12 +55,12 @@ def by_path(params: Any, batch: Rows[jax.Array]) -> tuple[jax.Array, jax.Array]:
 
 @pytest.mark.parametrize("logits", [False, True])
 def test_alpha_multiplies_the_gradient_of_its_paths_alone(mesh_sizes: dict[str, int], logits: bool) -> None:
-    mesh, batch = meshes.build(mesh_sizes), make_batch()
+    grid, batch = mesh.build(mesh_sizes), make_batch()
     params = model.init(MODEL, jax.random.key(0))
     entry, tied = by_path(params, jax.tree.map(jnp.asarray, batch))
     cfg = dataclasses.replace(CONFIG, shrink_logits=logits)
-    found = jax.jit(lambda batch: passes.value_and_grad(cfg, mesh, params, batch, None, ALPHA).gradients)(
-        meshes.place(mesh, batch, 2)
+    found = jax.jit(lambda batch: passes.value_and_grad(cfg, grid, params, batch, None, ALPHA).gradients)(
+        mesh.place(grid, batch, 2)
     )
     expected = ALPHA * entry + (ALPHA if logits else 1.0) * tied
     np.testing.assert_allclose(found["embedding"]["word"], expected, atol=1e-6)

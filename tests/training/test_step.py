@@ -16,7 +16,7 @@ from glm_jax.data.rows.rows import Rows
 from glm_jax.engine.bind import EngineConfig, row_weights
 from glm_jax.model import GLMConfig, transformer
 from glm_jax.model.positions import position_terms
-from glm_jax.parallel import mesh as meshes
+from glm_jax.parallel import mesh
 from glm_jax.training import optimizer
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.precision import LossScale, LossScaleConfig
@@ -37,7 +37,7 @@ WITH_DROPOUT = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.eng
 
 
 def make_batch(rows: int = 8, length: int = 16) -> Rows[np.ndarray]:
-    """Make rows of two packed segments and some padding, with few and uneven targets."""
+    """Make rows of two packed segments and some padding, with a few unevenly spread targets."""
     draw = np.random.default_rng(0)
     places = np.arange(length)
     segments = np.where(places < 9, 1, np.where(places < 14, 2, 0))
@@ -58,7 +58,7 @@ def make_batch(rows: int = 8, length: int = 16) -> Rows[np.ndarray]:
 
 
 class Compiled(NamedTuple):
-    """Both steps and the first state, made once for each config and mesh."""
+    """The train step, the evaluation and the first state, compiled once for each config and mesh."""
 
     mesh: jax.sharding.Mesh
     train: Callable[..., Any]
@@ -73,15 +73,15 @@ class Compiled(NamedTuple):
         return self.train(state, self.place(microbatches), controls(self.mesh, LR, shrink, request))
 
     def place(self, microbatches: int) -> dict[str, Any]:
-        return meshes.place(self.mesh, make_batch(), microbatches)
+        return mesh.place(self.mesh, make_batch(), microbatches)
 
 
 @functools.cache
 def compiled_on(cfg: StepConfig, sizes: tuple[int, ...]) -> Compiled:
-    mesh = meshes.build(dict(zip(meshes.AXES, sizes, strict=True)))
-    state = create_state(cfg, mesh)
+    grid = mesh.build(dict(zip(mesh.AXES, sizes, strict=True)))
+    state = create_state(cfg, grid)
     shardings = jax.tree.map(lambda array: array.sharding, state)
-    return Compiled(mesh, *compile_steps(cfg, mesh), jax.device_get(state), shardings)
+    return Compiled(grid, *compile_steps(cfg, grid), jax.device_get(state), shardings)
 
 
 def compiled(cfg: StepConfig, sizes: dict[str, int]) -> Compiled:
@@ -131,7 +131,7 @@ def test_a_step_is_adamw_on_the_mean_over_all_target_tokens(mesh_sizes: dict[str
 
 
 def residual_rms(cfg: StepConfig, params: Any) -> list[float]:
-    """Run the layers one after another and measure the stream after each."""
+    """Run the layers one by one and measure the residual stream after each."""
     glm = cfg.engine.model
     batch: Rows[jax.Array] = jax.tree.map(jnp.asarray, make_batch())
     allowed = model.Visibility(batch.segments, batch.context).dense()
@@ -166,7 +166,7 @@ def test_microbatches_and_meshes_do_not_change_five_steps(mesh_sizes: dict[str, 
 
 
 def reference_loss(cfg: GLMConfig, params: Any, key: jax.Array) -> float:
-    """Return the summed loss of the batch in float64 numpy, with the masks that follow from a step's dropout key."""
+    """Return the summed loss of the batch in float64 numpy, with the masks of a step's dropout key."""
     batch = make_batch()
     segments, context = batch.segments, batch.context
     seen = np.tril(np.ones((16, 16), bool)) | context[:, None]  # [B, S, S]
@@ -181,7 +181,7 @@ def reference_loss(cfg: GLMConfig, params: Any, key: jax.Array) -> float:
 @pytest.mark.slow
 @pytest.mark.oldest
 def test_dropout_follows_from_the_seed_and_the_step(mesh_sizes: dict[str, int]) -> None:
-    """At a learning rate of 0 the steps differ by their masks alone."""
+    """At a learning rate of 0 the steps differ only by their masks."""
     made, found = compiled(WITH_DROPOUT, mesh_sizes), []
     params = true_layers(WITH_DROPOUT, made.start).params
     for first in (0, 0, 7):
@@ -210,7 +210,7 @@ def test_the_shrink_reaches_the_embedding_alone(mesh_sizes: dict[str, int]) -> N
     assert after["sums"].loss.sum() == pytest.approx(before["sums"].loss.sum(), rel=1e-6)
     assert after["grad_norm"] < before["grad_norm"]
     first = {name: state.moments[0].mu for name, state in (("plain", plain), ("shrunk", shrunk))}
-    scale = min(1.0, 1.0 / before["grad_norm"]) / min(1.0, 1.0 / after["grad_norm"])  # what clipping made of each
+    scale = min(1.0, 1.0 / before["grad_norm"]) / min(1.0, 1.0 / after["grad_norm"])  # ratio of the clipping factors
     blocks = [first["plain"]["blocks"], jax.tree.map(lambda array: array * scale, first["shrunk"]["blocks"])]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *blocks)
     assert np.abs(first["plain"]["embedding"]["word"] - scale * first["shrunk"]["embedding"]["word"]).max() > 1e-4
@@ -219,7 +219,7 @@ def test_the_shrink_reaches_the_embedding_alone(mesh_sizes: dict[str, int]) -> N
 def test_a_batch_without_a_target_decays_and_moves_nothing_else(mesh_sizes: dict[str, int]) -> None:
     made = compiled(CONFIG, mesh_sizes)
     batch = make_batch()._replace(loss_mask=np.zeros((8, 16), np.float32))
-    state, metrics = made.train(made.state(), meshes.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
+    state, metrics = made.train(made.state(), mesh.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
     assert metrics["grad_norm"] == 0 and metrics["skipped"] == 0 and not metrics["sums"].targets.any()
     before, after = made.start.params["embedding"]["word"], jax.device_get(state.params)["embedding"]["word"]
     np.testing.assert_allclose(after, before * (1 - LR * 0.1), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The tests of the step again, on meshes of emulated devices; in processes of their own, as an XLA abort kills one."""
+"""Runs the tests of the step on meshes of emulated devices, each in its own process, which an XLA abort would kill."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Timelines of a schedule, as text and as SVG: a row a stage, time to the right."""
+"""Timelines of a schedule, as text and as SVG: one row a stage, time to the right."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ UNIT, ROW, MARGIN = 14, 22, 64  # SVG pixels: a forward slot's width, a stage's 
 
 
 class Slots(NamedTuple):
-    """One column of a timeline: what each stage does in a slot that is not idle everywhere."""
+    """One column of a timeline: what each stage does in a slot."""
 
     kind: str  # F or B
     microbatches: tuple[int, ...]  # by stage, or IDLE
 
 
 def columns(schedule: Schedule) -> list[Slots]:
-    """List the slots in order of time; a slot in which every stage is idle takes no time and is left out."""
+    """Return the slots in order of time, without those in which every stage is idle, which take no time."""
     pairs = zip(schedule.forward, schedule.backward, strict=True)
     slots = [Slots(kind, row) for pair in pairs for kind, row in zip("FB", pair, strict=True)]
     return [slot for slot in slots if any(microbatch != IDLE for microbatch in slot.microbatches)]
 
 
 def ascii_timeline(schedule: Schedule, width: int = 120) -> str:
-    """Draw lines of at most about `width` characters; `F3` is the forward of microbatch 3, a dot an idle slot."""
+    """Draw lines of about `width` characters at most. `F3` is the forward of microbatch 3, a dot an idle slot."""
     slots = columns(schedule)
     cell = len(str(schedule.microbatches - 1)) + 2
     label = len(f"stage {schedule.stages - 1} ")
@@ -42,7 +42,7 @@ def ascii_timeline(schedule: Schedule, width: int = 120) -> str:
 
 
 def summary(schedule: Schedule) -> str:
-    """Return in one line what the schedule costs."""
+    """Return one line on what the schedule costs."""
     bubble = schedule.bubble
     return (
         f"{schedule.name}: {schedule.stages} stages, {schedule.microbatches} microbatches, {schedule.ticks} ticks, "

@@ -1,16 +1,16 @@
 """Runs a pipeline schedule inside one jitted program: losses and gradients of a model given as functions.
 
 Everything here runs in the body of a shard_map that is manual over all axes of the mesh. A `lax.scan` walks the rows of
-the schedule's table. In each tick a stage may take one microbatch forward through its blocks and one backward (stage.py
-has both); then two ppermutes hand activations to the next stage and gradients to the one before. Sums stay on each
-device over the whole loop, and the caller reduces them over `data` once, after it.
+the schedule's table. In each tick a stage may run one microbatch forward through its blocks and one backward (see
+stage.py); then two ppermutes send activations to the next stage and gradients to the previous one. Sums stay on each
+device throughout the loop; the caller reduces them over `data` once, after it.
 
-With one stage this is plain gradient accumulation: a tick a microbatch.
+With one stage this is plain gradient accumulation, one microbatch a tick.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,23 +18,23 @@ from jax import lax
 
 from glm_jax.parallel.pipeline.schedule import Schedule
 from glm_jax.parallel.pipeline.stage import Functions, Keep, Result, Stage, Weights, at, put, when, zeros
+from glm_jax.types import Tree
 
 Array = jax.Array
-Tree = Any
 
 
 class Carry(NamedTuple):
-    """What one tick leaves to the next."""
+    """What one tick passes to the next."""
 
-    x: Array  # from the stage before
-    gradient: Array  # from the stage after
-    outputs: Array  # [output_ring, ...]: outputs of the last stage that wait for their backward
+    x: Array  # from the previous stage
+    gradient: Array  # from the next stage
+    outputs: Array  # [output_ring, ...]: outputs of the last stage that await their backward
     stash: list[Array]  # [ring * Q, ...] (or [ring, ...]): what forward slots keep for backward slots
     result: Result
 
 
 def shift(x: Array, stages: int) -> Array:
-    """Hand x `stages` stages on, around the ring."""
+    """Send x to the stage `stages` further, around the ring."""
     count = lax.axis_size("pipeline")
     return lax.ppermute(x, "pipeline", [(stage, (stage + stages) % count) for stage in range(count)])
 
@@ -42,16 +42,16 @@ def shift(x: Array, stages: int) -> Array:
 def value_and_grad(
     functions: Functions, schedule: Schedule, weights: Weights, batch: Tree, layers: int, keep: Keep, seed: Array
 ) -> Result:
-    """Sum gradients and metrics over all microbatches, running `schedule`; to be called inside a shard_map.
+    """Run `schedule` and sum gradients and metrics over all microbatches. Call it inside a shard_map.
 
     Args:
         functions: the model.
-        schedule: of as many stages as the mesh's axis `pipeline` has members.
-        weights: this device's; arrays of blocks are [Q, ...], Q the same on every stage.
+        schedule: one whose stages match the size of the mesh's axis `pipeline`.
+        weights: this device's; arrays of blocks are [Q, ...], with the same Q on every stage.
         batch: this device's rows, arrays [M, ...].
-        layers: L of the whole model; a stage's blocks beyond it are inert.
-        keep: what forward slots keep, the rest is computed again in the backward slot.
-        seed: float32 scalar that the gradient of each microbatch's loss starts from: a loss scale, a normaliser.
+        layers: L of the whole model; blocks beyond it are inert.
+        keep: what forward slots keep; backward slots compute the rest again.
+        seed: float32 [], where the gradient of each microbatch's loss starts: a loss scale over a normaliser.
     """
     stage, index = Stage(functions, weights, batch, layers, keep), lax.axis_index("pipeline")
     ring = schedule.ring
@@ -78,7 +78,7 @@ def value_and_grad(
 
 
 def evaluate(functions: Functions, schedule: Schedule, weights: Weights, batch: Tree, layers: int) -> Tree:
-    """Run all microbatches forward alone; to be called inside a shard_map. Arguments as in `value_and_grad`.
+    """Run all microbatches forward only. Call it inside a shard_map; arguments as in `value_and_grad`.
 
     Returns:
         The head's metrics of each microbatch, stacked: arrays [M, ...].

@@ -1,16 +1,16 @@
 """Pipeline schedules as plain data: which stage runs which slot at which tick. Pure Python.
 
 All stages move in lockstep. In a tick each stage has one forward slot, then one backward slot; either may be idle.
-What a stage makes travels to its neighbour between two ticks, so a microbatch enters the next stage exactly one tick
-later. `check` proves that a table keeps these rules; pipeline.py runs any table that does.
+Results travel to the neighbouring stage between ticks, so a microbatch enters the next stage exactly one tick later.
+`check` proves that a table follows these rules; run.py runs any table that does.
 
 | schedule | forward of microbatch m on stage s | backward of m on s     | stash slots of stage s  |
 |----------|------------------------------------|------------------------|-------------------------|
 | 1f1b     | tick s + m                         | tick 2(P - 1) - s + m  | min(M, 2(P - 1 - s) + 1) |
 | gpipe    | tick s + m                         | M + 2(P - 1) - s + m   | M                       |
 
-Both idle for (P - 1) / (M + P - 1) of the time. 1f1b (PipeDream-Flush, arXiv 2006.09503), which GLM-130B used, keeps a
-number of inputs that does not grow with M; the lockstep makes it 2(P - 1 - s) + 1 where free-running stages need P - s.
+Both are idle for (P - 1) / (M + P - 1) of the time. With 1f1b (PipeDream-Flush, arXiv 2006.09503), which GLM-130B used,
+the number of stashed inputs does not grow with M: 2(P - 1 - s) + 1 in lockstep, where free-running stages need P - s.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Rows = tuple[tuple[int, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A table: `forward[t][s]` is the microbatch that stage s takes forward at tick t, or IDLE; `backward` likewise.
+    """A table: `forward[t][s]` is the microbatch that stage s runs forward at tick t, or IDLE; `backward` likewise.
 
-    Every stage is given `ring` stash slots; microbatch m lives in slot m % ring. The ring of 1f1b follows from the
-    stages alone, so that memory does not depend on M.
+    Every stage has `ring` stash slots; microbatch m uses slot m % ring. The ring of 1f1b follows from the stages alone,
+    so that its memory does not depend on M.
     """
 
     name: str
@@ -42,33 +42,33 @@ class Schedule:
 
     @property
     def ticks(self) -> int:
-        """How many turns the table has."""
+        """The number of rows of the table."""
         return len(self.forward)
 
     def makespan(self, forward: int, backward: int) -> int:
-        """Add up the ticks, each as long as its busiest stage, for slots that take `forward` and `backward` long."""
+        """Return how long all ticks take, each as long as its busiest stage, for slots of these lengths."""
         return sum(
             max(forward * (f != IDLE) + backward * (b != IDLE) for f, b in zip(*rows, strict=True))
             for rows in zip(self.forward, self.backward, strict=True)
         )
 
     def bubble_of(self, forward: int, backward: int) -> Fraction:
-        """Return the share of a stage's time that is idle, for slots that take `forward` and `backward` long."""
+        """Return the share of a stage's time that is idle, for slots of these lengths."""
         return 1 - Fraction(self.microbatches * (forward + backward), self.makespan(forward, backward))
 
     @property
     def bubble(self) -> Fraction:
-        """The share of a stage's time that is idle; a backward slot costs twice a forward one."""
+        """The share of a stage's time that is idle, if a backward slot takes twice as long as a forward one."""
         return self.bubble_of(1, 2)
 
     @property
     def in_flight(self) -> tuple[int, ...]:
-        """For each stage, the most microbatches whose input must be kept at once: stash slots."""
+        """The stash slots of each stage: the most microbatches whose input it must keep at once."""
         return tuple(self._most_kept(stage) for stage in range(self.stages))
 
     @property
     def output_ring(self) -> int:
-        """How many outputs of the last stage wait for their backward at once."""
+        """The most outputs of the last stage that await their backward at once."""
         return self.in_flight[-1]
 
     def _most_kept(self, stage: int) -> int:
@@ -81,7 +81,7 @@ class Schedule:
 
 
 def _rows(ticks: int, stages: int, microbatches: int, first: Callable[[int], int]) -> Rows:
-    """Return the table in which stage s takes microbatch m at tick `first(s)` + m."""
+    """Return the table in which stage s runs microbatch m at tick `first(s)` + m."""
 
     def job(tick: int, stage: int) -> int:
         microbatch = tick - first(stage)
@@ -115,7 +115,7 @@ SCHEDULES: dict[str, Callable[[int, int], tuple[Rows, Rows, int]]] = {
 
 
 def build(name: str, stages: int, microbatches: int) -> Schedule:
-    """Build and prove a schedule.
+    """Build a schedule and check it.
 
     >>> schedule = build("1f1b", stages=4, microbatches=8)
     >>> schedule.ticks, schedule.bubble, schedule.in_flight
@@ -127,7 +127,7 @@ def build(name: str, stages: int, microbatches: int) -> Schedule:
         microbatches: M.
 
     Raises:
-        UserError: a name that is not there, or a count below 1.
+        UserError: the name is unknown, or a count is below 1.
     """
     if name not in SCHEDULES:
         raise UserError(f"pipeline.schedule is {name!r}, it must be one of {', '.join(SCHEDULES)}")
@@ -142,11 +142,11 @@ def build(name: str, stages: int, microbatches: int) -> Schedule:
 def check(schedule: Schedule) -> None:
     """Prove that a table can run.
 
-    Every stage takes every microbatch forward once and backward once, one job a slot; each input is there the tick
-    before it is needed; no stashed input is written over before its backward has read it.
+    Every stage runs every microbatch forward once and backward once, one job a slot. Each input is made exactly one
+    tick before it is needed. No stashed input is overwritten before its backward has read it.
 
     Raises:
-        ValueError: the first rule that is broken, with the stage and the microbatch.
+        ValueError: names the first broken rule, the stage and the microbatch.
     """
     stages, microbatches, ring = schedule.stages, schedule.microbatches, schedule.ring
     forward = [_ticks_of(schedule.forward, stage, microbatches, "forward") for stage in range(stages)]
@@ -166,7 +166,7 @@ def check(schedule: Schedule) -> None:
 
 
 def _ticks_of(rows: Iterable[tuple[int, ...]], stage: int, microbatches: int, slot: str) -> list[int]:
-    """Return the tick of each microbatch on one stage; each must have one."""
+    """Return the tick of each microbatch on one stage; each must have exactly one."""
     ticks: dict[int, int] = {}
     for tick, row in enumerate(rows):
         microbatch = row[stage]

@@ -1,16 +1,16 @@
 """What one device does in a pipeline: the jobs of a tick, for a model given as functions.
 
-- A slot is a loop over the stage's blocks with as many turns as there is work: none in an idle slot, and a stage that
-  holds fewer blocks than others (70 over 8) turns less often. A conditional would copy the gradient sums.
-- The backward slot is written by hand: from the last block to the first, the block's vjp, and the gradient of its
-  weights added in place to a float32 sum. Nothing the size of a stage's weights is made besides the sums.
-- Embedding and head are run by all stages together in every tick that needs them, each for its rows of the vocabulary.
+- A slot is a loop over the stage's blocks with one turn for each block that has work: none in an idle slot, fewer on a
+  stage that holds fewer blocks (70 over 8). A conditional would copy the gradient sums.
+- The backward slot is written by hand: from the last block to the first, it runs the block's vjp and adds the gradient
+  of its weights to a float32 sum in place. Apart from the sums, it allocates nothing the size of a stage's weights.
+- All stages run embedding and head together, in every tick that needs them, each for its rows of the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,40 +18,40 @@ from jax import lax
 
 from glm_jax.parallel.jax_internals import varying_axes, with_first_argument, without_first_argument
 from glm_jax.parallel.mesh import AXES
+from glm_jax.types import Tree
 
 Array = jax.Array
-Tree = Any
 
-# What a forward slot keeps for the backward slot: the input of each block, the stage's input alone, or all residuals.
+# What a forward slot keeps for the backward slot: each block's input, only the stage's input, or all residuals.
 Keep = Literal["layer", "stage", "all"]
 
 
 class Functions(NamedTuple):
-    """The model, as the engine sees it. x is the residual stream of one microbatch on one device.
+    """The model as four functions. x is the residual stream of one microbatch on one device.
 
-    `embed` and `head` are called on all devices at once and may use collectives over `pipeline` and `tensor`; `prepare`
-    and `block` may use those over `tensor`, whose members always do the same.
+    All devices call `embed` and `head` at once, so these may use collectives over `pipeline` and `tensor`. `prepare`
+    and `block` may only use collectives over `tensor`, whose members always do the same.
     """
 
-    prepare: Callable[[Tree], Tree]  # microbatch -> terms, what its blocks share
+    prepare: Callable[[Tree], Tree]  # microbatch -> terms, which its blocks share
     embed: Callable[[Tree, Tree], Array]  # outer weights, microbatch -> x, the same on every stage
     block: Callable[[Tree, Array, Tree, Array], Array]  # a block's weights, x, terms, its index in the model -> x
     head: Callable[[Tree, Array, Tree], tuple[Array, Tree]]  # outer weights, x, microbatch -> loss, metrics
 
 
 class Weights(NamedTuple):
-    """Weights or gradients: of embedding and head, and of this stage's blocks (arrays [L / P, ...])."""
+    """Weights or gradients: of embedding and head, and of this stage's blocks (arrays [Q, ...])."""
 
     outer: Tree
     blocks: Tree
 
 
 class Result(NamedTuple):
-    """What a pass over all microbatches gives on one device, not yet reduced over `data`."""
+    """The result of a pass over all microbatches on one device, not yet reduced over `data`."""
 
     gradients: Weights  # sums, float32 or wider
-    metrics: Tree  # sums of the head's
-    squares: Array  # [Q], of each block's output, means summed over microbatches
+    metrics: Tree  # sums of the head's metrics
+    squares: Array  # [Q], mean square of each block's output, summed over microbatches
     executed: Array  # int32 [2]: block runs in forward and in backward slots, counted as they run
 
 
@@ -66,51 +66,51 @@ def vary(tree: Tree, axes: tuple[str, ...] | frozenset[str] = AXES) -> Tree:
 
 
 def zeros(shapes: Tree, leading: tuple[int, ...] = ()) -> Tree:
-    """Make zeros like abstract arrays, with `leading` axes before theirs."""
+    """Return zeros of the shapes of abstract arrays, with `leading` axes in front."""
     return jax.tree.map(lambda leaf: vary(jnp.zeros(leading + leaf.shape, leaf.dtype), varying_axes(leaf)), shapes)
 
 
 def at(tree: Tree, index: Array | int) -> Tree:
-    """Take entry `index` of every array."""
+    """Return entry `index` of every array."""
     return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, index, keepdims=False), tree)
 
 
 def put(tree: Tree, entry: Tree, index: Array) -> Tree:
-    """Replace entry `index` of every array; in a loop's carry this is in place."""
+    """Replace entry `index` of every array. XLA does this in place in a loop's carry."""
     return jax.tree.map(lambda array, new: lax.dynamic_update_index_in_dim(array, new, index, 0), tree, entry)
 
 
 def add(sums: Tree, terms: Tree) -> Tree:
-    """Add in the dtype of the sums."""
+    """Add terms to sums, in the dtype of the sums."""
     return jax.tree.map(lambda total, term: total + term.astype(total.dtype), sums, terms)
 
 
 def when(microbatch: Array, job: Callable[[Tree], Tree], carry: Tree) -> Tree:
-    """Run `job` unless `microbatch` is IDLE: a loop of one turn or of none."""
+    """Run `job` unless `microbatch` is IDLE, as a loop of one turn or none."""
     return lax.fori_loop(0, (microbatch >= 0).astype(jnp.int32), lambda _, carry: job(carry), carry)
 
 
 class Stage:
-    """One device's jobs. Each takes the microbatch it is for, which may be IDLE: then it does nothing."""
+    """One device's jobs. Each takes the microbatch it works on, and does nothing if that is IDLE."""
 
     def __init__(self, functions: Functions, weights: Weights, batch: Tree, layers: int, keep: Keep) -> None:
         self.functions, self.batch, self.keep = functions, batch, keep
         self.weights = vary(weights)
-        self.capacity = jax.tree.leaves(weights.blocks)[0].shape[0]  # Q, inert layers included
+        self.capacity = jax.tree.leaves(weights.blocks)[0].shape[0]  # Q, including inert layers
         index = lax.axis_index("pipeline")
         self.is_first, self.is_last = index == 0, index == lax.axis_size("pipeline") - 1
         self.first_layer = index * self.capacity
-        self.layers = jnp.clip(layers - self.first_layer, 0, self.capacity)  # those that do something
+        self.layers = jnp.clip(layers - self.first_layer, 0, self.capacity)  # not inert
         self.x = jax.eval_shape(lambda: vary(functions.embed(self.weights.outer, at(batch, 0))))
         blank = zeros(self.x)
         self.record = jax.eval_shape(lambda: self._run(0, blank, functions.prepare(at(batch, 0)))[1])
 
     def empty_stash(self, ring: int) -> list[Array]:
-        """Make room for `ring` microbatches."""
+        """Return a stash with room for `ring` microbatches."""
         return zeros(jax.tree.leaves(self.record), (ring if self.keep == "stage" else ring * self.capacity,))
 
     def empty_squares(self) -> Array:
-        """Make the blocks' mean squares before the first slot [Q]."""
+        """Return the sums of the blocks' mean squares before the first slot [Q]."""
         return vary(jnp.zeros(self.capacity, jnp.promote_types(self.x.dtype, jnp.float32)))
 
     def turns(self, microbatch: Array) -> Array:
@@ -122,7 +122,7 @@ class Stage:
         return lambda weights, x: self.functions.block(weights, x, terms, layer), at(self.weights.blocks, i)
 
     def _run(self, i: Array | int, x: Array, terms: Tree) -> tuple[Array, Tree]:
-        """Run block i; also give what its backward needs, without the weights, which are at hand."""
+        """Run block i; also return what its backward needs, except the weights, which the stage has."""
         block, weights = self._block(i, terms)
         if self.keep != "all":
             return block(weights, x), x
@@ -139,7 +139,7 @@ class Stage:
         return with_first_argument(pull, weights)(gradient)
 
     def enter(self, microbatch: Array, x: Array) -> Array:
-        """Embed for the first stage, all stages together; the others go on with the x that has arrived."""
+        """Embed for the first stage, all stages together; the other stages keep the x that has arrived."""
 
         def job(x: Array) -> Array:
             embedded = self.functions.embed(self.weights.outer, at(self.batch, microbatch))
@@ -150,11 +150,11 @@ class Stage:
     def forward(
         self, microbatch: Array, x: Array, stash: list[Array], squares: Array, ring: int
     ) -> tuple[Array, list[Array], Array, Array]:
-        """Take x through the stage's blocks.
+        """Run x through the stage's blocks.
 
         Returns:
-            The output, the stash with what is kept, `squares` [Q] with the mean square of each block's output added,
-            and the number of block runs.
+            The output, the stash with what this slot keeps, `squares` [Q] with the mean square of each block's output
+            added, and the number of block runs.
         """
         terms = self.functions.prepare(at(self.batch, microbatch))
         slot = microbatch % ring
@@ -170,12 +170,14 @@ class Stage:
 
         return lax.fori_loop(0, self.turns(microbatch), block, (x, stash, squares, vary(jnp.int32(0))))
 
-    def head(self, microbatch: Array, outputs: Array, gradient: Array, result: Result, seed: Array) -> tuple:
+    def head(
+        self, microbatch: Array, outputs: Array, gradient: Array, result: Result, seed: Array
+    ) -> tuple[Array, Result]:
         """Run the head for the last stage, all stages together.
 
         Returns:
-            The gradient that enters this stage's backward slot (of the head for the last stage, else the one that has
-            arrived), and the result with the gradients of the outer weights and the metrics added.
+            The gradient that enters this stage's backward slot (the head's on the last stage, elsewhere the one that
+            has arrived), and the result with the gradients of the outer weights and the metrics added.
         """
 
         def job(carry: tuple[Array, Result]) -> tuple[Array, Result]:
@@ -194,13 +196,18 @@ class Stage:
         return when(microbatch, job, (gradient, result))
 
     def loss(self, outer: Tree, y: Array, data: Tree) -> tuple[Array, Tree]:
-        """Show the last stage's output y to all stages and give loss and metrics."""
+        """Broadcast the last stage's output y to all stages, and return the head's loss and metrics."""
         return self.functions.head(outer, vary(lax.psum(jnp.where(self.is_last, y, 0), "pipeline")), data)
 
     def backward(
         self, microbatch: Array, gradient: Array, stash: list[Array], sums: Tree, ring: int
     ) -> tuple[Array, Tree, Array]:
-        """Take the gradient back through the blocks: that of the stage's input, the sums, the number of block runs."""
+        """Run the gradient of the stage's output back through its blocks.
+
+        Returns:
+            The gradient of the stage's input, the sums with the gradients of the weights added, and the number of
+            block runs.
+        """
         terms = self.functions.prepare(at(self.batch, microbatch))
         slot = microbatch % ring
         records, first = stash, slot * self.capacity
@@ -216,7 +223,7 @@ class Stage:
         return lax.fori_loop(0, self.turns(microbatch), block, (gradient, sums, vary(jnp.int32(0))))
 
     def _inputs(self, microbatch: Array, record: list[Array], terms: Tree) -> list[Array]:
-        """Run the stage again from its input, for the input of every block [Q, ...]."""
+        """Run the stage again from its input, and return the input of every block [Q, ...]."""
 
         def block(i: Array, carry: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
             x, inputs = carry
@@ -226,7 +233,7 @@ class Stage:
         return lax.fori_loop(0, self.turns(microbatch), block, (*record, inputs))[1]
 
     def embed_gradient(self, microbatch: Array, gradient: Array, sums: Tree) -> Tree:
-        """Add the gradient of the embedding's weights, given that of the first stage's input."""
+        """Add the gradient of the embedding's weights, given the gradient of the first stage's input."""
 
         def job(sums: Tree) -> Tree:
             data = at(self.batch, microbatch)
@@ -236,7 +243,7 @@ class Stage:
         return when(microbatch, job, sums)
 
     def empty_result(self) -> Result:
-        """Make the sums before the first tick."""
+        """Return the zero sums before the first tick."""
         wide = jax.tree.map(
             lambda weight: vary(jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32))), self.weights
         )

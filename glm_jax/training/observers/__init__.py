@@ -1,20 +1,21 @@
-"""Observers look at a run after each step: the log, evaluation, saving, spikes, the profiler, and a user's own."""
+"""Observers act after each step of a run: logging, evaluation, saving, spikes, the profiler, and a user's own."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from glm_jax.engine import loss_metrics
+from glm_jax.types import Json, Tree
 
 if TYPE_CHECKING:
     from glm_jax.training.run import Run
 
 
 class Request(enum.IntEnum):
-    """What a process may ask of all. The largest request of a step holds; it is met after that step or the next."""
+    """What a process may ask of all processes. The largest request of a step wins; it is met then or a step later."""
 
     NOTHING = 0
     SAVE = 1
@@ -23,21 +24,21 @@ class Request(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step that was taken.
+    """A finished step.
 
     Attributes:
-        run: whose it is.
-        number: of the step, from 1.
-        samples: rows seen after it.
-        metrics: what `training.step.train_step` returned: arrays on the mesh, perhaps still being computed.
-        settings: what recipe.py chose for it: `lr`, `embedding_shrink`, `batch`.
-        request: the request that is met now.
+        run: the run that took it.
+        number: of the step, counted from 1.
+        samples: rows seen by its end.
+        metrics: as `training.step.train_step` returns them: arrays on the mesh, perhaps still computing.
+        settings: chosen by recipe.py: `lr`, `embedding_shrink`, `batch`.
+        request: the one to meet now.
     """
 
     run: Run
     number: int
     samples: int
-    metrics: Mapping[str, Any]
+    metrics: Mapping[str, Tree]
     settings: Mapping[str, float]
     request: Request
 
@@ -47,11 +48,11 @@ class Step:
         return loss_metrics(self.metrics["sums"])["loss"]
 
     def is_due(self, every: int) -> bool:
-        """Whether what happens every so many steps, and after the last one, happens now."""
+        """Whether something that happens every `every` steps and after the last one happens now."""
         return self.number % every == 0 or self.number == self.run.current.train.steps
 
-    def event(self) -> dict[str, Any]:
-        """Return the step's metrics as the log has them; waits for the step."""
+    def event(self) -> Json:
+        """Return the step's metrics as an event for the log; waits for the step."""
         values = {name: float(value) for name, value in self.metrics.items() if getattr(value, "ndim", None) == 0}
         del values["requests"]
         whole = {name: int(values[name]) for name in ("tokens", "skipped")}
@@ -69,17 +70,16 @@ class Step:
 
 
 class Observer:
-    """Something that is told of every step; override what is needed.
+    """Base class of observers, which are called at every step; override what is needed.
 
-    `Run.observers` are called in their order. What they may do to the run: `evaluate`, `save`, `stop`, `go_back`,
-    `log`, `say`.
+    A run calls `Run.observers` in order. They may call its `evaluate`, `save`, `stop`, `go_back`, `log` and `say`.
     """
 
     def before(self, run: Run) -> None:
-        """Look at the run before the step `run.step + 1`."""
+        """Act before step `run.step + 1`."""
 
     def after(self, step: Step) -> None:
-        """Look at a step that was taken. Its arrays may still be computed; to read one waits for it."""
+        """Act after a step. Its arrays may still be computing; reading one waits for it."""
 
     def close(self) -> None:
-        """End what is open, as no further step comes."""
+        """Close what is open; no further step follows."""

@@ -1,4 +1,4 @@
-"""Evaluation in mid-run."""
+"""Evaluation during a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from glm_jax.training.observers import Observer, Step
 class Evaluate(Observer):
     """Runs the evaluators every train.eval_every steps and after the last one; 0 disables it.
 
-    It comes before `Save`: then the step of each checkpoint has its evaluation in the log.
+    It comes before `Save`, so that the log has the evaluation of each checkpoint's step.
     """
 
     def after(self, step: Step) -> None:

@@ -7,7 +7,7 @@ from glm_jax.workdir.events import Event
 
 
 class Log(Observer):
-    """Logs every train.log_every steps and the last one, with the speed since the last time, and moves the bar."""
+    """Logs every train.log_every steps and the last one, with the speed since the last event; moves the bar."""
 
     def after(self, step: Step) -> None:
         run, shown = step.run, None
@@ -19,7 +19,7 @@ class Log(Observer):
 
 
 def summary(event: Event) -> dict[str, str]:
-    """Return what the bar shows of a train event: losses by objective, gradient norm, tokens/s, MFU."""
+    """Return what the bar shows of a train event: losses by objective, gradient norm, tokens/s and MFU."""
     shown = {name.removeprefix("loss/"): f"{event[name]:.3f}" for name in event if name.startswith("loss/")}
     return {
         **shown,

@@ -1,4 +1,4 @@
-"""JAX's profiler, for the steps that were asked for."""
+"""JAX's profiler, for a range of steps."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ class Profile(Observer):
 
     Args:
         workdir: of the run.
-        steps: the first and the last step to trace, numbered as in metrics.jsonl; empty: none. A run that resumes
-            within the range traces the rest of it.
+        steps: the first and the last step to trace, numbered as in metrics.jsonl; () disables it. A run that
+            resumes within the range traces the rest of it.
     """
 
     def __init__(self, workdir: Path, steps: tuple[int, int] | tuple[()]) -> None:
         self._folder, self._steps, self._tracing = workdir / FOLDER, steps, False
 
     def before(self, run: Run) -> None:
-        """Begin the trace if the step that is about to run is to be traced."""
+        """Start the trace if the coming step is in the range."""
         if self._steps and not self._tracing and self._steps[0] <= run.step + 1 <= self._steps[1]:
             jax.profiler.start_trace(self._folder)
             self._tracing = True
 
     def after(self, step: Step) -> None:
-        """End the trace once `step` was the last to be traced; waits for its results, as devices run behind."""
+        """Stop the trace after the last step of the range; first wait for its results, since devices run behind."""
         if self._tracing and self._steps and step.number >= self._steps[1]:
             jax.block_until_ready(step.metrics)
             self.close()
 
     def close(self) -> None:
-        """End the trace that is running, if any."""
+        """Stop the trace if one is running."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""Saving, by steps and by the clock."""
+"""Checkpoints, by steps and by the clock."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Save(Observer):
-    """Saves every train.save_every steps and when a request to save is met, and logs what became of earlier saves."""
+    """Saves every train.save_every steps and on request, and logs how earlier saves ended."""
 
     def before(self, run: Run) -> None:
-        """Ask for a save every train.save_minutes; the clock is the first process's."""
+        """Request a save every train.save_minutes, by the clock of the first process."""
         minutes, passed = run.current.train.save_minutes, time.monotonic() - run.saved_at
         if minutes and processes.is_first() and passed > 60 * minutes:
             run.ask(Request.SAVE)

@@ -10,7 +10,7 @@ from types import FrameType
 
 @contextlib.contextmanager
 def listening(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at the first signal while the block runs. Only a process's main thread can listen."""
+    """Call `stop` at the first signal while the block runs. Only the main thread can listen."""
 
     def note(number: int, frame: FrameType | None) -> None:
         stop()

@@ -1,21 +1,22 @@
-"""Spikes: the loss or the gradient norm leaves its running band, as it does before a run diverges.
+"""Spikes: steps at which the loss or the gradient norm leaves its running band, as before a run diverges.
 
-GLM-130B's operators watched both: a jump of the gradient norm came a few steps before the loss exploded, and what
-helped was to go back to the last checkpoint and skip the data (training log, 12 June to 22 June 2022).
+GLM-130B's operators watched both: the gradient norm jumped a few steps before the loss exploded. The remedy was to go
+back to the last checkpoint and skip the data (training log, 12 June to 22 June 2022).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from glm_jax.config import Experiment
 from glm_jax.training.observers import Observer, Step
 
 
 class Band(NamedTuple):
-    """The running mean and variance of a value, weighed exponentially, and the steps that made them."""
+    """The exponentially weighted running mean and variance of a value, and how many steps they are made of."""
 
     mean: float = 0.0
     variance: float = 0.0
@@ -23,7 +24,7 @@ class Band(NamedTuple):
 
 
 class Bands(NamedTuple):
-    """What the watch knows: the band of the loss, in nats, and of the gradient norm's natural logarithm."""
+    """The bands of the loss, in nats, and of the natural logarithm of the gradient norm."""
 
     loss: Band = Band()
     grad_norm: Band = Band()
@@ -33,9 +34,9 @@ class Bands(NamedTuple):
         return [list(band) for band in self]
 
     @classmethod
-    def from_json(cls, values: Any) -> Bands:
-        """Read what `to_json` gave; nothing is the start."""
-        return cls(*(Band(*band) for band in values or ()))
+    def from_json(cls, values: Sequence[Sequence[float]] | None) -> Bands:
+        """Return the bands that `to_json` wrote; those of the start for None or an empty list."""
+        return cls(*(Band(mean, variance, int(steps)) for mean, variance, steps in values or ()))
 
 
 def _grown(band: Band, value: float, window: int) -> Band:
@@ -50,13 +51,13 @@ def _upper(band: Band, deviations: float) -> float:
 
 
 def watch(config: Experiment, bands: Bands, loss: float, grad_norm: float) -> tuple[Bands, str | None]:
-    """Take in one step's values.
+    """Compare one step's values with the bands, and update these.
 
     Args:
-        config: its section `train.spike` says how wide the bands are and when they begin to count.
+        config: its section `train.spike` sets how wide the bands are and how many steps they need first.
         bands: before the step.
         loss: nats a target token.
-        grad_norm: global, before clipping. One that is not finite says nothing with a loss scale, which it lowers.
+        grad_norm: global, before clipping. With a loss scale, one that is not finite is no spike: it lowers the scale.
 
     Returns:
         The bands after it, and why the step is a spike, or None. A spike does not change the bands.
@@ -91,13 +92,13 @@ class Spike:
 
 
 class Spikes(Observer):
-    """Watches every step where the experiment asks for it; it comes first, as a step that is gone back from is undone.
+    """Watches every step if the experiment asks for it; comes first, since going back undoes the step.
 
-    With train.spike.rollbacks left the run goes back; when they are used up it is told once for spikes in a row.
+    While train.spike.rollbacks are left, the run goes back. Afterwards it only reports, once for spikes in a row.
     """
 
     def __init__(self) -> None:
-        self._last: int | None = None  # the step of the last spike that was not gone back from
+        self._last: int | None = None  # the step of the last spike that was only reported
 
     def after(self, step: Step) -> None:
         run = step.run

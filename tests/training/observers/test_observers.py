@@ -1,4 +1,4 @@
-"""Each observer by itself, told of steps by a run that is only written down; test_run.py has them together."""
+"""Each observer by itself, with a stand-in for the run; test_run.py tests them together."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from glm_jax.training.observers.spikes import Bands, Spikes
 
 
 def at(step: int, diary: list[Any] | None = None, **changes: Any) -> Any:
-    """Return what stands in for a run after `step` steps: what it is asked to do goes to the diary."""
+    """Return a stand-in for a run after `step` steps; it records in the diary what it is asked to do."""
     config = default_config()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     told = [] if diary is None else diary
@@ -95,7 +95,7 @@ def test_saves_come_by_steps_by_request_and_by_the_clock(monkeypatch: pytest.Mon
         assert diary == asked
 
 
-def test_spikes_go_back_while_they_may_and_are_said_once_in_a_row_after_that() -> None:
+def test_spikes_go_back_while_rollbacks_are_left_then_are_reported_once_in_a_row() -> None:
     def watch(losses: list[float], rollbacks: int) -> list[Any]:
         diary: list[Any] = []
         run = at(0, diary, train__spike__rollbacks=rollbacks, train__spike__window=2, train__spike__deviations=1.0)
@@ -111,18 +111,18 @@ def test_spikes_go_back_while_they_may_and_are_said_once_in_a_row_after_that() -
     assert "spike at step 3" in said[1][1] and "spike at step 6" in said[3][1] and "used up" in said[1][1]
 
 
-def test_the_first_signal_asks_and_handlers_are_given_back() -> None:
+def test_the_first_signal_asks_and_the_old_handlers_return() -> None:
     asked: list[str] = []
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), signals.listening(lambda: asked.append("stop")):
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked == ["stop"]
-        os.kill(os.getpid(), signal.SIGINT)  # after the first signal, it interrupts
+        os.kill(os.getpid(), signal.SIGINT)  # after the first signal it interrupts
     assert signal.getsignal(signal.SIGTERM) == before and asked == ["stop"]
 
 
 @pytest.mark.parametrize("first", [1, 3])
-def test_the_profile_traces_the_steps_that_were_asked_for(tmp_path: Path, first: int) -> None:
+def test_the_profile_traces_the_requested_steps(tmp_path: Path, first: int) -> None:
     profile = Profile(tmp_path, (2, 3))
     double = jax.jit(lambda x: 2 * x)
     running = {}

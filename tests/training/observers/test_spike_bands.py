@@ -1,4 +1,4 @@
-"""The running band of the loss and the gradient norm, and what leaves it, by hand."""
+"""The running bands of the loss and the gradient norm, and values that leave them, worked out by hand."""
 
 import math
 from typing import Any
@@ -39,12 +39,12 @@ def test_the_band_is_a_plain_mean_at_first_and_exponential_later() -> None:
 def test_it_watches_after_a_window_and_a_spike_leaves_the_band_as_it_was() -> None:
     limit = 3.0 + 2 * math.sqrt(0.5)
     _, reasons = follow(build(), [4.0, 2.0, 3.0, 90.0])
-    assert reasons == [None] * 4  # three values are no band yet
+    assert reasons == [None] * 4  # three values do not make a band
     bands, _ = follow(build(), [4.0, 2.0, 3.0, 3.0])
     same, reason = watch(build(), bands, limit + 1e-6, 1.0)
     assert same == bands and reason == "the loss 4.414 is above its band, which ends at 4.414"
     assert watch(build(), bands, limit - 1e-6, 1.0)[1] is None
-    assert watch(build(), bands, -90.0, 1.0)[1] is None  # below is no harm
+    assert watch(build(), bands, -90.0, 1.0)[1] is None  # a low loss is no spike
 
 
 def test_the_gradient_norm_is_watched_by_its_logarithm() -> None:
@@ -58,14 +58,14 @@ def test_the_gradient_norm_is_watched_by_its_logarithm() -> None:
     assert reason == "the gradient norm 4.117 is above its band, which ends at 4.113"
 
 
-def test_what_is_not_finite_is_a_spike_at_once_but_for_the_norm_under_a_loss_scale() -> None:
+def test_what_is_not_finite_is_a_spike_at_once_except_the_norm_under_a_loss_scale() -> None:
     for config in (build(), build("bfloat16")):
         assert watch(config, Bands(), math.nan, 1.0) == (Bands(), "the loss is nan")
         assert watch(config, Bands(), 1.0, math.inf) == (Bands(), "the gradient norm is inf")
     half = build("float16")
     assert watch(half, Bands(), math.inf, 1.0)[1] == "the loss is inf"
     bands, reason = watch(half, Bands(), 1.0, math.inf)  # an overflow, which lowers the scale
-    assert reason is None and bands == Bands(Band(1.0, 0.0, 1), Band())  # and says nothing of the norm
+    assert reason is None and bands == Bands(Band(1.0, 0.0, 1), Band())  # the norm's band does not change
 
 
 def test_bands_survive_json() -> None:
