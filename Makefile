@@ -1,7 +1,7 @@
 # What a contributor runs; CONTRIBUTING.md says when.
 .PHONY: lint test-fast test docs
 
-lint:  ## a first answer, in fifteen seconds or so
+lint:  ## a first answer, in about a minute
 	ruff check .
 	ruff format --check .
 	pyright

@@ -118,7 +118,7 @@ class _Machine:
         marked = tuple(self._marked())
         self.stack.append(marked)
 
-    def _last(self, count: int) -> tuple[Any, ...]:
+    def _last(self, count: int) -> tuple[Any, ...]:  # parts of the stack
         if len(self.stack) < count:
             raise _bad("an instruction finds too little on the stack")
         last = tuple(self.stack[-count:])

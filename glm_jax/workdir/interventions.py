@@ -1,4 +1,4 @@
-"""The record of changes in mid-run, planned or not: one line of `interventions.jsonl` for each.
+"""The record of changes during a run, planned or not: one line of `interventions.jsonl` for each.
 
 A config may hold the same changes from the start, as `interventions`, so a record can be replayed.
 """
