@@ -191,7 +191,7 @@ class Data(Section):
     seq_length: int = field(256, at_least=16, role="frozen", doc="tokens of a row, context and targets together")
     heldout: float = field(0.05, at_least=0, below=1, doc="share of the documents kept for evaluation, chosen by hash")
     near_duplicates: float = field(
-        0.8, at_least=0, below=1, doc="documents at least this similar (Jaccard) count as one; 0 drops exact copies only"
+        0.8, at_least=0, below=1, doc="documents this similar (Jaccard) or more count as one; 0 drops exact copies only"
     )
     tokenizer: TokenizerConfig = section(TokenizerConfig, role="frozen")
     temperature: float = field(
