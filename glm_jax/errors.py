@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message after ``error: `` and exits with code 2, without a traceback.
     """
+
+
+class WorkFailed(Exception):
+    """The work itself failed and said why in one line, as a run whose loss is no longer finite; exit code 4."""

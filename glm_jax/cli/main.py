@@ -2,23 +2,27 @@
 
 Commands import the rooms that they need when they run, so that `--help` and `glm-jax config` answer at once.
 Exit codes: 0 done, 1 another process of the run is gone (one line), 2 a usage or configuration error (one line),
-3 stopped early on request with a checkpoint saved, 130 interrupted before there was anything to save, 141 the reader
-of its output is gone, as after `| head`.
+3 stopped early on request with a checkpoint saved, 4 the work itself failed and said why (one line), 130 interrupted
+before there was anything to save, 141 the reader of its output is gone, as after `| head`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging
 
 from glm_jax.cli.common import say, with_entries
 from glm_jax.cli.experiments import with_paths
 from glm_jax.config.fields import closest
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, WorkFailed
 
 Command = Callable[[Sequence[str]], int]
 
@@ -32,13 +36,16 @@ COMMANDS = (
     "report",
     "sweep",
 )  # modules in this folder
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+INTERRUPTED = 130
 UNREAD = 141  # a shell's exit code for a program that SIGPIPE has ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, and return the exit code."""
     try:
-        code = _run(arguments)
+        with _interruptible():
+            code = _run(arguments)
         print(end="", flush=True)  # an unread pipe cannot be handled any more at the interpreter's exit
         return code
     except BrokenPipeError:  # `| head` has read enough
@@ -48,6 +55,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except BrokenPipeError:  # or its buffer would be flushed again, and fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return UNREAD
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let the signals by which schedulers end a command interrupt it as Ctrl-C does; a third one ends it at once."""
+    received = itertools.count(1)
+
+    def interrupt(*_: object) -> None:
+        if next(received) > 2:  # the first two are waiting, for a disk say
+            os._exit(INTERRUPTED)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in ENDINGS}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}  # only the main thread can listen
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -66,9 +96,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     except UserError as error:
         say(f"error: {error}")
         return 2
+    except WorkFailed as error:
+        say(f"failed: {error}")
+        return 4
     except KeyboardInterrupt:
-        say("interrupted; finished work is kept, and the same command resumes from there")
-        return 130
+        say("interrupted; what was finished is kept")
+        return INTERRUPTED
 
 
 def _command(name: str) -> Command:

@@ -117,6 +117,12 @@ class Train(Section):
         (), example=(40_701, 40_900), doc="ranges of steps to skip with their data, including the last"
     )
     spike: Spike = section(Spike)
+    dead_after: int = field(
+        10,
+        at_least=0,
+        role="operational",
+        doc="stop after this many steps in a row that are not finite (float16: at the smallest loss scale); 0 disables",
+    )
     log_every: int = field(10, at_least=1, role="operational", doc="steps between logged steps")
     eval_every: int = field(
         500,
@@ -132,7 +138,9 @@ class Train(Section):
         role="operational",
         doc="also save this many minutes after the last checkpoint; 0 disables",
     )
-    keep: int = field(3, at_least=1, role="operational", doc="how many of the newest checkpoints to keep")
+    keep: int = field(
+        3, at_least=1, role="operational", doc="how many of the newest checkpoints to keep; 1 keeps two as well"
+    )
     keep_every: int = field(
         0, at_least=0, role="operational", doc="also keep the checkpoints of every so many steps; 0 disables"
     )

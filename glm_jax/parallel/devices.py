@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,20 @@ PEAK_FLOPS = {
     "TPU v5e": 197e12,
     "TPU v5": 459e12,  # v5p; after the lighter ones, whose names start the same
 }
+
+
+def facts() -> dict[str, str | int]:
+    """Return what the log says of the devices: `platform` and the number of `devices` of all processes."""
+    return {"platform": jax.default_backend(), "devices": jax.device_count()}
+
+
+def describe() -> str:
+    """Return one line about the devices in use, with a warning if jax leaves an NVIDIA GPU of this machine idle."""
+    kind = jax.devices()[0].device_kind
+    line = f"devices: {jax.device_count()} x {kind} ({jax.default_backend()}), jax {jax.__version__}"
+    if jax.default_backend() == "cpu" and Path("/dev/nvidiactl").exists():
+        line += "; an NVIDIA GPU is here, but this jax uses the CPU: pip install -e '.[cuda]'"
+    return line
 
 
 def matmul_rate(size: int = 1024, repeats: int = 8) -> float:

@@ -182,7 +182,7 @@ def together(run: Callable[[], int]) -> int:
             _tell(str(error))
             _leave(f"error: {error}", 2)
         if isinstance(error, KeyboardInterrupt):
-            _leave("interrupted; what was finished is kept, and the same command resumes from there", 130)
+            _leave("interrupted; what was finished is kept", 130)
         if isinstance(error, Gone):
             _leave(_stopped(str(error)), LOST)
         # outside jit a collective's error is a ValueError

@@ -14,7 +14,7 @@ from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.data.rows.experiment import heldout_batches
 from glm_jax.data.rows.rows import Rows
 from glm_jax.parallel.mesh import local_rows, place
-from glm_jax.types import Tree
+from glm_jax.types import Json, Tree
 
 if TYPE_CHECKING:
     from glm_jax.training.run import Run
@@ -26,6 +26,22 @@ class Evaluator(Protocol):
     def __call__(self, run: Run, /) -> Mapping[str, float]:
         """Measure the run's current params; return values under names that no other evaluator uses."""
         ...
+
+
+def event(run: Run) -> Json:
+    """Call the run's evaluators, and return their values as an event."""
+    values: dict[str, float] = {}
+    for evaluator in run.evaluators:
+        values |= {name: float(value) for name, value in evaluator(run).items()}
+    return {"event": "evaluation", "step": run.step, **values}
+
+
+def line(event: Json) -> str:
+    """Return an evaluation in a line, which says so if a value is not finite."""
+    values = {name: value for name, value in event.items() if name not in ("event", "step")}
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    finite = all(map(math.isfinite, values.values()))
+    return f"held-out at step {event['step']}: {shown}" + ("" if finite else ": not all of it is finite")
 
 
 def heldout(run: Run) -> dict[str, float]:

@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -16,15 +17,15 @@ import optax
 from glm_jax.config import Experiment, interventions
 from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.data.rows.rows import Rows
-from glm_jax.engine import build
 from glm_jax.engine.passes import Gradients
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, WorkFailed
 from glm_jax.model import GLMConfig
-from glm_jax.parallel import processes
-from glm_jax.training import precision, recipe
+from glm_jax.parallel import devices, processes
+from glm_jax.training import evaluation, precision, recipe
 from glm_jax.training.evaluation import Evaluator, heldout
 from glm_jax.training.observers import Observer, Request, Step, signals
 from glm_jax.training.observers.evaluate import Evaluate
+from glm_jax.training.observers.health import Health
 from glm_jax.training.observers.log import Log
 from glm_jax.training.observers.profile import Profile
 from glm_jax.training.observers.save import Save
@@ -34,11 +35,11 @@ from glm_jax.training.stretch import Stretch, ready
 from glm_jax.types import Json, Tree
 from glm_jax.workdir import folder
 from glm_jax.workdir.checkpoints import Checkpoints
-from glm_jax.workdir.events import Event, import_wandb, versions
+from glm_jax.workdir.events import Event, versions
 from glm_jax.workdir.interventions import Record
 from glm_jax.workdir.monitor import Monitor
 
-DONE, STOPPED = 0, 3  # exit codes
+DONE, STOPPED, FAILED = 0, 3, 4  # exit codes
 
 Say = Callable[[str], None]
 
@@ -69,14 +70,9 @@ class Run:
         Raises:
             UserError: the config, the data, the mesh or the workdir do not fit; nothing was written to the workdir.
         """
-        if not config.data.sources:
-            raise UserError("data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
-        if config.train.wandb:
-            import_wandb()  # report a missing package before the work begins
-        for step, _ in config.interventions:
-            build(interventions.effective(config, step))  # refuse one that does not fit now, not at its step
         self.config, self.workdir, self._optimizer = config, workdir, optimizer
         self._say = say if processes.is_first() else lambda line: None
+        self._say(devices.describe())
         prepared = ready(config, workdir, self._say)
         self.stretch = Stretch(config, prepared, optimizer)  # checks the rest, before anything is written
         self.closing = contextlib.ExitStack()  # runs when everything is written
@@ -86,10 +82,11 @@ class Run:
         processes.wait_for_all()
         self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every, self._say)
         profiled = config.train.profile if processes.is_first() else ()
-        self.observers: list[Observer] = [Profile(workdir, profiled), Spikes(), Log(), Evaluate(), Save()]
+        self.observers: list[Observer] = [Profile(workdir, profiled), Spikes(), Health(), Log(), Evaluate(), Save()]
         self.evaluators: list[Evaluator] = [heldout]
         self.stopping, self._asked, self._stop_asked = False, Request.NOTHING, False
         self.saved_at = time.monotonic()
+        self._latest: Step | None = None
         self._previous: Mapping[str, Tree] | None = None  # the metrics of the previous step
         self._closed = False
         try:
@@ -103,6 +100,9 @@ class Run:
 
         A step that an observer undoes, by going back, is not yielded. The run saves at the end and after a request to
         stop. Leaving the loop early saves nothing; the next call continues from there.
+
+        Raises:
+            WorkFailed: the run is dead (see train.dead_after), or the last step is not finite; it is not saved.
         """
         self._check_open()
         self.stopping = False
@@ -111,12 +111,12 @@ class Run:
         if self.step >= self.current.train.steps:
             self.say(f"{self.workdir} is finished: step {self.step} of {self.current.train.steps}")
             return
-        self.log({"event": "start", "step": self.step, "versions": versions()})
+        self.log({"event": "start", "step": self.step, "versions": versions(), **devices.facts()})
         self.stretch.meter.restart()
         try:
             if self.step == 0 and self.current.train.eval_every:
                 self.evaluate()
-            while not self.stopping:
+            while not self.stopping and not (self._stop_asked and processes.alone()):
                 if self.step >= self._until:
                     self._change()
                 if self.step >= self.current.train.steps:
@@ -143,9 +143,13 @@ class Run:
         Raises:
             UserError: the last step could not be saved.
         """
-        with signals.listening(self.stop), self:  # a signal during the last save does not lose it
-            for _ in self.steps():
-                pass
+        try:
+            with signals.listening(self.stop), self:  # a signal during the last save does not lose it
+                for _ in self.steps():
+                    pass
+        except WorkFailed as error:
+            self._say(f"failed: {error}")
+            return FAILED
         if unsaved := self.checkpoints.unsaved():
             raise UserError(f"step {self.step} could not be saved ({unsaved}): make room, then the same command "
                             "resumes from the newest checkpoint")  # fmt: skip
@@ -186,7 +190,10 @@ class Run:
         self.stretch.meter.count(rows, metrics["tokens"])
         request = Request(int(settled["requests"])) if settled else Request.NOTHING
         self.stopping = request == Request.STOP
-        return Step(self, number, self.samples, metrics, settings, request)
+        if request == Request.SAVE and settled is not metrics and self.saved == number - 1:
+            request = Request.NOTHING  # met by the save of the step that carried it
+        self._latest = Step(self, number, self.samples, metrics, settings, request)
+        return self._latest
 
     def _skip(self) -> bool:
         """Skip the coming steps that train.skip_steps names, with their data; return whether there were any."""
@@ -205,6 +212,12 @@ class Run:
         """Send a request to all processes; it is met one or two steps later."""
         self._asked = max(self._asked, request)
 
+    def fail(self, reason: str) -> NoReturn:
+        """End a dead run: raise WorkFailed, in all processes alike. This step is not saved."""
+        newest = self.checkpoints.latest_step()
+        kept = "nothing is saved" if newest is None else f"the newest checkpoint is that of step {newest}"
+        raise WorkFailed(f"{reason}: lower optimizer.peak_lr, or skip data with train.skip_steps; {kept}")
+
     def stop(self) -> None:
         """Ask `steps` to end with a checkpoint. A signal handler may call this between any two lines."""
         self._stop_asked = True
@@ -212,20 +225,19 @@ class Run:
     def evaluate(self) -> Json:
         """Run the evaluators now, log the result and return it as an event."""
         self._check_open()
-        event: Json = {"event": "evaluation", "step": self.step}
-        for evaluator in self.evaluators:
-            event |= {name: float(value) for name, value in evaluator(self).items()}
+        event = evaluation.event(self)
         self.log(event)
-        shown = [f"{name} {value:.4f}" for name, value in event.items() if name not in ("event", "step")]
-        self.say(f"held-out at step {self.step}: " + ", ".join(shown))
+        self.say(evaluation.line(event))
         self.stretch.meter.restart()
         return event
 
     def save(self) -> None:
-        """Save a checkpoint of this step, unless it is saved already; it is written while training continues."""
+        """Save this step, unless it is saved; it is written while training continues. WorkFailed: it is not finite."""
         self._check_open()
         if self.saved == self.step:
             return
+        if self._latest is not None and self._latest.number == self.step and not self._latest.is_healthy():
+            self.fail(f"the loss or the update of step {self.step} is not finite")
         run = {
             "step": self.step,
             "samples": self.samples,
@@ -236,7 +248,7 @@ class Run:
         }
         self.checkpoints.save(to_disk(self.stretch.cfg, self.stretch.mesh, self.state), run)
         self.saved, self.saved_at = self.step, time.monotonic()
-        self._asked, self._previous = Request.NOTHING, None  # the request is met
+        self._asked = Request.NOTHING  # the request is met
         self.stretch.meter.restart()
 
     def log(self, event: Event) -> None:
@@ -303,7 +315,6 @@ class Run:
             prepared = self.prepared if same else ready(config, self.workdir, self._say)
             self.stretch = Stretch(config, prepared, self._optimizer)
         self._until = interventions.next_step(self.config, self.step, self.current.train.steps)
-        self._previous = None
 
     def _change(self) -> None:
         """Make the change planned after this step. If it fails, because of its data say, no step is lost."""

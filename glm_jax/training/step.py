@@ -49,8 +49,8 @@ def train_step(
     Returns:
         The state after the step, and metrics: `sums` (see `engine.Sums`), `activation_rms` float32 [L] (see
         `passes.Gradients`), and the scalars `lr`, `loss_scale`, `tokens` (row tokens, padding excluded), `skipped`
-        (non-finite steps so far), `requests` and the norms of optimizer.py. If a gradient is not finite, the step
-        changes only the loss scale and the counters.
+        (non-finite steps so far), `requests` and the norms of optimizer.py. If a gradient or an update is not finite,
+        the step changes only the loss scale and the counters.
     """
     glm = cfg.engine.model
     samples = state.samples + rows.tokens.shape[0] * rows.tokens.shape[1]
@@ -60,7 +60,7 @@ def train_step(
     shrink = controls.shrink if cfg.shrinks else None
     passed = passes.value_and_grad(cfg.engine, mesh, state.params, rows, key, shrink, scale)
     params, moments, norms = optimizer.update(cfg.optimizer, passed.gradients, state.moments, state.params, controls.lr)
-    finite = jnp.isfinite(norms["grad_norm"])
+    finite = jnp.isfinite(norms["grad_norm"]) & jnp.isfinite(norms["update_norm"])
     params, moments = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (params, moments), (state.params, state.moments)
     )

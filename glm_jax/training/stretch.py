@@ -11,22 +11,24 @@ import jax
 import numpy as np
 import optax
 
-from glm_jax.config import Experiment
+from glm_jax.config import Experiment, interventions
 from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import EngineConfig, build, passes
+from glm_jax.engine.meter import Meter
 from glm_jax.engine.passes import Gradients
+from glm_jax.errors import UserError
 from glm_jax.parallel import processes
 from glm_jax.parallel.devices import peak_flops
 from glm_jax.parallel.mesh import local_rows, place
 from glm_jax.training import recipe
 from glm_jax.training.evaluation import HeldOut
-from glm_jax.training.meter import Meter
 from glm_jax.training.state import StepConfig, TrainState
 from glm_jax.training.step import Controls, compile_steps, controls
 from glm_jax.types import Tree
 from glm_jax.workdir import folder
+from glm_jax.workdir.events import import_wandb
 
 if TYPE_CHECKING:
     import grain
@@ -72,6 +74,7 @@ class Stretch:
         self._microbatch = config.train.global_batch // config.train.microbatches  # rows
         self._stream: grain.DatasetIterator[Rows[np.ndarray]] | None = None
         self._stands = (-1, 0)  # the first row of the stream's next batch, and its rows
+        self.compiled = False
 
     def batch(self, samples: int, rows: int) -> Rows[np.ndarray]:
         """Read this process's share of the batch of `rows` rows that begins at row `samples`."""
@@ -125,8 +128,14 @@ def ready(config: Experiment, workdir: Path, say: Callable[[str], None]) -> Prep
     Raises:
         UserError: the config, the data, the mesh or the workdir do not fit.
     """
+    if not config.data.sources:
+        raise UserError("data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
+    if config.train.wandb:
+        import_wandb()  # report a missing package before the work begins
     folder.check(workdir, config)
     build(config)  # report an impossible mesh before minutes of data preparation
+    for step, _ in config.interventions:
+        build(interventions.effective(config, step))  # refuse one that does not fit now, not at its step
     if not processes.is_first():
         processes.wait_for_all()
     prepared = prepare(config, say)

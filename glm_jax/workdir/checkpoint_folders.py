@@ -61,9 +61,10 @@ def remove(folder: Path) -> None:
 def prune(directory: Path, keep: int, keep_every: int) -> None:
     """Remove all checkpoints but the newest `keep` and those whose step `keep_every` divides; 0 disables the latter.
 
+    Two stay at least: whether the params of the newest are healthy shows only in the next step, which proves all older.
     A removal that fails does not spoil this save; it is tried again after the next one.
     """
-    for step in sealed(directory)[:-keep]:
+    for step in sealed(directory)[: -max(keep, 2)]:
         if keep_every == 0 or step % keep_every:
             with contextlib.suppress(OSError):
                 # rename first, so that an interrupted removal does not look like a damaged checkpoint

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import secrets
 import socket
 import time
@@ -109,6 +110,7 @@ class TensorBoard:
     name = "tensorboard/"
 
     def __init__(self, folder: Path, step: int) -> None:
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # the run itself says what is not finite
         self._folder, self._writer, self._flushed = folder, None, 0.0
         self._purge = step + 1
 

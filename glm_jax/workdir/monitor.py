@@ -1,15 +1,23 @@
-"""Where a run's events go: every sink, and the progress bar on the console."""
+"""Where a run's events go: every sink, and the console, with a progress bar if it is a terminal."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from glm_jax.errors import UserError
 from glm_jax.workdir.events import METRICS, Event, Jsonl, Sink, TensorBoard, WeightsAndBiases
+
+BAR = "{n_fmt}/{total_fmt} {bar} {remaining}{postfix}"  # the numbers need up to 60 columns
+
+
+def shown(event: Event) -> str:
+    """Return what the console shows of a train event."""
+    return f"loss {event['loss']:.4g}, lr {event['lr']:.1e}, {event['tokens_per_second']:,.0f} tok/s"
 
 
 class Monitor:
@@ -43,14 +51,15 @@ class Monitor:
             except OSError as error:
                 raise UserError(f"{workdir / METRICS} cannot be written: {error.strerror}, make room for it") from error
             self._sinks.append(TensorBoard(workdir / "tensorboard", done))
+        self._primary, self._total, self._done = primary, total_steps, first_step
+        self._first, self._started = first_step, time.monotonic()
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
-            desc="train",
-            unit="step",
+            bar_format=BAR,
             dynamic_ncols=True,
             file=sys.stderr,
-            disable=not primary,
+            disable=None if primary else True,  # None: a bar on a terminal alone
         )
 
     def log(self, event: Event) -> None:
@@ -78,18 +87,26 @@ class Monitor:
                 sink.rewind(step)
             except OSError as error:
                 raise UserError(f"{sink.name} cannot go back to step {step}: {error.strerror}, make room") from error
+        self._done = self._first = step
+        self._started = time.monotonic()
         self._bar.update(step - self._bar.n)
         self._bar.refresh()
 
-    def progress(self, steps: int, shown: Mapping[str, str] | None = None) -> None:
-        """Advance the bar and change what it shows."""
-        if shown is not None:
-            self._bar.set_postfix(shown, refresh=False)
+    def progress(self, steps: int, event: Event | None = None) -> None:
+        """Advance by some steps; show a train event in the bar, or without a terminal in a line of its own."""
+        self._done += steps
+        if event is not None and self._bar.disable:
+            passed = time.monotonic() - self._started
+            left = passed / max(1, self._done - self._first) * (self._total - self._done)
+            clock, remaining = time.strftime("%H:%M:%S"), tqdm.format_interval(left)
+            self.say(f"{clock} step {event['step']}/{self._total}, {shown(event)}, {remaining} left")
+        elif event is not None:
+            self._bar.set_postfix_str(shown(event), refresh=False)
         self._bar.update(steps)
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        if not self._bar.disable:
+        """Print a line, above the bar if there is one."""
+        if self._primary:
             self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """From text to a trained GLM, as a user does it: train, stop, resume, generate, on one device and on a mesh."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -79,11 +80,19 @@ def test_the_same_command_again_says_that_it_is_done(finished: Path, experiment:
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("number, save_every", [(signal.SIGINT, 1000), (signal.SIGUSR1, 1)])
 def test_stopping_saves_and_resuming_repeats_the_uninterrupted_run(
-    finished: Path, experiment: Path, environment: dict[str, str], glm_jax: Cli, tmp_path: Path
+    number: int,
+    save_every: int,
+    finished: Path,
+    experiment: Path,
+    environment: dict[str, str],
+    glm_jax: Cli,
+    tmp_path: Path,
 ) -> None:
     workdir = tmp_path / "run"
-    arguments = ["train", "--config", str(experiment), "--workdir", str(workdir)]
+    saving = f"--config.train.save_every={save_every}"
+    arguments = ["train", "--config", str(experiment), "--workdir", str(workdir), saving]
     process = subprocess.Popen(
         [sys.executable, "-m", "glm_jax", *arguments], env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -91,7 +100,7 @@ def test_stopping_saves_and_resuming_repeats_the_uninterrupted_run(
     while time.monotonic() < deadline and process.poll() is None:
         metrics = workdir / "metrics.jsonl"
         if metrics.exists() and '"step": 2,' in metrics.read_text(encoding="utf-8"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
         time.sleep(0.01)
     _, said = process.communicate(timeout=HANG)
@@ -101,6 +110,22 @@ def test_stopping_saves_and_resuming_repeats_the_uninterrupted_run(
     assert glm_jax(*arguments).returncode == 0
     assert events(workdir, "train") == events(finished, "train")
     assert events(workdir, "evaluation") == events(finished, "evaluation")
+
+
+def test_a_dead_run_fails_in_a_line_and_keeps_its_last_healthy_checkpoint(
+    experiment: Path, glm_jax: Cli, tmp_path: Path
+) -> None:
+    rate = ["--config.optimizer.peak_lr=1e15", "--config.optimizer.min_lr=1e15", "--config.optimizer.warmup_samples=8"]
+    often = ["--config.train.save_every=1", "--config.train.dead_after=3", "--config.train.keep=1"]
+    done = glm_jax("train", "--config", experiment, "--workdir", tmp_path / "run", *rate, *often)
+    assert done.returncode == 4, done.stderr
+    assert "Traceback" not in done.stderr and "NaN or Inf" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("failed: the loss or the update has not been finite for 3 steps, since step ")
+    (saved,) = (int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
+    assert last.endswith(f"the newest checkpoint is that of step {saved}")
+    losses = {step: event["loss"] for step, event in events(tmp_path / "run", "train").items()}
+    assert math.isfinite(losses[saved]) and losses[max(losses)] is None
 
 
 def test_a_run_may_begin_on_a_mesh_of_eight_devices_and_end_on_one(

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from glm_jax.config import Config, default_config, interventions, resolve
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, WorkFailed
 from glm_jax.training import run as running
 from glm_jax.training.observers import Observer, Request, Step
 from glm_jax.training.observers.evaluate import Evaluate
+from glm_jax.training.observers.health import Health
 from glm_jax.training.observers.log import Log
 from glm_jax.training.observers.save import Save
 from glm_jax.training.observers.spikes import Bands, Spikes
@@ -37,6 +38,7 @@ class Counting:
         self.meter = SimpleNamespace(
             waiting=nullcontext, count=lambda *_: None, restart=lambda: None, read=lambda: dict(SPEED)
         )
+        self.compiled = False
 
     def batch(self, samples: int, rows: int) -> tuple[int, int]:
         return samples, rows
@@ -49,7 +51,8 @@ class Counting:
         self.diary.append(("step", step, batch[0]))
         loss = self.losses.get(step, 2.0)
         sums = SimpleNamespace(loss=np.array([loss, 0, 0, 0]), targets=np.array([1, 0, 0, 0]))
-        scalars = {"grad_norm": np.float32(1), "tokens": np.int32(1), "skipped": np.int32(0)}
+        norms = {"grad_norm": np.float32(1), "update_norm": np.float32(1), "loss_scale": np.float32(1)}
+        scalars = {**norms, "tokens": np.int32(1), "skipped": np.int32(0)}
         asked = np.int32(max(request, self.asks.get(step, 0)))
         return step, {"sums": sums, **scalars, "activation_rms": np.ones(2), "requests": asked}
 
@@ -70,6 +73,9 @@ class Diary:
 
     def say(self, line: str) -> None:
         pass
+
+    def latest_step(self) -> int | None:
+        return max(self.saved, default=None)
 
     def progress(self, steps: int, shown: Any = None) -> None:
         self.diary.append(("bar", steps))
@@ -144,11 +150,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         made.stretch, made.closing = Counting(diary, config, losses or {}, asks or {}), ExitStack()
         made.record, made.checkpoints, made.monitor = Record(tmp_path, 0), book, book
         made.observers, made.evaluators = (
-            [Watch(diary), Spikes(), Log(), Evaluate(), Save()],
+            [Watch(diary), Spikes(), Health(), Log(), Evaluate(), Save()],
             [lambda run: {"loss": np.float32(2)}],
         )
         made.stopping, made._asked, made._previous, made._closed = False, 0, None, False
-        made._stop_asked = False
+        made._stop_asked, made._latest = False, None
         made.saved_at = running.time.monotonic()
         made.state, made.step, made.samples, made.bands, made.saved = start[0], *start, Bands(), start[0] or None
         made._until = interventions.next_step(config, made.step, config.train.steps)
@@ -205,6 +211,60 @@ def test_a_request_is_met_a_step_later_and_saves(run: Any) -> None:
     assert steps_of(diary, "save") == [5, 10]
     diary = run(asks={4: Request.STOP}, train__spike__rollbacks=1)  # the run waits for steps that it watches
     assert diary[-1] == ("ends", 4, 16, True)
+
+
+@pytest.mark.parametrize("asked", [1, 4, 9])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__save_every": 1},
+        {"train__save_every": 1, "train__eval_every": 1, "train__log_every": 1},
+        {"train__spike__rollbacks": 1, "train__save_every": 1},
+        {"interventions": tuple((step, {"optimizer.peak_lr": 1e-3 + step / 1e6}) for step in range(1, 10))},
+        {"train__save_every": 2, "train__skip_steps": ((3, 3), (6, 7))},
+    ],
+)
+def test_a_request_to_stop_is_met_whatever_else_happens_at_each_step(run: Any, asked: int, changes: Any) -> None:
+    diary = run(asks=dict.fromkeys(range(asked, asked + 2), Request.STOP), **changes)
+    taken = steps_of(diary, "step")
+    assert len([step for step in taken if step > asked]) <= 1, "at most the step that was under way"
+    assert steps_of(diary, "save")[-1] == taken[-1] and diary[-1][1] == taken[-1]
+
+
+def test_alone_a_request_to_stop_is_met_before_the_next_step(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Watch, step: Step) -> None:
+        if step.number == 4:
+            step.run.stop()
+
+    monkeypatch.setattr(Watch, "after", stop)
+    diary = run(train__save_every=1)
+    assert steps_of(diary, "step") == [1, 2, 3, 4] and steps_of(diary, "save") == [1, 2, 3, 4]
+
+
+NAN = float("nan")
+
+
+def test_a_dead_run_fails_and_saves_nothing_after_the_last_healthy_step(run: Any) -> None:
+    for dead_after in (3, 10):
+        diary: list[tuple[Any, ...]] = []
+        losses = dict.fromkeys(range(5, 30), NAN)
+        words = rf"not been finite for {dead_after} steps, since step 5: .*; the newest checkpoint is that of step 4"
+        with pytest.raises(WorkFailed, match=words):
+            run(diary=diary, losses=losses, train__steps=30, train__save_every=2, train__dead_after=dead_after)
+        assert steps_of(diary, "save") == [2, 4]
+        assert max(steps_of(diary, "step")) <= 4 + dead_after + 1  # a step is looked at while the next one runs
+
+
+def test_a_few_steps_that_are_not_finite_postpone_a_save_and_nothing_else(run: Any) -> None:
+    diary = run(losses={2: NAN, 3: float("inf"), 6: NAN}, train__save_every=2, train__dead_after=3)
+    assert steps_of(diary, "step") == list(range(1, 11)) and steps_of(diary, "save") == [4, 7, 8, 10]
+
+
+def test_a_run_whose_last_step_is_not_finite_fails_also_if_none_is_counted(run: Any) -> None:
+    diary: list[tuple[Any, ...]] = []
+    with pytest.raises(WorkFailed, match=r"of step 10 is not finite: .*; nothing is saved"):
+        run(diary=diary, losses=dict.fromkeys(range(1, 11), NAN), train__dead_after=0, train__save_every=3)
+    assert len(steps_of(diary, "step")) == 10 and steps_of(diary, "save") == []
 
 
 def test_steps_are_skipped_with_their_data_through_the_last_of_the_range(run: Any) -> None:

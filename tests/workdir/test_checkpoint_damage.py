@@ -201,6 +201,10 @@ def test_the_newest_and_every_nth_are_kept(state: TrainState, tmp_path: Path) ->
     assert all(0 < event["blocked_seconds"] <= event["seconds"] for event in events)
 
 
+def test_the_newest_never_replaces_the_last_that_is_known_to_be_healthy(state: TrainState, tmp_path: Path) -> None:
+    assert save(tmp_path, state, 1, 2, 3, keep=1).steps() == [2, 3]
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     state: TrainState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from glm_jax.errors import UserError
 from glm_jax.workdir import events
 from glm_jax.workdir.monitor import Monitor
 
+TRAIN = {"event": "train", "step": 2, "loss": 14.98765, "lr": 1.2e-4, "tokens_per_second": 123_456.7}
+
 
 def read(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -80,8 +82,9 @@ def test_numbers_that_are_not_finite_are_null_for_every_reader_of_json(tmp_path:
 
 
 def test_going_back_drops_the_events_after_a_step_everywhere(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monitor = Monitor(tmp_path, total_steps=9, first_step=0)
     for step in (1, 2, 3, 4):
         monitor.log({"event": "train", "step": step, "loss": 8.0})
@@ -99,7 +102,7 @@ def test_going_back_drops_the_events_after_a_step_everywhere(
 def test_only_the_primary_process_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monitor = Monitor(tmp_path, total_steps=9, first_step=0, primary=False, wandb_project="none")
     monitor.log({"event": "train", "step": 1, "loss": 2.0})
-    monitor.progress(1, {"loss": "2.0"})
+    monitor.progress(1, TRAIN)
     monitor.say("a line")
     monitor.rewind(0)
     monitor.close()
@@ -228,10 +231,38 @@ def test_a_run_that_starts_again_at_0_drops_its_first_evaluation(tmp_path: Path)
     assert read(tmp_path) == [{"event": "evaluation", "step": 0, "loss": 8.0}]
 
 
-def test_the_bar_shows_steps_and_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monitor = Monitor(tmp_path, total_steps=4, first_step=1)
-    monitor.progress(1, {"mask": "5.000"})
+def test_a_terminal_shows_a_bar_of_60_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monitor = Monitor(tmp_path, total_steps=100_000, first_step=1)
+    monkeypatch.setattr(monitor._bar, "dynamic_ncols", lambda _: (60, 24))
+    monitor.progress(1, TRAIN)
     monitor.say("a line")
     monitor.close()
     shown = capsys.readouterr().err
-    assert "2/4" in shown and "mask=5.000" in shown and "a line\n" in shown
+    bars = [line for line in re.split("[\r\n]", shown) if "2/100000" in line]
+    assert "a line\n" in shown and bars and all(len(bar) <= 60 for bar in bars)
+    assert "loss 14.99, lr 1.2e-04, 123,457 tok/s" in bars[-1]
+
+
+def test_without_a_terminal_progress_is_a_line_every_event(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monotonic = iter([100.0, 130.0])
+    monkeypatch.setattr("glm_jax.workdir.monitor.time.monotonic", lambda: next(monotonic))
+    monitor = Monitor(tmp_path, total_steps=10, first_step=0)
+    for _ in range(3):
+        monitor.progress(1)
+    monitor.progress(1, TRAIN | {"step": 4})
+    monitor.say("a line")
+    (progress, line) = capsys.readouterr().err.splitlines()
+    monkeypatch.undo()
+    monitor.close()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d step 4/10, loss 14.99, lr 1.2e-04, 123,457 tok/s, 00:45 left", progress)
+    assert line == "a line"
+    silent = Monitor(tmp_path, total_steps=10, first_step=0, primary=False)
+    silent.progress(1, TRAIN)
+    silent.say("a line")
+    silent.close()
+    assert capsys.readouterr().err == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,13 @@ class Step:
     def loss(self) -> float:
         """The loss in nats a target token; waits for the step."""
         return loss_metrics(self.metrics["sums"])["loss"]
+
+    def is_healthy(self) -> bool:
+        """Whether loss, gradients and update are finite, or the loss scale can still fall; waits for the step."""
+        values = (self.loss, float(self.metrics["grad_norm"]), float(self.metrics["update_norm"]))
+        scaling = self.run.current.train.scaling()
+        falls = scaling is not None and float(self.metrics["loss_scale"]) > scaling.minimum
+        return falls or all(map(math.isfinite, values))
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every `every` steps and after the last one happens now."""

@@ -1,4 +1,4 @@
-"""Checkpoints, by steps and by the clock."""
+"""Checkpoints, by steps and by the clock; none of a step that is not finite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 
 class Save(Observer):
-    """Saves every train.save_every steps and on request, and logs how earlier saves ended."""
+    """Saves every train.save_every steps and on request, and logs how earlier saves ended.
+
+    A step that is not finite is not saved, so that no checkpoint from before it is removed; the next finite one is.
+    """
+
+    def __init__(self) -> None:
+        self._postponed = False
 
     def before(self, run: Run) -> None:
         """Request a save every train.save_minutes, by the clock of the first process."""
@@ -25,5 +31,10 @@ class Save(Observer):
         run = step.run
         for event in run.checkpoints.events():
             run.log(event)
-        if step.number % run.current.train.save_every == 0 or step.request == Request.SAVE:
-            run.save()
+        if self._postponed or step.number % run.current.train.save_every == 0 or step.request == Request.SAVE:
+            healthy = step.is_healthy()
+            if healthy:
+                run.save()
+            elif not self._postponed:
+                run.say(f"step {step.number} is not saved: its loss or its update is not finite")
+            self._postponed = not healthy

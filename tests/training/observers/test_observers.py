@@ -14,7 +14,7 @@ import pytest
 from glm_jax.config import default_config, resolve
 from glm_jax.training.observers import Request, Step, signals
 from glm_jax.training.observers.evaluate import Evaluate
-from glm_jax.training.observers.log import Log, summary
+from glm_jax.training.observers.log import Log
 from glm_jax.training.observers.profile import Profile
 from glm_jax.training.observers.save import Save
 from glm_jax.training.observers.spikes import Bands, Spikes
@@ -41,6 +41,7 @@ def taken(
 ) -> Step:
     sums = SimpleNamespace(loss=np.array([2 * loss, 0, 0, 0]), targets=np.array([2, 0, 0, 0]))
     whole = {"sums": sums, "grad_norm": np.float32(3), "tokens": np.int32(7), "skipped": np.int32(0),
+             "update_norm": np.float32(1), "loss_scale": np.float32(8),
              "requests": np.int32(0), "activation_rms": np.ones(2)}  # fmt: skip
     settings = {"embedding_shrink": 1.0, "batch": 4}
     return Step(run or at(number), number, 4 * number, whole | (metrics or {}), settings, request)
@@ -52,8 +53,9 @@ def test_the_log_has_every_nth_step_and_the_last_and_the_bar_moves_with_each() -
     for number in range(1, 6):
         Log().after(taken(number, run=run))
     assert [entry[0] for entry in diary] == ["bar", "bar", "log", "bar", "bar", "log", "bar"]
-    shown = {"mask": "2.000", "grad": "3.00", "tokens/s": "5", "mfu": "50.0%"}
-    assert [entry[2] for entry in diary if entry[0] == "bar"] == [None, None, shown, None, shown]
+    events = [entry[2] for entry in diary if entry[0] == "bar"]
+    assert [event and event["step"] for event in events] == [None, None, 3, None, 5]
+    assert events[-1]["loss"] == 2.0 and events[-1]["tokens_per_second"] == 5.0
 
 
 def test_a_steps_event_has_its_losses_metrics_and_settings() -> None:
@@ -64,10 +66,35 @@ def test_a_steps_event_has_its_losses_metrics_and_settings() -> None:
     assert event["activation_rms"] == [1.0, 1.0] and event["batch"] == 4 and taken(3).loss == 2.0
 
 
-def test_the_bar_has_the_losses_and_the_gradient_norm() -> None:
-    event = {"event": "train", "step": 1, "loss": 2.0, "loss/mask": 1.5, "grad_norm": 0.756, "mfu": 0.5,
-             "tokens_per_second": 1234.5}  # fmt: skip
-    assert summary(event) == {"mask": "1.500", "grad": "0.76", "tokens/s": "1,234", "mfu": "50.0%"}
+def test_compiling_is_said_once_a_stretch() -> None:
+    diary: list[Any] = []
+    run = at(0, diary)
+    run.stretch.compiled = False
+    log = Log()
+    log.before(run)
+    log.before(run)
+    assert diary == [("say", "compiling the training step")]
+
+
+@pytest.mark.parametrize(
+    "metrics, precision, healthy",
+    [
+        ({}, "float32", True),
+        ({"grad_norm": np.float32("nan")}, "float32", False),
+        ({"grad_norm": np.float32("inf")}, "bfloat16", False),
+        ({"update_norm": np.float32("nan")}, "float32", False),  # of an optimizer that divides 0 by 0
+        ({"grad_norm": np.float32("inf")}, "float16", True),  # the loss scale halves
+        ({"grad_norm": np.float32("inf"), "loss_scale": np.float32(1)}, "float16", False),
+    ],
+)
+def test_a_step_is_healthy_while_it_is_finite_or_its_loss_scale_falls(
+    metrics: Any, precision: str, healthy: bool
+) -> None:
+    assert taken(3, metrics, at(3, train__precision=precision)).is_healthy() == healthy
+
+
+def test_a_step_whose_loss_is_not_finite_is_not_healthy() -> None:
+    assert not taken(3, loss=float("nan")).is_healthy() and not taken(3, loss=float("inf")).is_healthy()
 
 
 def test_evaluations_come_every_nth_step_and_after_the_last_unless_disabled() -> None:
@@ -111,14 +138,24 @@ def test_spikes_go_back_while_rollbacks_are_left_then_are_reported_once_in_a_row
     assert "spike at step 3" in said[1][1] and "spike at step 6" in said[3][1] and "used up" in said[1][1]
 
 
-def test_the_first_signal_asks_and_the_old_handlers_return() -> None:
+@pytest.mark.parametrize("number", signals.STOPPING)
+def test_the_first_signal_asks_and_the_old_handlers_return(number: int) -> None:
     asked: list[str] = []
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(one) for one in signals.STOPPING]
     with pytest.raises(KeyboardInterrupt), signals.listening(lambda: asked.append("stop")):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert asked == ["stop"]
         os.kill(os.getpid(), signal.SIGINT)  # after the first signal it interrupts
-    assert signal.getsignal(signal.SIGTERM) == before and asked == ["stop"]
+    assert [signal.getsignal(one) for one in signals.STOPPING] == before and asked == ["stop"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with signals.listening(lambda: pytest.fail("it was heard")):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("first", [1, 3])

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from glm_jax.engine.bind import EngineConfig
+from glm_jax.engine.meter import Meter
 from glm_jax.model import GLMConfig
-from glm_jax.training.meter import Meter
 
 GLM_130B = GLMConfig(70, 12288, 96, 32768, 150528)
 
