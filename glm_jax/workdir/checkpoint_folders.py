@@ -6,12 +6,14 @@ All processes of a run must come to the same verdict on a folder; the functions 
 from __future__ import annotations
 
 import contextlib
+import glob
 import itertools
 import os
 import re
 import shutil
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -56,6 +58,18 @@ def remove(folder: Path) -> None:
         time.sleep(0.05)
         if not folder.exists():
             return
+
+
+@contextlib.contextmanager
+def literal(folder: Path) -> Iterator[Path]:
+    """Yield a path to a folder without the brackets that orbax, which looks for its files by a glob, takes for one."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "folder"
+        link.symlink_to(folder)
+        yield link
 
 
 def prune(directory: Path, keep: int, keep_every: int) -> None:

@@ -227,9 +227,10 @@ class Checkpoints:
         if len(list(folder.glob("digests-*.json"))) < count - 1:
             raise OSError(errno.EIO, "another process could not write its part")
         items = sorted(item.name for item in folder.iterdir() if item.is_dir())
-        for item in items:
-            if item != checkpoint_format.RUN:
-                self._handler.finalize(epath.Path(folder / item))
+        with checkpoint_folders.literal(folder) as path:
+            for item in items:
+                if item != checkpoint_format.RUN:
+                    self._handler.finalize(epath.Path(path / item))
         (folder / checkpoint_format.RUN / "metadata").write_text(record, "utf-8")
         checkpoint_format.describe(folder, items)
         digests.seal(folder, written_by(folder, 0), 0, count)

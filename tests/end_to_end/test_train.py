@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -33,11 +34,20 @@ def numbers(event: dict[str, Any]) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def finished(experiment: Path, glm_jax: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train the tiny experiment to the end."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    done = glm_jax("train", "--config", experiment, "--workdir", workdir)
+def finished(experiment: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train the tiny experiment as a scheduler might: without HOME and TERM, stdin closed, an odd path."""
+    workdir = tmp_path_factory.mktemp("finished") / "a run & 训练 [1]"
+    bare = {name: value for name, value in environment.items() if name not in ("HOME", "TERM", "LANG", "LC_ALL")}
+    command = [sys.executable, "-m", "glm_jax", "train", "--config", str(experiment), "--workdir", str(workdir)]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" <&-', "sh", *command],
+        env={**bare, "JAX_NUM_CPU_DEVICES": "1"}, capture_output=True, text=True, timeout=HANG,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert said[0].startswith("devices: 1 x cpu (cpu), jax ") and "compiling the training step" in said
+    progress = [line for line in said if re.match(r"\d\d:\d\d:\d\d step \d+/12, loss ", line)]
+    assert len(progress) == 12 and "\r" not in done.stderr
     assert "filled" in done.stdout
     return workdir
 

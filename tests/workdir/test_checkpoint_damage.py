@@ -245,3 +245,13 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> No
     assert outcomes == [(1, None), (2, reason), (3, reason), (4, None)]
     assert told["unsaved"] == reason
     assert done.stderr == "", "orbax's own traceback helps nobody"
+
+
+@pytest.mark.parametrize("name", ["a [1] b", "训练 & a*b?c%41#d\ne{f}~"])
+def test_a_workdir_may_have_any_name(name: str, state: TrainState, tmp_path: Path) -> None:
+    save(tmp_path / name, state, 1)
+    restored = Checkpoints(tmp_path / name).restore(disk_targets(CONFIG, MESH))
+    assert restored is not None and restored.run["step"] == 1
+    saved = jax.tree.map(lambda leaf: leaf + 1, state.params)
+    same = jax.tree.map(lambda one, two: bool((one == two).all()), saved, restored.items["params"])
+    assert all(jax.tree.leaves(same))
