@@ -151,7 +151,7 @@ class Run:
             self._say(f"failed: {error}")
             return FAILED
         if unsaved := self.checkpoints.unsaved():
-            raise UserError(f"step {self.step} could not be saved ({unsaved}): make room, then the same command "
+            raise UserError(f"step {self.step} could not be saved ({unsaved}): fix that, then the same command "
                             "resumes from the newest checkpoint")  # fmt: skip
         if self.step < self.current.train.steps:
             self.say(f"stopped: step {self.step} is saved in {self.workdir}; the same command resumes from there")

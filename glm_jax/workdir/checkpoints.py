@@ -78,6 +78,7 @@ class Checkpoints:
             say: called with one line at a time, in the calling thread.
         """
         self.directory = (workdir / "checkpoints").resolve()
+        self._begun = workdir.is_dir()
         self._keep, self._keep_every, self._say = keep, keep_every, say
         self._handler = ocp.StandardCheckpointHandler()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -175,6 +176,9 @@ class Checkpoints:
         """Make the temporary folder in process 0; return, in all processes, why that failed, or None."""
 
         def make() -> None:
+            if self._begun and not self.directory.parent.is_dir():
+                raise OSError(errno.ENOENT, "the workdir has been removed")
+            self._begun = True
             checkpoint_folders.sweep(self.directory)
             if (self.directory / str(step)).exists():  # saved by the run before it went back
                 checkpoint_folders.set_aside(self.directory, step, "left")

@@ -247,6 +247,19 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(tmp_path: Path) -> No
     assert done.stderr == "", "orbax's own traceback helps nobody"
 
 
+def test_a_workdir_that_is_removed_is_not_made_anew(state: TrainState, tmp_path: Path) -> None:
+    told: list[str] = []
+    (tmp_path / "run").mkdir()
+    checkpoints = Checkpoints(tmp_path / "run", say=told.append)
+    shutil.rmtree(tmp_path / "run")
+    checkpoints.save(to_disk(CONFIG, MESH, state), {"step": 1})
+    checkpoints.close()
+    assert checkpoints.unsaved() == "the workdir has been removed" and not (tmp_path / "run").exists()
+    assert told == [
+        "checkpoint 1 could not be saved (the workdir has been removed): the run continues, there is none yet"
+    ]
+
+
 @pytest.mark.parametrize("name", ["a [1] b", "训练 & a*b?c%41#d\ne{f}~"])
 def test_a_workdir_may_have_any_name(name: str, state: TrainState, tmp_path: Path) -> None:
     save(tmp_path / name, state, 1)
