@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
-from matplotlib.ticker import StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from glm_jax.figures import style
 from glm_jax.workdir.history import MARK_NAMES, Kind, Record, Series
@@ -59,6 +59,7 @@ class Panel:
     caption: str
     draw: Callable[[Axes], None]
     wide: bool = False
+    constant: bool = False  # nothing in it ever changes
 
 
 NATS = "nats a target token"
@@ -96,7 +97,8 @@ def panels(record: Record) -> list[Panel]:
         series = _find(record, lines)
         if series:
             caption = lines.caption + _smoothing_caption(lines, series)
-            found.append(Panel(lines.title, caption.strip(), _lines_drawer(record, lines, series), lines.wide))
+            draw, constant = _lines_drawer(record, lines, series), all(map(_is_constant, series.values()))
+            found.append(Panel(lines.title, caption.strip(), draw, lines.wide, constant))
         if lines.title == "Update norm":  # activations come with the norms
             found += _depth_panels(record)
     return found
@@ -167,6 +169,11 @@ def _find(record: Record, lines: Lines) -> dict[str, Series]:
     if lines.off is not None and all(value == lines.off for value in values):
         return {}
     return found
+
+
+def _is_constant(series: Series) -> bool:
+    """Whether a series has several values, all equal."""
+    return len(series.values) > 1 and bool((series.values == series.values[0]).all())
 
 
 def _smoothing_caption(lines: Lines, series: dict[str, Series]) -> str:
@@ -246,12 +253,13 @@ def _depth_panels(record: Record) -> list[Panel]:
         )  # fmt: skip
         figure = axis.get_figure()
         assert figure is not None
-        bar = figure.colorbar(image, ax=axis, pad=0.01)
+        bar = figure.colorbar(image, ax=axis, pad=0.01, label="rms")
         bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         bar.ax.yaxis.set_minor_formatter(StrMethodFormatter("{x:,g}"))
         bar.ax.tick_params(which="both", colors=style.INK)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         draw_marks(axis, record)
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         _finish_steps(axis, record, "layer", "Activation scale by layer", legend=False)
 
     def draw_depth(axis: Axes) -> None:
@@ -260,6 +268,7 @@ def _depth_panels(record: Record) -> list[Panel]:
         for place, colour in zip(chosen, colours, strict=True):
             axis.plot(values[place], ".-", color=colour, label=f"step {steps[place]:,}", linewidth=1.3, markersize=4)
         style.scale_values(axis, log=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         style.finish(axis, "layer", "rms", "Activation scale against depth")
 
     rms = "The root mean square of the residual stream after each layer"

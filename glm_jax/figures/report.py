@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import textwrap
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glm_jax.config import default_values
 from glm_jax.config.fields import flatten
@@ -15,6 +17,9 @@ from glm_jax.storage.files import write_atomic
 from glm_jax.types import Json
 from glm_jax.workdir.folder import CONFIG
 from glm_jax.workdir.history import MARK_NAMES, Mark, Record, read
+
+if TYPE_CHECKING:
+    from glm_jax.figures.curves import Panel
 
 PAGE = "report.html"
 PANELS_A_ROW = 2
@@ -32,6 +37,7 @@ h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .6re
 .marks span::before { content: ""; display: inline-block; height: 1em; margin-right: .5em; vertical-align: -.15em;
                       border-left: 2px var(--dashes) var(--colour); }
 .curves { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem 1.6rem; margin-top: 1rem; }
+@media (max-width: 700px) { body { padding: .8rem; } .curves { grid-template-columns: minmax(0, 1fr); } }
 figure { margin: 0; min-width: 0; } .wide { grid-column: 1 / -1; }
 figure svg { width: 100%; height: auto; display: block; } svg * { stroke-linejoin: round; stroke-linecap: butt; }
 figcaption { font-size: .8rem; opacity: .8; padding-left: .5rem; }
@@ -39,6 +45,8 @@ table { border-collapse: collapse; width: 100%; font-size: .88rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--faint); }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code { font-size: .92em; overflow-wrap: anywhere; }
+.fills { margin: 0; padding: 0; list-style: none; } .fills li { margin: .5rem 0; } .fills small { opacity: .75; }
+summary { cursor: pointer; margin-top: 1.2rem; } footer { margin-top: 2rem; font-size: .8rem; opacity: .75; }
 """.strip()
 
 
@@ -74,16 +82,16 @@ def write(workdir: Path, out: Path | None = None) -> Path:
 
 
 def page(record: Record, config: Json, name: str) -> str:
-    """Return the page: facts, curves, events, and where the config differs from the defaults."""
-    from glm_jax.figures import curves, style
+    """Return the page: facts, fills, curves, events, and where the config differs from the defaults."""
+    from glm_jax.figures import curves
 
-    figures = []
-    for panel in curves.panels(record):
-        drawn, (axis,) = style.figure(1, 1, width=11.6 if panel.wide else 5.7, height=3.4 if panel.wide else 2.7)
-        panel.draw(axis)
-        kind = ' class="wide"' if panel.wide else ""
-        caption = f"<figcaption>{escape(panel.caption)}</figcaption>" if panel.caption else ""
-        figures.append(f"<figure{kind}>{style.svg(drawn)}{caption}</figure>")
+    panels = curves.panels(record)
+    still = [panel for panel in panels if panel.constant]
+    folded = ""
+    if still:
+        names = ", ".join(panel.title for panel in still)
+        summary = f"<summary>Never changed: {escape(names)}</summary>"
+        folded = f"<details>{summary}{_curves(still)}</details>"
     terms = [f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts(record, config)]
     parts = [
         "<!DOCTYPE html>",
@@ -92,13 +100,45 @@ def page(record: Record, config: Json, name: str) -> str:
         f"<style>{STYLE}</style></head><body>",
         f"<h1>{escape(name)}</h1>",
         f'<dl class="facts">{"".join(terms)}</dl>',
+        _fills(record),
         _marks_legend(record),
-        f'<div class="curves">{"".join(figures)}</div>',
+        _curves([panel for panel in panels if not panel.constant]),
+        folded,
         _events_table(record.marks),
         _config_table(config),
+        _versions(record),
         "</body></html>",
     ]
     return "\n".join(part for part in parts if part) + "\n"
+
+
+def _curves(panels: Iterable[Panel]) -> str:
+    from glm_jax.figures import style
+
+    figures = []
+    for panel in panels:
+        drawn, (axis,) = style.figure(1, 1, width=11.6 if panel.wide else 5.7, height=3.4 if panel.wide else 2.7)
+        panel.draw(axis)
+        kind = ' class="wide"' if panel.wide else ""
+        caption = f"<figcaption>{escape(panel.caption)}</figcaption>" if panel.caption else ""
+        figures.append(f"<figure{kind}>{style.svg(drawn)}{caption}</figure>")
+    return f'<div class="curves">{"".join(figures)}</div>'
+
+
+def _fills(record: Record) -> str:
+    """Return the run's own fills, with the text that was there."""
+    items = []
+    for event in record.events.get("fill", []):
+        text = escape(str(event["text"])).replace("[MASK]", f"<mark>{escape(str(event['filled']))}</mark>", 1)
+        source, target = escape(str(event["source"])), escape(str(event["target"]))
+        items.append(f"<li>{text}<br><small>{source}, was: {target}</small></li>")
+    return f'<h2>Fills</h2><ul class="fills">{"".join(items)}</ul>' if items else ""
+
+
+def _versions(record: Record) -> str:
+    versions = record.last("start").get("versions", {})
+    listed = ", ".join(f"{package} {version}" for package, version in versions.items())
+    return f"<footer>{escape(listed)}</footer>" if listed else ""
 
 
 def picture(record: Record, config: Json, name: str) -> bytes:
@@ -121,7 +161,7 @@ def picture(record: Record, config: Json, name: str) -> bytes:
 
 
 def facts(record: Record, config: Json) -> list[tuple[str, str]]:
-    """Return the facts at the top of a report as (name, value): how far the run is, and its losses."""
+    """Return the facts at the top of a report as (name, value): how far the run is, its losses, speed and devices."""
     train, heldout = record.last("train"), record.last("evaluation")
     total = config.get("train", {}).get("steps")
     step = f"{record.last_step:,}" + (f" of {total:,}" if total else "")
@@ -135,8 +175,13 @@ def facts(record: Record, config: Json) -> list[tuple[str, str]]:
     for key, value in sorted(heldout.items()):  # the loss of all comes before those of sources
         if key == "loss" or key.startswith("loss/"):
             found.append((" ".join(["held-out loss", *key.split("/")[1:]]), f"{value:.4f}"))
-    versions = record.last("start").get("versions", {})
-    found += [(package, version) for package, version in versions.items()]
+    if speed := train.get("tokens_per_second"):
+        found.append(("tokens a second", f"{speed:,.0f}"))
+    if seconds := record.seconds():
+        found.append(("training time, about", str(datetime.timedelta(seconds=round(seconds)))))
+    start = record.last("start")
+    if "platform" in start:
+        found.append(("devices", f"{start['devices']} ({start['platform']})"))
     return found
 
 

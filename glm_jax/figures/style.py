@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import warnings
 
@@ -72,9 +73,19 @@ def scale_values(axis: Axes, log: bool = False) -> None:
     low, high = axis.dataLim.intervaly
     if log and low > 0 and 4 * low < high:
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_locator(LogLocator(subs=_subdivisions(low, high)))
         axis.yaxis.set_minor_formatter(NullFormatter())
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+
+
+def _subdivisions(low: float, high: float) -> tuple[float, ...]:
+    """Return the fewest parts of a decade that give a logarithmic axis at least three ticks."""
+    chosen: tuple[float, ...] = ()
+    for chosen in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), tuple(map(float, range(1, 10)))):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        if sum(low <= part * 10.0**decade <= high for decade in decades for part in chosen) >= 3:
+            break
+    return chosen
 
 
 def svg(drawn: Figure) -> str:

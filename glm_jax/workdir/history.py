@@ -101,6 +101,15 @@ class Record:
             return None
         return np.array([event["step"] for event in found]), np.where(np.isfinite(values), values, np.nan)
 
+    def seconds(self) -> float:
+        """Return the approximate time spent training: each logged step stands for those since the last one."""
+        total, before = 0.0, 0
+        for event in self.events.get("train", []):
+            if speed := event.get("tokens_per_second"):
+                total += event.get("tokens", 0) * (event["step"] - before) / speed
+            before = event["step"]
+        return total
+
     def tokens(self) -> int:
         """Return the approximate number of tokens trained on: each logged step stands for those since the last one."""
         total, before = 0, 0

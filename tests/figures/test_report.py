@@ -47,7 +47,8 @@ def write_run(workdir: Path) -> Path:
         {"event": "evaluation", "step": STEPS, "loss": 3.25, "loss/en": 3.25, "bits_per_byte/en": 1.5},
         {"event": "checkpoint", "step": 15, "seconds": 2.5, "blocked_seconds": 0.5, "bytes": 9},
         {"event": "checkpoint", "step": 30, "error": "No space left on <device>"},
-        {"event": "start", "step": 15, "versions": {"jax": "0.10.2"}},
+        {"event": "start", "step": 15, "versions": {"jax": "0.10.2"}, "platform": "gpu", "devices": 8},
+        {"event": "fill", "step": STEPS, "source": "en", "text": "a <b> [MASK] d", "target": "c", "filled": "<x>"},
     ]
     workdir.mkdir(parents=True)
     (workdir / "metrics.jsonl").write_text("".join(map(json_line, events)) + '{"event": "tr')
@@ -87,7 +88,18 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.rows: list[list[str]] = []
-        self.texts: dict[str, list[str]] = {"figcaption": [], "dd": [], "dt": [], "h1": [], "text": [], "span": []}
+        self.texts: dict[str, list[str]] = {
+            "figcaption": [],
+            "dd": [],
+            "dt": [],
+            "h1": [],
+            "text": [],
+            "span": [],
+            "li": [],
+            "mark": [],
+            "summary": [],
+            "footer": [],
+        }
         self.open: list[str] = []
         self.figures = 0
         self.feed(text)
@@ -101,7 +113,7 @@ class Page(HTMLParser):
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
-        elif tag == "br":
+        elif tag == "br" and "td" in self.open:
             self.rows[-1][-1] += " | "
         elif tag in self.texts:
             self.texts[tag].append("")
@@ -139,8 +151,11 @@ def test_the_page_tells_what_happened(page: str) -> None:
     facts = dict(zip(shown.texts["dt"], shown.texts["dd"], strict=True))
     assert shown.texts["h1"] == ["<run>"] and facts == {
         "step": "40 of 60", "samples": "160", "tokens, about": "4,000", "training loss": "3.0000",
-        "held-out loss": "3.2500", "held-out loss en": "3.2500", "jax": "0.10.2",
+        "held-out loss": "3.2500", "held-out loss en": "3.2500", "tokens a second": "1,000",
+        "training time, about": "0:00:04", "devices": "8 (gpu)",
     }  # fmt: skip
+    assert shown.texts["footer"] == ["jax 0.10.2"] and shown.texts["li"] == ["a <b> <x> den, was: c"]
+    assert shown.texts["mark"] == ["<x>"] and page.index("&lt;x&gt;") < page.index("<figure")
     assert shown.texts["span"] == ["intervention", "spike, gone back from", "failed checkpoint", "restart"]
 
 
@@ -148,10 +163,13 @@ def test_the_page_has_a_curve_for_what_there_is_and_needs_nothing_else(page: str
     shown = Page(page)
     titles = [title for title in shown.texts["text"] if title in {panel.title for panel in PANELS_AND_MAPS}]
     assert titles == [
-        "Training loss", "Held-out loss", "Held-out bits per byte", "Learning rate", "Batch", "Gradient norm",
-        "Gradient norm by layers", "Parameter norm", "Update norm", "Activation scale by layer",
-        "Activation scale against depth", "Speed", "Utilisation", "Waiting for data", "Memory", "Checkpoints",
+        "Training loss", "Held-out loss", "Held-out bits per byte", "Learning rate", "Gradient norm",
+        "Activation scale by layer", "Activation scale against depth", "Checkpoints",
+        "Batch", "Gradient norm by layers", "Parameter norm", "Update norm", "Speed", "Utilisation",
+        "Waiting for data", "Memory",
     ]  # fmt: skip
+    assert shown.texts["summary"] == [f"Never changed: {', '.join(titles[8:])}"]
+    assert page.index("<details>") > page.index("Checkpoints")
     assert shown.figures == len(titles)
     bare = re.sub(r"data:image/png;base64,[\w+/=\s]*", "", page)  # the heat map
     assert len(bare) < len(page) - 100
@@ -298,3 +316,23 @@ def test_without_matplotlib_it_says_what_to_install(workdir: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'glm-jax\[plots\]'"):
         report.write(workdir)
+
+
+@pytest.mark.parametrize("low, high", [(1.0, 4.5), (1.2, 9.0), (0.5, 40.0), (3.0, 2e4), (7.0, 29.0), (1e-8, 1.0)])
+def test_a_logarithmic_axis_has_three_ticks_or_more(low: float, high: float) -> None:
+    _, (axis,) = style.figure(1, 1)
+    axis.plot([0, 1], [low, high])
+    style.scale_values(axis, log=True)
+    axis.set_ylim(low, high)
+    ticks = [tick for tick in axis.get_yticks() if low <= tick <= high]
+    assert axis.get_yscale() == "log" and 3 <= len(ticks) <= 12
+
+
+def test_layers_are_counted_in_whole_numbers_and_the_colour_bar_has_its_unit(workdir: Path) -> None:
+    maps = [panel for panel in curves.panels(history.read(workdir)) if panel.title.startswith("Activation scale")]
+    for panel, of in zip(maps, ("yaxis", "xaxis"), strict=True):
+        drawn, (axis,) = style.figure(1, 1)
+        panel.draw(axis)
+        assert all(tick == round(tick) for tick in getattr(axis, of).get_major_locator()())
+        if of == "yaxis":
+            assert [bar.get_ylabel() for bar in drawn.axes if bar is not axis] == ["rms"]
