@@ -8,7 +8,7 @@ from typing import Literal
 
 from glm_jax.config.fields import Section, definitions, field, section
 
-Format = Literal["text", "jsonl", "jsonl.zst", "json", "parquet"]
+Format = Literal["text", "lines", "jsonl", "jsonl.zst", "json", "parquet"]
 NORMALISATIONS = ("nfc", "nfkc", "newlines")
 
 # The kinds of rows: three ways to blank a text, and prompts with answers.
@@ -24,7 +24,7 @@ class Source(Section):
 
     path: str = field("", doc="a file, a directory or a glob; used instead of the sample")
     sample: str = field("", doc="the name of a sample corpus, see glm_jax/data/corpora/samples.py")
-    format: Format = field("text", doc="format of the files; text: a blank line ends a document, json: an array")
+    format: Format = field("text", doc="text: a blank line ends a document, lines: each line is one, json: an array")
     normalise: str = field("", doc=r"any of nfc, nfkc (Unicode's forms) and newlines (\r\n to \n), separated by commas")
     language: str = field("en", doc="language of the text")
     weight: float = field(1.0, at_least=0, doc="share of rows, relative to the other sources'")

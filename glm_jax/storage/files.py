@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -24,17 +25,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a file for reading; one that is not a regular file, such as a pipe or a device, is refused.
 
     Raises:
         OSError: as `open`, or it is no regular file. Opening a pipe could wait for ever, and a device may have no end.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    stream = open(path, "rb", opener=_without_waiting)  # noqa: SIM115, the caller closes it
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
+    return stream
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 @contextlib.contextmanager

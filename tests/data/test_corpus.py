@@ -23,6 +23,7 @@ from glm_jax.data.corpora import corpus, readers
 from glm_jax.data.corpora.build import Workers
 from glm_jax.data.corpora.corpus import Input, read_documents, split, write_documents
 from glm_jax.data.corpora.deduplicate import digest_of
+from glm_jax.data.corpora.files import Found
 from glm_jax.data.corpora.shards import Shards, write_shards
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
 from glm_jax.errors import UserError
@@ -66,7 +67,7 @@ def make_documents(
 ) -> dict[str, Any]:
     directory.mkdir()
     with Workers(1) as workers:
-        given = Input(tuple(files), form, where="here")
+        given = Input(Found(tuple(files)), form, where="here")
         write_documents(directory, given, heldout, 0.8, workers, strict=strict, report=print)
     return corpus.read_index(directory)
 
@@ -221,7 +222,9 @@ def test_strict_stops_at_the_first_even_after_a_build_that_did_not(tmp_path: Pat
         make_documents(tmp_path / "strict", files, form="jsonl.zst")
     make_documents(tmp_path / "tolerant", files, form="jsonl.zst", strict=False)
     directory = tmp_path / "left" / "read" / "000000"
-    job = corpus._ReadJob(Input(tuple(files), "jsonl.zst"), files[0], (0, files[0].stat().st_size), 1, False, directory)
+    job = corpus._ReadJob(
+        Input(Found(tuple(files)), "jsonl.zst"), files[0], (0, files[0].stat().st_size), 1, False, directory
+    )
     corpus._read(job)
     with pytest.raises(UserError, match=message):
         corpus._read(dataclasses.replace(job, strict=True))

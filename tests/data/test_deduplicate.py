@@ -22,6 +22,7 @@ from glm_jax.data.corpora.deduplicate import (
     signature,
     twins,
 )
+from glm_jax.data.corpora.files import Found
 
 THRESHOLD = 0.8
 
@@ -115,7 +116,7 @@ def test_a_corpus_has_no_held_out_document_with_a_twin(tmp_path: Path, monkeypat
     (tmp_path / "texts.jsonl").write_text(lines, "utf-8")
     (tmp_path / "documents").mkdir()
     with Workers(1) as workers:
-        given = Input((tmp_path / "texts.jsonl",), "jsonl")
+        given = Input(Found((tmp_path / "texts.jsonl",)), "jsonl")
         corpus.write_documents(tmp_path / "documents", given, 0.4, THRESHOLD, workers, strict=True, report=print)
     assert len(list((tmp_path / "documents").glob("part-*"))) > 2
     train, held = (list(read_documents(tmp_path / "documents", name)) for name in corpus.SPLITS)
@@ -143,7 +144,7 @@ def test_the_need_for_memory_is_said_before_the_start(tmp_path: Path, monkeypatc
     (tmp_path / "a").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     said: list[str] = []
     with Workers(1) as workers:
-        given = Input((tmp_path / "a",), "jsonl", where="here")
+        given = Input(Found((tmp_path / "a",)), "jsonl", where="here")
         for threshold in (0.0, THRESHOLD):
             (tmp_path / str(threshold)).mkdir()
             corpus.write_documents(

@@ -13,6 +13,7 @@ Everything is written under a temporary name first, so a killed stage resumes fr
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -27,7 +28,9 @@ import numpy as np
 from glm_jax.data.corpora import deduplicate
 from glm_jax.data.corpora.build import Workers
 from glm_jax.data.corpora.deduplicate import StoredShingles, digest_of, distinct, near_duplicates, shingles, signature
-from glm_jax.data.corpora.readers import Damaged, lines_before, normaliser, ranges, read
+from glm_jax.data.corpora.files import Found
+from glm_jax.data.corpora.readers import is_compressed, lines_before, normaliser, ranges, read
+from glm_jax.data.corpora.records import Damaged
 from glm_jax.errors import UserError
 from glm_jax.storage.files import atomic_directory, write_atomic
 from glm_jax.types import Json
@@ -39,7 +42,7 @@ PART_BYTES = 4_000_000  # of text, roughly, so that several workers share even a
 MOST_PARTS = 512  # a worker keeps a file open for each, and holds one part in memory
 SAMPLE = 200  # documents whose mean size tells how many there will be
 WORTH_SAYING = 64_000_000  # bytes of memory
-EXPANSION = {"jsonl.zst": 4, "parquet": 4}  # text bytes per file byte, roughly
+EXPANSION = 4  # text bytes per byte of a compressed file, roughly
 PLACES = 1000  # damaged records that the index lists for each reason; skipped.jsonl lists all
 
 
@@ -48,12 +51,12 @@ class Input:
     """What a source is read from.
 
     Attributes:
-        files: in reading order.
+        found: the files, in reading order, and those that cannot be read.
         form, field, normalise: as in config.data.sources.
         where: the user's name for it.
     """
 
-    files: tuple[Path, ...]
+    found: Found
     form: str
     field: str = "text"
     normalise: str = ""
@@ -103,13 +106,16 @@ def write_documents(
         UserError: there are no documents, or a record is damaged and `strict` is set.
     """
     if not (directory / "index.json").exists():
-        file_bytes = sum(file.stat().st_size for file in source.files)
-        text_bytes = file_bytes * EXPANSION.get(source.form, 1)
+        if strict:
+            source.found.check()
+        found_sizes = {file: file.stat().st_size for file in source.found.files}
+        file_bytes = sum(found_sizes.values())
+        text_bytes = sum(size * _expansion(file, source.form) for file, size in found_sizes.items())
         if threshold:
             _say_memory(source, text_bytes, report)
         parts = max(1, min(MOST_PARTS, -(-text_bytes // PART_BYTES)))
         cut = max(PART_BYTES, file_bytes // MOST_PARTS)
-        found = [(file, bounds) for file in source.files for bounds in ranges(file, source.form, cut)]
+        found = [(file, bounds) for file in source.found.files for bounds in ranges(file, source.form, cut)]
         sizes = [stop - start for _, (start, stop) in found]
         reads = [
             _ReadJob(source, file, bounds, parts, strict, directory / "read" / f"{number:06d}")
@@ -122,16 +128,20 @@ def write_documents(
             _PartJob(tuple(file / f"{name}.jsonl" for file in files), threshold > 0, directory / name) for name in names
         ]
         workers.run(f"sort {source.where}", _merge, merges, [text_bytes // parts] * parts)
-        _finish_documents(directory, files, heldout, threshold, source.where)
+        _finish_documents(directory, files, heldout, threshold, source)
     shutil.rmtree(directory / "read", ignore_errors=True)
     for part in part_folders(directory):
         for name in ("numbers.npz", "signatures.npy", "shingles.npy", "dropped.json"):
             (part / name).unlink(missing_ok=True)
 
 
+def _expansion(file: Path, form: str) -> int:
+    return EXPANSION if form == "parquet" or is_compressed(file) else 1
+
+
 def _say_memory(source: Input, text_bytes: int, report: Callable[[str], None]) -> None:
     """Say how much memory near duplicates will take, from the mean size of the first documents."""
-    first = itertools.islice(read(source.files[0], source.form, source.field), SAMPLE)
+    first = itertools.islice(read(source.found.files[0], source.form, source.field), SAMPLE)
     sizes = [len(text.encode()) for text in first if isinstance(text, str)]
     documents = text_bytes * len(sizes) // max(1, sum(sizes))
     needed = documents * deduplicate.BYTES_A_DOCUMENT
@@ -151,17 +161,16 @@ def _read(job: _ReadJob) -> None:
     source, file = job.source, job.file
     before: int | None = None  # lines before the range, counted only if a message needs them
     normalise = normaliser(source.normalise)
-    name = str(file).encode("utf-8", "backslashreplace").decode()  # a file's name need not be UTF-8
     with atomic_directory(job.directory) as temporary, contextlib.ExitStack() as stack:
         skipped = stack.enter_context(_open_text(temporary / "skipped.jsonl"))
         opened: dict[int, TextIO] = {}
         for record in read(file, source.form, source.field, job.range):
             if isinstance(record, Damaged):
                 before = lines_before(file, job.range[0]) if before is None else before
-                line = before + record.line
+                record = dataclasses.replace(record, line=before + record.line)
                 if job.strict:
-                    raise UserError(f"{file}, line {line}: {record.message}")
-                _write_line(skipped, {"reason": record.reason, "file": name, "line": line})
+                    raise UserError(f"{file}, line {record.line}: {record.message}")
+                _write_line(skipped, _skipped_record(file, record))
                 continue
             text = normalise(record)
             part = int.from_bytes(digest_of(text)[:8], "big") * job.parts >> 64
@@ -169,6 +178,11 @@ def _read(job: _ReadJob) -> None:
                 path = temporary / f"{_part_name(part, job.parts)}.jsonl"
                 opened[part] = stack.enter_context(_open_text(path))
             _write_line(opened[part], text)
+
+
+def _skipped_record(file: Path, damage: Damaged) -> Json:
+    name = str(file).encode("utf-8", "backslashreplace").decode()  # a file's name need not be UTF-8
+    return {"reason": damage.reason, "file": name, "line": damage.line, "message": damage.message}
 
 
 def _merge(job: _PartJob) -> None:
@@ -194,16 +208,20 @@ def _merge(job: _PartJob) -> None:
         (temporary / "dropped.json").write_text(json.dumps(dropped))
 
 
-def _finish_documents(directory: Path, files: list[Path], heldout: float, threshold: float, where: str) -> None:
+def _finish_documents(directory: Path, files: list[Path], heldout: float, threshold: float, source: Input) -> None:
     """Drop near duplicates, split the rest, and write the index, which marks the stage as done."""
     parts = part_folders(directory)
     numbers = [_load_numbers(part) for part in parts]
-    skipped, lines = _skipped(files)
+    skipped, lines = _skipped(source.found, files)
     counts = [len(part["sizes"]) for part in numbers]
     if not sum(counts):
         damaged = sum(reason["count"] for reason in skipped.values())
-        said = f"; {damaged:,} damaged records were skipped" if damaged else ""
-        raise UserError(f"corpus {where} is empty: it needs at least one line of text{said}")
+        said = ""
+        if damaged:
+            first = json.loads(lines[: lines.index("\n")])
+            place = f"{first['file']}, line {first['line']}: {first['message']}"
+            said = f"; {damaged:,} damaged records were skipped, the first in {place}"
+        raise UserError(f"corpus {source.where} is empty: it needs at least one line of text{said}")
     sides = _sides(parts, numbers, heldout, threshold)
     for part, own in zip(parts, np.split(sides, np.cumsum(counts)[:-1]), strict=True):
         buffer = io.BytesIO()
@@ -251,9 +269,10 @@ def _load_numbers(part: Path) -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-def _skipped(files: list[Path]) -> tuple[Json, str]:
-    """Return the damaged records by reason, and the lines of skipped.jsonl for all of them."""
-    lines = "".join((file / "skipped.jsonl").read_text(encoding="utf-8") for file in files)
+def _skipped(found: Found, files: list[Path]) -> tuple[Json, str]:
+    """Return what is damaged by reason, and the lines of skipped.jsonl for all of it."""
+    unread = "".join(_line(_skipped_record(file, damage)) for file, damage in found.skipped)
+    lines = unread + "".join((file / "skipped.jsonl").read_text(encoding="utf-8") for file in files)
     skipped: Json = {}
     for record in map(json.loads, filter(None, lines.split("\n"))):
         reason = skipped.setdefault(record["reason"], {"count": 0, "places": []})
@@ -308,7 +327,11 @@ def _open_text(path: Path) -> TextIO:
 
 
 def _write_line(file: TextIO, value: object) -> None:
-    file.write(json.dumps(value, ensure_ascii=False) + "\n")
+    file.write(_line(value))
+
+
+def _line(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def _read_lines(paths: Iterable[Path]) -> Iterator[Any]:  # JSON: texts in read/, objects in documents.jsonl

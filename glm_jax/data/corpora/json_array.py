@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from io import BufferedIOBase
 
 CHUNK = 1 << 20  # bytes read at a time
+DEEPEST = 10_000  # brackets inside each other whose kinds are remembered; json hardly reads as many
 
 _BRACKET = re.compile(rb'["\[\]{}:,]')
 _INSIDE_STRING = re.compile(rb'(?:[^"\\\n]++|\\[^\n])*+')
@@ -26,11 +27,11 @@ class Elements:
         line: the line reached, counted from 1.
     """
 
-    def __init__(self, stream: BinaryIO, limit: int) -> None:
+    def __init__(self, stream: BufferedIOBase, limit: int) -> None:
         self._stream, self._limit = stream, limit
         self._held = bytearray()  # the element so far, from earlier chunks
         self._too_long = False
-        self._stack = [ord("[")]  # open brackets
+        self._stack = bytearray(b"[")  # open brackets
         self.begun = self.closed = False
         self.line = 1
 
@@ -39,7 +40,8 @@ class Elements:
         if not self.begun:
             return
         inside, skip, last = False, 0, 0  # in a string; bytes of the next chunk that are escaped; last token
-        for chunk in itertools.chain([first], iter(lambda: self._stream.read(CHUNK), b"")):
+        deeper = 0  # open brackets beyond DEEPEST
+        for chunk in itertools.chain([first], iter(lambda: self._stream.read1(CHUNK), b"")):
             place, start = min(skip, len(chunk)), 0
             skip -= place
             while place < len(chunk) and not self.closed:
@@ -55,7 +57,7 @@ class Elements:
                     place += 1
                     if chunk[place - 1] != ord('"'):  # a newline: the string was never closed
                         yield from self._cut(chunk[start:place])
-                        start, self._stack = place, self._stack[:1]
+                        start, deeper, self._stack = place, 0, bytearray(b"[")
                     continue
                 match = _BRACKET.search(chunk, place)
                 if match is None:
@@ -69,15 +71,19 @@ class Elements:
                 elif token in b"[{":
                     if self._stack[-1] == ord("{") and last != ord(":"):
                         yield from self._cut(chunk[start : place - 1])
-                        start, self._stack = place - 1, self._stack[:1]
-                    self._stack.append(token)
+                        start, deeper, self._stack = place - 1, 0, bytearray(b"[")
+                    if len(self._stack) > DEEPEST:
+                        deeper += 1
+                    else:
+                        self._stack.append(token)
+                elif token in b"]}" and deeper:
+                    deeper -= 1
                 elif token in b"]}":
                     if len(self._stack) == 1 and token == ord("]"):
                         yield from self._cut(chunk[start : place - 1])
                         start, self.closed = place, True
-                    elif _OPENS[token] in self._stack[1:]:
-                        while self._stack.pop() != _OPENS[token]:  # brackets left open inside
-                            pass
+                    elif (opened := self._stack.rfind(_OPENS[token], 1)) > 0:
+                        del self._stack[opened:]  # with brackets left open inside
                 last = token
             self._hold(chunk[start:])
             if self.closed:
@@ -86,7 +92,7 @@ class Elements:
 
     def _begin(self) -> bytes:
         """Read up to the array's first bracket and return the rest of its chunk."""
-        while chunk := self._stream.read(CHUNK):
+        while chunk := self._stream.read1(CHUNK):
             rest = chunk.lstrip(b"\xef\xbb\xbf \t\r\n")
             self._count(chunk[: len(chunk) - len(rest)])
             if rest:

@@ -26,7 +26,7 @@ from glm_jax.config.data import Data, Source, TokenizerConfig
 from glm_jax.data.corpora import corpus, samples
 from glm_jax.data.corpora.build import Workers, made
 from glm_jax.data.corpora.corpus import Input
-from glm_jax.data.corpora.readers import find_files
+from glm_jax.data.corpora.files import Found, find_files
 from glm_jax.data.corpora.shards import Shards, write_shards
 from glm_jax.data.instructions import prompts
 from glm_jax.data.instructions.prompts import Instructions
@@ -34,10 +34,10 @@ from glm_jax.data.tokenizers import ice, sentencepiece
 from glm_jax.data.tokenizers.load import load
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
-from glm_jax.storage.files import write_atomic
+from glm_jax.storage.files import open_regular, write_atomic
 from glm_jax.types import Json
 
-FORMAT_VERSION = 3  # raised when the same input gives a stage other content
+FORMAT_VERSION = 4  # raised when the same input gives a stage other content
 CLOCK = 2_000_000_000  # nanoseconds; a file that changed this recently when it was read may change again unnoticed
 
 Report = Callable[[str], None]
@@ -178,12 +178,16 @@ def _documents(name: str, source: Source, data: Data, cache: Path, report: Repor
     started = time.monotonic()
     if source.sample and not source.path:
         fetched = _fetch_sample(source.sample, cache, report)
-        given = Input((fetched,), "jsonl", "text", source.normalise, source.sample)
+        given = Input(Found((fetched,)), "jsonl", "text", source.normalise, source.sample)
         content: str | list[str] = fetched.parent.name
     else:
-        files = tuple(find_files(source.path))
-        given = Input(files, source.format, source.field, source.normalise, source.path)
-        content = _file_digests(files, cache, pool, name)
+        found = find_files(source.path)
+        given = Input(found, source.format, source.field, source.normalise, source.path)
+        content = _file_digests(found.files, cache, pool, name)
+        content += [f"{file}: {damage.message}" for file, damage in found.skipped]
+        if found.left_out:
+            left_out = f"{len(found.left_out):,} hidden files and folders, or folders that the glob matches, left out"
+            report(f"documents {name}: {left_out}, the first {found.left_out[0]}")
     key = _key(content, given.form, given.field, given.normalise, data.heldout, data.near_duplicates)
     directory = cache / "documents" / key
 
@@ -198,6 +202,9 @@ def _documents(name: str, source: Source, data: Data, cache: Path, report: Repor
         f"{dropped['exact']:,} exact and {dropped['near']:,} near duplicates dropped "
         f"({_done('read', started, cached)})"
     )
+    if data.heldout and not count["heldout"]:
+        advice = "give more documents (if each line is one, the format is lines)"
+        report(f"documents {name}: none held out, so that evaluations leave it out: {advice}")
     for reason, skipped in index["skipped"].items():
         report(f"documents {name}: {skipped['count']:,} damaged records left out, {reason} ({directory}/skipped.jsonl)")
     return directory
@@ -222,7 +229,7 @@ def _file_digest(job: tuple[Path, Path]) -> str:
         same = known["size"] == found.st_size and known["changed"] == found.st_mtime_ns
         if same and found.st_mtime_ns + CLOCK < memory.stat().st_mtime_ns:
             return known["sha256"]
-    with open(file, "rb") as stream:
+    with open_regular(file) as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     now = {"file": str(file), "size": found.st_size, "changed": found.st_mtime_ns, "sha256": digest}
     if now != known:

@@ -17,12 +17,14 @@ import numpy as np
 
 from glm_jax.config.data import InstructionSet
 from glm_jax.data.corpora import readers, samples
+from glm_jax.data.corpora.files import Found, find_files
+from glm_jax.data.corpora.records import Damaged
 from glm_jax.data.instructions import samples as instruction_samples
 from glm_jax.data.instructions.registry import DATASETS, Dataset
 from glm_jax.data.instructions.templates import Template, read_templates
 from glm_jax.data.rows.streams import shuffled
 from glm_jax.errors import UserError
-from glm_jax.storage.files import atomic_directory
+from glm_jax.storage.files import atomic_directory, open_regular
 from glm_jax.types import Json
 
 FORMAT_VERSION = 1  # raised when the same records give different tokens
@@ -91,7 +93,7 @@ def read_records(files: Iterable[Path]) -> Iterator[tuple[str, Json]]:
         if form is None:
             raise UserError(f"{file} is not a file of records: give .jsonl, .jsonl.zst or .parquet")
         for located in readers.read_records(file, form):
-            if isinstance(located, readers.Damaged):
+            if isinstance(located, Damaged):
                 raise UserError(f"{file}, line {located.line}: {located.message}")
             line, record = located
             yield f"{file}, line {line}", record
@@ -179,17 +181,19 @@ def prepare(
     weights: dict[str, float] = {}
     for name, entry in section.items():
         try:
-            files = readers.find_files(entry.path) if entry.path else [instruction_samples.fetch(entry.sample, cache)]
+            found = find_files(entry.path) if entry.path else Found((instruction_samples.fetch(entry.sample, cache),))
         except samples.Unreachable as error:
             report(f"instructions {name}: left out, {error}")
             continue
+        found.check()
+        files = found.files
         known = _known(name, entry.dataset)
         templates = _templates(entry.templates, known)
         cap = entry.cap or (known.cap if known else 0)
         digest = hashlib.sha256(repr((FORMAT_VERSION, cap, tokenizer.digest)).encode())
         digest.update(repr([(template.jinja, template.answer_choices) for template in templates]).encode())
         for file in files:
-            with open(file, "rb") as stream:
+            with open_regular(file) as stream:
                 digest.update(file.suffix.encode() + hashlib.file_digest(stream, "sha256").digest())
         directory = cache / "instructions" / digest.hexdigest()[:32]
         if not directory.is_dir():
