@@ -9,14 +9,15 @@ of its output is gone, as after `| head`.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import logging
 
-from glm_jax.cli.common import say, with_entries
-from glm_jax.cli.experiments import with_paths
+from glm_jax.cli import streams
+from glm_jax.cli.common import say
 from glm_jax.config.fields import closest
 from glm_jax.errors import UserError
 
@@ -37,6 +38,7 @@ UNREAD = 141  # a shell's exit code for a program that SIGPIPE has ended
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, and return the exit code."""
+    streams.prepare()
     try:
         code = _run(arguments)
         print(end="", flush=True)  # an unread pipe cannot be handled any more at the interpreter's exit
@@ -48,11 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except BrokenPipeError:  # or its buffer would be flushed again, and fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return UNREAD
+    except OSError as error:
+        if not streams.refuses_output():
+            raise
+        say(f"error: standard output cannot be written to ({error.strerror}): send it elsewhere")
+        return 2
 
 
 def _run(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.set_verbosity(logging.ERROR)  # orbax explains itself at length
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    if arguments == ["--version"]:
+        print(f"glm-jax {_version()}")
+        return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: glm-jax <command> [flags]\n")
         for name in COMMANDS:
@@ -62,13 +74,20 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise UserError(f"unknown command {arguments[0]}: {closest(arguments[0], list(COMMANDS))}")
-        return _command(arguments[0])(with_entries(with_paths(arguments[1:])))
+        return _command(arguments[0])(arguments[1:])
     except UserError as error:
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         say("interrupted; finished work is kept, and the same command resumes from there")
         return 130
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("glm-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: run from its folder)"
 
 
 def _command(name: str) -> Command:
