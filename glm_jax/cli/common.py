@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from glm_jax.cli import experiments, overrides
+from glm_jax.cli import experiments, overrides, streams
 from glm_jax.config import Experiment, files, resolve
 from glm_jax.config.fields import closest, path_problem
 from glm_jax.errors import UserError
@@ -28,8 +28,8 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     except BrokenPipeError:
         raise
-    except OSError:  # such as a full disk: there is nobody to tell
-        pass
+    except OSError:  # such as a full disk: nobody can be told
+        streams.drop(sys.stderr)
 
 
 def flag_values(command: str, example: str) -> flags.FlagValues:

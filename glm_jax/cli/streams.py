@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from typing import TextIO
 
 
 def prepare() -> None:
@@ -19,10 +20,15 @@ def prepare() -> None:
 
 
 def refuses_output() -> bool:
-    """Whether standard output cannot be written to. What it still holds is then dropped, or it would fail at exit."""
+    """Whether standard output cannot be written to. What it still holds is then dropped."""
     try:
         print(flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop(sys.stdout)
         return True
     return False
+
+
+def drop(stream: TextIO) -> None:
+    """Let a stream lead nowhere, or what it still holds would fail again when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

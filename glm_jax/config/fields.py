@@ -16,6 +16,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Literal, NamedTuple, TypeGuard, TypeVar, Union, cast
 
@@ -174,6 +175,17 @@ def path_problem(path: str) -> str:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         return "name a file or folder of this machine: URLs and object stores cannot be read"
     return "not have a null character" if "\0" in path else _text_problem(path)
+
+
+def local_path(path: str | Path, what: str) -> Path:
+    """Return the path of a file or folder, with ~ expanded.
+
+    Raises:
+        UserError: it cannot be one; the line calls it `what`.
+    """
+    if problem := path_problem(str(path)):
+        raise UserError(f"{what} is {shown(str(path))}, it must {problem}")
+    return Path(os.path.expanduser(path))
 
 
 def is_section(kind: object) -> TypeGuard[type[Section]]:

@@ -380,7 +380,7 @@ def _import_package(form: str, module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         package, extra = PACKAGES[form]
-        raise UserError(f"reading {form} needs the package {package}: pip install 'glm-jax[{extra}]'") from None
+        raise UserError(f"reading {form} needs the package {package}: pip install -e '.[{extra}]'") from None
 
 
 _READERS = {"text": _read_text, "jsonl": _read_jsonl, "jsonl.zst": _read_zstandard, "json": _read_json}
