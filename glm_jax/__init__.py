@@ -54,10 +54,10 @@ def load(
     import atexit
     import tempfile
     import weakref
-    from pathlib import Path
 
     from glm_jax.cli import experiments
     from glm_jax.config import with_changes
+    from glm_jax.config.fields import local_path
     from glm_jax.errors import UserError
     from glm_jax.parallel import processes
     from glm_jax.training.run import Run
@@ -68,7 +68,8 @@ def load(
     if workdir is None and not processes.alone():
         raise UserError("a run of several processes needs a workdir that all of them share: name one")
     temporary = tempfile.TemporaryDirectory(prefix="glm_jax-") if workdir is None else None
-    run = Run(resolved, Path(temporary.name if temporary else workdir or ""), say, optimizer)
+    folder = local_path(temporary.name if temporary else workdir or "", "the workdir")
+    run = Run(resolved, folder, say, optimizer)
     if temporary:
         run.closing.callback(temporary.cleanup)
     living = weakref.ref(run)

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
-from glm_jax.cli.experiments import summaries
-from glm_jax.config import Experiment, default_values, resolve
-from glm_jax.config.fields import closest
+from glm_jax.cli import experiments, overrides, streams
+from glm_jax.config import Experiment, files, resolve
+from glm_jax.config.fields import closest, path_problem
 from glm_jax.errors import UserError
 
-ENTRY = "entry"  # the flag that `with_entries` writes
-TABLES = ("sources", "instructions")  # of the section data: entries by name
+CONFIG = "config"
+OVERRIDE = "override"  # the flag of `--config.KEY=VALUE`, written as KEY=VALUE
+HIDDEN = ("h", OVERRIDE)  # flags that the help does not show
+LARGEST = 2**63 - 1  # of a flag
 
 
 def say(line: str) -> None:
     """Print a message to standard error; standard output holds only results."""
-    print(line, file=sys.stderr, flush=True)
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:  # such as a full disk: nobody can be told
+        streams.drop(sys.stderr)
 
 
 def flag_values(command: str, example: str) -> flags.FlagValues:
@@ -31,55 +41,30 @@ def flag_values(command: str, example: str) -> flags.FlagValues:
     return values
 
 
-def define_config(values: flags.FlagValues, arguments: Sequence[str]) -> None:
-    """Add `--config`, with the file that `arguments` name."""
-    summary = "an experiment by name, such as quickstart, or its file; --config.KEY=VALUE after it changes a value"
-    config_flags.DEFINE_config_file(
-        "config", None, summary, flag_values=values, lock_config=True, sys_argv=["glm-jax", *arguments]
-    )
-    flags.DEFINE_multi_string(ENTRY, [], "a key of an entry that the file may lack", flag_values=values)
+def define_config(values: flags.FlagValues) -> None:
+    """Add `--config`, and `--config.KEY=VALUE`."""
+    summary = "an experiment by name, such as quickstart, or its file; --config.KEY=VALUE changes a value"
+    flags.DEFINE_string(CONFIG, None, summary, flag_values=values)
+    flags.DEFINE_multi_string(OVERRIDE, [], "a changed value of the config", flag_values=values)
 
 
-def with_entries(arguments: Sequence[str]) -> list[str]:
-    """Return a command's arguments, with keys of data.sources and data.instructions turned into values of `--entry`.
+class _PathParser(flags.ArgumentParser[str]):
+    """Take the name of a file or folder, and expand ~ in it."""
 
-    ml_collections knows only the keys of the experiment's file, but `--config.data.sources.NAME.path=...` may add a
-    source.
-    """
-    found, waiting = list[str](), iter(arguments)
-    for argument in waiting:
-        key, equals, value = argument.removeprefix("--config.").partition("=")
-        if argument.startswith(tuple(f"--config.data.{table}." for table in TABLES)) and key.count(".") == 3:
-            found.append(f"--{ENTRY}={key}={value if equals else next(waiting, '')}")
-        else:
-            found.append(argument)
-    return found
+    def parse(self, argument: str) -> str:
+        if problem := path_problem(argument):
+            raise ValueError(f"it must {problem}")
+        return os.path.expanduser(argument)
 
 
-def entry_values(values: flags.FlagValues) -> dict[str, object]:
-    """Return the keys of data.sources and data.instructions that the flags set, by dotted key.
-
-    Raises:
-        UserError: no entry has such a key, or a value has another type.
-    """
-    changes: dict[str, object] = {}
-    for text in values[ENTRY].value or ():
-        key, _, value = text.partition("=")
-        _, table, name, _ = key.split(".")
-        known = default_values({table: [name]})
-        if key not in known:
-            raise UserError(f"unknown config key {key}: {closest(key, list(known))}")
-        default = known[key]
-        try:
-            changes[key] = type(default)(value) if isinstance(default, int | float) else value
-        except ValueError:
-            raise UserError(f"{key} is {value!r}, it must be a number such as {default!r}") from None
-    return changes
+def define_path(values: flags.FlagValues, name: str, summary: str) -> None:
+    """Add a flag that names a file or a folder."""
+    flags.DEFINE(_PathParser(), name, None, summary, values, flags.ArgumentSerializer[str]())
 
 
 def define_workdir(values: flags.FlagValues) -> None:
     """Add `--workdir`."""
-    flags.DEFINE_string("workdir", None, "the folder that holds everything a run makes", flag_values=values)
+    define_path(values, "workdir", "the folder that holds everything a run makes")
 
 
 def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence[str]) -> bool:
@@ -88,68 +73,114 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence
     Raises:
         UserError: anything is wrong with the flags.
     """
-    if {"-h", "--help"} & set(arguments):
+    joined = _joined(values, arguments)
+    if {"-h", "--help"} & set(joined):
         for name in values:
-            if name not in ("h", ENTRY):
+            if name not in HIDDEN:
                 default = values[name].default
                 shown = "" if default is None or default is False else f" (default: {default})"
                 print(f"  --{name:14} {values[name].help}{shown}")
         return False
     try:
-        rest = values(["glm-jax", *arguments])
-    except flags.Error as error:
-        key = error.flagname if isinstance(error, flags.UnrecognizedFlagError) else ""
-        if key in default_values({}):
-            raise UserError(f"unknown flag --{key}: keys of the config are written --config.{key}=VALUE") from error
-        raise UserError(_one_line(error)) from error
-    except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_key(arguments, error)) from error
-    except (OSError, SyntaxError, ImportError, TypeError, ValueError, NameError) as error:
-        raise UserError(f"the experiment cannot be loaded: {_one_line(error)}") from error
+        rest = values(["glm-jax", *joined])
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(_unknown_flag(values, error.flagname)) from error
+    except (flags.Error, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]}: flags are written --name=value")
+    for name in values:
+        _check_number(name, values[name].value)
     require(values, required)
     return True
+
+
+def _joined(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with each flag and its value in one, as `--name=value`.
+
+    absl would read a value that stands alone as a flag if it looks like one, and --flagfile=FILE among all arguments as
+    the content of a file.
+    """
+    found, waiting = list[str](), iter(arguments)
+    for argument in waiting:
+        if argument == "--":
+            return [*found, argument, *waiting]
+        flag = re.fullmatch(r"--?([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if flag is None:
+            found.append(argument)
+            continue
+        name, value = flag[1], flag[2]
+        if OVERRIDE in values and (key := re.fullmatch(r"(no)?config\.(.*)", name, re.DOTALL)):
+            if value is None and overrides.is_switch(key[2]):
+                value = "false" if key[1] else "true"
+            name, prefix = OVERRIDE, f"{key[2]}="
+        else:
+            prefix = ""
+        if name in values and not values[name].boolean:
+            if value is None and (value := next(waiting, None)) is None:
+                raise UserError(f"{argument} has no value: write {argument}=VALUE")
+            found.append(f"--{name}={prefix}{value}")
+        elif name in ("flagfile", "undefok"):  # absl's own, which no command has
+            raise UserError(_unknown_flag(values, name))
+        else:
+            found.append(argument)
+    return found
+
+
+def _unknown_flag(values: flags.FlagValues, name: str) -> str:
+    """Return the message for a flag that does not exist: the key that may be meant, or the nearest flag."""
+    known = [each for each in values if each not in HIDDEN]
+    if name.startswith(f"{CONFIG}.") and CONFIG not in values:
+        return f"unknown flag --{name}: this command has no --config"
+    if CONFIG in values and (key := overrides.known_key(name)):
+        return f"unknown flag --{name}: keys of the config are written --config.{key}=VALUE"
+    hint = closest(name, known, "COMMAND --help").replace("did you mean ", "did you mean --")
+    return f"unknown flag --{name}: {hint}"
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name}={value}: it must be a finite number")
+    if isinstance(value, int) and value > LARGEST:
+        raise UserError(f"--{name}={str(value)[:40]}: it must be at most 2**63 - 1")
 
 
 def require(values: flags.FlagValues, names: Sequence[str]) -> None:
     """Check that all required flags are given.
 
     Raises:
-        UserError: one is missing.
+        UserError: one is missing or empty.
     """
     for name in names:
-        if values[name].value in (None, ""):
+        if values[name].value is None:
             raise UserError(f"--{name} is missing: {values[name].help}")
+        if not values[name].value:
+            raise UserError(f"--{name} is empty: {values[name].help}")
+
+
+def changes(values: flags.FlagValues) -> dict[str, object]:
+    """Return the values of `--config.KEY=VALUE` by dotted key.
+
+    Raises:
+        UserError: a key does not exist, or a value has another type.
+    """
+    pairs = (text.partition("=") for text in values.override)
+    return {key: overrides.parse(key, value) for key, _, value in pairs}
+
+
+def experiment_file(values: flags.FlagValues) -> Path:
+    """Return the file that `--config` names.
+
+    Raises:
+        UserError: there is none.
+    """
+    return experiments.find(values.config)
 
 
 def load(values: flags.FlagValues) -> Experiment:
-    """Return the resolved config that the flags describe."""
-    try:
-        config, changes = values.config.to_dict(), entry_values(values)
-        for key, value in changes.items():
-            section, table, name, one = key.split(".")
-            config.setdefault(section, {}).setdefault(table, {}).setdefault(name, {})[one] = value
-        return resolve(config)
-    except OSError as error:  # config_flags does not raise it before
-        name = config_flags.get_config_filename(values["config"])
-        known = [found for found, _ in summaries()]
-        raise UserError(f"--config {name} cannot be read: {closest(name, known, 'config list')}") from error
+    """Return the resolved config that the flags describe.
 
-
-def _one_line(error: Exception) -> str:
-    """Return the last line of an error's message, which names the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
-    """Return a message that names the `--config.KEY` that does not exist, and the nearest that does."""
-    known = list(default_values({}))
-    for argument in arguments:
-        key = argument.split("=")[0].removeprefix("--config.")
-        if not argument.startswith("--config."):
-            continue
-        if key not in known:
-            return f"unknown config key {key}: {closest(key, known)}"
-    return f"unknown config key: {_one_line(error)}"
+    Raises:
+        UserError: the experiment's file fails, or a key or value is not valid.
+    """
+    return resolve(files.config(experiment_file(values)), changes(values))

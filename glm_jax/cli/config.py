@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import config_flags
 
 from glm_jax.cli import common
 from glm_jax.cli.experiments import summaries
@@ -42,7 +41,7 @@ def _list_experiments() -> int:
 
 def _show_config(arguments: Sequence[str]) -> int:
     values = common.flag_values("config show", "--config quickstart")
-    common.define_config(values, arguments)
+    common.define_config(values)
     flags.DEFINE_bool("specs", False, "show how the mesh splits every array of the state instead", flag_values=values)
     if not common.parse(values, arguments, ["config"]):
         return 0
@@ -54,13 +53,13 @@ def _show_config(arguments: Sequence[str]) -> int:
             print(line)
         return 0
     defaults = default_values({"sources": resolved.data.sources, "instructions": resolved.data.instructions})
-    overrides = {*config_flags.get_override_values(values["config"]), *common.entry_values(values)}
+    changes, file = common.changes(values), common.experiment_file(values)
     for key, value in by_key(resolved).items():
-        if key in overrides:
+        if key in changes:
             origin = f"--config.{key}"
         elif key in defaults and defaults[key] == value:
             origin = "default"
         else:
-            origin = config_flags.get_config_filename(values["config"])
+            origin = str(file)
         print(f"{key:36} {value!r:24} {origin}")
     return 0

@@ -21,9 +21,9 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"name the direction to convert in: {usage}")
     direction, *rest = arguments
     values = common.flag_values(f"convert {direction}", "--config glm_130b --path FROM --out TO")
-    common.define_config(values, rest)
-    flags.DEFINE_string("path", None, "the directory to read, with `latest` or steps in it", flag_values=values)
-    flags.DEFINE_string("out", None, "the directory to write", flag_values=values)
+    common.define_config(values)
+    common.define_path(values, "path", "the directory to read, with `latest` or steps in it")
+    common.define_path(values, "out", "the directory to write")
     if direction == "orbax-to-sat":
         flags.DEFINE_integer("tensor_parallel", 1, "number of files to write", lower_bound=1, flag_values=values)
         flags.DEFINE_integer("iteration", None, "the iteration in its name; by default the step", flag_values=values)

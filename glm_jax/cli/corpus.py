@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"name what to do with the corpus: {usage}")
     action, *rest = arguments
     values = common.flag_values(f"corpus {action}", "--config quickstart")
-    common.define_config(values, rest)
+    common.define_config(values)
     if action == "build":
         workers = os.cpu_count() or 1
         flags.DEFINE_integer("workers", workers, "processes that share the work", lower_bound=1, flag_values=values)

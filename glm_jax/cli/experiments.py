@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import runpy
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from glm_jax.config import Config, Experiment, resolve
+from glm_jax.config import Config, Experiment, files, resolve
 from glm_jax.config.fields import closest
 from glm_jax.errors import UserError
 
@@ -28,25 +28,23 @@ def summaries() -> Iterator[tuple[str, str]]:
         yield path.relative_to(root or path).with_suffix("").as_posix(), docstring.partition("\n")[0]
 
 
-def with_paths(arguments: Sequence[str]) -> list[str]:
-    """Return a command's arguments, with the experiment that `--config` names replaced by its path; paths stay."""
-    found = list(arguments)
-    for place, argument in enumerate(found):
-        if argument.startswith("--config="):
-            found[place] = f"--config={_path(argument.removeprefix('--config='))}"
-        elif argument == "--config" and place + 1 < len(found):
-            found[place + 1] = _path(found[place + 1])
-    return found
+def find(name: str | Path) -> Path:
+    """Return the file of an experiment, given its path or its name.
 
-
-def _path(name: str) -> str:
-    root, file = folder(), Path(name)
+    Raises:
+        UserError: there is none.
+    """
+    root, file = folder(), Path(os.path.expanduser(name))
     parts = [part for part in file.parts if part != "experiments"]
-    a_path = file.is_absolute() or (file.is_file() and (file.suffix or len(file.parts) > 1))
-    if root is None or a_path or not parts:
-        return name
-    inside = root / Path(*parts).with_suffix(".py")
-    return str(inside) if inside.is_file() else name
+    is_file = os.path.isfile(file)
+    if is_file and (file.is_absolute() or file.suffix or len(file.parts) > 1):
+        return file
+    if root is not None and parts and os.path.isfile(inside := root / Path(*parts).with_suffix(".py")):
+        return inside
+    if is_file:
+        return file
+    known = [found for found, _ in summaries()]
+    raise UserError(f"there is no experiment {name}: {closest(str(name), known, 'config list')}")
 
 
 def resolved(experiment: str | Path | Config | Experiment) -> Experiment:
@@ -59,12 +57,4 @@ def resolved(experiment: str | Path | Config | Experiment) -> Experiment:
         return experiment
     if not isinstance(experiment, str | Path):
         return resolve(experiment)
-    path = Path(_path(str(experiment)))
-    if not path.is_file():
-        known = [name for name, _ in summaries()]
-        raise UserError(f"there is no experiment {experiment}: {closest(str(experiment), known, 'config list')}")
-    try:
-        config = runpy.run_path(str(path))["get_config"]()
-    except (OSError, SyntaxError, ImportError, TypeError, ValueError, NameError, AttributeError, KeyError) as error:
-        raise UserError(f"the experiment {path} cannot be loaded: {type(error).__name__}: {error}") from error
-    return resolve(config)
+    return resolve(files.config(find(experiment)))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from glm_jax.cli import common
+from glm_jax.cli.common import say
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -34,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
 
     from glm_jax.inference import Model
-    from glm_jax.inference.fill import fill
+    from glm_jax.inference.fill import fill, printable
     from glm_jax.inference.strategies import GREEDY, Sampling
 
     model = Model.open(values.workdir)
@@ -48,7 +49,8 @@ def run(arguments: Sequence[str]) -> int:
         max_tokens=values.max_tokens,
         sampling=sampling,
         seed=values.seed,
+        say=say,
     )
     underline, plain = ("\x1b[4m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    print("".join(f"{underline}{piece.text}{plain}" if piece.filled else piece.text for piece in pieces))
+    print("".join(f"{underline}{printable(piece.text)}{plain}" if piece.filled else piece.text for piece in pieces))
     return 0

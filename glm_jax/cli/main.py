@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import itertools
 import os
 import signal
@@ -19,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging
 
-from glm_jax.cli.common import say, with_entries
-from glm_jax.cli.experiments import with_paths
+from glm_jax.cli import streams
+from glm_jax.cli.common import say
 from glm_jax.config.fields import closest
 from glm_jax.errors import UserError, WorkFailed
 
@@ -43,6 +44,7 @@ UNREAD = 141  # a shell's exit code for a program that SIGPIPE has ended
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, and return the exit code."""
+    streams.prepare()
     try:
         with _interruptible():
             code = _run(arguments)
@@ -55,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except BrokenPipeError:  # or its buffer would be flushed again, and fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return UNREAD
+    except OSError as error:
+        if not streams.refuses_output():
+            raise
+        say(f"error: standard output cannot be written to ({error.strerror}): send it elsewhere")
+        return 2
 
 
 @contextlib.contextmanager
@@ -83,6 +90,11 @@ def _interruptible() -> Iterator[None]:
 def _run(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.set_verbosity(logging.ERROR)  # orbax explains itself at length
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    if arguments == ["--version"]:
+        print(f"glm-jax {_version()}")
+        return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: glm-jax <command> [flags]\n")
         for name in COMMANDS:
@@ -92,7 +104,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise UserError(f"unknown command {arguments[0]}: {closest(arguments[0], list(COMMANDS))}")
-        return _command(arguments[0])(with_entries(with_paths(arguments[1:])))
+        return _command(arguments[0])(arguments[1:])
     except UserError as error:
         say(f"error: {error}")
         return 2
@@ -102,6 +114,13 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         say("interrupted; what was finished is kept")
         return INTERRUPTED
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("glm-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed: run from its folder)"
 
 
 def _command(name: str) -> Command:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
-
 from glm_jax.cli import common
 from glm_jax.cli.common import say
 
@@ -16,7 +14,7 @@ def run(arguments: Sequence[str]) -> int:
     values = common.flag_values("report", "--workdir runs/quickstart --out report.html")
     common.define_workdir(values)
     out = "the file to write, .html or .png; by default report.html in the workdir"
-    flags.DEFINE_string("out", None, out, flag_values=values)
+    common.define_path(values, "out", out)
     if not common.parse(values, arguments, ["workdir"]):
         return 0
 

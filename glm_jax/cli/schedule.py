@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> int:
     flags.DEFINE_enum("name", "1f1b", get_args(Schedule), "the schedule", flag_values=values)
     flags.DEFINE_integer("stages", 4, "stages of the pipeline", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("microbatches", 8, "microbatches of a step", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("svg", None, "also write the drawing to this file", flag_values=values)
+    common.define_path(values, "svg", "also write the drawing to this file")
     if not common.parse(values, arguments, []):
         return 0
 

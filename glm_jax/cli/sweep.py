@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from glm_jax.cli import common
 from glm_jax.cli.common import say
@@ -16,7 +15,7 @@ from glm_jax.cli.common import say
 def run(arguments: Sequence[str]) -> int:
     """Train the members of an ablation together, and collect their results; the same command resumes."""
     values = common.flag_values("sweep", "--config ablations/norms --workdir runs/norms")
-    common.define_config(values, arguments)
+    common.define_config(values)
     common.define_workdir(values)
     cores = os.cpu_count() or 1
     flags.DEFINE_integer(
@@ -29,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     if not lists:
         common.require(values, ["workdir"])
     resolved = common.load(values)
-    path = Path(config_flags.get_config_filename(values["config"]))
+    path = common.experiment_file(values)
 
     from glm_jax.sweeps.run import listing, train_all
 

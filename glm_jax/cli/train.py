@@ -15,9 +15,9 @@ from glm_jax.config import with_changes
 def run(arguments: Sequence[str]) -> int:
     """Train an experiment; the same command resumes from the newest checkpoint."""
     values = common.flag_values("train", "--config quickstart --workdir runs/quickstart --config.train.steps=100")
-    common.define_config(values, arguments)
+    common.define_config(values)
     common.define_workdir(values)
-    flags.DEFINE_string("replay", None, "an interventions.jsonl: make its changes at its steps", flag_values=values)
+    common.define_path(values, "replay", "an interventions.jsonl: make its changes at its steps")
     together = "for several processes without a scheduler:"
     flags.DEFINE_string("coordinator", None, f"{together} HOST:PORT of process 0", flag_values=values)
     flags.DEFINE_integer("processes", None, f"{together} how many there are", lower_bound=1, flag_values=values)

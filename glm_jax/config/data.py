@@ -22,7 +22,7 @@ History = tuple[tuple[int, Mapping[str, float]], ...]
 class Source(Section):
     """An entry of `data.sources`; `path` or `sample` must be set."""
 
-    path: str = field("", doc="a file, a directory or a glob; used instead of the sample")
+    path: str = field("", path=True, doc="a file, a directory or a glob; used instead of the sample")
     sample: str = field("", doc="the name of a sample corpus, see glm_jax/data/corpora/samples.py")
     format: Format = field("text", doc="text: a blank line ends a document, lines: each line is one, json: an array")
     normalise: str = field("", doc=r"any of nfc, nfkc (Unicode's forms) and newlines (\r\n to \n), separated by commas")
@@ -43,14 +43,14 @@ class Source(Section):
 class InstructionSet(Section):
     """An entry of `data.instructions`; `path` or `sample` must be set."""
 
-    path: str = field("", doc="a file, a directory or a glob of .jsonl, .jsonl.zst or .parquet records")
+    path: str = field("", path=True, doc="a file, a directory or a glob of .jsonl, .jsonl.zst or .parquet records")
     sample: str = field("", doc="the name of an example set, see glm_jax/data/instructions/samples.py")
     dataset: str = field(
         "", doc="which of GLM-130B's data sets it is, see glm_jax/data/instructions/registry.py; empty: none of them"
     )
     templates: str = field(
-        "", doc="PromptSource's templates.yaml or .jinja files, or with `dataset` the folder of all its templates; "
-        "empty: records have `text` and `target`",
+        "", path=True, doc="PromptSource's templates.yaml or .jinja files, or with `dataset` the folder of all its "
+        "templates; empty: records have `text` and `target`",
     )  # fmt: skip
     cap: int = field(
         0,
@@ -68,7 +68,9 @@ class TokenizerConfig(Section):
 
     vocab_size: int = field(8000, at_least=1, doc="pieces to train, including special tokens")
     path: str = field(
-        "", doc="read this instead of training one: a tokenizer.model of ours, or the official ice_text.model"
+        "",
+        path=True,
+        doc="read this instead of training one: a tokenizer.model of ours, or the official ice_text.model",
     )
     pinned: bool = field(False, doc="ice_text.model as in 2022: newlines, tabs and runs of spaces are lost")
 
@@ -156,7 +158,9 @@ class Blanks(BlankOptions):
     gmask: float = field(0.7, at_least=0, doc="share of rows with a [gMASK] suffix")
     smask: float = field(0.0, at_least=0, doc="share of rows with [sMASK] sentences")
     instruction: float = field(0.0, at_least=0, doc="share of rows with prompts and answers, from data.instructions")
-    history: History = field((), example=(0, {"mask": 1.0}), doc="instead of these shares, their history over samples")
+    history: History = field(
+        (), at_least=0, example=(0, {"mask": 1.0}), doc="instead of these shares, their history over samples"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,7 +186,10 @@ class Data(Section):
     """The section `data`."""
 
     cache: str = field(
-        "", role="operational", doc="folder for fetched text, tokenizers and shards; empty: the user's cache folder"
+        "",
+        path=True,
+        role="operational",
+        doc="folder for fetched text, tokenizers and shards; empty: the user's cache folder",
     )
     sources: Mapping[str, Source] = section(dict[str, Source], doc="corpora by name")
     seed: int = field(
@@ -197,6 +204,8 @@ class Data(Section):
     temperature: float = field(
         0.0, at_least=0, doc="above 0: multiply weights by tokens ** (1 / temperature); 1 draws sources by size"
     )
-    weights: History = field((), example=(0, {"name": 1.0}), doc="history of the sources' weights over samples")
+    weights: History = field(
+        (), at_least=0, example=(0, {"name": 1.0}), doc="history of the sources' weights over samples"
+    )
     instructions: Mapping[str, InstructionSet] = section(dict[str, InstructionSet], doc="prompts with answers, by name")
     blanks: Blanks = section(Blanks)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from ml_collections import ConfigDict  # pyright: ignore[reportMissingTypeStubs]
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict  # pyright: ignore[reportMissingTypeStubs]
 from glm_jax.config.data import BlankOptions, Data, InstructionSet, Source
 from glm_jax.config.fields import (
     Definition,
+    Key,
     Role,
     Section,
     build,
@@ -27,7 +29,10 @@ from glm_jax.config.fields import (
     flatten,
     is_mapping,
     is_section,
+    names,
+    plain,
     section,
+    shown,
     to_dict,
 )
 from glm_jax.config.model import GLMConfig, Model
@@ -118,6 +123,19 @@ def keys(
             yield one._replace(name=f"{prefix}{one.name}"), own
 
 
+def definition(key: str) -> Definition | None:
+    """Return the definition of a dotted key, of a section or of an entry of a table by name; None if there is none."""
+    found = Definition("", Experiment, None, Key(""))
+    for name in key.split("."):
+        entry = entry_type(found.type)
+        inner = definitions(found.type) if is_section(found.type) else ()
+        one = found._replace(type=entry) if entry and name else next((one for one in inner if one.name == name), None)
+        if one is None:
+            return None
+        found = one
+    return found._replace(name=key)
+
+
 def role(key: str) -> Role:
     """Return the role of a dotted key; if there is no such key, the role of the section it would be in."""
     kind: object = Experiment
@@ -149,51 +167,58 @@ def instructions(**changes: object) -> Config:
     return ConfigDict(to_dict(InstructionSet()) | changes)
 
 
-def resolve(config: Config | Mapping[str, object]) -> Experiment:
+def resolve(config: Config | Mapping[str, object], changes: Changes = MappingProxyType({})) -> Experiment:
     """Fill in missing keys, and check every key, type and value.
 
     Args:
-        config: the result of `get_config()`, with flags applied.
+        config: the result of `get_config()`.
+        changes: values by dotted key, in place of the config's.
 
     Raises:
         UserError: a key does not exist (the message suggests the nearest), or a value has the wrong type or is out of
             range.
     """
-    values = _plain(config)
-    if not is_mapping(values):
-        raise UserError(f"the config is {values!r}: let get_config() return default_config() with its changes")
-    return build(Experiment, values)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, ConfigDict):
-        return value.to_dict()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    return value
+    values = plain(config)
+    if not isinstance(values, dict):
+        raise UserError(f"the config is {shown(config)}: let get_config() return default_config() with its changes")
+    return build(Experiment, _changed(cast(Json, values), changes))
 
 
 def with_changes(experiment: Experiment, changes: Changes) -> Experiment:
-    """Return an experiment with the dotted keys of `changes` set; None removes a key.
+    """Return an experiment with the dotted keys of `changes` set; None removes a key of a table's entry, or the entry.
 
     Raises:
         UserError: a key does not exist, or a value is not valid for it.
     """
-    plain = to_dict(experiment)
+    values = _changed(to_dict(experiment), changes)
+    for table in ("sources", "instructions"):
+        entries: object = values["data"][table]
+        if is_mapping(entries):  # without those of which all keys were removed
+            values["data"][table] = {name: left for name, left in entries.items() if left}
+    return build(Experiment, values)
+
+
+def _changed(values: Json, changes: Changes) -> Json:
+    """Change nested dicts by dotted key, as `with_changes` does, and return them."""
     for key, value in changes.items():
         *path, last = key.split(".")
-        part = plain
+        part = values
         for name in path:
             inner: object = part.setdefault(name, {})
             if not is_mapping(inner):
                 raise UserError(f"unknown config key {key}: {key.rpartition('.')[0]} is not a section")
-            part = cast(Json, inner)  # `to_dict` makes nothing but dicts
-        if value is None:
+            part = cast(Json, inner)  # `to_dict` and `plain` make nothing but dicts
+        in_table = key.startswith(("data.sources.", "data.instructions."))
+        known = definition(key)
+        if known is not None and is_section(known.type) and not in_table:
+            raise UserError(f"{key} is a section: set its keys, such as {key}.{next(names(known.type))}")
+        if value is not None:
+            part[last] = plain(value)
+        elif in_table:
             part.pop(last, None)
         else:
-            part[last] = _plain(value)
-    for entries in (plain["data"]["sources"], plain["data"]["instructions"]):
-        for name in [name for name, values in entries.items() if not values]:
-            del entries[name]  # all its keys were removed
-    return build(Experiment, plain)
+            raise UserError(f"{key} is None: give it a value, because only entries of a table can be removed")
+    return values
 
 
 def by_key(experiment: Experiment) -> dict[str, object]:
@@ -226,7 +251,10 @@ def from_json(text: str) -> Experiment:
         ValueError: `text` is not a JSON object.
         UserError: a key does not exist, or a value is not valid for it.
     """
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not is_mapping(values):
         raise ValueError(f"{text[:80]!r} is not a JSON object")
     return resolve(values)

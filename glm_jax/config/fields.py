@@ -11,11 +11,16 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Literal, NamedTuple, TypeGuard, TypeVar, Union, cast
+
+from ml_collections import ConfigDict  # pyright: ignore[reportMissingTypeStubs]
 
 from glm_jax.errors import UserError
 from glm_jax.types import Json
@@ -25,6 +30,9 @@ from glm_jax.types import Json
 Role = Literal["frozen", "operational", "numbers"]
 
 T = TypeVar("T")
+
+LARGEST = 2**31 - 1  # of whole numbers without another limit: sizes and steps are int32 on devices
+LONGEST = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Key:
         role: None to take the role of the section that holds the key.
         above, at_least, at_most, below: bounds of a number.
         example: a valid entry of a tuple, for messages.
+        path: whether a text names a file or a folder; ~ is expanded.
     """
 
     doc: str
@@ -45,6 +54,7 @@ class Key:
     at_most: float | None = None
     below: float | None = None
     example: object = None
+    path: bool = False
 
     def bounds(self) -> str:
         """Describe the range; empty without bounds."""
@@ -81,12 +91,13 @@ def field(
     at_most: float | None = None,
     below: float | None = None,
     example: object = None,
+    path: bool = False,
 ) -> T:
     """Define a key of a section; see `Key`. Choices come from a Literal in the field's type.
 
     To a type checker, the result is the default itself.
     """
-    key = Key(doc, role, above, at_least, at_most, below, example)
+    key = Key(doc, role, above, at_least, at_most, below, example, path)
     return dataclasses.field(default=default, metadata={"key": key})
 
 
@@ -132,7 +143,7 @@ class Section:
         for name, kind, _, key in definitions(type(self)):
             problem = _problem(getattr(self, name), kind, key)
             if problem:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, it must {problem}")
+                raise ValueError(f"{name} is {shown(getattr(self, name))}, it must {problem}")
 
 
 def _problem(value: object, kind: object, key: Key) -> str:
@@ -145,7 +156,36 @@ def _problem(value: object, kind: object, key: Key) -> str:
         return "be a finite number"
     if isinstance(value, int | float) and not isinstance(value, bool) and not key.holds(value):
         return key.bounds()
+    if type(value) is int and key.at_most is None and abs(value) > LARGEST:
+        return f"be at most {_shown(LARGEST)}"
+    if isinstance(value, str):
+        return path_problem(value) if key.path else _text_problem(value)
     return ""
+
+
+def _text_problem(text: str) -> str:
+    return "be valid UTF-8" if any("\ud800" <= character <= "\udfff" for character in text) else ""
+
+
+def path_problem(path: str) -> str:
+    """Return the requirement that the name of a file or folder fails, such as "be valid UTF-8"; empty if it is valid.
+
+    Whether the file exists is another question.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        return "name a file or folder of this machine: URLs and object stores cannot be read"
+    return "not have a null character" if "\0" in path else _text_problem(path)
+
+
+def local_path(path: str | Path, what: str) -> Path:
+    """Return the path of a file or folder, with ~ expanded.
+
+    Raises:
+        UserError: it cannot be one; the line calls it `what`.
+    """
+    if problem := path_problem(str(path)):
+        raise UserError(f"{what} is {shown(str(path))}, it must {problem}")
+    return Path(os.path.expanduser(path))
 
 
 def is_section(kind: object) -> TypeGuard[type[Section]]:
@@ -162,6 +202,22 @@ def entry_type(kind: object) -> type[Section] | None:
 def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
     """Whether a value is a mapping by name."""
     return isinstance(value, Mapping) and all(isinstance(name, str) for name in cast(Mapping[object, object], value))
+
+
+def plain(value: object) -> object:
+    """Return a value with nested dicts in place of the mappings and ConfigDicts in it."""
+    if isinstance(value, ConfigDict):
+        value = cast(object, value.to_dict())  # pyright: ignore[reportUnknownMemberType]
+    return {name: plain(inner) for name, inner in value.items()} if is_mapping(value) else value
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: as Python writes it, in one line, and not too long."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a class of the user's, or a whole number of more than 4300 digits
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def is_list(value: object) -> TypeGuard[Sequence[object]]:
@@ -196,7 +252,11 @@ def to_dict(values: Section) -> Json:
 
 def closest(key: str, known: list[str], listing: str = "config show --config NAME") -> str:
     """Return a suggestion: the known key that was probably meant, or the command that lists all of them."""
-    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    last = re.split(r"[./]", key)[-1]
+    same = [one for one in known if re.split(r"[./]", one)[-1] == last]  # right but for its section or folder
+    matches = difflib.get_close_matches(key, same, n=1, cutoff=0) or difflib.get_close_matches(
+        key, known, n=1, cutoff=0.5
+    )
     if matches:
         return f"did you mean {matches[0]}?"
     return f"`glm-jax {listing}` lists all of them"
@@ -231,7 +291,7 @@ def build(kind: type[S], values: Mapping[str, object], where: str = "", known: l
         if entry is None and not is_section(one.type):
             made[name] = convert(key, value, one.type, one.key, one.default)
         elif not is_mapping(value):
-            raise UserError(f"{key} is {value!r}: it is a section, set its keys")
+            raise UserError(f"{key} is {shown(value)}: it is a section, set its keys")
         elif entry is not None:
             made[name] = {label: _table_entry(entry, keys, f"{key}.{label}") for label, keys in value.items()}
         elif is_section(one.type):
@@ -243,8 +303,11 @@ def build(kind: type[S], values: Mapping[str, object], where: str = "", known: l
 
 
 def _table_entry(kind: type[Section], keys: object, where: str) -> Section:
+    name = where.rpartition(".")[2]
+    if not name.isprintable() or not name:
+        raise UserError(f"{where} has no usable name: choose one of letters, digits, - and _")
     if not is_mapping(keys):
-        raise UserError(f"{where} is {keys!r}: give it keys, such as path and weight")
+        raise UserError(f"{where} is {shown(keys)}: give it keys, such as path and weight")
     return build(kind, keys, f"{where}.")
 
 
@@ -269,18 +332,21 @@ def convert(where: str, value: object, kind: object, key: Key, default: object) 
     if origin in (tuple, Union, UnionType) and is_list(value):
         return _convert_tuple(where, value, kind, key)
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.copysign(math.inf, value)  # which is refused as any infinity is
     if type(value) is not kind:
-        raise UserError(f"{where} is {value!r}, it must be of type {type(default).__name__} (such as {default!r})")
-    return value
+        raise UserError(f"{where} is {shown(value)}, it must be of type {type(default).__name__} (such as {default!r})")
+    return os.path.expanduser(value) if key.path and isinstance(value, str) else value
 
 
 def _convert_tuple(where: str, value: Sequence[object], kind: object, key: Key) -> tuple[object, ...]:
     if typing.get_origin(kind) is not tuple:  # a fixed count of numbers, or none: tuple[int, int] | tuple[()]
         count = max(len(typing.get_args(one)) for one in typing.get_args(kind))
         if value and (len(value) != count or any(type(entry) is not int for entry in value)):
-            raise UserError(f"{where} is {value!r}, it must hold {count} whole numbers, or nothing")
-        return tuple(value)
+            raise UserError(f"{where} is {shown(value)}, it must hold {count} whole numbers, or nothing")
+        return tuple(_valid(where, entry, int, _UNBOUNDED) for entry in value)
     return tuple(_convert_pair(where, entry, typing.get_args(kind)[0], key) for entry in value)
 
 
@@ -288,11 +354,22 @@ def _convert_pair(where: str, entry: object, kind: object, key: Key) -> tuple[in
     """Convert a pair: a whole number, then a number or a mapping by name."""
     second = typing.get_args(kind)[1]
     if is_list(entry) and len(entry) == 2 and type(entry[0]) is int:
-        inner = entry[1]
+        first, inner = _valid(where, entry[0], int, _UNBOUNDED), entry[1]
         if typing.get_origin(second) is not None:
             if is_mapping(inner):
                 of = typing.get_args(second)[1]
-                return entry[0], {name: convert(f"{where} of {name}", one, of, key, 0.0) for name, one in inner.items()}
+                return first, {name: _valid(f"{where} of {name}", one, of, key) for name, one in inner.items()}
         elif type(inner) in (int, second):
-            return entry[0], second(inner)
-    raise UserError(f"{where} holds {entry!r}: its entries are pairs such as {key.example!r}")
+            return first, _valid(where, inner, second, key)
+    raise UserError(f"{where} holds {shown(entry)}: its entries are pairs such as {key.example!r}")
+
+
+_UNBOUNDED = Key("a number in a tuple")
+
+
+def _valid(where: str, value: T, kind: object, key: Key) -> T:
+    """Return a value in a tuple, converted to its type and checked."""
+    converted = convert(where, value, kind, key, 0.0)
+    if problem := _problem(converted, kind, key):
+        raise UserError(f"{where} holds {shown(value)}, it must {problem}")
+    return cast(T, converted)

@@ -69,7 +69,7 @@ def write(workdir: Path, out: Path | None = None) -> Path:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UserError("report needs matplotlib: pip install 'glm-jax[plots]'") from error
+        raise UserError("report needs matplotlib: pip install -e '.[plots]'") from error
     record = read(workdir)
     config = _read_config(workdir)
     name = workdir.absolute().name

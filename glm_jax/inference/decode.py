@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.data.rows.blanks import sample_positions
+from glm_jax.errors import UserError
 from glm_jax.inference.strategies import Sampling
 from glm_jax.model import Cache, GLMConfig, apply_cached, init_cache
 from glm_jax.types import Tree
@@ -19,6 +20,10 @@ Array = jax.Array
 BUCKET = 64  # rows are padded to a multiple of it, so that few lengths are compiled
 
 
+class NotFinite(UserError):
+    """A model whose logits are infinite or not numbers."""
+
+
 class _Progress(NamedTuple):
     tokens: Array  # int32 [T], the row: context, sop, generated tokens
     place: Array  # int32 [], of the newest token
@@ -26,6 +31,7 @@ class _Progress(NamedTuple):
     cache: Cache
     key: Array
     done: Array  # bool []
+    finite: Array  # bool [], whether all logits so far were
 
 
 def row_positions(cfg: GLMConfig, length: int, context: int, blank: int, repeats: bool) -> np.ndarray:
@@ -57,10 +63,11 @@ def _generate(
     banned: Array,
     ends: Array,
     key: Array,
-) -> tuple[Array, Array]:
-    """Generate after the sop at place `sop` until an end token or place `stop`; return the row and the last place.
+) -> tuple[Array, Array, Array]:
+    """Generate after the sop at place `sop` until an end token, place `stop`, or logits that are not finite.
 
-    tokens int32 [T], positions int32 [1, T] or [1, 2, T], banned and ends bool [V].
+    tokens int32 [T], positions int32 [1, T] or [1, 2, T], banned and ends bool [V]. Return the row, the last place, and
+    whether all logits were finite.
     """
     length = tokens.shape[0]
     keys, queries = jnp.arange(length), jnp.arange(length)[:, None]
@@ -69,7 +76,7 @@ def _generate(
     logits, cache = apply_cached(cfg, params, tokens[None], positions, allowed[None], cache, jnp.int32(0))
 
     def unfinished(progress: _Progress) -> Array:
-        return ~progress.done & (progress.place < stop)
+        return progress.finite & ~progress.done & (progress.place < stop)
 
     def extend(progress: _Progress) -> _Progress:
         key, choice_key = jax.random.split(progress.key)
@@ -81,11 +88,13 @@ def _generate(
         logits, cache = apply_cached(
             cfg, params, token[None, None], positions, (keys <= place)[None, None], progress.cache, place
         )
-        return _Progress(row, place, logits[0, 0], cache, key, ends[token])
+        finite = jnp.isfinite(logits).all()  # in the loop on the device: asking the host would slow it down
+        return _Progress(row, place, logits[0, 0], cache, key, ends[token], finite)
 
-    start = _Progress(tokens, sop, logits[0, sop], cache, key, jnp.bool_(False))
+    first = logits[0, sop]  # [V]
+    start = _Progress(tokens, sop, first, cache, key, jnp.bool_(False), jnp.isfinite(first).all())
     end = jax.lax.while_loop(unfinished, extend, start)
-    return end.tokens, end.place
+    return end.tokens, end.place, end.finite
 
 
 def generate(
@@ -116,6 +125,9 @@ def generate(
 
     Returns:
         The generated tokens.
+
+    Raises:
+        NotFinite: the model gives logits that are not finite.
     """
     size = len(context)
     length = -(-(size + 1 + budget) // BUCKET) * BUCKET
@@ -125,7 +137,9 @@ def generate(
     end_tokens = np.zeros(cfg.vocab_size, bool)  # [V]
     end_tokens[ends] = True
     arrays = (tokens, positions, np.int32(size), np.int32(size + budget), banned, end_tokens, key)
-    row, place = _generate(cfg, sampling, params, *arrays)
+    row, place, finite = _generate(cfg, sampling, params, *arrays)
+    if not finite:
+        raise NotFinite("the model's logits are not finite: the run has diverged, use an earlier checkpoint")
     generated = np.asarray(row)[size + 1 : int(place) + 1].tolist()
     if generated and generated[-1] in ends:
         generated.pop()

@@ -1,4 +1,4 @@
-"""Fills a few held-out blanks, so that a finished run shows what it has learnt."""
+"""Fill a few held-out blanks, so that a finished run shows what it has learnt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
-from glm_jax.inference.fill import fill
+from glm_jax.inference.decode import NotFinite
+from glm_jax.inference.fill import fill, printable
 from glm_jax.model import GLMConfig
 from glm_jax.types import Tree
 
@@ -49,9 +50,12 @@ def heldout(
             after = tokenizer.decode(tokens[start + SPAN : start + SPAN + side])
             try:
                 pieces = fill(cfg, params, tokenizer, f"{before}[MASK]{after}", max_tokens=BUDGET)
+            except NotFinite as error:
+                yield f"no blanks are filled: {error}"
+                return
             except UserError:  # encoded again, this passage does not fit a row
                 continue
             shown += 1
             filled = " / ".join(piece.text for piece in pieces if piece.filled)
-            yield f"{source} ({languages[source]}) ...{before}[MASK]{after}..."
+            yield f"{source} ({languages[source]}) ...{printable(before)}[MASK]{printable(after)}..."
             yield f"    filled {filled!r}, was {truth!r}"

@@ -1,8 +1,10 @@
-"""Fills blanks in text: takes a prompt with [MASK], [sMASK] or [gMASK], returns the filled text."""
+"""Fill blanks in text: take a prompt with [MASK], [sMASK] or [gMASK], return the filled text."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,6 +36,7 @@ def fill(
     max_tokens: int = 64,
     sampling: Sampling = GREEDY,
     seed: int = 1234,
+    say: Callable[[str], None] | None = None,
 ) -> list[Piece]:
     """Fill every blank of a prompt in turn; each fill is context for the next.
 
@@ -42,12 +45,14 @@ def fill(
     Args:
         cfg, params, tokenizer: the trained model.
         prompt: text with blanks.
-        max_tokens: the largest number of tokens in a fill.
+        max_tokens: the largest number of tokens in a fill; fewer if the model's longest row has no place for them.
         sampling: how tokens are chosen.
         seed: of the sampling.
+        say: called with one line if a fill may have fewer than `max_tokens` tokens.
 
     Raises:
-        UserError: the prompt is empty or not valid UTF-8, or prompt and fill do not fit the model's longest row.
+        UserError: the prompt is empty or not valid UTF-8, or leaves no place in the model's longest row, or the model's
+            logits are not finite (NotFinite).
     """
     pieces = _split(prompt)
     kinds = {"[MASK]": tokenizer.mask, "[sMASK]": tokenizer.smask, "[gMASK]": tokenizer.gmask}
@@ -59,11 +64,15 @@ def fill(
         context = [token for part in encoded for token in part]
         if not _is_blank(pieces[-1]):
             context.append(tokenizer.eos)
-        if len(context) + 1 + max_tokens > cfg.max_length:
+        room = cfg.max_length - len(context) - 1  # sop takes a place
+        if room < 1:
             raise UserError(
-                f"the prompt has {len(context)} tokens and {max_tokens} more may come, but the model's rows hold "
-                f"{cfg.max_length}: shorten the prompt or lower --max_tokens"
+                f"the prompt has {len(context)} tokens and leaves no place for a fill in the model's rows of "
+                f"{cfg.max_length}: shorten the prompt"
             )
+        if room < max_tokens and say is not None:
+            say(f"{pieces[place].text} gets at most {room} tokens: the prompt has {len(context)}, "
+                f"the model's rows hold {cfg.max_length}")  # fmt: skip
         key, fill_key = jax.random.split(key)
         generated = generate(
             cfg,
@@ -74,12 +83,22 @@ def fill(
             repeats=pieces[place].text != "[gMASK]",
             ends=[tokenizer.eop, tokenizer.eos],
             banned=banned,
-            budget=max_tokens,
+            budget=min(max_tokens, room),
             sampling=sampling,
             key=fill_key,
         )
         pieces[place] = Piece(tokenizer.decode(generated), True)
     return pieces
+
+
+def printable(text: str) -> str:
+    """Return text for a terminal: control characters other than newlines and tabs are escaped, as in \\x1b."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) == "Cc" and character not in "\n\t"
+        else character
+        for character in text
+    )
 
 
 def _split(prompt: str) -> list[Piece]:

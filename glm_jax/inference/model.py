@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from glm_jax.config.fields import local_path
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.model import GLMConfig
 from glm_jax.types import Tree
@@ -25,8 +26,8 @@ class Model:
         """Open the newest good checkpoint of a workdir.
 
         Raises:
-            UserError: the workdir holds no run, no checkpoint, or none with good params.
+            UserError: the workdir is a URL, or holds no run, no checkpoint, or none with good params.
         """
-        workdir = Path(workdir)
+        workdir = local_path(workdir, "the workdir")
         config, tokenizer = folder.read_config(workdir), folder.read_tokenizer(workdir)
         return cls(config.glm(tokenizer.size), load_params(workdir), tokenizer)

@@ -19,14 +19,13 @@ Every combination of the axes is a member, in the order of the axes, the last on
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
-from glm_jax.config import Experiment, by_key, with_changes
+from glm_jax.config import Experiment, by_key, files, with_changes
 from glm_jax.config.fields import in_section, to_dict
 from glm_jax.errors import UserError
 from glm_jax.training import recipe
@@ -94,17 +93,8 @@ def load(path: Path) -> Sweep:
     Raises:
         UserError: it has no `get_sweep`, or one that does not return axes.
     """
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise UserError(f"--config {path} cannot be read: is the path right?")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "get_sweep", None)):
-        raise UserError(f"{path} has no get_sweep(): it is an experiment for `glm-jax train`, not a sweep")
-    try:
-        axes = module.get_sweep()
-    except Exception as error:  # the user's own code may raise anything
-        raise UserError(f"{path}: get_sweep() fails with {type(error).__name__} ({error}): fix it") from error
+    otherwise = "it is an experiment for `glm-jax train`, not a sweep"
+    axes = files.call(path, files.read(path), "get_sweep", otherwise)
     return read_axes(axes, str(path))
 
 

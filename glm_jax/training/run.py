@@ -78,7 +78,6 @@ class Run:
         self.closing = contextlib.ExitStack()  # runs when everything is written
         if processes.is_first():
             self.closing.enter_context(folder.lock(workdir))
-            folder.write(workdir, config, prepared.tokenizer)
         processes.wait_for_all()
         self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every, self._say)
         profiled = config.train.profile if processes.is_first() else ()
@@ -269,6 +268,8 @@ class Run:
         """Restore the newest good checkpoint, or make the first state."""
         run = self._restore()
         self.record = Record(self.workdir, self.step, primary=processes.is_first())
+        if processes.is_first():  # only now, when nothing in the workdir can be refused any more
+            folder.write(self.workdir, self.config, self.prepared.tokenizer)
         if run is None:
             parameters, mesh = self.stretch.cfg.engine.model.num_parameters, dict(self.stretch.mesh.shape)
             self._say(f"model: {parameters:,} parameters, mesh {mesh}")

@@ -210,6 +210,21 @@ def test_a_tokenizer_from_a_file(folder: Path):
         run(config)
 
 
+def test_a_tokenizer_that_does_not_fit_is_told_before_a_source_is_read(folder: Path):
+    (folder / "given.model").write_bytes(sentencepiece.train(ENGLISH * 4, 450))
+    (folder / "bad.model").write_bytes(b"not a model")
+    for changes, said in (
+        ({"data.tokenizer.path": str(folder / "none.model")}, "cannot read the tokenizer"),
+        ({"data.tokenizer.path": str(folder)}, "cannot read the tokenizer"),
+        ({"data.tokenizer.path": str(folder / "bad.model")}, "is not a SentencePiece model"),
+        ({"data.tokenizer.path": str(folder / "given.model"), "model.vocab_size": 300}, "model.vocab_size 300 is less"),
+    ):
+        said_before: list[str] = []
+        with pytest.raises(UserError, match=said):
+            prepare.prepare(with_changes(make_config(folder), changes), said_before.append)
+        assert not said_before and not any((folder / "cache").rglob("*.json"))
+
+
 def test_damaged_records_are_left_out_when_not_strict(folder: Path):
     with open(folder / "en.jsonl", "a", encoding="utf-8") as file:
         file.write("{broken\n")

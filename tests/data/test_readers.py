@@ -102,7 +102,7 @@ def test_a_missing_package_is_named_with_the_extra_for_it_alone(
     with pytest.raises(UserError) as caught:
         list(read(path, form))
     named = form.removeprefix("jsonl.").replace("zst", "zstd")
-    assert str(caught.value) == f"reading {named} needs the package {module}: pip install 'glm-jax[{extra}]'"
+    assert str(caught.value) == f"reading {named} needs the package {module}: pip install -e '.[{extra}]'"
     extras = configparser.RawConfigParser()
     extras.read(Path(__file__).parents[2] / "setup.cfg")
     assert [re.split("[<>=]", line)[0] for line in extras["options.extras_require"][extra].split()] == [module]

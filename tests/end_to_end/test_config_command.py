@@ -38,7 +38,7 @@ def test_experiments_are_found_by_name_from_any_directory(tmp_path: Path) -> Non
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[0, 0, 0, 0, 0, 0, 2]", done.stderr
-    assert done.stderr.splitlines()[-1] == "error: --config quickstar cannot be read: did you mean quickstart?"
+    assert done.stderr.splitlines()[-1] == "error: there is no experiment quickstar: did you mean quickstart?"
 
 
 def test_config_and_help_do_not_import_jax(experiment: Path) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.inference.decode import generate, row_positions
+from glm_jax.inference.decode import NotFinite, generate, row_positions
 from glm_jax.inference.strategies import GREEDY, Sampling
 from glm_jax.model import GLMConfig, apply, init
 
@@ -79,3 +79,27 @@ def test_temperature_flattens() -> None:
     keys = jax.random.split(jax.random.key(0), 2000)
     shares = [float((jax.vmap(lambda key, t=t: Sampling(t).choose(logits, key))(keys) == 0).mean()) for t in (1.0, 4.0)]
     assert shares == pytest.approx([1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(-0.5))], abs=0.04)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-45, 1e-40, 1.2e-38, 1e-38, 1e-30, 1e-10, 1e-4])
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 1.0), (0, 0.5), (0, 1e-45)])
+def test_small_temperatures_are_greedy(temperature: float, top_k: int, top_p: float) -> None:
+    logits = jnp.array([-3.0, 8.25, -jnp.inf, 8.0, -1e30, 0.0])
+    assert chosen(Sampling(temperature, top_k, top_p), logits) == {1}
+    assert chosen(Sampling(temperature, top_k, top_p), logits - 1e4) == {1}
+
+
+@pytest.mark.parametrize("temperature", [1e10, 3e38, 1e39, 1e308])
+def test_large_temperatures_are_uniform_and_never_choose_what_is_banned(temperature: float) -> None:
+    assert chosen(Sampling(temperature), jnp.array([-3.0, 8.0, -jnp.inf, 0.0])) == {0, 1, 3}
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("token", [5, 40])  # in the context; generated, after some tokens at the earliest
+def test_logits_that_are_not_finite_are_refused(damage: float, token: int) -> None:
+    params = init(CONFIG, jax.random.key(3))
+    word = params["embedding"]["word"]
+    params["embedding"]["word"] = word.at[token, 0].set(damage)  # the head is tied: the logit of `token`, everywhere
+    settings = {"sop": SOP, "repeats": True, "ends": [EOP], "banned": np.isin(np.arange(64), [MASK, SOP]), "budget": 12}
+    with pytest.raises(NotFinite, match="^the model's logits are not finite: "):
+        generate(CONFIG, params, [5, 9, MASK, 11, 3], 2, **settings, sampling=GREEDY, key=jax.random.key(0))

@@ -9,7 +9,7 @@ import pytest
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
 from glm_jax.errors import UserError
 from glm_jax.inference.examples import heldout
-from glm_jax.inference.fill import Piece, fill
+from glm_jax.inference.fill import Piece, fill, printable
 from glm_jax.inference.strategies import Sampling
 from glm_jax.model import GLMConfig, init
 
@@ -86,3 +86,24 @@ def test_examples_show_the_truth_beside_the_fill(model: Model, tokenizer: Tokeni
     before, after = lines[0].removeprefix("en (en) ...").removesuffix("...").split("[MASK]")
     truth = lines[1].split("was ")[1].strip("'")
     assert f"{before}{truth}{after}" in text
+
+
+def test_examples_of_a_model_that_has_diverged_are_one_line(model: Model, tokenizer: Tokenizer) -> None:
+    document = np.array([*tokenizer.encode("the small array returns a new shape of given type " * 3), tokenizer.eos])
+    cfg, params = model
+    broken = jax.tree.map(lambda array: array * np.nan, params)
+    lines = list(heldout(cfg, broken, tokenizer, {"en": [document] * 9, "zh": [document]}, {"en": "en", "zh": "zh"}))
+    assert len(lines) == 1 and "logits are not finite" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("a\n\tb 中文 é", "a\n\tb 中文 é"),
+        ("\x1b[31m\x07\r\x00", r"\x1b[31m\x07\r\x00"),
+        ("\x7f\x9b2J\x85", r"\x7f\x9b2J\x85"),
+        (r"a\b", r"a\b"),
+    ],
+)
+def test_control_characters_are_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown

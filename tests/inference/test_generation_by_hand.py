@@ -170,19 +170,28 @@ def test_the_seed_and_the_sampling_reach_every_blank(asked: list[dict[str, Any]]
     sampling = Sampling(temperature=0.5, top_k=3)
     cfg: Any = SimpleNamespace(vocab_size=40, max_length=67)  # the blank, a letter, sop and the default budget of 64
     for seed in (1234, 5, 5, None):
-        more = {} if seed is None else {"seed": seed}
+        more: dict[str, Any] = {} if seed is None else {"seed": seed}
         fill.fill(cfg, "params", LETTERS, "a[MASK]", sampling=sampling, **more)
     first, second, third, default = (np.asarray(jax.random.key_data(call["key"])).tolist() for call in asked)
     assert first != second == third and default == first
     assert all(call["sampling"] is sampling and call["budget"] == 64 for call in asked)
 
 
-def test_a_prompt_fits_to_the_last_place(asked: list[dict[str, Any]]) -> None:
+def test_a_fill_gets_what_the_row_has_left(asked: list[dict[str, Any]]) -> None:
     """A row of 64 holds the context (50 letters, the blank, eos), sop and 11 tokens, but no more."""
-    with pytest.raises(fill.UserError, match="the prompt has 52 tokens and 12 more may come, but .* hold 64"):
-        fill.fill(MODEL, "params", LETTERS, "a[MASK]" + "b" * 49, max_tokens=12)
-    assert not asked
-    fill.fill(MODEL, "params", LETTERS, "a[MASK]" + "b" * 49, max_tokens=11)
+    said: list[str] = []
+    for wanted in (10, 11, 12, 2**62):
+        fill.fill(MODEL, "params", LETTERS, "a[MASK]" + "b" * 49, max_tokens=wanted, say=said.append)
+    assert [call["budget"] for call in asked] == [10, 11, 11, 11]
+    assert said == ["[MASK] gets at most 11 tokens: the prompt has 52, the model's rows hold 64"] * 2
+
+
+def test_a_prompt_fits_to_the_last_place(asked: list[dict[str, Any]]) -> None:
+    """The context (60 letters, the blank, eos) and sop leave one place, and with another letter none."""
+    fill.fill(MODEL, "params", LETTERS, "a[MASK]" + "b" * 59, max_tokens=12)
+    assert [call["budget"] for call in asked] == [1]
+    with pytest.raises(fill.UserError, match="the prompt has 63 tokens and leaves no place .* 64: shorten the prompt"):
+        fill.fill(MODEL, "params", LETTERS, "a[MASK]" + "b" * 60, max_tokens=12)
     assert len(asked) == 1
 
 

@@ -160,7 +160,7 @@ def overrides() -> Target:
         lines = [f"--config.{line}" for line in data.decode("utf-8", "replace").split("\n")]
         arguments = ["--config=tiny", *lines]
         values = common.flag_values("train", "")
-        common.define_config(values, arguments)
+        common.define_config(values)
         with contextlib.redirect_stdout(io.StringIO()):
             return common.parse(values, arguments, []) and common.load(values)
 

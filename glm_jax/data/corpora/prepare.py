@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_jax.config import Experiment
-from glm_jax.config.data import Data, Source, TokenizerConfig
+from glm_jax.config.data import Data, Source
 from glm_jax.data.corpora import corpus, samples
 from glm_jax.data.corpora.build import Workers, made
 from glm_jax.data.corpora.corpus import Input
@@ -30,8 +30,8 @@ from glm_jax.data.corpora.files import Found, find_files
 from glm_jax.data.corpora.shards import Shards, write_shards
 from glm_jax.data.instructions import prompts
 from glm_jax.data.instructions.prompts import Instructions
-from glm_jax.data.tokenizers import ice, sentencepiece
-from glm_jax.data.tokenizers.load import load
+from glm_jax.data.tokenizers import sentencepiece
+from glm_jax.data.tokenizers.load import load, read
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.storage.files import open_regular, write_atomic
@@ -71,7 +71,7 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
     The result does not depend on the number of workers, nor on how often the build was killed and restarted.
 
     Args:
-        config: a resolved config, of which only config.data is read.
+        config: a resolved config, of which config.data is read, and whether its model fits a tokenizer that it names.
         report: called with one line for each stage.
         workers: processes that read and tokenise.
         strict: stop at a damaged record; otherwise count it and leave it out. What an earlier call made without
@@ -81,12 +81,15 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
         What batches are made from. A sample that cannot be reached is reported and left out.
 
     Raises:
-        UserError: a source cannot be read, a record is damaged, or no source is left.
+        UserError: the tokenizer or a source cannot be read, a record is damaged, or no source is left.
     """
     data = config.data
     if not data.sources:
         raise UserError("data.sources is empty: give a source a path or a sample")
     cache = cache_directory(data.cache)
+    given = read(data.tokenizer.path, pinned=data.tokenizer.pinned) if data.tokenizer.path else None
+    if given is not None:
+        config.glm(given.size)  # refuse one that does not fit now, not after all sources are read
     documents: dict[str, Path] = {}
     with Workers(workers) as pool:
         for name, source in sorted(data.sources.items()):
@@ -99,11 +102,11 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
         weights = {name: data.sources[name].weight for name in documents}
         if not any(weights.values()):
             raise UserError("the weights of all data.sources are 0: give one a share")
-        read = _tokenizer(documents, weights, data.tokenizer, cache, report)
-        shards = {name: _shards(name, stage, read, cache, report, pool) for name, stage in documents.items()}
-    prompted, prompted_weights = prompts.prepare(data.instructions, read, cache, report)
+        tokenizer = _tokenizer(documents, weights, given, data.tokenizer.vocab_size, cache, report)
+        shards = {name: _shards(name, stage, tokenizer, cache, report, pool) for name, stage in documents.items()}
+    prompted, prompted_weights = prompts.prepare(data.instructions, tokenizer, cache, report)
     return Prepared(
-        tokenizer=read,
+        tokenizer=tokenizer,
         shards={name: {side: Shards.open(shards[name], side) for side in corpus.SPLITS} for name in shards},
         indexes={name: corpus.read_index(directory) for name, directory in shards.items()},
         digests={name: directory.name for name, directory in shards.items()},
@@ -238,27 +241,30 @@ def _file_digest(job: tuple[Path, Path]) -> str:
 
 
 def _tokenizer(
-    documents: Mapping[str, Path], weights: Mapping[str, float], wanted: TokenizerConfig, cache: Path, report: Report
+    documents: Mapping[str, Path],
+    weights: Mapping[str, float],
+    given: Tokenizer | None,
+    vocab_size: int,
+    cache: Path,
+    report: Report,
 ) -> Tokenizer:
     """Return the tokenizer that the config names, or train one on the training documents of all sources."""
     started = time.monotonic()
-    if wanted.path:
-        given = ice.read_model(wanted.path, pinned=wanted.pinned)
-        directory = cache / "tokenizers" / _key(hashlib.sha256(given).hexdigest())
+    if given is not None:
+        directory = cache / "tokenizers" / _key(given.digest)
     else:
-        given = None
         inputs = [(directory.name, weights[name]) for name, directory in documents.items()]
         version = importlib.metadata.version("sentencepiece")
-        directory = cache / "tokenizers" / _key(inputs, wanted.vocab_size, version)
+        directory = cache / "tokenizers" / _key(inputs, vocab_size, version)
 
     def make(building: Path) -> None:
-        model = given or sentencepiece.train(_shares(documents, weights), wanted.vocab_size)
+        model = given.model if given else sentencepiece.train(_shares(documents, weights), vocab_size)
         write_atomic(building / "tokenizer.model", model)
 
     cached = made(directory, make)
-    read = load(directory / "tokenizer.model")
-    report(f"tokenizer: {read.size:,} pieces ({_done('read' if given else 'trained', started, cached)})")
-    return read
+    tokenizer = load(directory / "tokenizer.model")
+    report(f"tokenizer: {tokenizer.size:,} pieces ({_done('read' if given else 'trained', started, cached)})")
+    return tokenizer
 
 
 def _shares(documents: Mapping[str, Path], weights: Mapping[str, float]) -> Iterator[str]:

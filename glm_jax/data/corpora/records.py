@@ -40,4 +40,4 @@ def import_package(form: str, module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         package, extra = PACKAGES[form]
-        raise UserError(f"reading {form} needs the package {package}: pip install 'glm-jax[{extra}]'") from None
+        raise UserError(f"reading {form} needs the package {package}: pip install -e '.[{extra}]'") from None

@@ -34,7 +34,7 @@ def _import_package(package: str, module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"instructions need the package {package}: pip install 'glm-jax[instructions]'") from None
+        raise UserError(f"instructions need the package {package}: pip install -e '.[instructions]'") from None
 
 
 @functools.cache
