@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from glm_jax.cli import common
 from glm_jax.cli.common import say
 from glm_jax.config import with_changes
+
+if TYPE_CHECKING:
+    from glm_jax.training.run import Run
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -36,20 +40,35 @@ def run(arguments: Sequence[str]) -> int:
         resolved = with_changes(resolved, {"interventions": planned})
     processes.start(values.coordinator, values.processes, values.process, resolved.mesh.collective_timeout)
 
-    from glm_jax.inference import Model, examples
     from glm_jax.training.run import DONE, Run
 
     workdir = Path(values.workdir)
 
     def train() -> int:
         run = Run(resolved, workdir, say)
+        finished = run.step >= resolved.train.steps
         code = run.go()
-        if code == DONE and processes.alone():  # the examples need the whole model on one device
-            model = Model.open(workdir)
-            documents = {source: splits["heldout"] for source, splits in run.prepared.shards.items()}
-            languages = run.prepared.languages
-            for line in examples.heldout(model.config, model.params, model.tokenizer, documents, languages):
-                print(line, flush=True)
+        if code == DONE and processes.alone():  # the fills need the whole model on one device
+            _show_fills(run, workdir, log=not finished)
         return code
 
     return processes.together(train)
+
+
+def _show_fills(run: Run, workdir: Path, *, log: bool) -> None:
+    """Fill a few held-out blanks with what was trained, print them, and log them if asked."""
+    from glm_jax.inference import Model, examples
+    from glm_jax.inference.decode import NotFinite
+    from glm_jax.workdir.events import append
+
+    model = Model.open(workdir)
+    documents = {source: splits["heldout"] for source, splits in run.prepared.shards.items()}
+    fills: list[examples.Example] = []
+    try:
+        for fill in examples.heldout(model.config, model.params, model.tokenizer, documents):
+            print(fill.lines(run.prepared.languages[fill.source]), flush=True)
+            fills.append(fill)
+    except NotFinite as error:
+        say(f"no blanks are filled: {error}")
+    if log:
+        append(workdir, [{"event": "fill", "step": run.step, **fill._asdict()} for fill in fills])

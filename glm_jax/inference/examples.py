@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,15 +26,33 @@ class Documents(Protocol):
     def __getitem__(self, index: int, /) -> np.ndarray: ...
 
 
+class Example(NamedTuple):
+    """A passage with a blank, its fill and the truth."""
+
+    source: str
+    text: str  # with [MASK] in the place of the target
+    target: str
+    filled: str
+
+    def lines(self, language: str) -> str:
+        """Return the example as two lines for a terminal."""
+        return (
+            f"{self.source} ({language}) ...{printable(self.text)}...\n    filled {self.filled!r}, was {self.target!r}"
+        )
+
+
 def heldout(
     cfg: GLMConfig,
     params: Tree,
     tokenizer: Tokenizer,
     documents: Mapping[str, Sequence[np.ndarray] | Documents],
-    languages: Mapping[str, str],
     count: int = 3,
-) -> Iterator[str]:
-    """Yield lines: for each source, `count` held-out passages with one blank, its greedy fill and the truth."""
+) -> Iterator[Example]:
+    """Yield, for each source, `count` held-out passages with one blank, filled greedily.
+
+    Raises:
+        NotFinite: the model's logits are not finite.
+    """
     side = min(CONTEXT, (cfg.max_length - SPAN - BUDGET) // 4)  # half a row: encoded again it may have more tokens
     for source, held_out in documents.items():
         shown = 0
@@ -50,12 +68,10 @@ def heldout(
             after = tokenizer.decode(tokens[start + SPAN : start + SPAN + side])
             try:
                 pieces = fill(cfg, params, tokenizer, f"{before}[MASK]{after}", max_tokens=BUDGET)
-            except NotFinite as error:
-                yield f"no blanks are filled: {error}"
-                return
+            except NotFinite:
+                raise
             except UserError:  # encoded again, this passage does not fit a row
                 continue
             shown += 1
             filled = " / ".join(piece.text for piece in pieces if piece.filled)
-            yield f"{source} ({languages[source]}) ...{printable(before)}[MASK]{printable(after)}..."
-            yield f"    filled {filled!r}, was {truth!r}"
+            yield Example(source, f"{before}[MASK]{after}", truth, filled)

@@ -12,7 +12,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
@@ -102,6 +102,19 @@ def drop_after(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
     write_atomic(path, "".join(kept))
+
+
+def append(workdir: Path, events: Iterable[Event]) -> None:
+    """Append events to the metrics.jsonl of a run that has ended.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with open(workdir / METRICS, "ab") as file:
+            file.write("".join(map(json_line, events)).encode("ascii"))
+    except OSError as error:
+        raise UserError(f"{workdir / METRICS} cannot be written ({error.strerror}): make room for it") from error
 
 
 class TensorBoard:

@@ -49,7 +49,7 @@ def test_an_int_may_stand_for_a_float_and_nothing_else_is_converted() -> None:
         ("train.precision", "float8", "float32, bfloat16, float16"),
         ("optimizer.clip_norm", 0.0, "above 0"),
         ("optimizer.warmup_samples", -1, "negative"),
-        ("data.sources.en.format", "docx", "text, jsonl"),
+        ("data.sources.en.format", "docx", "text, lines, jsonl"),
         ("data.sources.en.weight", -1.0, "negative"),
         ("data.sources.en.sample", "", "neither path nor sample"),
     ],

@@ -73,6 +73,10 @@ def test_a_run_leaves_everything_in_its_workdir(finished: Path) -> None:
     assert len(train[1]["activation_rms"]) == 3 and all(value > 0 for value in train[1]["activation_rms"])
     written = [json.loads(line) for line in (finished / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(event.keys() > kills.CLOCK for event in written if event["event"] == "train")
+    fills = [event for event in written if event["event"] == "fill"]
+    assert [event["source"] for event in fills] == ["en"] * 3 + ["zh"] * 3 and written[-6:] == fills
+    for event in fills:
+        assert event["step"] == 12 and "[MASK]" in event["text"] and event["target"] and "filled" in event
     saves = [event for event in written if event["event"] == "checkpoint"]
     assert [event["step"] for event in saves] == [5, 10, 12]
     assert all(0 < event["blocked_seconds"] <= event["seconds"] and event["bytes"] > 10**5 for event in saves)

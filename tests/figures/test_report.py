@@ -314,7 +314,7 @@ def test_where_it_cannot_be_written_is_one_line(short: Path, tmp_path: Path) -> 
 
 def test_without_matplotlib_it_says_what_to_install(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'glm-jax\[plots\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[plots\]'"):
         report.write(workdir)
 
 

@@ -81,19 +81,19 @@ def test_examples_show_the_truth_beside_the_fill(model: Model, tokenizer: Tokeni
     document = np.array([*tokenizer.encode(text), tokenizer.eos])
     short = np.array([*tokenizer.encode("too short"), tokenizer.eos])
     cfg, params = model
-    lines = list(heldout(cfg, params, tokenizer, {"en": [short, document, document]}, {"en": "en"}, count=1))
-    assert len(lines) == 2 and "[MASK]" in lines[0]
-    before, after = lines[0].removeprefix("en (en) ...").removesuffix("...").split("[MASK]")
-    truth = lines[1].split("was ")[1].strip("'")
-    assert f"{before}{truth}{after}" in text
+    (example,) = heldout(cfg, params, tokenizer, {"en": [short, document, document]}, count=1)
+    assert example.source == "en" and example.text.replace("[MASK]", example.target) in text
+    first, second = example.lines("english").split("\n")
+    assert first == f"en (english) ...{example.text}..."
+    assert second == f"    filled {example.filled!r}, was {example.target!r}"
 
 
-def test_examples_of_a_model_that_has_diverged_are_one_line(model: Model, tokenizer: Tokenizer) -> None:
+def test_a_model_that_has_diverged_gives_no_examples(model: Model, tokenizer: Tokenizer) -> None:
     document = np.array([*tokenizer.encode("the small array returns a new shape of given type " * 3), tokenizer.eos])
     cfg, params = model
     broken = jax.tree.map(lambda array: array * np.nan, params)
-    lines = list(heldout(cfg, broken, tokenizer, {"en": [document] * 9, "zh": [document]}, {"en": "en", "zh": "zh"}))
-    assert len(lines) == 1 and "logits are not finite" in lines[0]
+    with pytest.raises(UserError, match="logits are not finite"):
+        next(heldout(cfg, broken, tokenizer, {"en": [document] * 9}))
 
 
 @pytest.mark.parametrize(

@@ -219,8 +219,8 @@ def shown(
         documents = [np.append(text[:length], LETTERS.eos) for length in lengths]
         more = {} if count is None else {"count": count}
         cfg: Any = SimpleNamespace(max_length=longest)
-        lines = examples.heldout(cfg, "params", LETTERS, {"src": documents}, {"src": "en"}, **more)
-        return list(lines), calls
+        found = examples.heldout(cfg, "params", LETTERS, {"src": documents}, **more)
+        return [line for example in found for line in example.lines("en").split("\n")], calls
 
     monkeypatch.setattr(examples, "fill", answer)
     return show
