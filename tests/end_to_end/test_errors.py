@@ -83,6 +83,10 @@ def test_a_workdir_of_another_model(experiment: Path, glm_jax: Cli, tmp_path: Pa
     for key, value in (("model.num_layers", 4), ("seed", 7), ("data.seq_length", 32), ("data.tokenizer.vocab_size", 9)):
         line = refused(glm_jax(*arguments, f"--config.{key}={value}"))
         assert key in line and "--workdir" in line
+    record = tmp_path / "run" / "interventions.jsonl"
+    record.write_text("garbage\n")
+    assert "line 1, is damaged" in refused(glm_jax(*arguments, "--config.train.keep=9"))
+    record.unlink()
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
@@ -110,7 +114,7 @@ def test_workdirs_that_cannot_be_used(glm_jax: Cli, experiment: Path, tmp_path: 
     for workdir, said in (
         (tmp_path / "file" / "sub", "is a file"),
         ("x" * 300, "too long"),
-        ("", "--workdir is missing"),
+        ("", "--workdir is empty"),
     ):
         line = refused(glm_jax("train", "--config", experiment, "--workdir", workdir))
         assert said in line

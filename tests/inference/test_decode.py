@@ -1,12 +1,14 @@
 """Decoding with the cache equals computing the whole row again for every token; strategies choose as documented."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm_jax.inference import decode
 from glm_jax.inference.decode import NotFinite, generate, row_positions
 from glm_jax.inference.strategies import GREEDY, Sampling
 from glm_jax.model import GLMConfig, apply, init
@@ -95,11 +97,29 @@ def test_large_temperatures_are_uniform_and_never_choose_what_is_banned(temperat
 
 
 @pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("token", [5, 40])  # in the context; generated, after some tokens at the earliest
-def test_logits_that_are_not_finite_are_refused(damage: float, token: int) -> None:
+@pytest.mark.parametrize("token", [5, 40])  # in the context, and not in it
+def test_logits_of_damaged_params_are_refused(damage: float, token: int) -> None:
     params = init(CONFIG, jax.random.key(3))
     word = params["embedding"]["word"]
     params["embedding"]["word"] = word.at[token, 0].set(damage)  # the head is tied: the logit of `token`, everywhere
     settings = {"sop": SOP, "repeats": True, "ends": [EOP], "banned": np.isin(np.arange(64), [MASK, SOP]), "budget": 12}
     with pytest.raises(NotFinite, match="^the model's logits are not finite: "):
         generate(CONFIG, params, [5, 9, MASK, 11, 3], 2, **settings, sampling=GREEDY, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("place", [0, 9])  # of the prefill, and of the fourth token
+def test_one_place_without_finite_logits_is_enough(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def apply_cached(*arguments: Any) -> tuple[jax.Array, Any]:
+        logits, cache = decode_apply_cached(*arguments)
+        return jnp.where(arguments[-1] == place, jnp.nan, logits), cache
+
+    decode_apply_cached = decode.apply_cached
+    monkeypatch.setattr(decode, "apply_cached", apply_cached)
+    cfg = dataclasses.replace(CONFIG, max_length=129 + place)  # so that nothing compiled is used again
+    params, banned = init(cfg, jax.random.key(3)), np.isin(np.arange(64), [MASK, SOP, EOP])
+    settings = {"sop": SOP, "repeats": True, "ends": [EOP], "banned": banned, "sampling": GREEDY}
+    with pytest.raises(NotFinite):
+        generate(cfg, params, [5, 9, MASK, 11, 3], 2, **settings, budget=12, key=jax.random.key(0))
+    if place:
+        short = generate(cfg, params, [5, 9, MASK, 11, 3], 2, **settings, budget=3, key=jax.random.key(0))
+        assert len(short) == 3

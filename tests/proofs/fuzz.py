@@ -158,7 +158,7 @@ def overrides() -> Target:
     def read(data: bytes) -> object:
         # another experiment file would be run, as it is meant to be
         lines = [f"--config.{line}" for line in data.decode("utf-8", "replace").split("\n")]
-        arguments = ["--config=tiny", *lines]
+        arguments = ["--config=quickstart", *lines]
         values = common.flag_values("train", "")
         common.define_config(values)
         with contextlib.redirect_stdout(io.StringIO()):
