@@ -9,6 +9,7 @@ from typing import Literal
 from glm_jax.config.fields import Section, definitions, field, section
 
 Format = Literal["text", "jsonl", "jsonl.zst", "json", "parquet"]
+RecordFormat = Literal["", "jsonl", "jsonl.zst", "json", "parquet"]
 NORMALISATIONS = ("nfc", "nfkc", "newlines")
 
 # The kinds of rows: three ways to blank a text, and prompts with answers.
@@ -43,8 +44,9 @@ class Source(Section):
 class InstructionSet(Section):
     """An entry of `data.instructions`; `path` or `sample` must be set."""
 
-    path: str = field("", doc="a file, a directory or a glob of .jsonl, .jsonl.zst or .parquet records")
+    path: str = field("", doc="a file, a directory or a glob of records; used instead of the sample")
     sample: str = field("", doc="the name of an example set, see glm_jax/data/instructions/samples.py")
+    format: RecordFormat = field("", doc="format of the files, json: an array; empty: as each file's name ends")
     dataset: str = field(
         "", doc="which of GLM-130B's data sets it is, see glm_jax/data/instructions/registry.py; empty: none of them"
     )
@@ -191,7 +193,10 @@ class Data(Section):
     seq_length: int = field(256, at_least=16, role="frozen", doc="tokens of a row, context and targets together")
     heldout: float = field(0.05, at_least=0, below=1, doc="share of the documents kept for evaluation, chosen by hash")
     near_duplicates: float = field(
-        0.8, at_least=0, below=1, doc="documents at least this similar (Jaccard) count as one; 0 drops exact copies only"
+        0.8,
+        at_least=0,
+        below=1,
+        doc="documents at least this similar (Jaccard) count as one; 0 drops exact copies only",
     )
     tokenizer: TokenizerConfig = section(TokenizerConfig, role="frozen")
     temperature: float = field(

@@ -101,7 +101,7 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
             raise UserError("the weights of all data.sources are 0: give one a share")
         read = _tokenizer(documents, weights, data.tokenizer, cache, report)
         shards = {name: _shards(name, stage, read, cache, report, pool) for name, stage in documents.items()}
-    prompted, prompted_weights = prompts.prepare(data.instructions, read, cache, report)
+    prompted, prompted_weights = prompts.prepare(data.instructions, read, cache, report, strict=strict)
     return Prepared(
         tokenizer=read,
         shards={name: {side: Shards.open(shards[name], side) for side in corpus.SPLITS} for name in shards},
@@ -115,8 +115,9 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
 
 
 def check_undamaged(prepared: Prepared) -> None:
-    """Raise UserError for the first damaged record that was left out when the sources were read."""
-    for name, index in prepared.indexes.items():
+    """Raise UserError for the first damaged record that was left out when sources or instructions were read."""
+    indexes = prepared.indexes | {name: one.index for name, one in prepared.instructions.items()}
+    for name, index in indexes.items():
         for reason, skipped in index["skipped"].items():
             place = skipped["places"][0]
             raise UserError(
