@@ -74,6 +74,11 @@ class TokenizerConfig(Section):
     )
     pinned: bool = field(False, doc="ice_text.model as in 2022: newlines, tabs and runs of spaces are lost")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pinned and not self.path:
+            raise ValueError("pinned is a reading of ice_text.model: give its path, or set pinned to False")
+
 
 @dataclass(frozen=True)
 class BlankOptions(Section):
