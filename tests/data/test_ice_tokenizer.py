@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from glm_jax.config.data import TokenizerConfig
 from glm_jax.data.tokenizers import ice as ice_tokenizer
 from glm_jax.data.tokenizers import sentencepiece as tokenizer
 from glm_jax.data.tokenizers.ice import IceTokenizer, extend, read_model
@@ -183,3 +184,9 @@ def test_the_special_pieces_are_all_there_in_their_order(tmp_path: Path, later: 
         path.write_bytes(model.replace(before, after))
         with pytest.raises(UserError, match=re.escape(f"is not {name}")):
             load(path)
+
+
+def test_pinned_means_nothing_without_a_file():
+    with pytest.raises(ValueError, match=r"pinned is a reading of ice_text\.model"):
+        TokenizerConfig(pinned=True)
+    assert TokenizerConfig(pinned=True, path="ice_text.model").pinned

@@ -130,9 +130,17 @@ def test_bad_input_is_one_line(tmp_path, tokenizer: Tokenizer):
             train(documents, 500)
     with pytest.raises(UserError, match="cannot read the tokenizer .*missing.model"):
         load(tmp_path / "missing.model")
-    (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="bad.model is not a SentencePiece model"):
-        load(tmp_path / "bad.model")
+    model = tokenizer.model
+    for damaged in (
+        b"not a model",
+        b"\x12\x00",
+        model[:-9],
+        model[: len(model) // 2],
+        model.replace(b"sop", b"s\xffp"),
+    ):
+        (tmp_path / "bad.model").write_bytes(damaged)
+        with pytest.raises(UserError, match="bad.model is not a SentencePiece model"):
+            load(tmp_path / "bad.model")
     (tmp_path / "bad.model").write_bytes(b"")
     with pytest.raises(UserError, match="bad.model is empty"):
         load(tmp_path / "bad.model")

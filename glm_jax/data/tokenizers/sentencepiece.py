@@ -110,9 +110,11 @@ def read_bytes(path: str | Path) -> tuple[bytes, sentencepiece.SentencePieceProc
     if not model:  # SentencePiece takes it for no model at all, and raises nothing
         raise UserError(f"the tokenizer {path} is empty: fetch it again")
     try:
-        return model, sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        processor.id_to_piece([*range(processor.get_piece_size()), processor.unk_id()])
+    except (RuntimeError, UnicodeDecodeError, IndexError):  # a piece, or the library's message, is not UTF-8; no unk
         raise UserError(f"{path} is not a SentencePiece model") from None
+    return model, processor
 
 
 def lacking(processor: sentencepiece.SentencePieceProcessor) -> str:
