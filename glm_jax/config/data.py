@@ -9,6 +9,7 @@ from typing import Literal
 from glm_jax.config.fields import Section, definitions, field, section
 
 Format = Literal["text", "lines", "jsonl", "jsonl.zst", "json", "parquet"]
+RecordFormat = Literal["", "jsonl", "jsonl.zst", "json", "parquet"]
 NORMALISATIONS = ("nfc", "nfkc", "newlines")
 
 # The kinds of rows: three ways to blank a text, and prompts with answers.
@@ -43,8 +44,9 @@ class Source(Section):
 class InstructionSet(Section):
     """An entry of `data.instructions`; `path` or `sample` must be set."""
 
-    path: str = field("", path=True, doc="a file, a directory or a glob of .jsonl, .jsonl.zst or .parquet records")
+    path: str = field("", path=True, doc="a file, a directory or a glob of records; used instead of the sample")
     sample: str = field("", doc="the name of an example set, see glm_jax/data/instructions/samples.py")
+    format: RecordFormat = field("", doc="format of the files, json: an array; empty: as each file's name ends")
     dataset: str = field(
         "", doc="which of GLM-130B's data sets it is, see glm_jax/data/instructions/registry.py; empty: none of them"
     )
@@ -73,6 +75,11 @@ class TokenizerConfig(Section):
         doc="read this instead of training one: a tokenizer.model of ours, or the official ice_text.model",
     )
     pinned: bool = field(False, doc="ice_text.model as in 2022: newlines, tabs and runs of spaces are lost")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pinned and not self.path:
+            raise ValueError("pinned is a reading of ice_text.model: give its path, or set pinned to False")
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 
+from glm_jax.config.data import TokenizerConfig
 from glm_jax.data.tokenizers import ice as ice_tokenizer
 from glm_jax.data.tokenizers import sentencepiece as tokenizer
 from glm_jax.data.tokenizers.ice import IceTokenizer, extend, read_model
-from glm_jax.data.tokenizers.load import load
+from glm_jax.data.tokenizers.load import load, read
 from glm_jax.errors import UserError
 
 TEXTS = ["hello world, this is a small model.", "天下大势，分久必合，合久必分。", "Hello! What? 12:34; a b c d e f g"]
@@ -106,6 +108,14 @@ def test_token_bytes(later: IceTokenizer):
     assert not later.token_bytes[[later.mask, later.sop, later.eop, later.eos, later.dblock]].any()
 
 
+@pytest.fixture
+def few_pieces(small: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the small model for the official one."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=small).get_piece_size()
+    monkeypatch.setattr(ice_tokenizer, "PIECES", pieces)
+
+
+@pytest.mark.usefixtures("few_pieces")
 def test_load_and_pickle(tmp_path: Path, later: IceTokenizer, pinned: IceTokenizer):
     path = tmp_path / "tokenizer.model"
     for ice in (later, pinned):
@@ -115,19 +125,68 @@ def test_load_and_pickle(tmp_path: Path, later: IceTokenizer, pinned: IceTokeniz
             assert copy.encode("a\nb  c").tolist() == ice.encode("a\nb  c").tolist()
 
 
+@pytest.mark.usefixtures("few_pieces")
 def test_read_model(tmp_path: Path, small: bytes, later: IceTokenizer, pinned: IceTokenizer):
     path = tmp_path / "ice_text.model"
     path.write_bytes(small)
     assert read_model(path, pinned=False) == later.model and read_model(path, pinned=True) == pinned.model
-    path.write_bytes(later.model)
-    assert read_model(path, pinned=False) == later.model
+    assert isinstance(read(path, pinned=True), IceTokenizer)
+    for ice, kind in ((later, False), (pinned, True)):
+        path.write_bytes(ice.model)
+        assert read_model(path, pinned=kind) == ice.model
+        with pytest.raises(UserError, match=f"was read with pinned={kind}: set data.tokenizer.pinned={kind}"):
+            read_model(path, pinned=not kind)
     ours = tokenizer.train(TEXTS, 330)
     path.write_bytes(ours)
     assert read_model(path, pinned=False) == ours
     with pytest.raises(UserError, match=r"pinned is for ice_text\.model"):
         read_model(path, pinned=True)
-    path.write_bytes(small.replace(b"<n>", b"<m>"))
-    with pytest.raises(UserError, match="neither .MASK. nor <n>"):
-        read_model(path, pinned=False)
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         read_model(tmp_path / "missing", pinned=False)
+
+
+@pytest.mark.usefixtures("few_pieces")
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        (b"<n>", b"<m>", "its piece 4 is not <n>"),
+        (b"</s>", b"</S>", "its piece 2 is not </s>"),
+    ],
+)
+def test_the_official_model_is_known_by_its_first_pieces(
+    tmp_path: Path, small: bytes, before: bytes, after: bytes, reason: str
+):
+    path = tmp_path / "ice_text.model"
+    path.write_bytes(small.replace(before, after))
+    with pytest.raises(UserError, match=f"its piece 0 is not pad.*nor ice_text.model .{reason}"):
+        read_model(path, pinned=False)
+
+
+def test_the_official_model_is_known_by_the_number_of_its_pieces(tmp_path: Path, small: bytes, later: IceTokenizer):
+    """GLM's own Chinese model has <n> and </s>, too; read as ice_text.model, every id would be off by 20,000."""
+    path = tmp_path / "cog-pretrain.model"
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=small).get_piece_size()
+    for model, count, wanted in ((small, pieces, "130,000"), (later.model, pieces + 344, "130,344")):
+        path.write_bytes(model)
+        for act in (load, lambda path: read_model(path, pinned=False)):
+            with pytest.raises(UserError, match=f"nor ice_text.model .it has {count} pieces, not {wanted}"):
+                act(path)
+
+
+@pytest.mark.usefixtures("few_pieces")
+def test_the_special_pieces_are_all_there_in_their_order(tmp_path: Path, later: IceTokenizer, pinned: IceTokenizer):
+    path = tmp_path / "tokenizer.model"
+    for model, before, after, name in (
+        (later.model, b"<sop>", b"<sup>", "<sop>"),
+        (later.model, b"<|blank_7|>", b"<|blank_x|>", "<|blank_7|>"),
+        (pinned.model, b"<|blank_80|>", b"<|blank_8x|>", "<|blank_80|>"),
+    ):
+        path.write_bytes(model.replace(before, after))
+        with pytest.raises(UserError, match=re.escape(f"is not {name}")):
+            load(path)
+
+
+def test_pinned_means_nothing_without_a_file():
+    with pytest.raises(ValueError, match=r"pinned is a reading of ice_text\.model"):
+        TokenizerConfig(pinned=True)
+    assert TokenizerConfig(pinned=True, path="ice_text.model").pinned

@@ -19,10 +19,11 @@ from rows import FIRST, SHARES, SPECIAL, Documents, build, check_row
 from glm_jax.config import instructions as entry
 from glm_jax.config.data import OBJECTIVES, BlankOptions
 from glm_jax.data.corpora import samples
+from glm_jax.data.corpora.prepare import check_undamaged
 from glm_jax.data.instructions import prompts
 from glm_jax.data.instructions import samples as instruction_samples
-from glm_jax.data.instructions.prompts import Instructions
 from glm_jax.data.instructions.registry import DATASETS
+from glm_jax.data.instructions.render import Refused
 from glm_jax.data.instructions.templates import Template
 from glm_jax.data.rows.blanks import instruction_sample
 from glm_jax.errors import UserError
@@ -128,52 +129,140 @@ def test_records_are_read_from_every_format(tmp_path):
     lines = write_lines(tmp_path / "a.jsonl", records)
     (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(lines.read_bytes()))
     parquet.write_table(Table.from_pylist(records), tmp_path / "c.parquet")
+    (tmp_path / "d.json").write_text(json.dumps(records, ensure_ascii=False, indent=None).replace("}, ", "},\n"))
     for path in sorted(tmp_path.iterdir()):
         found = list(prompts.read_records([path]))
         assert [record for _, record in found] == records
-        assert found[2][0] == f"{path}, line 3"
+        assert str(found[2][0]) == f"{path}, line 3"
+    (tmp_path / "train.json").write_bytes(lines.read_bytes())  # as CLUE names its files
+    assert [record for _, record in prompts.read_records([tmp_path / "train.json"], "jsonl")] == records
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "line", "message"),
     [
-        ("a.jsonl", b'{"text": 1}\n{"text"\n', "line 2: broken JSON"),
-        ("a.jsonl", b"[1]\n", "line 1: "),
-        ("a.jsonl", b'{"text": "\xff"}\n', "line 1: invalid UTF-8"),
-        ("a.jsonl.zst", b"nothing", "not a whole zstd file"),
-        ("a.parquet", b"nothing", "not a parquet file"),
-        ("a.csv", b"a,b\n", "not a file of records"),
+        ("a.jsonl", b'{"text": 1}\n{"text"\n{"text": 2}\n', 2, "broken JSON"),
+        ("a.jsonl", b"[1]\n", 1, "not a JSON object"),
+        ("a.jsonl", b'{"text": "\xff"}\n', 1, "invalid UTF-8"),
+        ("a.jsonl", b"", 1, "empty"),
+        ("a.json", b'[{"text": 1},\n{"text"}]', 2, "broken JSON"),
+        ("a.json", b'{"text": 1}\n', 1, "give another `format`"),
+        ("a.jsonl.zst", b"nothing", 1, "not a whole zstd file"),
+        ("a.parquet", b"nothing", 1, "not a parquet file"),
     ],
 )
-def test_damaged_records_are_refused(tmp_path, name, content, message):
+def test_damaged_records_are_told_with_their_place(tmp_path, name, content, line, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        list(prompts.read_records([tmp_path / name]))
+    found = prompts.read_records([tmp_path / name])
+    ((place, told),) = [(place, one.message) for place, one in found if isinstance(one, Refused)]
+    assert place == prompts.Place(tmp_path / name, line) and message in told
+
+
+def test_a_file_of_no_known_form_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b\n")
+    with pytest.raises(UserError, match="a.csv is not a file of records .jsonl, .*set the set's `format`"):
+        list(prompts.read_records([tmp_path / "a.csv"]))
+
+
+def read(path, templates, cap) -> list[Any]:
+    return [answer for _, answer in prompts.prompted([path], templates, cap)]
 
 
 def test_a_cap_takes_pairs_of_records_and_templates_evenly(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"n": i} for i in range(300)])
     templates = [Template(kind, kind + " {{ n }} ||| yes") for kind in ("first", "second")]
-    everything = list(prompts.prompted([path], templates, 0))
+    everything = read(path, templates, 0)
     assert len(everything) == 600 and everything[:2] == [("first 0", "yes"), ("second 0", "yes")]
-    some = list(prompts.prompted([path], templates, 200))
-    assert len(set(some)) == 200 and some == list(prompts.prompted([path], templates, 200))
+    some = read(path, templates, 200)
+    assert len(set(some)) == 200 and some == read(path, templates, 200)
     assert 70 < sum(text.startswith("first") for text, _ in some) < 130
     assert 70 < sum(int(text.split()[1]) < 150 for text, _ in some) < 130
-    assert list(prompts.prompted([path], templates, 600)) == everything
+    assert read(path, templates, 600) == everything
 
 
-def test_a_failing_record_is_named(tmp_path):
-    path = write_lines(tmp_path / "a.jsonl", [{"n": 1}, {"m": 1}])
-    with pytest.raises(UserError, match="line 2: template t fails"):
-        list(prompts.prompted([path], [Template("t", "{{ n }} ||| x")], 0))
-    with pytest.raises(UserError, match="line 1: no text in fields 'text' and 'target'"):
-        list(prompts.prompted([path], [], 0))
+RECORDS = [
+    {"text": "good", "choices": ["no", "yes"], "label": 1},
+    {"text": "good", "choices": ["no", "yes"], "label": -1},
+    {"text": "good", "choices": ["no", "yes"], "label": 2},
+    {"text": "good", "choices": [], "label": 0},
+    {"text": "good", "choices": ["", ""], "label": 0},
+    {"text": "skip", "choices": ["no", "yes"], "label": 0},
+    {"choices": ["no", "yes"], "label": 0},
+    {"text": "good\0", "choices": ["no", "yes"], "label": 0},
+    {"text": "\ud800", "choices": ["no", "yes"], "label": 0},
+    {"text": "good", "choices": ["no", "yes"], "label": 0},
+]
+REASONS = {  # the lines of RECORDS, counted from 1, and of two more that are no records
+    "template fails": [2, 3, 4, 7],
+    "empty answer": [5],
+    "NUL": [8],
+    "invalid UTF-8": [9],
+    "broken JSON": [11],
+    "missing field": [12],
+}
+
+
+def account(folder, *, strict, more="", start=0):
+    """Prepare a set of RECORDS from `start` on, with two damaged lines at its end; return it and the reported lines."""
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[start:]) + '{"text"\n[1]\n')
+    jinja = folder / "ask.jinja"
+    jinja.write_text("{% if text != 'skip' %}{{ text }} ||| {{ choices[label] }}" + more + "{% endif %}")
+    lines = []
+    section = {"asked": entry(path=str(data), templates=str(jinja))}
+    sets, _ = prompts.prepare(section, TOKENIZER, folder / "cache", lines.append, strict=strict)
+    return sets["asked"], lines
+
+
+def test_every_record_without_a_prompt_is_accounted_for(tmp_path):
+    asked, lines = account(tmp_path, strict=False)
+    assert len(asked) == 2 and asked.index["samples"] == 2 and asked.index["unasked"] == 1
+    places = {
+        reason: [place["line"] for place in skipped["places"]] for reason, skipped in asked.index["skipped"].items()
+    }
+    assert places == REASONS
+    assert {reason: skipped["count"] for reason, skipped in asked.index["skipped"].items()} == {
+        reason: len(lines) for reason, lines in REASONS.items()
+    }
+    assert lines[0] == "instructions asked: 2 samples, 17 tokens, 1 with nothing to ask"
+    assert lines[1].startswith("instructions asked: 4 left out, template fails (") and len(lines) == 1 + len(REASONS)
+    (written,) = (tmp_path / "cache").rglob("skipped.jsonl")
+    left = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [record["line"] for record in left] == sorted(sum(REASONS.values(), []))
+    assert "the index -1 is negative" in left[0]["message"] and left[0]["file"] == str(tmp_path / "data.jsonl")
+
+
+def test_strict_stops_at_the_first_and_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="data.jsonl, line 2: template ask fails .the index -1"):
+        account(tmp_path, strict=True)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    account(tmp_path, strict=False)
+    account(tmp_path, strict=True)  # what an earlier build left out stays left out
+
+
+def test_when_nothing_is_left_the_first_damage_is_named(tmp_path):
+    with pytest.raises(UserError, match="asked has no samples: .*line 1: template ask gives 2 of"):
+        account(tmp_path, strict=False, more=" ||| more")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_strict_build_finds_what_an_earlier_one_left_out(tmp_path):
+    asked, _ = account(tmp_path, strict=False)
+    prepared: Any = SimpleNamespace(indexes={}, instructions={"asked": asked})
+    with pytest.raises(UserError, match="line 2: template fails, left out of asked by an earlier build"):
+        check_undamaged(prepared)
+
+
+def test_a_set_of_templates_over_their_budget_stops_soon(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "MOST_EXCEEDING", 3)
+    path = write_lines(tmp_path / "a.jsonl", [{"n": 10**12}] * 5)
+    with pytest.raises(UserError, match="line 3: template t takes more than 512 MB .*number 3"):
+        list(prompts.prompted([path], [Template("t", "{{ 'a' * n }} ||| x")], 0))
 
 
 def test_prepare_writes_once_and_reads_back(tmp_path):
     data = tmp_path / "data.jsonl"
-    write_lines(data, [{"text": "1+1=", "target": "2"}, {"text": "", "target": ""}, {"text": "", "target": "x"}])
+    write_lines(data, [{"text": "1+1=", "target": "2"}, {"text": "", "target": "x"}])
     (tmp_path / "super_glue" / "rte").mkdir(parents=True)
     (tmp_path / "super_glue" / "rte" / "ask.jinja").write_text("{{ text }}? ||| {{ target }}")
     section = {
@@ -193,6 +282,8 @@ def test_prepare_writes_once_and_reads_back(tmp_path):
     (tmp_path / "super_glue" / "rte" / "ask.jinja").write_text("{{ text }} ||| {{ target }}")
     again, _ = prompts.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
     assert again["rte"].lengths.tolist() == [7, 3]
+    section = {"rte": entry(path=str(data), dataset="super-glue/rte", templates=str(tmp_path))}
+    assert prompts.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)[1] == {"rte": 2.0}
 
 
 def test_a_known_data_set_is_capped_as_in_the_paper_unless_told_otherwise(tmp_path, monkeypatch):
@@ -210,7 +301,7 @@ def test_a_known_data_set_is_capped_as_in_the_paper_unless_told_otherwise(tmp_pa
 def test_mistakes_in_the_section_are_refused(tmp_path):
     data = write_lines(tmp_path / "a.jsonl", [{"text": "a", "target": ""}])
     for section, message in (
-        ({"a": entry(path=str(data))}, "data.instructions.a has no samples"),
+        ({"a": entry(path=str(data))}, "a.jsonl, line 1: the answer is empty"),
         ({"a": entry(path=str(data), dataset="super_glue/rt")}, "did you mean super_glue/rte"),
         ({"a": entry(path=str(tmp_path / "none"))}, "does not exist"),
         ({"a": entry(sample="reviews")}, "no example set 'reviews': choose one of aligned-manuals"),
@@ -228,11 +319,6 @@ def test_an_example_set_out_of_reach_is_left_out(tmp_path, monkeypatch):
     section = {"reviews": entry(sample="chinese-reviews")}
     assert prompts.prepare(section, TOKENIZER, tmp_path, lines.append) == ({}, {})
     assert lines == ["instructions reviews: left out, no index"]
-
-
-def test_an_empty_set_opens(tmp_path):
-    prompts.write(tmp_path, [("a", "")], TOKENIZER)
-    assert len(Instructions(tmp_path)) == 0
 
 
 def test_the_registry_is_the_union_of_the_two_lists():

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from texts import ENGLISH as TEXTS
 
 from glm_jax.data.tokenizers import sentencepiece as tokenizer_module
 from glm_jax.data.tokenizers.load import load
+from glm_jax.data.tokenizers.load import read as read_tokenizer
 from glm_jax.data.tokenizers.sentencepiece import SPECIALS, Tokenizer, train
 from glm_jax.errors import UserError
+from glm_jax.workdir import folder
 
 ENGLISH = """Return a new array of given shape and type, filled with zeros.
 
@@ -126,9 +130,70 @@ def test_bad_input_is_one_line(tmp_path, tokenizer: Tokenizer):
             train(documents, 500)
     with pytest.raises(UserError, match="cannot read the tokenizer .*missing.model"):
         load(tmp_path / "missing.model")
-    (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="bad.model is not a SentencePiece model"):
+    model = tokenizer.model
+    for damaged in (
+        b"not a model",
+        b"\x12\x00",
+        model[:-9],
+        model[: len(model) // 2],
+        model.replace(b"sop", b"s\xffp"),
+    ):
+        (tmp_path / "bad.model").write_bytes(damaged)
+        with pytest.raises(UserError, match="bad.model is not a SentencePiece model"):
+            load(tmp_path / "bad.model")
+    (tmp_path / "bad.model").write_bytes(b"")
+    with pytest.raises(UserError, match="bad.model is empty"):
         load(tmp_path / "bad.model")
+
+
+OTHERS = {  # how to train a model that is not ours, and what it lacks
+    "names": ({"unk_piece": "what"}, "its piece 1 is not unk"),
+    "order": ({"control_symbols": ["[MASK]", "[sMASK]", "[gMASK]", "sop", "eop"]}, "its piece 4 is not [gMASK]"),
+    "two specials": (
+        {"control_symbols": ["[MASK]", "sop"], "pad_id": -1, "unk_id": 0, "eos_id": 1},
+        "its piece 0 is not pad",
+    ),
+    "no masks": ({"control_symbols": []}, "its piece 3 is not [MASK]"),
+    "in text": (
+        {"control_symbols": [], "user_defined_symbols": ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]},
+        "[MASK] is an ordinary piece",
+    ),
+    "bytes": ({"byte_fallback": False}, "it has no piece for the byte 0x00"),
+    "normalisation": ({"normalization_rule_name": "nmt_nfkc"}, "it normalises text"),
+    "case": ({"normalization_rule_name": "nfkc_cf"}, "it normalises text"),
+    "spaces": ({"remove_extra_whitespaces": True}, "it normalises text"),
+    "prefix": ({"add_dummy_prefix": True}, "it normalises text"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_is_ours_only_by_all_that_makes_it(kind: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    changes, reason = OTHERS[kind]
+    usual = sentencepiece.SentencePieceTrainer.train
+    monkeypatch.setattr(
+        sentencepiece.SentencePieceTrainer, "train", lambda **options: usual(**(options | changes))
+    )  # fmt: skip
+    path = tmp_path / "other.model"
+    path.write_bytes(train(DOCUMENTS, 500))
+    for read in (load, lambda path: read_tokenizer(path, pinned=False)):
+        with pytest.raises(UserError, match=re.escape(f"other.model is no tokenizer of ours ({reason}")):
+            read(path)
+
+
+def test_the_identity_of_a_tokenizer_is_its_content(tmp_path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """The same file under another path, or another spelling of its path, resumes; another file does not."""
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    for path in (workdir / "tokenizer.model", tmp_path / "a.model", tmp_path / "b.model"):
+        path.write_bytes(tokenizer.model)
+    (tmp_path / "link.model").symlink_to(tmp_path / "a.model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for path in ("a.model", "run/../a.model", "~/a.model", tmp_path / "b.model", "link.model"):
+        folder.check_tokenizer(workdir, read_tokenizer(path, pinned=False))
+    (tmp_path / "b.model").write_bytes(train(DOCUMENTS, 500))
+    with pytest.raises(UserError, match="is not the tokenizer of these sources"):
+        folder.check_tokenizer(workdir, read_tokenizer("b.model", pinned=False))
 
 
 def test_load_and_pickle(tmp_path, tokenizer: Tokenizer):

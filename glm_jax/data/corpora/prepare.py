@@ -104,7 +104,7 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
             raise UserError("the weights of all data.sources are 0: give one a share")
         tokenizer = _tokenizer(documents, weights, given, data.tokenizer.vocab_size, cache, report)
         shards = {name: _shards(name, stage, tokenizer, cache, report, pool) for name, stage in documents.items()}
-    prompted, prompted_weights = prompts.prepare(data.instructions, tokenizer, cache, report)
+    prompted, prompted_weights = prompts.prepare(data.instructions, tokenizer, cache, report, strict=strict)
     return Prepared(
         tokenizer=tokenizer,
         shards={name: {side: Shards.open(shards[name], side) for side in corpus.SPLITS} for name in shards},
@@ -118,8 +118,9 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
 
 
 def check_undamaged(prepared: Prepared) -> None:
-    """Raise UserError for the first damaged record that was left out when the sources were read."""
-    for name, index in prepared.indexes.items():
+    """Raise UserError for the first damaged record that was left out when sources or instructions were read."""
+    indexes = prepared.indexes | {name: one.index for name, one in prepared.instructions.items()}
+    for name, index in indexes.items():
         for reason, skipped in index["skipped"].items():
             place = skipped["places"][0]
             raise UserError(

@@ -2,62 +2,24 @@
 
 Two forms are read: PromptSource's templates.yaml (2,085 templates of 179 data sets, used in GLM-130B's instruction
 training, section 2.3 of arXiv 2210.02414), and plain .jinja files, the form in which the paper's appendix C.2 gives its
-own for DeepStruct's tasks. Templates are other people's programs: they run in Jinja's sandbox and draw from a given
-seed.
+own for DeepStruct's tasks. Templates are other people's programs: render.py runs them, within limits.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any
 
+from glm_jax.data.instructions.render import FAILS, Answer, Refused, Render, answers, missing
 from glm_jax.errors import UserError
+from glm_jax.storage.files import open_regular
 
-if TYPE_CHECKING:
-    from jinja2.runtime import Context
-    from jinja2.sandbox import SandboxedEnvironment
-
-Item = TypeVar("Item")
-
-SEPARATOR = "|||"
-PROTECTED = "\ue000|\ue000|\ue000"  # stands for a separator in a record's own text while the template runs
-DRAWS = "_draws"  # the variable that holds the render's random generator
-
-
-def _import_package(package: str, module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"instructions need the package {package}: pip install -e '.[instructions]'") from None
-
-
-@functools.cache
-def _environment() -> SandboxedEnvironment:
-    """Return the sandbox, with the filters that PromptSource's templates use. A missing field is an error in it."""
-    jinja2 = _import_package("jinja2", "jinja2")
-    sandbox = _import_package("jinja2", "jinja2.sandbox")
-    environment: SandboxedEnvironment = sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
-
-    @jinja2.pass_context
-    def choice(context: Context, choices: Sequence[Item]) -> Item:
-        return context[DRAWS].choice(list(choices))
-
-    environment.filters["choice"] = environment.filters["random"] = choice
-    environment.filters["most_frequent"] = most_frequent
-    environment.globals["zip"] = zip
-    return environment
-
-
-def most_frequent(items: Sequence[Item]) -> list[Item]:
-    """Return the items that occur as often as the most frequent one, in order; empty if there are none."""
-    counts = Counter(items)
-    return [item for item, count in counts.items() if count == max(counts.values())]
+LONGEST_TEMPLATE = 100_000  # characters
+LARGEST_FILE = 1_000_000  # bytes
+DEEPEST_FLOW = 20  # brackets within brackets
+NULLS = ("", "~", "null", "Null", "NULL")  # how YAML writes nothing
 
 
 class Template:
@@ -69,25 +31,31 @@ class Template:
     """
 
     def __init__(self, name: str, jinja: str, answer_choices: str | None = None) -> None:
-        """Compile a template.
+        """Check that a template compiles.
 
         Args:
             name: for messages.
-            jinja: "prompt ||| answer" over the record's fields and `answer_choices`.
+            jinja: "prompt ||| answer" over the record's fields and `answer_choices`. Hyphens in the names of fields
+                are written as underscores.
             answer_choices: Jinja that renders the possible answers, separated by |||. The template sees a list.
 
         Raises:
-            UserError: it does not parse, or jinja2 is not installed.
+            UserError: it does not parse, is too long, or jinja2 is not installed.
         """
         self.name, self.jinja, self.answer_choices = name, jinja, answer_choices
-        environment = _environment()
-        template_error = _import_package("jinja2", "jinja2").TemplateError
-        self._errors = (template_error, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-        try:
-            self._prompt = environment.from_string(jinja)
-            self._choices = environment.from_string(answer_choices) if answer_choices else None
-        except self._errors as error:
-            raise UserError(f"template {name} does not parse ({error}): fix it") from None
+        if len(jinja) + len(answer_choices or "") > LONGEST_TEMPLATE:
+            raise UserError(f"template {name} has over {LONGEST_TEMPLATE:,} characters: shorten it")
+        found = self._answer(None, 0)
+        if isinstance(found, Refused):
+            raise UserError(f"{found.message}{': it does not parse, fix it' * (found.reason == FAILS)}")
+
+    def job(self, record: Mapping[str, object] | None, seed: int) -> Render:
+        """Return the job for `render.answers`; without a record, it only compiles."""
+        return Render(self.name, self.jinja, self.answer_choices, record, seed)
+
+    def _answer(self, record: Mapping[str, object] | None, seed: int) -> Answer:
+        ((_, answer),) = answers([(None, self.job(record, seed))])
+        return answer
 
     def render(self, record: Mapping[str, object], seed: int = 0) -> tuple[str, str] | None:
         """Return (prompt, answer), stripped, or None if the template has nothing to ask about the record.
@@ -97,30 +65,13 @@ class Template:
             seed: of the template's random choices.
 
         Raises:
-            UserError: the template fails on the record, for example because a field is missing.
+            UserError: the template fails on the record, for example because a field is missing, exceeds its budget of
+                time, memory or output, or gives anything else than one prompt and one answer.
         """
-        fields = {name: _protect(value) for name, value in record.items()}
-        fields[DRAWS] = random.Random(seed)
-        try:
-            if self._choices is not None:
-                fields["answer_choices"] = [part.strip() for part in self._choices.render(fields).split(SEPARATOR)]
-            parts = [_restore(part) for part in self._prompt.render(fields).split(SEPARATOR)]
-        except self._errors as error:
-            raise UserError(f"template {self.name} fails ({error}): its records have {', '.join(record)}") from None
-        return (parts[0], parts[1]) if len(parts) == 2 and parts[1] else None
-
-
-def _protect(value: object) -> object:
-    """Hide separators in any string of a JSON value."""
-    if isinstance(value, str):
-        return value.replace(SEPARATOR, PROTECTED)
-    if isinstance(value, Mapping):
-        return {name: _protect(part) for name, part in value.items()}
-    return [_protect(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def _restore(part: str) -> str:
-    return part.replace(PROTECTED, SEPARATOR).strip()
+        answer = self._answer(record, seed)
+        if isinstance(answer, Refused):
+            raise UserError(answer.message)
+        return answer
 
 
 def read_templates(path: Path) -> list[Template]:
@@ -137,25 +88,50 @@ def read_templates(path: Path) -> list[Template]:
         files = [path / "templates.yaml"] if (path / "templates.yaml").is_file() else sorted(path.glob("*.jinja"))
     templates: list[Template] = []
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the templates {file}: {error}") from None
+        text = _read(file)
         templates += _from_yaml(file, text) if file.suffix in (".yaml", ".yml") else [Template(file.stem, text)]
     if not templates:
         raise UserError(f"{path} holds no templates: give a templates.yaml or .jinja files")
     return templates
 
 
-def _from_yaml(file: Path, text: str) -> list[Template]:
-    yaml = _import_package("PyYAML", "yaml")
-
-    class Loader(yaml.SafeLoader):
-        """Reads tagged objects as plain mappings, so that a file cannot construct anything else."""
-
-    Loader.add_multi_constructor("!", lambda loader, _tag, node: loader.construct_mapping(node, deep=True))
+def _read(file: Path) -> str:
     try:
-        entries = yaml.load(text, Loader)["templates"].values()  # noqa: S506 (a SafeLoader)
-        return [Template(f"{file}: {entry['name']}", entry["jinja"], entry["answer_choices"]) for entry in entries]
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not a PromptSource file ({str(error).splitlines()[0]})") from None
+        with open_regular(file) as stream:
+            content = stream.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise UserError(f"the templates {file} have over {LARGEST_FILE:,} bytes: split or shorten them")
+        return content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the templates {file}: {error}") from None
+
+
+def _from_yaml(file: Path, text: str) -> list[Template]:
+    try:
+        yaml = importlib.import_module("yaml")
+    except ImportError:
+        raise missing("PyYAML") from None
+
+    class Loader(yaml.BaseLoader):
+        """Reads mappings, lists and strings alone, whatever their tags: it neither constructs objects nor merges."""
+
+        def construct_scalar(self, node: Any) -> str | None:  # a yaml.Node: PyYAML is imported late
+            return None if node.style is None and node.value in NULLS else super().construct_scalar(node)
+
+        def fetch_flow_collection_start(self, token: Any) -> None:
+            if self.flow_level == DEEPEST_FLOW:  # the scanner's time for each token grows with the depth
+                raise RecursionError
+            super().fetch_flow_collection_start(token)
+
+    try:
+        entries = list(yaml.load(text, Loader)["templates"].values())  # noqa: S506 (a BaseLoader)
+        found = [(entry["name"], entry["jinja"], entry["answer_choices"]) for entry in entries]
+    except RecursionError:
+        raise UserError(f"{file} is not a PromptSource file (it is nested too deeply)") from None
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{file} is not a PromptSource file ({said})") from None
+    for name, jinja, choices in found:
+        if not isinstance(name, str) or not isinstance(jinja, str) or not isinstance(choices, str | None):
+            raise UserError(f"{file} is not a PromptSource file (name, jinja and answer_choices must be text)")
+    return [Template(f"{file}: {name}", jinja, choices) for name, jinja, choices in found]

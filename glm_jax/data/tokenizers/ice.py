@@ -20,18 +20,20 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from glm_jax.data.tokenizers.sentencepiece import MASKS, Tokenizer, read_bytes
+from glm_jax.data.tokenizers.sentencepiece import MASKS, Tokenizer, lacking, read_bytes
 from glm_jax.errors import UserError
 
 IMAGE_TOKENS = 20_000
+PIECES = 130_000  # of ice_text.model
 NEWLINE, TAB = "<n>", "<|tab|>"
+FIRST_PIECES = {"unk": 0, "</s>": 2, NEWLINE: 4}
 LONGEST_RUN = 80  # the longest run of spaces that has a token
 BLANKS = [f"<|blank_{length}|>" for length in range(2, LONGEST_RUN + 1)]
 CONTROLS = (*MASKS, "<eod>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
 
 # Types of pieces, and fields of sentencepiece_model.proto
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
-_PIECES, _TRAINER_SPEC, _BYTE_FALLBACK = 1, 2, 35
+_PIECES_FIELD, _TRAINER_SPEC, _BYTE_FALLBACK = 1, 2, 35
 
 
 def read_model(path: str | Path, *, pinned: bool) -> bytes:
@@ -43,28 +45,67 @@ def read_model(path: str | Path, *, pinned: bool) -> bytes:
             text without a piece is unk. Otherwise read it as from March 2023 on, which loses none of these.
 
     Raises:
-        UserError: the file is missing, or is neither of the two.
+        UserError: the file is missing, is neither of the two, or already has the special pieces of the other reading.
     """
     model, processor = read_bytes(path)
-    if processor.unk_id() != processor.piece_to_id("<dBLOCK>"):
-        return model  # already has the special pieces
-    if processor.unk_id() != processor.piece_to_id(MASKS[0]):
+    if not _lacking_pieces(processor, PIECES):
+        return extend(model, pinned=pinned)
+    if not lacking(processor):
         if pinned:
             raise UserError(f"data.tokenizer.pinned is for ice_text.model, {path} is not: set it to False")
-        return model
-    if processor.unk_id() == processor.piece_to_id(NEWLINE) or processor.eos_id() < 0:
-        raise UserError(f"{path} has neither [MASK] nor <n>: it is neither a tokenizer of ours nor ice_text.model")
-    return extend(model, pinned=pinned)
+    elif not lacking_extension(processor):
+        if pinned != is_pinned(processor):
+            raise UserError(f"{path} was read with pinned={not pinned}: set data.tokenizer.pinned={not pinned}")
+    else:
+        raise foreign(path, processor)
+    return model
+
+
+def foreign(path: str | Path, processor: sentencepiece.SentencePieceProcessor) -> UserError:
+    """Return the error that says what keeps a model from being a tokenizer of ours, or ice_text.model."""
+    extended = processor.piece_to_id(CONTROLS[-1]) != processor.unk_id()
+    not_ice = lacking_extension(processor) if extended else _lacking_pieces(processor, PIECES)
+    return UserError(f"{path} is no tokenizer of ours ({lacking(processor)}), nor ice_text.model ({not_ice})")
+
+
+def is_pinned(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether a model with GLM-130B's special pieces is read as the inference code of 2022 did."""
+    return processor.is_control(processor.piece_to_id(TAB))
+
+
+def lacking_extension(processor: sentencepiece.SentencePieceProcessor) -> str:
+    """Say what keeps a model from being ice_text.model with GLM-130B's special pieces; empty if it is that."""
+    pinned = is_pinned(processor)
+    added = _added(pinned)
+    if reason := _lacking_pieces(processor, PIECES + len(added)):
+        return reason
+    for number, (name, kind) in enumerate(added, PIECES):
+        right = processor.is_control(number) == (kind == _CONTROL) and processor.is_byte(number) == (kind == _BYTE)
+        if processor.id_to_piece(number) != name or not right:
+            return f"its piece {number:,} is not {name}"
+    return ""
+
+
+def _lacking_pieces(processor: sentencepiece.SentencePieceProcessor, size: int) -> str:
+    """Say what keeps a model's pieces from being `size` that begin as those of ice_text.model do."""
+    if processor.get_piece_size() != size:
+        return f"it has {processor.get_piece_size():,} pieces, not {size:,}"
+    found = {"unk": processor.unk_id(), "</s>": processor.piece_to_id("</s>"), NEWLINE: processor.piece_to_id(NEWLINE)}
+    wrong = next((name for name, number in FIRST_PIECES.items() if found[name] != number), "")
+    return f"its piece {FIRST_PIECES[wrong]} is not {wrong}" if wrong else ""
+
+
+def _added(pinned: bool) -> list[tuple[str, int]]:
+    """Return the names and types of the special pieces, in the order of their ids."""
+    blanks = _CONTROL if pinned else _USER_DEFINED  # control pieces never match text
+    pieces = [(name, _CONTROL) for name in CONTROLS] + [(name, blanks) for name in (TAB, *BLANKS)]
+    return pieces if pinned else pieces + [(f"<0x{byte:02X}>", _BYTE) for byte in range(256)]
 
 
 def extend(model: bytes, *, pinned: bool) -> bytes:
     """Append GLM-130B's special pieces to ice_text.model; see `read_model`."""
-    blanks = _CONTROL if pinned else _USER_DEFINED  # control pieces never match text
-    pieces = [(name, _CONTROL) for name in CONTROLS] + [(name, blanks) for name in (TAB, *BLANKS)]
-    if not pinned:
-        pieces += [(f"<0x{byte:02X}>", _BYTE) for byte in range(256)]
     # Fields appended to a protocol buffer extend its lists and override its values.
-    model += b"".join(_message(_PIECES, _piece(name, kind)) for name, kind in pieces)
+    model += b"".join(_message(_PIECES_FIELD, _piece(name, kind)) for name, kind in _added(pinned))
     if not pinned:
         model += _message(_TRAINER_SPEC, _varint(_BYTE_FALLBACK << 3) + b"\x01")
     return model
@@ -104,7 +145,7 @@ class IceTokenizer(Tokenizer):
         self.pad, self.unk, self.eos = 0, self._id("<unk>"), self._id("</s>")
         self.mask, self.gmask, self.smask, self.eod, self.sop, self.eop, self.enc, self.dblock = map(self._id, CONTROLS)
         self._names = {self._id(piece): piece.strip("<>") for piece in CONTROLS} | {self.eos: "eos"}
-        self._keeps_blanks = not self._processor.is_control(self._id(TAB) - IMAGE_TOKENS)
+        self._keeps_blanks = not is_pinned(self._processor)
         lengths = [0] * IMAGE_TOKENS + [len(self._bytes_of(token)) for token in range(self._processor.get_piece_size())]
         self.token_bytes = np.array(lengths, np.int32)
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from glm_jax.data.tokenizers.ice import IceTokenizer, read_model
-from glm_jax.data.tokenizers.sentencepiece import MASKS, SOP, Tokenizer, read_bytes
-from glm_jax.errors import UserError
+from glm_jax.data.tokenizers.ice import IceTokenizer, foreign, lacking_extension, read_model
+from glm_jax.data.tokenizers.sentencepiece import Tokenizer, lacking, read_bytes
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -17,8 +16,12 @@ def load(path: str | Path) -> Tokenizer:
     Raises:
         UserError: the file is missing or is not such a model.
     """
-    model, _ = read_bytes(path)
-    return _open(model, path)
+    model, processor = read_bytes(path)
+    if not lacking(processor):
+        return Tokenizer(model)
+    if not lacking_extension(processor):
+        return IceTokenizer(model)
+    raise foreign(path, processor)
 
 
 def read(path: str | Path, *, pinned: bool) -> Tokenizer:
@@ -27,13 +30,6 @@ def read(path: str | Path, *, pinned: bool) -> Tokenizer:
     Raises:
         UserError: the file is missing or is not such a model.
     """
-    return _open(read_model(path, pinned=pinned), path)
-
-
-def _open(model: bytes, path: str | Path) -> Tokenizer:
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    if processor.piece_to_id("<dBLOCK>") != processor.unk_id():
-        return IceTokenizer(model)
-    if processor.unk_id() in (processor.piece_to_id(MASKS[0]), processor.piece_to_id(SOP)):
-        raise UserError(f"{path} has no [MASK] and sop pieces: it was not trained by glm-jax")
-    return Tokenizer(model)
+    model = read_model(path, pinned=pinned)
+    known = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return IceTokenizer(model) if not lacking_extension(known) else Tokenizer(model)

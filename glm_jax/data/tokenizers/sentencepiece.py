@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 from collections import Counter
@@ -106,10 +107,40 @@ def read_bytes(path: str | Path) -> tuple[bytes, sentencepiece.SentencePieceProc
         model = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+    if not model:  # SentencePiece takes it for no model at all, and raises nothing
+        raise UserError(f"the tokenizer {path} is empty: fetch it again")
     try:
-        return model, sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        processor.id_to_piece([*range(processor.get_piece_size()), processor.unk_id()])
+    except (RuntimeError, UnicodeDecodeError, IndexError):  # a piece, or the library's message, is not UTF-8; no unk
         raise UserError(f"{path} is not a SentencePiece model") from None
+    return model, processor
+
+
+def lacking(processor: sentencepiece.SentencePieceProcessor) -> str:
+    """Say in a few words what keeps a model from being one that `train` makes; empty if it is one."""
+    size = processor.get_piece_size()
+    for number, name in enumerate(SPECIALS):
+        if number >= size or processor.id_to_piece(number) != name:
+            return f"its piece {number} is not {name}"
+        if not (processor.is_unknown(number) if name == UNK else processor.is_control(number)):
+            return f"{name} is an ordinary piece"
+    for byte in range(256):
+        number = processor.piece_to_id(f"<0x{byte:02X}>")
+        if not processor.is_byte(number):
+            return f"it has no piece for the byte 0x{byte:02X}"
+    if processor.normalize(_every_character()).replace(WORD_START, " ") != _every_character():
+        return "it normalises text"
+    if processor.encode("\0") != [processor.piece_to_id("<0x00>")]:
+        return "it does not spell unknown text in bytes"
+    return ""
+
+
+@functools.cache
+def _every_character() -> str:
+    """Return spaces in front, in a run and at the end, and all characters but half pairs and WORD_START."""
+    codes = [*range(ord(WORD_START)), *range(ord(WORD_START) + 1, 0xD800), *range(0xE000, 0x110000)]
+    return f"  a  {''.join(map(chr, codes))}  "
 
 
 class Tokenizer:
