@@ -8,8 +8,9 @@ blanks.instruction_sample turns into a Sample. No text encodes to [MASK], so the
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,15 +18,15 @@ import numpy as np
 
 from glm_jax.config.data import InstructionSet
 from glm_jax.data.corpora import readers, samples
+from glm_jax.data.corpora.cache import Cache
 from glm_jax.data.instructions import samples as instruction_samples
 from glm_jax.data.instructions.registry import DATASETS, Dataset
 from glm_jax.data.instructions.templates import Template, read_templates
 from glm_jax.data.rows.streams import shuffled
 from glm_jax.errors import UserError
-from glm_jax.storage.files import atomic_directory
 from glm_jax.types import Json
 
-FORMAT_VERSION = 1  # raised when the same records give different tokens
+FORMAT_VERSION = 2  # raised when the same records give different tokens
 SEED = 0  # of the choice of samples under a set's cap: the same in every run
 
 
@@ -158,15 +159,14 @@ def _templates(path: str, known: Dataset | None) -> list[Template]:
 
 
 def prepare(
-    section: Mapping[str, InstructionSet], tokenizer: Tokenizer, cache: Path, report: Callable[[str], None]
+    section: Mapping[str, InstructionSet], tokenizer: Tokenizer, cache: Cache
 ) -> tuple[dict[str, Instructions], dict[str, float]]:
     """Turn the config's section `data.instructions` into tokenised samples, through the cache.
 
     Args:
         section: entries by name.
         tokenizer: of the run.
-        cache: the cache's root directory.
-        report: called with one line for each set.
+        cache: gets one line to report for each set.
 
     Returns:
         The sets, for batches.Batches, and their weights. A set whose entry has no weight gets its number of samples. An
@@ -181,7 +181,7 @@ def prepare(
         try:
             files = readers.find_files(entry.path) if entry.path else [instruction_samples.fetch(entry.sample, cache)]
         except samples.Unreachable as error:
-            report(f"instructions {name}: left out, {error}")
+            cache.report(f"instructions {name}: left out, {error}")
             continue
         known = _known(name, entry.dataset)
         templates = _templates(entry.templates, known)
@@ -191,13 +191,13 @@ def prepare(
         for file in files:
             with open(file, "rb") as stream:
                 digest.update(file.suffix.encode() + hashlib.file_digest(stream, "sha256").digest())
-        directory = cache / "instructions" / digest.hexdigest()[:32]
-        if not directory.is_dir():
-            with atomic_directory(directory) as temporary:
-                write(temporary, prompted(files, templates, cap), tokenizer)
+        pairs = prompted(files, templates, cap)
+        directory, _ = cache.made(
+            "instructions", digest.hexdigest()[:32], functools.partial(write, prompts=pairs, tokenizer=tokenizer)
+        )
         sets[name] = Instructions(directory)
         if not len(sets[name]):
             raise UserError(f"data.instructions.{name} has no samples: check its records and templates")
         weights[name] = entry.weight or float(len(sets[name]))
-        report(f"instructions {name}: {len(sets[name]):,} samples, {int(sets[name].lengths.sum()):,} tokens")
+        cache.report(f"instructions {name}: {len(sets[name]):,} samples, {int(sets[name].lengths.sum()):,} tokens")
     return sets, weights
