@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -90,6 +91,18 @@ def test_with_workers_and_killed_while_they_work(corpora: Path, uninterrupted: d
         assert build(corpora, tmp_path / "run", workers=2, until=until) == -signal.SIGKILL
     assert build(corpora, tmp_path / "run", workers=2) == 0
     assert content(tmp_path / "run") == uninterrupted
+
+
+@pytest.mark.slow
+def test_two_builds_in_one_cache_at_once(corpora: Path, uninterrupted: dict[str, bytes], tmp_path: Path):
+    codes: list[int] = []
+    build(corpora, tmp_path / "run", until="documents")  # link the texts
+    threads = [threading.Thread(target=lambda: codes.append(build(corpora, tmp_path / "run"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [0, 0] and content(tmp_path / "run") == uninterrupted
 
 
 # Workers

@@ -106,6 +106,8 @@ def read_bytes(path: str | Path) -> tuple[bytes, sentencepiece.SentencePieceProc
         model = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+    if not model:  # SentencePiece would wait for it to be loaded later
+        raise UserError(f"{path} is empty, not a SentencePiece model")
     try:
         return model, sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
