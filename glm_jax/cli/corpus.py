@@ -1,4 +1,4 @@
-"""`glm-jax corpus`: fetch sample texts, build shards, show rows."""
+"""`glm-jax corpus`: fetch sample texts, build shards, show rows, check the cache."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from glm_jax.errors import UserError
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Fetch sample texts (`corpus fetch`), make tokenised shards (`corpus build`), show them (`corpus inspect`)."""
-    if not arguments or arguments[0] not in ("fetch", "build", "inspect"):
-        usage = "glm-jax corpus fetch|build|inspect --config FILE [flags]"
+    """Fetch sample texts (`corpus fetch`), make shards (`build`), show them (`inspect`), check the cache (`verify`)."""
+    if not arguments or arguments[0] not in ("fetch", "build", "inspect", "verify"):
+        usage = "glm-jax corpus fetch|build|inspect|verify --config FILE [flags]"
         if {"-h", "--help"} & set(arguments):
             print(f"usage: {usage}")
             return 0
@@ -39,6 +39,8 @@ def run(arguments: Sequence[str]) -> int:
 
     if action == "fetch":
         prepare.fetch(resolved, say)
+    elif action == "verify":
+        prepare.verify(resolved, say)
     elif action == "build":
         prepared = prepare.prepare(resolved, say, workers=values.workers, strict=values.strict)
         if values.strict:

@@ -202,10 +202,11 @@ def _read_config(workdir: Path) -> Json:
     path = workdir / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
+        differences(config)
+        if not isinstance(config.get("train", {}).get("steps", 0), int):
+            raise TypeError("train.steps is no number")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: restore it, or delete it") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged: restore it, or delete it")
     return config
 
 

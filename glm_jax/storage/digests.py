@@ -66,6 +66,17 @@ def is_sealed(folder: Path) -> bool:
         return False
 
 
+def stamp(folder: Path) -> str:
+    """Return names, sizes and times of change of all files in and below a folder: equal stamps, unchanged files.
+
+    Raises:
+        OSError: a file cannot be examined.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    states = ((path.relative_to(folder).as_posix(), path.stat()) for path in found)
+    return "".join(f"{json.dumps([name, state.st_size, state.st_mtime_ns])}\n" for name, state in states)
+
+
 def size(folder: Path) -> int:
     """Return the sum of the listed sizes of a sealed folder, in bytes."""
     return sum(entry["bytes"] for path in _lists(folder) for entry in _read(path).values())

@@ -244,6 +244,7 @@ class Run:
             "numbers": interventions.numbers(self.current),
             "sources": self.prepared.digests,
             "versions": versions(),
+            **folder.identity(self.config, self.prepared.tokenizer),
         }
         self.checkpoints.save(to_disk(self.stretch.cfg, self.stretch.mesh, self.state), run)
         self.saved, self.saved_at = self.step, time.monotonic()

@@ -60,13 +60,19 @@ def scalars(event: Event) -> Iterator[tuple[str, float]]:
 
 
 class Jsonl:
-    """One event per line, null for numbers not finite. Lines that a full disk refuses wait for the next write."""
+    """One event per line, null for numbers not finite. Lines that a full disk refuses wait for the next write.
+
+    Attributes:
+        damaged: the numbers of the lines that were dropped when it was opened because they were damaged.
+        empty: whether there were no events.
+    """
 
     name = METRICS
 
     def __init__(self, path: Path, step: int) -> None:
         self._path, self._pending = path, b""
-        drop_after(path, step)
+        self.damaged = drop_after(path, step)
+        self.empty = not path.exists() or not path.stat().st_size
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
     def write(self, event: Event) -> None:
@@ -90,18 +96,24 @@ class Jsonl:
             self._pending = self._pending[self._file.write(self._pending) :]
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Replace metrics.jsonl by a file with its events up to `step`, without incomplete lines."""
+def drop_after(path: Path, step: int) -> list[int]:
+    """Replace metrics.jsonl by a file with its events up to `step`, without incomplete or damaged lines.
+
+    Returns:
+        The numbers of the damaged lines, from 1. An incomplete last line is none: it comes from an interrupted run.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        return []
+    kept, damaged = [], []
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged.append(number)
     write_atomic(path, "".join(kept))
+    return damaged
 
 
 def append(workdir: Path, events: Iterable[Event]) -> None:

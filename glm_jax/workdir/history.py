@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import numpy as np
 
@@ -130,7 +130,7 @@ def read(workdir: Path) -> Record:
         raise UserError(f"{workdir} has no {METRICS}: check --workdir, or train in it first")
     events = list(_lines(path))
     if not events:
-        raise UserError(f"{path} has no events yet: wait until the run has logged its first")
+        raise UserError(f"{path} has no events yet: wait until the run has logged its first, or restore it")
     changes = workdir / interventions.RECORD
     return Record(events, interventions.read(changes) if changes.exists() else [])
 
@@ -143,12 +143,28 @@ def _lines(path: Path) -> Iterator[Json]:
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             event = None
-        if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("step"), int):
+        if _is_event(event):
             yield {key: _not_finite_again(value) for key, value in event.items()}
         elif number < len(lines):
             raise UserError(f"line {number} of {path} is damaged: remove it, then make the report again")
+
+
+def _is_event(line: object) -> TypeGuard[Json]:
+    """Whether a line's values have the types that reports rely on."""
+    if not isinstance(line, dict) or not isinstance(line.get("event"), str):
+        return False
+    step, versions = line.get("step"), line.get("versions", {})
+    counts = [line[key] for key in ("samples", "tokens") if key in line]
+    losses = [value for key, value in line.items() if str(key).split("/")[0] == "loss"]
+    lists = [entry for value in line.values() if isinstance(value, list) for entry in value]
+    return (
+        isinstance(step, int)
+        and 0 <= step < 2**63
+        and isinstance(versions, dict)
+        and all(isinstance(value, int | float | None) for value in [*counts, *losses, *lists])
+    )
 
 
 def _not_finite_again(value: object) -> object:

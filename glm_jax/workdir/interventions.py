@@ -97,7 +97,7 @@ def read(path: Path) -> list[Json]:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             lines.append(_entry(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if number == len(text.splitlines()) and not text.endswith("\n"):
                 break
             raise UserError(f"{path}, line {number}, is damaged: restore the file") from error
@@ -106,6 +106,11 @@ def read(path: Path) -> list[Json]:
 
 def _entry(line: Json) -> Json:
     changes = {key: [before, after] for key, (before, after) in line["changes"].items()}
+    seen = line.get("seen", {})
+    if not isinstance(line.get("samples", 0), int) or not isinstance(seen, dict):
+        raise TypeError("samples is no number, or seen no object")
+    if not isinstance(seen.get("reason", ""), str):
+        raise TypeError("the reason is no text")
     entry = {**line, "step": int(line["step"]), "cause": str(line["cause"]), "changes": changes}
     if entry["cause"] == "spike":
         first, last = line["skipped"]

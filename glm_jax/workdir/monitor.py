@@ -45,11 +45,13 @@ class Monitor:
         done = first_step or -1  # a run that starts at 0 evaluates step 0 again
         if primary and wandb_project:
             self._sinks.append(WeightsAndBiases(workdir, wandb_project))
+        path, log = workdir / METRICS, None
         if primary:
             try:
-                self._sinks.append(Jsonl(workdir / METRICS, done))
+                log = Jsonl(path, done)
             except OSError as error:
-                raise UserError(f"{workdir / METRICS} cannot be written: {error.strerror}, make room for it") from error
+                raise UserError(f"{path} cannot be written: {error.strerror}, make room for it") from error
+            self._sinks.append(log)
             self._sinks.append(TensorBoard(workdir / "tensorboard", done))
         self._primary, self._total, self._done = primary, total_steps, first_step
         self._first, self._started = first_step, time.monotonic()
@@ -61,6 +63,13 @@ class Monitor:
             file=sys.stderr,
             disable=None if primary else True,  # None: a bar on a terminal alone
         )
+        if log and log.damaged:
+            self.say(f"{path}: {len(log.damaged)} damaged lines are left out, the first is line {log.damaged[0]}")
+        if log and log.empty and first_step:
+            self.say(
+                f"{path} is missing or empty: it begins at step {first_step}; to keep earlier curves, stop, put it "
+                "back, and resume"
+            )
 
     def log(self, event: Event) -> None:
         """Write one event to every sink. A sink that fails is reported once, and the run continues."""

@@ -19,6 +19,7 @@ from rows import FIRST, SHARES, SPECIAL, Documents, build, check_row
 from glm_jax.config import instructions as entry
 from glm_jax.config.data import OBJECTIVES, BlankOptions
 from glm_jax.data.corpora import samples
+from glm_jax.data.corpora.cache import Cache
 from glm_jax.data.corpora.prepare import check_undamaged
 from glm_jax.data.instructions import prompts
 from glm_jax.data.instructions import samples as instruction_samples
@@ -210,7 +211,7 @@ def account(folder, *, strict, more="", start=0):
     jinja.write_text("{% if text != 'skip' %}{{ text }} ||| {{ choices[label] }}" + more + "{% endif %}")
     lines = []
     section = {"asked": entry(path=str(data), templates=str(jinja))}
-    sets, _ = prompts.prepare(section, TOKENIZER, folder / "cache", lines.append, strict=strict)
+    sets, _ = prompts.prepare(section, TOKENIZER, Cache(folder / "cache", lines.append), strict=strict)
     return sets["asked"], lines
 
 
@@ -270,20 +271,20 @@ def test_prepare_writes_once_and_reads_back(tmp_path):
         "rte": entry(path=str(data), dataset="super_glue/rte", templates=str(tmp_path)),
     }
     lines = []
-    sets, weights = prompts.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
+    sets, weights = prompts.prepare(section, TOKENIZER, Cache(tmp_path / "cache", lines.append))
     assert weights == {"sums": 2.0, "rte": 2.0} and lines[0] == "instructions sums: 2 samples, 10 tokens"
     assert sets["sums"][0].tolist() == [*b"1+1=", SPECIAL.mask, *b"2", SPECIAL.eos]
     assert sets["sums"][1].tolist() == [SPECIAL.mask, *b"x", SPECIAL.eos]
     assert sets["rte"][0].tolist() == [*b"1+1=?", SPECIAL.mask, *b"2", SPECIAL.eos]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
-    again, _ = prompts.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
+    again, _ = prompts.prepare(section, TOKENIZER, Cache(tmp_path / "cache", lines.append))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == written
     assert again["rte"].lengths.tolist() == sets["rte"].lengths.tolist() == [8, 4]
     (tmp_path / "super_glue" / "rte" / "ask.jinja").write_text("{{ text }} ||| {{ target }}")
-    again, _ = prompts.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)
+    again, _ = prompts.prepare(section, TOKENIZER, Cache(tmp_path / "cache", lines.append))
     assert again["rte"].lengths.tolist() == [7, 3]
     section = {"rte": entry(path=str(data), dataset="super-glue/rte", templates=str(tmp_path))}
-    assert prompts.prepare(section, TOKENIZER, tmp_path / "cache", lines.append)[1] == {"rte": 2.0}
+    assert prompts.prepare(section, TOKENIZER, Cache(tmp_path / "cache", lines.append))[1] == {"rte": 2.0}
 
 
 def test_a_known_data_set_is_capped_as_in_the_paper_unless_told_otherwise(tmp_path, monkeypatch):
@@ -294,7 +295,7 @@ def test_a_known_data_set_is_capped_as_in_the_paper_unless_told_otherwise(tmp_pa
         "own": entry(path=str(data), dataset="xsum", cap=6),
         "other": entry(path=str(data)),
     }
-    _, weights = prompts.prepare(section, TOKENIZER, tmp_path / "cache", lambda line: None)
+    _, weights = prompts.prepare(section, TOKENIZER, Cache(tmp_path / "cache", lambda line: None))
     assert weights == {"capped": 4.0, "own": 6.0, "other": 9.0}
 
 
@@ -307,7 +308,7 @@ def test_mistakes_in_the_section_are_refused(tmp_path):
         ({"a": entry(sample="reviews")}, "no example set 'reviews': choose one of aligned-manuals"),
     ):
         with pytest.raises(UserError, match=message):
-            prompts.prepare(section, TOKENIZER, tmp_path / "cache", print)
+            prompts.prepare(section, TOKENIZER, Cache(tmp_path / "cache", print))
 
 
 def test_an_example_set_out_of_reach_is_left_out(tmp_path, monkeypatch):
@@ -317,7 +318,7 @@ def test_an_example_set_out_of_reach_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(instruction_samples, "fetch", unreachable)
     lines = []
     section = {"reviews": entry(sample="chinese-reviews")}
-    assert prompts.prepare(section, TOKENIZER, tmp_path, lines.append) == ({}, {})
+    assert prompts.prepare(section, TOKENIZER, Cache(tmp_path, lines.append)) == ({}, {})
     assert lines == ["instructions reviews: left out, no index"]
 
 
@@ -419,7 +420,7 @@ def test_manuals_come_from_the_packages_of_the_machine(tmp_path, monkeypatch):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(instruction_samples.subprocess, "run", run)
-    path = instruction_samples.fetch("aligned-manuals", tmp_path)
+    path = instruction_samples.fetch("aligned-manuals", Cache(tmp_path, print))
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 4 and json.loads(lines[2])["target"] == "然后重新启动您的计算机。"
 
@@ -427,11 +428,11 @@ def test_manuals_come_from_the_packages_of_the_machine(tmp_path, monkeypatch):
 def test_manuals_are_out_of_reach_without_debian_or_its_network(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(samples.Unreachable, match="this machine has no apt-get"):
-        instruction_samples.fetch("aligned-manuals", tmp_path / "cache")
+        instruction_samples.fetch("aligned-manuals", Cache(tmp_path / "cache", print))
     (tmp_path / "apt-get").write_text("#!/bin/sh\necho W: slow >&2; echo E: no such package >&2; exit 100\n")
     (tmp_path / "apt-get").chmod(0o755)
     with pytest.raises(samples.Unreachable, match="apt-get download .* failed: E: no such package$"):
-        instruction_samples.fetch("aligned-manuals", tmp_path / "cache")
+        instruction_samples.fetch("aligned-manuals", Cache(tmp_path / "cache", print))
     with pytest.raises(samples.Unreachable, match="hold no pages"):
         list(instruction_samples.translations(tmp_path))
     (tmp_path / "a.en.html").write_text("<p>")
@@ -446,7 +447,7 @@ def test_an_example_set_is_kept_in_the_cache(tmp_path, monkeypatch):
     document.parent.mkdir(parents=True)
     write_lines(document, [{"text": "第一回 桃园结义\n话说天下大势。"}])
     monkeypatch.setattr(instruction_samples.samples, "fetch", lambda name, cache: (document, True))
-    path = instruction_samples.fetch("chapter-titles", tmp_path)
+    path = instruction_samples.fetch("chapter-titles", Cache(tmp_path, print))
     assert json.loads(path.read_text(encoding="utf-8"))["target"] == "桃园结义"
-    path.write_text("kept")
-    assert instruction_samples.fetch("chapter-titles", tmp_path).read_text() == "kept"
+    monkeypatch.setitem(instruction_samples.SETS, "chapter-titles", ("three-kingdoms", lambda path: 1 / 0))
+    assert instruction_samples.fetch("chapter-titles", Cache(tmp_path, print)) == path

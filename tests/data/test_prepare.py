@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def run(config: Experiment) -> tuple[prepare.Prepared, list[str]]:
 
 
 def snapshot(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in sorted((folder / "cache").rglob("*"))}
+    return {str(path): path.stat().st_mtime_ns for path in sorted((folder / "cache").rglob("*")) if path.name != "runs"}
 
 
 def test_two_sources(folder: Path):
@@ -177,25 +178,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, source: dict[str
         run(make_config(folder, bad=source | {"path": str(folder / source["path"])}))
     assert "\n" not in str(caught.value)
     left = {path.relative_to(folder / "cache").parts[0] for path in (folder / "cache").rglob("*") if path.is_file()}
-    assert left <= {"digests", "locks", "documents"} and not list((folder / "cache").rglob(".*"))
+    assert left <= {"digests", "locks", "documents", "checked", "runs"} and not list((folder / "cache").rglob(".*"))
 
 
 def test_no_source(folder: Path):
     config = with_changes(make_config(folder), {"data.sources.en": None, "data.sources.zh": None})
     with pytest.raises(UserError, match=r"data\.sources is empty"):
         run(config)
-
-
-def test_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert prepare.cache_directory("") == tmp_path / "xdg" / "glm_jax"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert prepare.cache_directory("") == tmp_path / "home" / ".cache" / "glm_jax"
-    assert prepare.cache_directory(f"{tmp_path}{os.sep}here") == tmp_path / "here"
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot make the cache .*file/below .*: set data\.cache"):
-        prepare.cache_directory(str(tmp_path / "file" / "below"))
 
 
 def test_a_tokenizer_from_a_file(folder: Path):
@@ -259,7 +248,8 @@ def test_files_are_hashed_again_only_when_touched(folder: Path, monkeypatch: pyt
     digest = hashlib.file_digest
 
     def record(file, name):
-        hashed.append(Path(file.name).name)
+        if Path(file.name).parent == folder:  # not the cache's own files
+            hashed.append(Path(file.name).name)
         return digest(file, name)
 
     monkeypatch.setattr(hashlib, "file_digest", record)
@@ -275,6 +265,43 @@ def test_files_are_hashed_again_only_when_touched(folder: Path, monkeypatch: pyt
     assert second.digests["zh"] != first.digests["zh"]
     run(make_config(folder))
     assert hashed[2:] == ["zh.txt", "zh.txt"]  # too fresh to be trusted
+
+
+DAMAGES: list[Callable[[str], str]] = [
+    lambda text: "",
+    lambda text: text[:-20],
+    lambda text: text.replace('"sha256": "', '"sha256": "0', 1),
+    lambda text: "[]",
+    lambda text: "\0",
+    lambda text: text.splitlines()[0],  # as earlier versions wrote it
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_memory_of_digests_is_made_anew(folder: Path, damage: Callable[[str], str]):
+    config = make_config(folder)
+    os.utime(folder / "en.jsonl", (1e9, 1e9))
+    first, _ = run(config)
+    memories = {path: path.read_text() for path in (folder / "cache" / "digests").iterdir()}
+    for path, text in memories.items():
+        path.write_text(damage(text))
+    second, lines = run(config)
+    assert second.digests == first.digests and not any("damaged" in line for line in lines)
+    assert {path: path.read_text() for path in memories} == memories
+
+
+@pytest.mark.parametrize("changed", [0, 1e9, 9e9])
+def test_a_clock_that_was_set_back_hides_no_change(folder: Path, changed: float):
+    config = make_config(folder)
+    os.utime(folder / "zh.txt", (changed, changed))
+    first, _ = run(config)
+    for path in (folder / "cache").rglob("*"):
+        os.utime(path, (5e9, 5e9))  # written while the clock was ahead
+    with open(folder / "zh.txt", "r+b") as file:  # as long as before
+        file.write("分".encode())
+    os.utime(folder / "zh.txt", (changed + 1, changed + 1))
+    second, _ = run(config)
+    assert second.digests["zh"] != first.digests["zh"]
 
 
 def test_the_tokenizer_sees_each_source_by_its_weight(folder: Path, monkeypatch: pytest.MonkeyPatch):

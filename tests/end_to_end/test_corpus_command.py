@@ -23,6 +23,10 @@ def damaged(experiment: Path, tmp_path: Path) -> list[str | Path]:
     return ["--config", experiment, *flags]
 
 
+def times(cache: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.name != "runs"}
+
+
 def test_build_then_train_and_inspect_from_the_cache(glm_jax: Cli, damaged: list[str | Path], tmp_path: Path) -> None:
     refused = glm_jax("corpus", "build", *damaged, "--strict", "--workers=2")
     assert refused.returncode == 2
@@ -31,11 +35,9 @@ def test_build_then_train_and_inspect_from_the_cache(glm_jax: Cli, damaged: list
     assert built.returncode == 0, built.stderr
     assert "documents zh: 1 damaged records left out, broken JSON" in built.stderr
     assert "documents zh: 1 damaged records left out, invalid UTF-8" in built.stderr
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    files = times(tmp_path / "cache")
     again = glm_jax("corpus", "build", *damaged)
-    assert (
-        again.returncode == 0 and {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == files
-    )
+    assert again.returncode == 0 and times(tmp_path / "cache") == files
     refused = glm_jax("corpus", "build", *damaged, "--strict")
     assert refused.returncode == 2 and "a.jsonl, line 61: broken JSON, left out of zh" in refused.stderr
     steps = ["--config.train.steps=1", "--config.train.eval_every=0"]
@@ -50,6 +52,20 @@ def test_build_then_train_and_inspect_from_the_cache(glm_jax: Cli, damaged: list
     index = json.loads(next((tmp_path / "cache" / "shards").glob("*/index.json")).read_text(encoding="utf-8"))
     for split, documents in index["documents"].items():
         assert f"  {split:8} {documents:,} documents, {index['tokens'][split]:,} tokens" in shown.stdout
+
+
+def test_verify_names_damage_and_build_mends_it(glm_jax: Cli, experiment: Path, tmp_path: Path) -> None:
+    flags = ["--config", experiment, f"--config.data.cache={tmp_path / 'cache'}"]
+    assert glm_jax("corpus", "build", *flags).returncode == 0
+    index = next((tmp_path / "cache" / "shards").glob("*/index.json"))
+    whole = index.read_bytes()
+    index.write_bytes(whole[:-9])
+    done = glm_jax("corpus", "verify", *flags)
+    assert done.returncode == 2 and not done.stdout
+    assert f"{index.parent} is damaged: index.json is cut short" in done.stderr.splitlines()
+    assert done.stderr.splitlines()[-1].startswith("error: 1 of ") and "`glm-jax corpus build`" in done.stderr
+    assert f"{index.parent} is damaged (index.json is cut short)" in glm_jax("corpus", "build", *flags).stderr
+    assert index.read_bytes() == whole and glm_jax("corpus", "verify", *flags).returncode == 0
 
 
 def test_train_alone_refuses_damage(glm_jax: Cli, damaged: list[str | Path], tmp_path: Path) -> None:

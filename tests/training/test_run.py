@@ -34,7 +34,8 @@ class Counting:
     ) -> None:
         self.diary, self.config, self.losses, self.asks = diary, config, losses, asks
         self.cfg = SimpleNamespace(engine=None, loss_scale=None)
-        self.mesh, self.prepared = SimpleNamespace(shape={}), SimpleNamespace(digests={})
+        self.mesh = SimpleNamespace(shape={})
+        self.prepared = SimpleNamespace(digests={}, tokenizer=SimpleNamespace(digest="a"))
         self.meter = SimpleNamespace(
             waiting=nullcontext, count=lambda *_: None, restart=lambda: None, read=lambda: dict(SPEED)
         )

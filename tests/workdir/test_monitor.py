@@ -266,3 +266,22 @@ def test_without_a_terminal_progress_is_a_line_every_event(
     silent.say("a line")
     silent.close()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is missing or empty: it begins at step 2"),
+        ("", "is missing or empty: it begins at step 2"),
+        ('{"event": "train", "step": 1}\n{"event": "tra\n[]\n', "2 damaged lines are left out, the first is line 2"),
+        ('{"event": "train", "step": 1}\n{"event": "tra', None),  # an interrupted write
+    ],
+)
+def test_a_resumed_run_names_damage_to_its_log(
+    tmp_path: Path, content: str | None, said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    Monitor(tmp_path, 4, 2).close()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "metrics.jsonl" in line]
+    assert len(lines) == (said is not None) and all(said in line for line in lines if said)

