@@ -184,7 +184,7 @@ def test_files_that_cannot_be_read_are_accounted_for(tmp_path: Path):
                     write_documents(*arguments, strict=strict, report=print)
             else:
                 write_documents(*arguments, strict=strict, report=print)
-                index = corpus.read_index(directory)
+    index = corpus.read_index(tmp_path / "documents-False")
     assert found.files == (file,) and index["documents"]["train"] == 1
     assert index["skipped"] == {"dangling link": {"count": 1, "places": [{"file": str(tmp_path / "link"), "line": 1}]}}
 
