@@ -36,14 +36,6 @@ def event(run: Run) -> Json:
     return {"event": "evaluation", "step": run.step, **values}
 
 
-def line(event: Json) -> str:
-    """Return an evaluation in a line, which says so if a value is not finite."""
-    values = {name: value for name, value in event.items() if name not in ("event", "step")}
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-    finite = all(map(math.isfinite, values.values()))
-    return f"held-out at step {event['step']}: {shown}" + ("" if finite else ": not all of it is finite")
-
-
 def heldout(run: Run) -> dict[str, float]:
     """Return the held-out losses, see `HeldOut.losses`."""
     return run.stretch.heldout(run.state.params)

@@ -37,7 +37,7 @@ from glm_jax.workdir import folder
 from glm_jax.workdir.checkpoints import Checkpoints
 from glm_jax.workdir.events import Event, versions
 from glm_jax.workdir.interventions import Record
-from glm_jax.workdir.monitor import Monitor
+from glm_jax.workdir.monitor import Monitor, shown_evaluation
 
 DONE, STOPPED, FAILED = 0, 3, 4  # exit codes
 
@@ -98,10 +98,7 @@ class Run:
         """Take the remaining steps: call the observers after each, then yield it.
 
         A step that an observer undoes, by going back, is not yielded. The run saves at the end and after a request to
-        stop. Leaving the loop early saves nothing; the next call continues from there.
-
-        Raises:
-            WorkFailed: the run is dead (see train.dead_after), or the last step is not finite; it is not saved.
+        stop. Leaving the loop early saves nothing; the next call continues from there. A dead run raises WorkFailed.
         """
         self._check_open()
         self.stopping = False
@@ -226,7 +223,7 @@ class Run:
         self._check_open()
         event = evaluation.event(self)
         self.log(event)
-        self.say(evaluation.line(event))
+        self.say(shown_evaluation(event))
         self.stretch.meter.restart()
         return event
 

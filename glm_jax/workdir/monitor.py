@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,14 @@ BAR = "{n_fmt}/{total_fmt} {bar} {remaining}{postfix}"  # the numbers need up to
 def shown(event: Event) -> str:
     """Return what the console shows of a train event."""
     return f"loss {event['loss']:.4g}, lr {event['lr']:.1e}, {event['tokens_per_second']:,.0f} tok/s"
+
+
+def shown_evaluation(event: Event) -> str:
+    """Return an evaluation in a line, which says so if a value is not finite."""
+    values = {name: value for name, value in event.items() if name not in ("event", "step")}
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    finite = all(map(math.isfinite, values.values()))
+    return f"held-out at step {event['step']}: {shown}" + ("" if finite else ": not all of it is finite")
 
 
 class Monitor:

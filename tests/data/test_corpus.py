@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from texts import chinese, english
 
-from glm_jax.data.corpora import corpus, readers
-from glm_jax.data.corpora.build import Workers
+from glm_jax.data.corpora import corpus, readers, shards
+from glm_jax.data.corpora.build import Workers, made
 from glm_jax.data.corpora.corpus import Input, read_documents, split, write_documents
 from glm_jax.data.corpora.deduplicate import digest_of
-from glm_jax.data.corpora.files import Found
+from glm_jax.data.corpora.files import Found, find_files
 from glm_jax.data.corpora.shards import Shards, write_shards
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
 from glm_jax.errors import UserError
@@ -153,11 +153,49 @@ def test_a_split_may_be_empty(tmp_path: Path, tokenizer: Tokenizer):
     assert tokenizer.decode(Shards.open(tmp_path / "shards", "train")[0]) == "only one"
 
 
+def test_a_full_disk_under_the_shards_is_named(tmp_path: Path, tokenizer: Tokenizer, monkeypatch):
+    make_documents(tmp_path / "documents", [write_jsonl(tmp_path / "a", ["only one"])])
+
+    class Full:
+        def __init__(self, *_: str) -> None: ...
+
+        def write(self, _: bytes) -> None:
+            raise RuntimeError("write() failed: No space left on device; writing /x; at byte 0")  # as ArrayRecord does
+
+    monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
+    with pytest.raises(UserError, match=r"^no room for .*key \(No space left on device\)"), Workers(1) as workers:
+        made(
+            tmp_path / "shards" / "key",
+            lambda building: write_shards(building, tmp_path / "documents", tokenizer, "one", workers),
+        )
+
+
+def test_files_that_cannot_be_read_are_accounted_for(tmp_path: Path):
+    file = write_jsonl(tmp_path / "a", ["only one"])
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    found = find_files(str(tmp_path))
+    with Workers(1) as workers:
+        for strict in (True, False):
+            directory = tmp_path / f"documents-{strict}"
+            directory.mkdir()
+            arguments = (directory, Input(found, "jsonl", where="here"), 0.0, 0.0, workers)
+            if strict:
+                with pytest.raises(UserError, match="link: a link to .*/nowhere, which is not there"):
+                    write_documents(*arguments, strict=strict, report=print)
+            else:
+                write_documents(*arguments, strict=strict, report=print)
+    index = corpus.read_index(tmp_path / "documents-False")
+    assert found.files == (file,) and index["documents"]["train"] == 1
+    assert index["skipped"] == {"dangling link": {"count": 1, "places": [{"file": str(tmp_path / "link"), "line": 1}]}}
+
+
 def test_an_empty_corpus(tmp_path: Path):
     with pytest.raises(UserError, match="corpus here is empty: it needs at least one line of text$"):
         make_documents(tmp_path / "documents", [write_jsonl(tmp_path / "a", [" "])])
     (tmp_path / "b").write_text("{\n{\n")
-    with pytest.raises(UserError, match="; 2 damaged records were skipped"):
+    with pytest.raises(
+        UserError, match=r"; 2 damaged records were skipped, the first in .*/b, line 1: broken JSON \(Expecting prop"
+    ):
         make_documents(tmp_path / "more", [tmp_path / "b"], strict=False)
 
 

@@ -147,7 +147,7 @@ def test_records_are_read_from_every_format(tmp_path):
         ("a.jsonl", b'{"text": "\xff"}\n', 1, "invalid UTF-8"),
         ("a.jsonl", b"", 1, "empty"),
         ("a.json", b'[{"text": 1},\n{"text"}]', 2, "broken JSON"),
-        ("a.json", b'{"text": 1}\n', 1, "give another `format`"),
+        ("a.json", b'{"text": 1}\n', 1, "take the array of records out of it"),
         ("a.jsonl.zst", b"nothing", 1, "not a whole zstd file"),
         ("a.parquet", b"nothing", 1, "not a parquet file"),
     ],
@@ -236,7 +236,7 @@ def test_every_record_without_a_prompt_is_accounted_for(tmp_path):
 def test_strict_stops_at_the_first_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="data.jsonl, line 2: template ask fails .the index -1"):
         account(tmp_path, strict=True)
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "cache" / "instructions").rglob("*") if path.is_file()]
     account(tmp_path, strict=False)
     account(tmp_path, strict=True)  # what an earlier build left out stays left out
 
@@ -244,7 +244,7 @@ def test_strict_stops_at_the_first_and_leaves_nothing(tmp_path):
 def test_when_nothing_is_left_the_first_damage_is_named(tmp_path):
     with pytest.raises(UserError, match="asked has no samples: .*line 1: template ask gives 2 of"):
         account(tmp_path, strict=False, more=" ||| more")
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "cache" / "instructions").rglob("*") if path.is_file()]
 
 
 def test_a_strict_build_finds_what_an_earlier_one_left_out(tmp_path):

@@ -102,9 +102,11 @@ def _write_file(path: Path, form: str, records: list[bytes], name: str, bad: Cou
             if reason in ("broken JSON", "too long"):
                 bad[reason, name, number] -= 1
                 rows.append(None)
-                bad["missing field", name, number] += 1
+                bad["null", name, number] += 1
             elif reason == "missing field":
                 rows.append(None)
+                bad[reason, name, number] -= 1
+                bad["null", name, number] += 1
             else:
                 rows.append(record[10:-2] if reason else json.loads(record)["text"].encode())
         column = pyarrow.array(rows, pyarrow.binary()).view(pyarrow.string())

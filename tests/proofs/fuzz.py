@@ -93,6 +93,16 @@ def zstandard_files() -> Target:
     return corpus_file("jsonl.zst", [zstandard.compress(line * count) for count in (1, 3, 200)])
 
 
+def compressed_texts() -> Target:
+    """A file of text that may be compressed."""
+    import bz2
+    import gzip
+    import lzma
+
+    text = "one\n\u3000\ntwo\r\rthree\n".encode()
+    return corpus_file("text", [text, gzip.compress(text), bz2.compress(text), lzma.compress(text)])
+
+
 def parquet_files() -> Target:
     """A parquet file."""
     import pyarrow
@@ -209,8 +219,8 @@ def checkpoints() -> Target:
 
 TARGETS: dict[str, Callable[[], Target]] = {
     make.__name__: make
-    for make in (archive, pickles, json_arrays, jsonl, zstandard_files, parquet_files, templates, template_files,
-                 overrides, tokenizers, checkpoints)
+    for make in (archive, pickles, json_arrays, jsonl, zstandard_files, compressed_texts, parquet_files, templates,
+                 template_files, overrides, tokenizers, checkpoints)
 }  # fmt: skip
 
 

@@ -199,8 +199,8 @@ def _merge(job: _PartJob) -> None:
         if job.signatures:
             hashes = [shingles(document.text) for document in kept]
             numbers["shingles"] = np.array([len(own) for own in hashes], np.int64)
-            np.save(temporary / "signatures.npy", np.array([signature(own) for own in hashes], np.uint32))
-            np.save(temporary / "shingles.npy", np.concatenate([np.empty(0, np.uint32), *hashes]))
+            save_array(temporary / "signatures.npy", np.array([signature(own) for own in hashes], np.uint32))
+            save_array(temporary / "shingles.npy", np.concatenate([np.empty(0, np.uint32), *hashes]))
         with _open_text(temporary / "documents.jsonl") as file:
             for document in kept:
                 _write_line(file, {"text": document.text})
@@ -338,6 +338,13 @@ def _read_lines(paths: Iterable[Path]) -> Iterator[Any]:  # JSON: texts in read/
     for path in paths:
         with open(path, encoding="utf-8", newline="\n") as file:
             yield from map(json.loads, file)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file, as np.save does, but by Python: numpy's own error on a full disk does not say what it was."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)
 
 
 def read_index(directory: Path) -> Json:

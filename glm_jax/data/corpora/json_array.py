@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from io import BufferedIOBase
 
 CHUNK = 1 << 20  # bytes read at a time
-DEEPEST = 10_000  # brackets inside each other whose kinds are remembered; json hardly reads as many
+DEEPEST = 1000  # brackets inside each other; Python 3.11's json reads no more, and following them takes long
 
 _BRACKET = re.compile(rb'["\[\]{}:,]')
 _INSIDE_STRING = re.compile(rb'(?:[^"\\\n]++|\\[^\n])*+')
@@ -24,7 +24,8 @@ class Elements:
 
     Attributes:
         begun, closed: after the iteration, whether the array's start and its end were found.
-        line: the line reached, counted from 1.
+        too_deep: whether it ended because an element has over DEEPEST brackets inside each other.
+        line: the line reached, counted from 1; of the last element, if it is not finished.
     """
 
     def __init__(self, stream: BufferedIOBase, limit: int) -> None:
@@ -32,7 +33,7 @@ class Elements:
         self._held = bytearray()  # the element so far, from earlier chunks
         self._too_long = False
         self._stack = bytearray(b"[")  # open brackets
-        self.begun = self.closed = False
+        self.begun = self.closed = self.too_deep = False
         self.line = 1
 
     def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
@@ -40,7 +41,6 @@ class Elements:
         if not self.begun:
             return
         inside, skip, last = False, 0, 0  # in a string; bytes of the next chunk that are escaped; last token
-        deeper = 0  # open brackets beyond DEEPEST
         for chunk in itertools.chain([first], iter(lambda: self._stream.read1(CHUNK), b"")):
             place, start = min(skip, len(chunk)), 0
             skip -= place
@@ -57,7 +57,7 @@ class Elements:
                     place += 1
                     if chunk[place - 1] != ord('"'):  # a newline: the string was never closed
                         yield from self._cut(chunk[start:place])
-                        start, deeper, self._stack = place, 0, bytearray(b"[")
+                        start, self._stack = place, bytearray(b"[")
                     continue
                 match = _BRACKET.search(chunk, place)
                 if match is None:
@@ -71,13 +71,11 @@ class Elements:
                 elif token in b"[{":
                     if self._stack[-1] == ord("{") and last != ord(":"):
                         yield from self._cut(chunk[start : place - 1])
-                        start, deeper, self._stack = place - 1, 0, bytearray(b"[")
+                        start, self._stack = place - 1, bytearray(b"[")
+                    self._stack.append(token)
                     if len(self._stack) > DEEPEST:
-                        deeper += 1
-                    else:
-                        self._stack.append(token)
-                elif token in b"]}" and deeper:
-                    deeper -= 1
+                        self.too_deep = True
+                        return
                 elif token in b"]}":
                     if len(self._stack) == 1 and token == ord("]"):
                         yield from self._cut(chunk[start : place - 1])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from glm_jax.data.corpora import kinds, parquet
 from glm_jax.data.corpora.compression import Broken, Decompressed
-from glm_jax.data.corpora.json_array import Elements
+from glm_jax.data.corpora.json_array import DEEPEST, Elements
 from glm_jax.data.corpora.records import Damaged, Located
 from glm_jax.errors import UserError
 from glm_jax.storage.files import open_regular
@@ -286,6 +286,9 @@ def _read_json(stream: io.BufferedIOBase) -> Iterator[Located | Damaged]:
         return
     if not elements.begun:
         yield Damaged("broken JSON", 1, "not a JSON array: give another `format`, such as jsonl")
+    elif elements.too_deep:
+        said = f"over {DEEPEST:,} brackets inside each other, where reading ended: remove the element"
+        yield Damaged("too deep", elements.line, said)
     elif not elements.closed:
         yield Damaged("truncated", elements.line, "the array has no end: fetch the file again")
 

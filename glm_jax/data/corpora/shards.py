@@ -5,7 +5,9 @@ shards      part-00000-of-0000N/{train,heldout}.array_record, {train,heldout}-le
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from glm_jax.data.corpora.build import Workers
-from glm_jax.data.corpora.corpus import SPLITS, part_documents, part_folders, read_index, write_index
+from glm_jax.data.corpora.corpus import SPLITS, part_documents, part_folders, read_index, save_array, write_index
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.storage.files import atomic_directory
 
@@ -53,7 +55,7 @@ def _write_shard(job: _ShardJob) -> tuple[int, ...]:
         with atomic_directory(job.directory) as temporary:
             for name in SPLITS:
                 lengths = _write_records(temporary / f"{name}.array_record", name, job)
-                np.save(temporary / f"{name}-lengths.npy", np.array(lengths, np.int64))
+                save_array(temporary / f"{name}-lengths.npy", np.array(lengths, np.int64))
     return tuple(int(np.load(job.directory / f"{name}-lengths.npy").sum()) for name in SPLITS)
 
 
@@ -63,14 +65,20 @@ def _write_records(path: Path, split_name: str, job: _ShardJob) -> list[int]:
     first = next(texts, None)
     if first is None:
         return []
-    # One record per group, so that a document is read without its neighbours.
-    writer = ArrayRecordWriter(str(path), "group_size:1")
     lengths = []
-    for text in itertools.chain([first], texts):
-        ids = np.append(job.tokenizer.encode(text), job.tokenizer.eos)  # [S]
-        writer.write(ids.astype(job.dtype).tobytes())
-        lengths.append(len(ids))
-    writer.close()
+    try:
+        # One record per group, so that a document is read without its neighbours.
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for text in itertools.chain([first], texts):
+            ids = np.append(job.tokenizer.encode(text), job.tokenizer.eos)  # [S]
+            writer.write(ids.astype(job.dtype).tobytes())
+            lengths.append(len(ids))
+        writer.close()
+    except RuntimeError as error:  # which has the system's words in its message and no errno
+        code = next((code for code in (errno.ENOSPC, errno.EDQUOT) if os.strerror(code) in str(error)), None)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from None
     return lengths
 
 

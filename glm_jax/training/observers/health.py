@@ -6,10 +6,7 @@ from glm_jax.training.observers import Observer, Step
 
 
 class Health(Observer):
-    """Counts the steps in a row that are not finite, and fails the run at train.dead_after.
-
-    It looks at a step when the next one is under way, so that the devices need not wait for the host.
-    """
+    """Counts the steps in a row that are not finite, each once the next is under way; fails at train.dead_after."""
 
     def __init__(self) -> None:
         self._latest: Step | None = None
