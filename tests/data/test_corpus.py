@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from texts import chinese, english
 
 from glm_jax.data.corpora import corpus, readers, shards
-from glm_jax.data.corpora.build import Workers, made
+from glm_jax.data.corpora.build import Workers
+from glm_jax.data.corpora.cache import Cache
 from glm_jax.data.corpora.corpus import Input, read_documents, split, write_documents
 from glm_jax.data.corpora.deduplicate import digest_of
 from glm_jax.data.corpora.files import Found, find_files
@@ -164,9 +165,8 @@ def test_a_full_disk_under_the_shards_is_named(tmp_path: Path, tokenizer: Tokeni
 
     monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
     with pytest.raises(UserError, match=r"^no room for .*key \(No space left on device\)"), Workers(1) as workers:
-        made(
-            tmp_path / "shards" / "key",
-            lambda building: write_shards(building, tmp_path / "documents", tokenizer, "one", workers),
+        Cache(tmp_path, print).made(
+            "shards", "key", lambda building: write_shards(building, tmp_path / "documents", tokenizer, "one", workers)
         )
 
 
