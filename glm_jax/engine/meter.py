@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import SupportsInt
 
 from glm_jax.engine.bind import EngineConfig
@@ -36,7 +36,7 @@ class Meter:
         self._tokens: list[SupportsInt] = []
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def waiting(self) -> Generator[None]:
         """Count the time inside the block as waiting for data."""
         start = time.perf_counter()
         yield

@@ -64,12 +64,7 @@ def fill(
         context = [token for part in encoded for token in part]
         if not _is_blank(pieces[-1]):
             context.append(tokenizer.eos)
-        room = cfg.max_length - len(context) - 1  # sop takes a place
-        if room < 1:
-            raise UserError(
-                f"the prompt has {len(context)} tokens and leaves no place for a fill in the model's rows of "
-                f"{cfg.max_length}: shorten the prompt"
-            )
+        room = _room(cfg, len(context))
         if room < max_tokens and say is not None:
             say(f"{pieces[place].text} gets at most {room} tokens: the prompt has {len(context)}, "
                 f"the model's rows hold {cfg.max_length}")  # fmt: skip
@@ -89,6 +84,17 @@ def fill(
         )
         pieces[place] = Piece(tokenizer.decode(generated), True)
     return pieces
+
+
+def _room(cfg: GLMConfig, context: int) -> int:
+    """Return how many tokens a fill may have after a context of so many tokens; sop takes a place, too."""
+    room = cfg.max_length - context - 1
+    if room < 1:
+        raise UserError(
+            f"the prompt has {context} tokens and leaves no place for a fill in the model's rows of {cfg.max_length}: "
+            "shorten the prompt"
+        )
+    return room
 
 
 def printable(text: str) -> str:
