@@ -66,7 +66,7 @@ def snapshot(folder: Path) -> dict[str, int]:
 def test_two_sources(folder: Path):
     prepared, lines = run(make_config(folder))
     stages = [line.split(":")[0] for line in lines]
-    assert stages == ["documents en", "documents zh", "tokenizer", "shards en", "shards zh"]
+    assert stages == ["documents en", "documents zh", "tokenizer", "tokenizer", "shards en", "shards zh"]
     assert "1 exact and 1 near duplicates dropped (read in" in lines[0]
     assert not any("cached" in line for line in lines)
     assert prepared.languages == {"en": "en", "zh": "zh"} and prepared.weights == {"en": 1.0, "zh": 2.0}
@@ -97,11 +97,11 @@ def test_only_what_changed_is_made_again(folder: Path):
     first, _ = run(make_config(folder))
     (folder / "zh.txt").write_text("\n\n".join(chinese(seed) for seed in range(1, 21)), "utf-8")
     second, lines = run(make_config(folder))
-    assert [line.endswith("(cached)") for line in lines] == [True, False, False, False, False]
+    assert [line.endswith("(cached)") for line in lines] == [True, False, False, False, False, False]
     assert second.digests["zh"] != first.digests["zh"]
     config = with_changes(make_config(folder), {"data.tokenizer.vocab_size": 500})
     third, lines = run(config)
-    assert [line.endswith("(cached)") for line in lines] == [True, True, False, False, False]
+    assert [line.endswith("(cached)") for line in lines] == [True, True, False, False, False, False]
     assert third.tokenizer.size <= 500
     config = with_changes(config, {"data.heldout": 0.5})
     assert not any(line.endswith("(cached)") for line in run(config)[1])

@@ -258,6 +258,8 @@ def _tokenizer(
         key = _key(inputs, vocab_size, version)
 
     def make(building: Path) -> None:
+        if given is None:
+            cache.report(f"tokenizer: training one of up to {vocab_size:,} pieces")
         model = given.model if given else sentencepiece.train(_shares(documents, weights), vocab_size)
         write_atomic(building / "tokenizer.model", model)
 
