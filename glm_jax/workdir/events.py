@@ -47,11 +47,15 @@ class Sink(Protocol):
 
 
 def scalars(event: Event) -> Iterator[tuple[str, float]]:
-    """Yield (name, number) for what can be plotted: `<event>/<key>`; for lists by layer, `<event>/<key>/layer_03`."""
+    """Yield (name, number) for what can be plotted: `<event>/<key>`; for lists by layer, `<event>/<key>/layer_03`.
+
+    Losses are `0_loss/<event>` and `0_loss/<event>/<source>`, because TensorBoard sorts by name and they come first.
+    """
     for key, value in event.items():
-        name = f"{event['event']}/{key}"
         if key in ("event", "step"):
             continue
+        head, slash, rest = key.partition("/")
+        name = f"0_loss/{event['event']}{slash}{rest}" if head == "loss" else f"{event['event']}/{key}"
         if isinstance(value, list):
             digits = max(2, len(str(len(value) - 1)))
             yield from ((f"{name}/layer_{layer:0{digits}d}", number) for layer, number in enumerate(value))

@@ -53,7 +53,7 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint_and_a_torn_line(tmp_
     monitor.log({"event": "train", "step": 3, "loss": 0.5})
     monitor.close()
     assert read(tmp_path) == [{"event": "train", "step": s, "loss": loss} for s, loss in ((1, 1.0), (2, 0.5), (3, 0.5))]
-    assert board(tmp_path) == {"train/loss": {1: 1.0, 2: 0.5, 3: 0.5}}
+    assert board(tmp_path) == {"0_loss/train": {1: 1.0, 2: 0.5, 3: 0.5}}
 
 
 def test_lists_become_a_scalar_a_layer_and_text_stays_in_the_jsonl(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_lists_become_a_scalar_a_layer_and_text_stays_in_the_jsonl(tmp_path: Pat
     monitor.close()
     assert read(tmp_path) == written
     layers = {f"train/activation_rms/layer_{layer:02d}": {1: float(layer)} for layer in range(11)}
-    assert board(tmp_path) == {"train/loss": {1: 2.0}, **layers}
+    assert board(tmp_path) == {"0_loss/train": {1: 2.0}, **layers}
 
 
 def test_numbers_that_are_not_finite_are_null_for_every_reader_of_json(tmp_path: Path) -> None:
@@ -79,6 +79,13 @@ def test_numbers_that_are_not_finite_are_null_for_every_reader_of_json(tmp_path:
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     read = json.loads(line, parse_constant=pytest.fail)
     assert (read["loss"], read["activation_rms"], read["lr"]) == (None, [1.0, None], 0.5)
+
+
+def test_losses_come_first_in_tensorboard() -> None:
+    event = {"event": "evaluation", "step": 1, "bits_per_byte/en": 1.0, "loss/en": 2.0, "loss": 3.0}
+    names = dict(events.scalars(event))
+    assert sorted(names)[:2] == ["0_loss/evaluation", "0_loss/evaluation/en"]
+    assert names == {"evaluation/bits_per_byte/en": 1.0, "0_loss/evaluation/en": 2.0, "0_loss/evaluation": 3.0}
 
 
 def test_going_back_drops_the_events_after_a_step_everywhere(
@@ -94,7 +101,7 @@ def test_going_back_drops_the_events_after_a_step_everywhere(
     monitor.log({"event": "train", "step": 3, "loss": 0.5})
     monitor.close()
     assert [(event["step"], event["loss"]) for event in read(tmp_path)] == [(1, 8.0), (2, 8.0), (3, 0.5)]
-    assert board(tmp_path) == {"train/loss": {1: 8.0, 2: 8.0, 3: 0.5}}
+    assert board(tmp_path) == {"0_loss/train": {1: 8.0, 2: 8.0, 3: 0.5}}
     shown = capsys.readouterr().err
     assert re.findall(r"(\d)/9", shown)[-1] == "3" and "2/9" in shown
 
@@ -151,7 +158,7 @@ def test_after_a_full_disk_tensorboard_continues_in_another_file(tmp_path: Path)
         sink.write({"event": "train", "step": 2, "loss": 2.0})
     sink.write({"event": "train", "step": 3, "loss": 3.0})
     sink.close()
-    assert board(tmp_path) == {"train/loss": {1: 2.0, 3: 3.0}}
+    assert board(tmp_path) == {"0_loss/train": {1: 2.0, 3: 3.0}}
 
 
 class Wandb(ModuleType):
@@ -206,7 +213,7 @@ def test_weights_and_biases_follow_one_run_over_restarts(
     assert {(run["project"], run["name"], run["resume"]) for run in wandb.started} == {("glm", "run", "allow")}
     assert len({run["id"] for run in wandb.started}) == 1 and len(wandb.started[0]["id"]) == 16
     assert wandb.started[-1].get("mode") == (None if online else "offline")
-    values = {"train/loss": 2.0, "train/activation_rms/layer_00": 1.0}
+    values = {"0_loss/train": 2.0, "train/activation_rms/layer_00": 1.0}
     assert wandb.logged == [{"step": 1, **values}, {"step": 2, **values}]
 
 
