@@ -72,6 +72,7 @@ class TokenizerConfig(Section):
     path: str = field(
         "",
         path=True,
+        role="operational",  # a run is held to the tokenizer's content, wherever its file is
         doc="read this instead of training one: a tokenizer.model of ours, or the official ice_text.model",
     )
     pinned: bool = field(False, doc="ice_text.model as in 2022: newlines, tabs and runs of spaces are lost")

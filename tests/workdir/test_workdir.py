@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from glm_jax.config import default_config, resolve, with_changes
+from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
 from glm_jax.errors import UserError
 from glm_jax.workdir import folder as workdir
 
@@ -28,3 +30,18 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_anything_is_made(
     with pytest.raises(UserError, match="cannot be written to, name another"):
         workdir.check_writable(tmp_path / "new/run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_tokenizer_is_known_by_its_content_and_not_by_its_path(tmp_path: Path) -> None:
+    one, other = (Tokenizer(train([f"the small array returns {word} " * 30], 300)) for word in ("a shape", "no shape"))
+    changes = {"data.sources": {"en": {"path": "en.txt"}}}
+    config = with_changes(resolve(default_config()), changes)
+    workdir.write(tmp_path, config, one)
+    for path in ("copy/of.model", str(tmp_path / "tokenizer.model")):
+        moved = with_changes(config, {"data.tokenizer.path": path})
+        workdir.check(tmp_path, moved)
+    workdir.check_tokenizer(tmp_path, Tokenizer(one.model))
+    with pytest.raises(UserError, match="is not the tokenizer of these sources"):
+        workdir.check_tokenizer(tmp_path, other)
+    with pytest.raises(UserError, match=r"data\.tokenizer\.vocab_size=8000"):
+        workdir.check(tmp_path, with_changes(config, {"data.tokenizer.vocab_size": 300}))
