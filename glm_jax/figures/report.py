@@ -180,7 +180,7 @@ def facts(record: Record, config: Json) -> list[tuple[str, str]]:
     if seconds := record.seconds():
         found.append(("training time, about", str(datetime.timedelta(seconds=round(seconds)))))
     start = record.last("start")
-    if "platform" in start:
+    if {"platform", "devices"} <= start.keys():
         found.append(("devices", f"{start['devices']} ({start['platform']})"))
     return found
 

@@ -102,7 +102,7 @@ def test_a_stop_at_the_step_of_an_intervention_does_not_lose_it(
     hand_out = Stretch.batch
 
     def batch(part: Stretch, samples: int, rows: int) -> Any:
-        if samples == 16:  # of step 3; the run stops after the next step
+        if samples == 24:  # of step 4, after which the run stops and the change is due
             os.kill(os.getpid(), signal.SIGTERM)
         return hand_out(part, samples, rows)
 

@@ -78,9 +78,9 @@ def start(experiment: Path, environment: dict[str, str]) -> Iterator[Start]:
 
 
 def ends(process: Process) -> Ended:
-    """Wait for the end, and return how it ended; lines leave out progress bars."""
+    """Wait for the end, and return how it ended; lines leave out the one about the devices."""
     said = process.communicate(timeout=HANG)[1]
-    return process.returncode, [line for line in said.split("\n") if line.strip()]
+    return process.returncode, [line for line in said.split("\n") if line.strip() and not line.startswith("devices: ")]
 
 
 def events(workdir: Path, kind: str) -> dict[int, dict[str, Any]]:

@@ -23,7 +23,7 @@ SWEEP = """
 def get_sweep():
     return {
         "model.norm": ("post", "deepnorm"),
-        "lr": {"calm": {"optimizer.peak_lr": 1e-3}, "wild": {"optimizer.peak_lr": 1e30}},
+        "lr": {"calm": {"optimizer.peak_lr": 1e-3}, "wild": {"optimizer.peak_lr": 1e16}},
         "seed": (1, 2),
     }
 """

@@ -99,7 +99,7 @@ def test_a_diverged_member_does_not_disturb_the_others(folder: Path) -> None:
     short = {"train.steps": 12, "train.eval_every": 0, "optimizer.warmup_samples": 0}
     calm = {"calm": {"optimizer.peak_lr": 1e-3}}
     (lonely,) = together(members(tiny(folder, **short), {"lr": calm}))
-    both = together(members(tiny(folder, **short), {"lr": {**calm, "wild": {"optimizer.peak_lr": 1e30}}}))
+    both = together(members(tiny(folder, **short), {"lr": {**calm, "wild": {"optimizer.peak_lr": 1e16}}}))
     assert not np.isfinite(both[1].losses[-1])
     np.testing.assert_allclose(both[0].losses, lonely.losses, rtol=1e-6)
 
