@@ -50,7 +50,7 @@ def numbers(config: Experiment) -> Json:
 
 def changes(before: Mapping[str, object], after: Mapping[str, object]) -> dict[str, tuple[object, object]]:
     """Return the differences between two results of `numbers`."""
-    keys = sorted(before.keys() | after.keys())
+    keys = sorted(key for key in before.keys() | after.keys() if role(key) != "operational")  # it may have become so
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
