@@ -118,7 +118,7 @@ def _from_yaml(file: Path, text: str) -> list[Template]:
         def construct_scalar(self, node: Any) -> str | None:  # a yaml.Node: PyYAML is imported late
             return None if node.style is None and node.value in NULLS else super().construct_scalar(node)
 
-        def fetch_flow_collection_start(self, token: Any) -> None:
+        def fetch_flow_collection_start(self, token: Any) -> None:  # PyYAML has no types
             if self.flow_level == DEEPEST_FLOW:  # the scanner's time for each token grows with the depth
                 raise RecursionError
             super().fetch_flow_collection_start(token)
