@@ -13,13 +13,12 @@ import importlib
 import importlib.metadata
 import itertools
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging
 
+from glm_jax import signals
 from glm_jax.cli import streams
 from glm_jax.cli.common import say
 from glm_jax.config.fields import closest
@@ -37,7 +36,6 @@ COMMANDS = (
     "report",
     "sweep",
 )  # modules in this folder
-ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 INTERRUPTED = 130
 UNREAD = 141  # a shell's exit code for a program that SIGPIPE has ended
 
@@ -74,17 +72,8 @@ def _interruptible() -> Iterator[None]:
             os._exit(INTERRUPTED)
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in ENDINGS}
-    if threading.current_thread() is not threading.main_thread():
-        before = {}  # only the main thread can listen
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, interrupt)
-    try:
+    with signals.handled(interrupt):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from glm_jax import signals
 
 
 @contextlib.contextmanager
@@ -16,14 +16,8 @@ def listening(stop: Callable[[], None]) -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         stop()
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        signal.signal(signal.SIGINT, second)
 
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    for number in STOPPING:
-        if before[number] is not signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, note)
-    try:
+    second = signal.getsignal(signal.SIGINT)
+    with signals.handled(note):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

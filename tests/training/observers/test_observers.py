@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from glm_jax.config import default_config, resolve
+from glm_jax.signals import ENDING
 from glm_jax.training.observers import Request, Step, signals
 from glm_jax.training.observers.evaluate import Evaluate
 from glm_jax.training.observers.log import Log
@@ -138,17 +139,17 @@ def test_spikes_go_back_while_rollbacks_are_left_then_are_reported_once_in_a_row
     assert "spike at step 3" in said[1][1] and "spike at step 6" in said[3][1] and "used up" in said[1][1]
 
 
-@pytest.mark.parametrize("number", signals.STOPPING)
+@pytest.mark.parametrize("number", ENDING)
 def test_the_first_signal_asks_and_the_old_handlers_return(number: int) -> None:
     asked: list[str] = []
     found = signal.signal(number, signal.default_int_handler)  # SIGHUP may be ignored, as under nohup
     try:
-        before = [signal.getsignal(one) for one in signals.STOPPING]
+        before = [signal.getsignal(one) for one in ENDING]
         with pytest.raises(KeyboardInterrupt), signals.listening(lambda: asked.append("stop")):
             os.kill(os.getpid(), number)
             assert asked == ["stop"]
             os.kill(os.getpid(), signal.SIGINT)  # after the first signal it interrupts
-        assert [signal.getsignal(one) for one in signals.STOPPING] == before and asked == ["stop"]
+        assert [signal.getsignal(one) for one in ENDING] == before and asked == ["stop"]
     finally:
         signal.signal(number, found)
 
