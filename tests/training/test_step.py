@@ -227,6 +227,17 @@ def test_a_batch_without_a_target_decays_and_moves_nothing_else(mesh_sizes: dict
                  state, made.shardings)  # fmt: skip
 
 
+def test_an_update_that_is_not_finite_changes_only_the_counters(mesh_sizes: dict[str, int]) -> None:
+    made = compiled(CONFIG, mesh_sizes)
+    # the gradients are finite, but the squares of the updates overflow
+    state, metrics = made.train(made.state(), mesh.place(made.mesh, make_batch(), 4), controls(made.mesh, 1e30, 1.0))
+    assert np.isfinite(metrics["grad_norm"]) and not np.isfinite(metrics["update_norm"]) and metrics["skipped"] == 1
+    after = jax.device_get(state)
+    assert after.step == 1
+    for part in ("params", "moments"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(made.start, part))
+
+
 def test_rows_weigh_alike_or_by_their_targets() -> None:
     counts = jnp.array([0.0, 1.0, 4.0])
     assert row_weights(CONFIG.engine, counts).tolist() == [1, 1, 1]
