@@ -23,6 +23,7 @@ from glm_jax.data.corpora.build import WorkerDied
 from glm_jax.data.corpora.cache import Cache, cache_directory
 from glm_jax.errors import UserError
 from glm_jax.storage.files import atomic_directory
+from tests.damage import empty, flip
 
 
 def nothing(building: Path) -> None:
@@ -154,19 +155,8 @@ def test_without_a_home_the_cache_must_be_named(tmp_path: Path, monkeypatch: pyt
 # Damage to a whole cache
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    if content:
-        content[len(content) // 2] ^= 0x10
-    path.write_bytes(content)
-
-
 def cut(path: Path) -> None:
     os.truncate(path, max(0, path.stat().st_size - 1))
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
 
 
 def prepared_rows(folder: Path, cache: Path, report: Callable[[str], None]) -> dict[str, list[list[int]]]:

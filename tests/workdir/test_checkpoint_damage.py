@@ -22,6 +22,7 @@ from glm_jax.storage import digests
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.state import StepConfig, TrainState, create_state, disk_targets, to_disk
 from glm_jax.workdir.checkpoints import Checkpoints, load_params
+from tests.damage import flip
 from tests.journal import Journal
 from tests.patience import HANG
 
@@ -56,12 +57,6 @@ def saved(state: TrainState, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workdir(saved: Path, tmp_path: Path) -> Path:
     """Return a copy of a workdir with the checkpoints 1 and 2, to be damaged."""
     return shutil.copytree(saved, tmp_path / "run")
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    path.write_bytes(content)
 
 
 def cut(path: Path) -> None:

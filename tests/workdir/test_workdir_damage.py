@@ -20,6 +20,7 @@ from glm_jax.inference import Model
 from glm_jax.storage import digests
 from glm_jax.training.run import Run
 from glm_jax.workdir import folder, history
+from tests.damage import empty, flip
 
 pytestmark = pytest.mark.slow
 
@@ -54,19 +55,8 @@ def workdir(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "run")
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    if content:
-        content[len(content) // 2] ^= 0x10
-    path.write_bytes(content)
-
-
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size * 2 // 3)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
 
 
 def resumed(config: Experiment, workdir: Path) -> tuple[list[str], int | None]:
