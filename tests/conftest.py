@@ -20,6 +20,11 @@ settings.register_profile("free", patient, derandomize=False, print_blob=True)  
 settings.load_profile("pinned")
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: those that a library made may hold the time, and workers would disagree on names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def mesh_sizes() -> dict[str, int]:
     """Return the mesh of this test run: 1 x 1 x 1, or what GLM_JAX_TEST_MESH says, such as 2,1,2."""
