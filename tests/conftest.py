@@ -21,7 +21,7 @@ settings.load_profile("pinned")
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Name bytes by their argument: those that a library made may hold the time, and workers would disagree on names."""
+    """Name bytes by their argument: what a library packed may hold the time, and workers would disagree on names."""
     return argname if isinstance(val, bytes) else None
 
 
