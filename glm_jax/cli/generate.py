@@ -9,6 +9,7 @@ from absl import flags
 
 from glm_jax.cli import common
 from glm_jax.cli.common import say
+from glm_jax.errors import printable
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -35,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
 
     from glm_jax.inference import Model
-    from glm_jax.inference.fill import fill, printable
+    from glm_jax.inference.fill import fill
     from glm_jax.inference.strategies import GREEDY, Sampling
 
     model = Model.open(values.workdir)
@@ -52,5 +53,8 @@ def run(arguments: Sequence[str]) -> int:
         say=say,
     )
     underline, plain = ("\x1b[4m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    print("".join(f"{underline}{printable(piece.text)}{plain}" if piece.filled else piece.text for piece in pieces))
+    for piece in pieces:
+        shown = underline + printable(piece.text, keep="\n\t") + plain
+        print(shown if piece.filled else piece.text, end="")
+    print()
     return 0

@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
-from glm_jax.errors import UserError
+from glm_jax.errors import UserError, printable
 from glm_jax.inference.decode import NotFinite
-from glm_jax.inference.fill import fill, printable
+from glm_jax.inference.fill import fill
 from glm_jax.model import GLMConfig
 from glm_jax.types import Tree
 
@@ -36,9 +36,8 @@ class Example(NamedTuple):
 
     def lines(self, language: str) -> str:
         """Return the example as two lines for a terminal."""
-        return (
-            f"{self.source} ({language}) ...{printable(self.text)}...\n    filled {self.filled!r}, was {self.target!r}"
-        )
+        text = printable(self.text, keep="\n\t")
+        return f"{self.source} ({language}) ...{text}...\n    filled {self.filled!r}, was {self.target!r}"
 
 
 def heldout(

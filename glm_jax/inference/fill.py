@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -95,16 +94,6 @@ def _room(cfg: GLMConfig, context: int) -> int:
             "shorten the prompt"
         )
     return room
-
-
-def printable(text: str) -> str:
-    """Return text for a terminal: control characters other than newlines and tabs are escaped, as in \\x1b."""
-    return "".join(
-        character.encode("unicode_escape").decode()
-        if unicodedata.category(character) == "Cc" and character not in "\n\t"
-        else character
-        for character in text
-    )
 
 
 def _split(prompt: str) -> list[Piece]:

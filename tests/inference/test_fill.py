@@ -9,7 +9,7 @@ import pytest
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
 from glm_jax.errors import UserError
 from glm_jax.inference.examples import heldout
-from glm_jax.inference.fill import Piece, fill, printable
+from glm_jax.inference.fill import Piece, fill
 from glm_jax.inference.strategies import Sampling
 from glm_jax.model import GLMConfig, init
 
@@ -94,16 +94,3 @@ def test_a_model_that_has_diverged_gives_no_examples(model: Model, tokenizer: To
     broken = jax.tree.map(lambda array: array * np.nan, params)
     with pytest.raises(UserError, match="logits are not finite"):
         next(heldout(cfg, broken, tokenizer, {"en": [document] * 9}))
-
-
-@pytest.mark.parametrize(
-    "text, shown",
-    [
-        ("a\n\tb 中文 é", "a\n\tb 中文 é"),
-        ("\x1b[31m\x07\r\x00", r"\x1b[31m\x07\r\x00"),
-        ("\x7f\x9b2J\x85", r"\x7f\x9b2J\x85"),
-        (r"a\b", r"a\b"),
-    ],
-)
-def test_control_characters_are_escaped(text: str, shown: str) -> None:
-    assert printable(text) == shown
