@@ -268,3 +268,32 @@ def test_ctrl_c_in_a_loop_of_ones_own_waits_for_the_observers_and_the_loop_conti
     with signals.handled(lambda *_: seen.append("of the command")), stopping.deferred():
         os.kill(os.getpid(), INT)  # the command has a handler of its own: nothing is deferred
     assert seen == ["the step and its observers", "of the command"]
+
+
+class Loop(Start):
+    """A loop of the user's own over the steps, begun again after each Ctrl-C."""
+
+    def command(self, config: Experiment, workdir: Path) -> int:
+        interrupted, self.yielded = 0, list[int]()
+        with Run(config, workdir, self.said.append) as run:
+            run.observers.append(Everywhere(self.reached))
+            run.evaluators = [self.evaluate]
+            while run.step < STEPS:
+                try:
+                    self.yielded.extend(step.number for step in run.steps())
+                except KeyboardInterrupt:
+                    interrupted += 1
+        return interrupted
+
+
+def test_ctrl_c_in_a_loop_of_ones_own_costs_no_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without_arrays(monkeypatch)
+    config = experiment({"train.save_every": 3})
+    for moment, phase in ((6, "before"), (7, "step"), (8, "save")):
+        book, workdir = Diary([]), tmp_path / phase
+        workdir.mkdir()
+        loop = Loop(monkeypatch, config, workdir, book, moment=moment, numbers=(INT,))
+        assert loop.phases[moment] == (phase, 3) and loop.code == 1
+        every = [(name, step) for name, step in loop.phases if name in ("step", "after")]
+        assert every == [(name, step) for step in range(1, STEPS + 1) for name in ("step", "after")]
+        assert list(book.saved) == [3, 6, STEPS] and 3 not in loop.yielded
