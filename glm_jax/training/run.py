@@ -266,7 +266,7 @@ class Run:
         """Restore the newest good checkpoint and return its `run`; if there is none, make the first state."""
         cfg, mesh = self.stretch.cfg, self.stretch.mesh
         self._previous = None
-        restored = self.checkpoints.restore(disk_targets(cfg, mesh), at_most=at_most)
+        restored = self.checkpoints.restore(disk_targets(cfg, mesh), at_most, self._drop_state)
         if restored is None:
             self.state, self.step, self.samples, self.bands, self.saved = create_state(cfg, mesh), 0, 0, Bands(), None
             return None
@@ -274,6 +274,9 @@ class Run:
         self.step, self.samples, self.bands = run["step"], run["samples"], Bands.from_json(run["bands"])
         self.saved = self.step
         return run
+
+    def _drop_state(self) -> None:
+        self.__dict__.pop("state", None)
 
     def _enter(self, run: Json | None) -> None:
         """Put the config of the next step into effect, and record what differs from the checkpoint of `run`."""
@@ -321,7 +324,6 @@ class Run:
     def restore(self, at_most: int | None = None) -> None:
         """Go back to the newest good checkpoint, of step `at_most` at the latest; newer ones are set aside."""
         self._check_open()
-        del self.state  # make room for the restored one
         run = self._restore(at_most)
         self.record.forget(self.step)
         if "monitor" in self.__dict__:
@@ -330,7 +332,6 @@ class Run:
 
     def go_back(self, seen: Spike) -> None:
         """Restore the last good checkpoint before a spike, and skip the data from there through the spike."""
-        del self.state
         run = self._restore(seen.step - 1)
         self.record.forget(self.step)
         skipped, known = (self.step + 1, seen.step), self.record.skipped()

@@ -100,10 +100,11 @@ class Diary:
         self.diary.append(("band", run["bands"][0][2]))  # the number of values in the loss's band
         self.saved[run["step"]] = SimpleNamespace(items=state, run=run)
 
-    def restore(self, targets: Any, at_most: int | None = None) -> Any:
+    def restore(self, targets: Any, at_most: int | None, make_room: Callable[[], None]) -> Any:
         self.diary.append(("restore", at_most))
         if at_most is not None:
             self.reached("restore", at_most)
+        make_room()
         steps = [step for step in self.saved if at_most is None or step <= at_most]
         return self.saved[max(steps)] if steps else None
 
