@@ -1,29 +1,93 @@
-"""The signals by which people and schedulers end a command."""
+"""The signals by which people and schedulers end a command, and what they do to it."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last two come before a job's time limit
+INTERRUPTED = 130  # exit code
+LINE = "interrupted; what was finished is kept"
+
+Handler = Callable[[int, FrameType | None], None]
 
 
-@contextlib.contextmanager
-def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call `handler` at each of ENDING while the block runs; an ignored one, as SIGHUP under nohup, stays ignored.
+def leave() -> NoReturn:
+    """End the process at once: nothing has begun, or nobody wants to wait any longer."""
+    with contextlib.suppress(OSError):  # standard error is closed, or its disk is full
+        os.write(2, f"{LINE}\n".encode())
+    os._exit(INTERRUPTED)
 
-    Only the main thread can handle signals; elsewhere the block runs as it is.
+
+class Interrupt:
+    """The handler of a command: the first signal raises KeyboardInterrupt, the third ends the process at once.
+
+    The second is let pass, so that it does not interrupt what the first one made tidy up. While a module is imported,
+    the first ends the process, since extension modules turn the exception into other errors, or abort.
+
+    Attributes:
+        received: signals so far, including those that asked a run to stop.
+    """
+
+    def __init__(self) -> None:
+        self.received, self._raised = 0, False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.received += 1
+        if self.received > 2 or _imports(frame):
+            leave()
+        if not self._raised:
+            self._raised = True
+            raise KeyboardInterrupt
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported in this frame or in one that called it."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def handle(handler: Handler) -> dict[signal.Signals, Handler | int | None]:
+    """Call `handler` at each of ENDING, and return the handlers before; an ignored one, as under nohup, stays ignored.
+
+    Only the main thread can handle signals; elsewhere nothing changes.
     """
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in ENDING if main}
     for number, other in before.items():
         if other is not signal.SIG_IGN:
             signal.signal(number, handler)
+    return before
+
+
+@contextlib.contextmanager
+def handled(handler: Handler) -> Iterator[None]:
+    """Call `handler` at each of ENDING while the block runs, as `handle` does."""
+    before = handle(handler)
     try:
         yield
     finally:
         for number, other in before.items():
             signal.signal(number, other)
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Start processes in which ENDING are blocked for good: this process decides when they end.
+
+    A terminal and most schedulers send signals to all processes of a command. Without this, those that it started might
+    end first, with a traceback, or look as if they had failed.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

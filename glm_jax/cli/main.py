@@ -8,13 +8,11 @@ before there was anything to save, 141 the reader of its output is gone, as afte
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
-import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from absl import logging
 
@@ -36,7 +34,6 @@ COMMANDS = (
     "report",
     "sweep",
 )  # modules in this folder
-INTERRUPTED = 130
 UNREAD = 141  # a shell's exit code for a program that SIGPIPE has ended
 
 
@@ -44,10 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command, and return the exit code."""
     streams.prepare()
     try:
-        with _interruptible():
+        with signals.handled(signals.Interrupt()):
             code = _run(arguments)
-        print(end="", flush=True)  # an unread pipe cannot be handled any more at the interpreter's exit
+            print(end="", flush=True)  # an unread pipe cannot be handled any more at the interpreter's exit
         return code
+    except KeyboardInterrupt:
+        say(signals.LINE)
+        return signals.INTERRUPTED
     except BrokenPipeError:  # `| head` has read enough
         for stream in (sys.stdout, sys.stderr):
             try:
@@ -60,20 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         say(f"error: standard output cannot be written to ({error.strerror}): send it elsewhere")
         return 2
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let the signals by which schedulers end a command interrupt it as Ctrl-C does; a third one ends it at once."""
-    received = itertools.count(1)
-
-    def interrupt(*_: object) -> None:
-        if next(received) > 2:  # the first two are waiting, for a disk say
-            os._exit(INTERRUPTED)
-        raise KeyboardInterrupt
-
-    with signals.handled(interrupt):
-        yield
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -100,9 +86,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     except WorkFailed as error:
         say(f"failed: {error}")
         return 4
-    except KeyboardInterrupt:
-        say("interrupted; what was finished is kept")
-        return INTERRUPTED
 
 
 def _version() -> str:

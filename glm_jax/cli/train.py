@@ -40,17 +40,17 @@ def run(arguments: Sequence[str]) -> int:
         resolved = with_changes(resolved, {"interventions": planned})
     processes.start(values.coordinator, values.processes, values.process, resolved.mesh.collective_timeout)
 
-    from glm_jax.training.run import DONE, Run
+    from glm_jax.training.run import Run
+    from glm_jax.training.stopping import go
 
     workdir = Path(values.workdir)
 
     def train() -> int:
         run = Run(resolved, workdir, say)
         finished = run.step >= resolved.train.steps
-        code = run.go()
-        if code == DONE and processes.alone():  # the fills need the whole model on one device
-            _show_fills(run, workdir, log=not finished)
-        return code
+        if not processes.alone():  # the fills need the whole model on one device
+            return go(run)
+        return go(run, lambda: _show_fills(run, workdir, log=not finished))
 
     return processes.together(train)
 

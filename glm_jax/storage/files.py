@@ -55,7 +55,8 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # a signal came while it was renamed
+            os.unlink(temporary)
         raise
     sync(path.parent)
 

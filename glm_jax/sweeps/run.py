@@ -15,7 +15,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from glm_jax import signals
 from glm_jax.config import Experiment, by_key
 from glm_jax.config.fields import in_section
 from glm_jax.errors import UserError
@@ -191,22 +191,13 @@ class _Pool:
 
     def go(self) -> list[str] | None:
         """Train all groups. Return the logs of those that failed, or None if asked to stop."""
-        with self._listening(), self._bar, concurrent.futures.ThreadPoolExecutor(self.parallel) as pool:
+        with signals.handled(self._stop), self._bar, concurrent.futures.ThreadPoolExecutor(self.parallel) as pool:
             waiting = [pool.submit(self._train, group) for group in self.groups]
             # With a timeout: a signal just before a wait does not end it, and Python runs its handler only afterwards.
             while concurrent.futures.wait(waiting, timeout=1).not_done:
                 pass
             failed = [future.result() for future in waiting]
         return None if self._stopping else [log for log in failed if log]
-
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
@@ -240,10 +231,11 @@ class _Pool:
 
     def _work(self, group: Group, errors: TextIO) -> int:
         environment = {"JAX_PLATFORMS": "cpu", **os.environ, "NPROC": "1"}  # threads of XLA on the CPU
-        process = subprocess.Popen(
-            [sys.executable, "-m", "glm_jax.sweeps.worker"], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
-        )  # fmt: skip
+        with signals.blocked():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "glm_jax.sweeps.worker"], env=environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            )  # fmt: skip
         self._running.add(process)
         try:
             if self._stopping:

@@ -23,7 +23,7 @@ from glm_jax.model import GLMConfig
 from glm_jax.parallel import devices, processes
 from glm_jax.training import evaluation, precision, recipe
 from glm_jax.training.evaluation import Evaluator, heldout
-from glm_jax.training.observers import Observer, Request, Step, signals
+from glm_jax.training.observers import Observer, Request, Step
 from glm_jax.training.observers.evaluate import Evaluate
 from glm_jax.training.observers.health import Health
 from glm_jax.training.observers.log import Log
@@ -31,6 +31,7 @@ from glm_jax.training.observers.profile import Profile
 from glm_jax.training.observers.save import Save
 from glm_jax.training.observers.spikes import Bands, Spike, Spikes
 from glm_jax.training.state import at_step, create_state, disk_targets, from_disk, to_disk, true_layers
+from glm_jax.training.stopping import Stop, deferred
 from glm_jax.training.stretch import Stretch, ready
 from glm_jax.types import Json, Tree
 from glm_jax.workdir import folder
@@ -38,8 +39,6 @@ from glm_jax.workdir.checkpoints import Checkpoints
 from glm_jax.workdir.events import Event, versions
 from glm_jax.workdir.interventions import Record
 from glm_jax.workdir.monitor import Monitor, shown_evaluation
-
-DONE, STOPPED, FAILED = 0, 3, 4  # exit codes
 
 Say = Callable[[str], None]
 
@@ -83,7 +82,7 @@ class Run:
         profiled = config.train.profile if processes.is_first() else ()
         self.observers: list[Observer] = [Profile(workdir, profiled), Spikes(), Health(), Log(), Evaluate(), Save()]
         self.evaluators: list[Evaluator] = [heldout]
-        self.stopping, self._asked, self._stop_asked = False, Request.NOTHING, False
+        self.stopping, self._asked, self._stop = False, Request.NOTHING, Stop()
         self.saved_at = time.monotonic()
         self._latest: Step | None = None
         self._previous: Mapping[str, Tree] | None = None  # the metrics of the previous step
@@ -99,6 +98,8 @@ class Run:
 
         A step that an observer undoes, by going back, is not yielded. The run saves at the end and after a request to
         stop. Leaving the loop early saves nothing; the next call continues from there. A dead run raises WorkFailed.
+        Ctrl-C leaves the loop, too, once the step under way is taken and the observers have seen it; that step is not
+        yielded. A second Ctrl-C does not wait: the run may have lost its state, load it again.
         """
         self._check_open()
         self.stopping = False
@@ -112,47 +113,27 @@ class Run:
         try:
             if self.step == 0 and self.current.train.eval_every:
                 self.evaluate()
-            while not self.stopping and not (self._stop_asked and processes.alone()):
+            while not self.stopping and not (self._stop.asked and processes.alone()):
                 if self.step >= self._until:
                     self._change()
-                if self.step >= self.current.train.steps:
+                if self.step >= self._until:  # it was the last step, or a request to stop interrupted the change
                     break
                 if self._skip():
                     continue
-                step = self._take()
-                for observer in self.observers:
-                    observer.after(step)
-                    if self.step != step.number:  # it went back
-                        break
-                else:
+                with deferred():  # or Ctrl-C in a notebook could lose the state, or an observer the step
+                    step = self._take()
+                    for observer in self.observers:
+                        observer.after(step)
+                        if self.step != step.number:  # it went back
+                            break
+                if self.step == step.number:
                     yield step
             if self.saved != self.step:
                 self.save()
         finally:
-            self._asked, self._stop_asked, self._previous = Request.NOTHING, False, None
+            self._asked, self._stop, self._previous = Request.NOTHING, Stop(), None
             for observer in self.observers:
                 observer.close()
-
-    def go(self) -> int:
-        """Take all remaining steps and return the exit code; a signal stops the run with a checkpoint.
-
-        Raises:
-            UserError: the last step could not be saved.
-        """
-        try:
-            with signals.listening(self.stop), self:  # a signal during the last save does not lose it
-                for _ in self.steps():
-                    pass
-        except WorkFailed as error:
-            self._say(f"failed: {error}")
-            return FAILED
-        if unsaved := self.checkpoints.unsaved():
-            raise UserError(f"step {self.step} could not be saved ({unsaved}): fix that, then the same command "
-                            "resumes from the newest checkpoint")  # fmt: skip
-        if self.step < self.current.train.steps:
-            self.say(f"stopped: step {self.step} is saved in {self.workdir}; the same command resumes from there")
-            return STOPPED
-        return DONE
 
     @property
     def current(self) -> Experiment:
@@ -177,7 +158,7 @@ class Run:
             batch = self.stretch.batch(self.samples, rows)
         for observer in self.observers:
             observer.before(self)
-        asked = Request.STOP if self._stop_asked else self._asked
+        asked = Request.STOP if self._stop.asked else self._asked
         self.state, metrics = self.stretch.train(self.state, batch, rows, settings, asked)
         self.step, self.samples = number, self.samples + rows
         # Run at most one step ahead, so that a request is met soon; where steps are watched, wait for each.
@@ -215,8 +196,11 @@ class Run:
         raise WorkFailed(f"{reason}: lower optimizer.peak_lr, or skip data with train.skip_steps; {kept}")
 
     def stop(self) -> None:
-        """Ask `steps` to end with a checkpoint. A signal handler may call this between any two lines."""
-        self._stop_asked = True
+        """Ask `steps` to end with a checkpoint. A signal handler may call this between any two lines.
+
+        While data is prepared in the middle of a run, for a change of it, this raises KeyboardInterrupt.
+        """
+        self._stop.ask()
 
     def evaluate(self) -> Json:
         """Run the evaluators now, log the result and return it as an event."""
@@ -282,7 +266,7 @@ class Run:
         """Restore the newest good checkpoint and return its `run`; if there is none, make the first state."""
         cfg, mesh = self.stretch.cfg, self.stretch.mesh
         self._previous = None
-        restored = self.checkpoints.restore(disk_targets(cfg, mesh), at_most=at_most)
+        restored = self.checkpoints.restore(disk_targets(cfg, mesh), at_most, self._drop_state)
         if restored is None:
             self.state, self.step, self.samples, self.bands, self.saved = create_state(cfg, mesh), 0, 0, Bands(), None
             return None
@@ -291,10 +275,22 @@ class Run:
         self.saved = self.step
         return run
 
+    def _drop_state(self) -> None:
+        self.__dict__.pop("state", None)
+
     def _enter(self, run: Json | None) -> None:
         """Put the config of the next step into effect, and record what differs from the checkpoint of `run`."""
         skipped, before = self.record.skipped(), run and run["numbers"]
         config = interventions.effective(self.config, self.step, skipped)
+        try:
+            same = config.data == self.current.data
+            with self._stop.interrupting(processes.alone() and not same):
+                prepared = self.prepared if same else ready(config, self.workdir, self._say)
+        except KeyboardInterrupt:
+            if not self._stop.asked:
+                raise
+            self._until = self.step  # the run stops here; when it continues, the change is due
+            return
         if before is not None:
             for cause, changes in interventions.causes(self.config, self.step, before, config, skipped):
                 self.record.add(self.step, self.samples, cause, changes)
@@ -310,8 +306,6 @@ class Run:
             self.state = at_step(self.stretch.mesh, self.state, self.step, self.samples, scale)
         if config != self.current:
             self.stretch.close()
-            same = config.data == self.current.data
-            prepared = self.prepared if same else ready(config, self.workdir, self._say)
             self.stretch = Stretch(config, prepared, self._optimizer)
         self._until = interventions.next_step(self.config, self.step, self.current.train.steps)
 
@@ -321,7 +315,7 @@ class Run:
             self.save()  # under the config that led here, as for every checkpoint
         try:
             self._enter({"numbers": interventions.numbers(self.current)})
-        except UserError:
+        except (UserError, KeyboardInterrupt):
             if processes.alone() and self.saved != self.step:
                 self.save()
             raise
@@ -330,7 +324,6 @@ class Run:
     def restore(self, at_most: int | None = None) -> None:
         """Go back to the newest good checkpoint, of step `at_most` at the latest; newer ones are set aside."""
         self._check_open()
-        del self.state  # make room for the restored one
         run = self._restore(at_most)
         self.record.forget(self.step)
         if "monitor" in self.__dict__:
@@ -339,7 +332,6 @@ class Run:
 
     def go_back(self, seen: Spike) -> None:
         """Restore the last good checkpoint before a spike, and skip the data from there through the spike."""
-        del self.state
         run = self._restore(seen.step - 1)
         self.record.forget(self.step)
         skipped, known = (self.step + 1, seen.step), self.record.skipped()

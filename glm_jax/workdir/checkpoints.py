@@ -112,7 +112,9 @@ class Checkpoints:
         outcome = self._thread.submit(self._finish, step, record, commits, reason, started, key)
         self._save = _Save(step, time.monotonic() - started, outcome)
 
-    def restore(self, targets: Mapping[str, Tree], at_most: int | None = None) -> Restored | None:
+    def restore(
+        self, targets: Mapping[str, Tree], at_most: int | None = None, make_room: Callable[[], None] = lambda: None
+    ) -> Restored | None:
         """Restore the newest good step, each device reading its own part.
 
         Every file is first compared with its digest. Damaged and interrupted checkpoints are reported to `say` and
@@ -123,6 +125,7 @@ class Checkpoints:
                 run that saved, as long as the arrays keep their shapes.
             at_most: go back to this step or an earlier one. The run continues from there, also after a restart: newer
                 checkpoints are set aside as `<step>.left`.
+            make_room: called once nothing can be refused any more, before arrays are read.
 
         Returns:
             The restored checkpoint, or None if there is none (up to `at_most`).
@@ -135,6 +138,9 @@ class Checkpoints:
         folders = checkpoint_folders.folders(self.directory)
         newer = [step for step in folders if at_most is not None and step > at_most]
         step, damaged = newest_good(self.directory, folders[: len(folders) - len(newer)], "", self._say)
+        if step is not None:
+            self._check(targets, step)
+        make_room()
         restored = None if step is None else self._read(targets, step)
         if jax.process_index() == 0:
             for other in damaged:
@@ -258,7 +264,7 @@ class Checkpoints:
         self._events.append(event)
         self._unsaved = reason
 
-    def _read(self, targets: Mapping[str, Tree], step: int) -> Restored:
+    def _check(self, targets: Mapping[str, Tree], step: int) -> None:
         folder = epath.Path(self.directory / str(step))
         for item, tree in targets.items():
             if not (folder / item).exists():
@@ -268,6 +274,9 @@ class Checkpoints:
                     else f"{folder} holds no {item}: name another --workdir"
                 )
             self._check_fits(folder / item, tree)
+
+    def _read(self, targets: Mapping[str, Tree], step: int) -> Restored:
+        folder = epath.Path(self.directory / str(step))
         items = {
             item: self._handler.restore(folder / item, args=ocp.args.StandardRestore(tree))
             for item, tree in targets.items()

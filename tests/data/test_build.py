@@ -17,6 +17,7 @@ import pytest
 
 from glm_jax.data.corpora.build import WorkerDied, Workers
 from glm_jax.errors import UserError
+from glm_jax.signals import ENDING
 
 SCRIPT = Path(__file__).parent / "build_until.py"
 
@@ -116,6 +117,11 @@ def square(number: int) -> int:
     return number * number
 
 
+def end(number: int) -> int:
+    os.kill(os.getpid(), number)
+    return number
+
+
 def fail_or_take_long(path: Path | None) -> None:
     if path is None:
         raise TypeError("no path")
@@ -132,6 +138,8 @@ def test_workers_give_results_in_order_and_the_first_error():
         with pytest.raises(WorkerDied, match="with fewer --workers"):
             workers.run("square", square, [1, 101], [1, 1])
         assert workers.run("square", square, [3, 1], [1, 1]) == [9, 1]
+        # Signals to all processes of a command, as a terminal's Ctrl-C, are the main one's to obey.
+        assert workers.run("end", end, list(ENDING), [1] * len(ENDING)) == list(ENDING)
     with Workers(1) as workers, pytest.raises(UserError, match="-1 is negative"):
         workers.run("square", square, [3, -1, -2], [1, 1, 1])
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from glm_jax.cli import main
+from glm_jax.training import run
 from glm_jax.training.stretch import Stretch
+from glm_jax.workdir.checkpoints import Checkpoints
 from tests.end_to_end.runs import flags, in_process, lines, train, train_events
 from tests.proofs import kills
 
@@ -113,3 +115,34 @@ def test_a_stop_at_the_step_of_an_intervention_does_not_lose_it(
     assert train_events(tmp_path / "parts") == train_events(tmp_path / "whole")
     records = [lines(tmp_path / name / "interventions.jsonl") for name in ("parts", "whole")]
     assert records[0] == records[1] and [line["step"] for line in records[0]] == [4]
+
+
+def test_a_run_that_is_stopped_at_any_moment_repeats_the_uninterrupted_run(
+    experiment: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two signals in a row; those in the thread that writes reach the main thread at any of the next lines."""
+    planned = BASE | {"train.steps": 6, "train.eval_every": 3, "train.save_every": 2}
+    train(experiment, tmp_path / "whole", planned)
+    for place, name, stops in (
+        (Stretch, "train", 1),  # compiles
+        (Stretch, "heldout", 0),
+        (run, "to_disk", 2),
+        (Checkpoints, "_complete", None),  # of step 2, while training continues
+    ):
+        workdir, work = tmp_path / name, getattr(place, name)
+        with pytest.MonkeyPatch.context() as patch:
+
+            def signalled(*arguments: Any, patch: Any = patch, work: Any = work, **named: Any) -> Any:
+                patch.undo()
+                for number in (signal.SIGUSR1, signal.SIGTERM):
+                    os.kill(os.getpid(), number)
+                return work(*arguments, **named)
+
+            patch.setattr(place, name, signalled)
+            code = main.main(["train", f"--config={experiment}", f"--workdir={workdir}", *flags(planned)])
+        last, saved = capfd.readouterr().err.splitlines()[-1], max(checkpoints(workdir))
+        assert saved == stops or stops is None and saved >= 2, name
+        assert code == (3 if saved < 6 else 0), name
+        assert code == 0 or last.startswith(f"stopped: step {saved} is saved in "), name
+        train(experiment, workdir, planned)
+        assert train_events(workdir) == train_events(tmp_path / "whole"), name

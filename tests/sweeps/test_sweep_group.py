@@ -12,7 +12,8 @@ from glm_jax.config import Config
 from glm_jax.sweeps import group as sweep_group
 from glm_jax.sweeps import members as sweep_members
 from glm_jax.sweeps.group import Outcome, block_size
-from glm_jax.training.run import DONE, Run
+from glm_jax.training.run import Run
+from glm_jax.training.stopping import DONE, go
 from tests.sweeps.sweep_cases import tiny, write_text
 
 pytestmark = pytest.mark.slow
@@ -40,7 +41,7 @@ def together(configs: list[Config]) -> list[Outcome]:
 
 def alone(config: Config, workdir: Path) -> list[dict[str, Any]]:
     """Train by the loop, and return the events of metrics.jsonl."""
-    assert Run(config, workdir, quiet).go() == DONE
+    assert go(Run(config, workdir, quiet)) == DONE
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -1,9 +1,6 @@
 """A run's steps, with a stretch that only counts: what happens at which step, and in what order."""
 
-import json
-import os
-import signal
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glm_jax.config import Config, default_config, interventions, resolve
+from glm_jax.config import default_config, interventions, resolve
 from glm_jax.errors import UserError, WorkFailed
 from glm_jax.training import run as running
 from glm_jax.training.observers import Observer, Request, Step
@@ -21,86 +18,9 @@ from glm_jax.training.observers.log import Log
 from glm_jax.training.observers.save import Save
 from glm_jax.training.observers.spikes import Bands, Spikes
 from glm_jax.training.run import Run
+from glm_jax.training.stopping import Stop
 from glm_jax.workdir.interventions import Record
-
-SPEED = {"tokens_per_second": 1.0, "mfu": 0.5}
-
-
-class Counting:
-    """Stands in for a Stretch: its state is the number of steps taken, its losses are `losses[step]`, else 2."""
-
-    def __init__(
-        self, diary: list[tuple[Any, ...]], config: Config, losses: dict[int, float], asks: dict[int, int]
-    ) -> None:
-        self.diary, self.config, self.losses, self.asks = diary, config, losses, asks
-        self.cfg = SimpleNamespace(engine=None, loss_scale=None)
-        self.mesh = SimpleNamespace(shape={})
-        self.prepared = SimpleNamespace(digests={}, tokenizer=SimpleNamespace(digest="a"))
-        self.meter = SimpleNamespace(
-            waiting=nullcontext, count=lambda *_: None, restart=lambda: None, read=lambda: dict(SPEED)
-        )
-        self.compiled = False
-
-    def batch(self, samples: int, rows: int) -> tuple[int, int]:
-        return samples, rows
-
-    def train(
-        self, state: int, batch: tuple[int, int], rows: int, chosen: Any, request: int
-    ) -> tuple[int, dict[str, Any]]:
-        assert batch[1] == rows == chosen["batch"]
-        step = state + 1
-        self.diary.append(("step", step, batch[0]))
-        loss = self.losses.get(step, 2.0)
-        sums = SimpleNamespace(loss=np.array([loss, 0, 0, 0]), targets=np.array([1, 0, 0, 0]))
-        norms = {"grad_norm": np.float32(1), "update_norm": np.float32(1), "loss_scale": np.float32(1)}
-        scalars = {**norms, "tokens": np.int32(1), "skipped": np.int32(0)}
-        asked = np.int32(max(request, self.asks.get(step, 0)))
-        return step, {"sums": sums, **scalars, "activation_rms": np.ones(2), "requests": asked}
-
-    def close(self) -> None:
-        self.diary.append(("close",))
-
-
-class Diary:
-    """Stands in for the monitor and the checkpoints: records their calls."""
-
-    def __init__(self, diary: list[tuple[Any, ...]]) -> None:
-        self.diary, self.saved = diary, {}
-
-    def log(self, event: dict[str, Any]) -> None:
-        json.dumps(event)
-        if event["event"] != "start":
-            self.diary.append((event["event"], event["step"]))
-
-    def say(self, line: str) -> None:
-        pass
-
-    def latest_step(self) -> int | None:
-        return max(self.saved, default=None)
-
-    def progress(self, steps: int, shown: Any = None) -> None:
-        self.diary.append(("bar", steps))
-
-    def rewind(self, step: int) -> None:
-        self.diary.append(("rewind", step))
-
-    def events(self) -> list[Any]:
-        return []
-
-    def close(self) -> None:
-        pass
-
-    def save(self, state: int, run: dict[str, Any]) -> None:
-        assert state == run["step"]
-        self.diary.append(("save", run["step"], run["samples"]))
-        self.diary.append(("saved with", run["numbers"]["train.global_batch"]))
-        self.diary.append(("band", run["bands"][0][2]))  # the number of values in the loss's band
-        self.saved[run["step"]] = SimpleNamespace(items=state, run=run)
-
-    def restore(self, targets: Any, at_most: int) -> Any:
-        self.diary.append(("restore", at_most))
-        steps = [step for step in self.saved if step <= at_most]
-        return self.saved[max(steps)] if steps else None
+from tests.training.counting import Counting, Diary, without_arrays
 
 
 class Watch(Observer):
@@ -124,12 +44,7 @@ def scalar(run: Run) -> Any:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs from a start to the end and returns the diary; keys as in `train__steps=5`."""
-    monkeypatch.setattr(running, "at_step", lambda mesh, state, step, samples, *scale: step)
-    monkeypatch.setattr(running, "create_state", lambda cfg, mesh: 0)
-    monkeypatch.setattr(running, "disk_targets", lambda cfg, mesh: None)
-    monkeypatch.setattr(running, "to_disk", lambda cfg, mesh, state: state)
-    monkeypatch.setattr(running, "from_disk", lambda cfg, mesh, items: items)
-    monkeypatch.setattr(running, "versions", dict)
+    without_arrays(monkeypatch)
 
     def go(
         start: tuple[int, int] = (0, 0), losses: dict[int, float] | None = None, asks: dict[int, int] | None = None,
@@ -155,7 +70,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             [lambda run: {"loss": np.float32(2)}],
         )
         made.stopping, made._asked, made._previous, made._closed = False, 0, None, False
-        made._stop_asked, made._latest = False, None
+        made._stop, made._latest = Stop(), None
         made.saved_at = running.time.monotonic()
         made.state, made.step, made.samples, made.bands, made.saved = start[0], *start, Bands(), start[0] or None
         made._until = interventions.next_step(config, made.step, config.train.steps)
@@ -337,17 +252,3 @@ def test_a_loop_that_is_left_continues_where_it_was_and_loses_no_step(run: Any, 
     diary = run(leave=leave, train__eval_every=5, interventions=((10, {"train.steps": 12}),))
     assert steps_of(diary, "step") == steps_of(diary, "seen") == list(range(1, 13))
     assert steps_of(diary, "save") == [10, 12] and steps_of(diary, "evaluation") == [0, 5, 10, 12]
-
-
-def test_a_signal_during_the_last_save_does_not_lose_it() -> None:
-    made: Any = object.__new__(Run)
-    wrote: list[str] = []
-
-    def close() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        wrote.append("all")
-
-    made.step, made.stretch = 3, SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(steps=3)))
-    made.steps, made.close, made._asked = lambda: iter(()), close, Request.NOTHING
-    made.checkpoints = SimpleNamespace(unsaved=lambda: None)
-    assert made.go() == running.DONE and wrote == ["all"]

@@ -128,12 +128,17 @@ def test_the_newest_good_one_is_restored(
     assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2.damaged", "2.damaged.2"]
 
 
+def keep_the_state() -> None:
+    """Fail: a run that cannot go back still has its state."""
+    raise AssertionError("the state was dropped before it was sure that another one can be read")
+
+
 def test_if_none_is_good_all_stay_and_are_named(workdir: Path) -> None:
     flip(workdir / "checkpoints/1/run/metadata")
     (workdir / "checkpoints/2/params/_METADATA").unlink()
     said: list[str] = []
     with pytest.raises(UserError) as caught:
-        Checkpoints(workdir, say=said.append).restore(disk_targets(CONFIG, MESH))
+        Checkpoints(workdir, say=said.append).restore(disk_targets(CONFIG, MESH), make_room=keep_the_state)
     assert str(caught.value) == (
         f"no checkpoint in {workdir}/checkpoints is good (2: params/_METADATA is missing; 1: run/metadata differs from "
         "its digest): restore one, or remove the folder to start over"
@@ -160,7 +165,9 @@ def test_what_an_interrupted_save_leaves_is_skipped(workdir: Path, tmp_path: Pat
 
 def test_going_back_sets_the_newer_ones_aside(workdir: Path) -> None:
     checkpoints = Checkpoints(workdir)
-    restored = checkpoints.restore(disk_targets(CONFIG, MESH), at_most=1)
+    made: list[str] = []
+    restored = checkpoints.restore(disk_targets(CONFIG, MESH), at_most=1, make_room=lambda: made.append("room"))
+    assert made == ["room"]
     assert restored is not None and restored.run["step"] == 1
     assert sorted(os.listdir(workdir / "checkpoints")) == ["1", "2.left"]
     assert checkpoints.restore(disk_targets(CONFIG, MESH), at_most=0) is None and checkpoints.steps() == []
@@ -214,7 +221,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
 def test_another_dtype_and_missing_training_state_are_named(workdir: Path, state: TrainState, tmp_path: Path) -> None:
     half = state._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params))
     with pytest.raises(UserError, match=r"does not fit this config: params/blocks/\S+ is bfloat16 \[.*wants float32"):
-        save(tmp_path, half, 1).restore(disk_targets(CONFIG, MESH))
+        save(tmp_path, half, 1).restore(disk_targets(CONFIG, MESH), make_room=keep_the_state)
     shutil.rmtree(workdir / "checkpoints/2/training")
     (workdir / "checkpoints/2/digests-0-of-1.json").unlink()
     digests.seal(workdir / "checkpoints/2", digests.files(workdir / "checkpoints/2"))

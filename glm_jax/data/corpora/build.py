@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +13,7 @@ from typing import Self, TypeVar
 
 from tqdm import tqdm
 
+from glm_jax import signals
 from glm_jax.errors import UserError
 
 Job = TypeVar("Job")
@@ -81,7 +81,9 @@ class Workers:
             return
         executor = self._start()
         try:
-            for future in [executor.submit(work, job) for job in jobs]:
+            with signals.blocked():  # a process may start at each
+                futures = [executor.submit(work, job) for job in jobs]
+            for future in futures:
                 yield future.result()
         except BrokenProcessPool:
             self._stop()
@@ -95,8 +97,7 @@ class Workers:
 
 
 def _start_worker(reader: Connection) -> None:
-    """End this worker when the main process ends, however it ends; exit silently on Ctrl-C."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    """End this worker when the main process ends, however it ends."""
 
     def watch() -> None:
         reader.poll(None)

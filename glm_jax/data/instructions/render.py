@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from glm_jax import signals
 from glm_jax.errors import UserError
 
 Place = TypeVar("Place")
@@ -158,10 +159,11 @@ class _Process:
             raise missing("jinja2")
         command = [sys.executable, "-m", f"{__package__}.sandbox", str(SECONDS), str(MEMORY)]
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": paths},
-        )  # fmt: skip
+        with signals.blocked():
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": paths},
+            )  # fmt: skip
         return self._process
 
     def _stop(self, *, kill: bool) -> None:

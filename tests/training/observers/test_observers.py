@@ -1,7 +1,5 @@
 """Each observer by itself, with a stand-in for the run; test_run.py tests them together."""
 
-import os
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +10,7 @@ import numpy as np
 import pytest
 
 from glm_jax.config import default_config, resolve
-from glm_jax.signals import ENDING
-from glm_jax.training.observers import Request, Step, signals
+from glm_jax.training.observers import Request, Step
 from glm_jax.training.observers.evaluate import Evaluate
 from glm_jax.training.observers.log import Log
 from glm_jax.training.observers.profile import Profile
@@ -137,30 +134,6 @@ def test_spikes_go_back_while_rollbacks_are_left_then_are_reported_once_in_a_row
     said = watch(losses, 0)
     assert [entry[0] for entry in said] == ["log", "say"] * 2
     assert "spike at step 3" in said[1][1] and "spike at step 6" in said[3][1] and "used up" in said[1][1]
-
-
-@pytest.mark.parametrize("number", ENDING)
-def test_the_first_signal_asks_and_the_old_handlers_return(number: int) -> None:
-    asked: list[str] = []
-    found = signal.signal(number, signal.default_int_handler)  # SIGHUP may be ignored, as under nohup
-    try:
-        before = [signal.getsignal(one) for one in ENDING]
-        with pytest.raises(KeyboardInterrupt), signals.listening(lambda: asked.append("stop")):
-            os.kill(os.getpid(), number)
-            assert asked == ["stop"]
-            os.kill(os.getpid(), signal.SIGINT)  # after the first signal it interrupts
-        assert [signal.getsignal(one) for one in ENDING] == before and asked == ["stop"]
-    finally:
-        signal.signal(number, found)
-
-
-def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        with signals.listening(lambda: pytest.fail("it was heard")):
-            os.kill(os.getpid(), signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("first", [1, 3])
