@@ -254,7 +254,9 @@ def test_every_record_without_a_prompt_is_accounted_for(tmp_path):
         reason: len(lines) for reason, lines in REASONS.items()
     }
     assert lines[0] == "instructions asked: 2 samples, 17 tokens, 1 with nothing to ask"
-    assert lines[1].startswith("instructions asked: 4 left out, template fails (") and len(lines) == 1 + len(REASONS)
+    assert lines[1].startswith(
+        f"instructions asked: left out 4 template fails, the first in {tmp_path}/data.jsonl, line 2 ("
+    ) and len(lines) == 1 + len(REASONS)
     (written,) = (tmp_path / "cache").rglob("skipped.jsonl")
     left = [json.loads(line) for line in written.read_text().splitlines()]
     assert [record["line"] for record in left] == sorted(sum(REASONS.values(), []))

@@ -21,7 +21,7 @@ import numpy as np
 from glm_jax.config.data import InstructionSet
 from glm_jax.data.corpora import readers, samples
 from glm_jax.data.corpora.cache import Cache
-from glm_jax.data.corpora.corpus import PLACES
+from glm_jax.data.corpora.corpus import PLACES, skipped_lines
 from glm_jax.data.corpora.files import Found, find_files
 from glm_jax.data.corpora.records import Damaged
 from glm_jax.data.instructions import samples as instruction_samples
@@ -279,9 +279,8 @@ def prepare(
         weights[name] = entry.weight or float(len(made))
         asked = f", {made.index['unasked']:,} with nothing to ask" if made.index["unasked"] else ""
         cache.report(f"instructions {name}: {len(made):,} samples, {int(made.lengths.sum()):,} tokens{asked}")
-        for reason, skipped in made.index["skipped"].items():
-            left = f"{skipped['count']:,} left out, {reason}"
-            cache.report(f"instructions {name}: {left} ({directory}/skipped.jsonl)")
+        for line in skipped_lines(made.index):
+            cache.report(f"instructions {name}: left out {line} ({directory}/skipped.jsonl)")
     return sets, weights
 
 
