@@ -21,7 +21,7 @@ import zstandard
 from test_readers import split
 
 from glm_jax.data.corpora import compression, parquet
-from glm_jax.data.corpora.parquet_pages import pages
+from glm_jax.data.corpora.parquet_pages import Chunk, chunks, pages
 from glm_jax.data.corpora.readers import ranges, read
 from glm_jax.data.corpora.records import Damaged
 from glm_jax.errors import UserError
@@ -224,9 +224,11 @@ def test_pages_are_what_the_metadata_sums(options: dict[str, Any]):
     file = io.BytesIO()
     pyarrow.parquet.write_table(table, file, data_page_size=1 << 16, **options)
     group = pyarrow.parquet.ParquetFile(file).metadata.row_group(0)
-    for chunk in map(group.column, range(group.num_columns)):
+    (ours,) = chunks(file)
+    for chunk, our in zip(map(group.column, range(group.num_columns)), ours, strict=True):
         starts = [place for place in (chunk.dictionary_page_offset, chunk.data_page_offset) if place]
-        found = list(pages(file, min(starts), chunk.total_compressed_size))
+        assert our == Chunk(min(starts), chunk.total_compressed_size)
+        found = list(pages(file, our.start, our.length))
         assert sum(page.values for page in found) == chunk.num_values + (len(starts) == 2)
         headers = chunk.total_uncompressed_size - sum(page.size for page in found)
         assert 0 < headers < 2000 * len(found)  # which hold a text or two
@@ -236,13 +238,14 @@ def test_pages_are_what_the_metadata_sums(options: dict[str, Any]):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"", "a page header that is cut off"),
-        (b"\x00", "a damaged page header"),  # an empty struct
-        (b"\x15\x00\x15", "a page header that is cut off"),
-        (b"\x15\x00\x15" + b"\xff" * 20, "a damaged page header"),  # a number of too many bytes
-        (b"\x18\xff\xff\xff\xff\xff\xff\xff\x7f", "a page header that is cut off"),  # a text without end
-        (b"\x1c" * 50, "a damaged page header"),  # structs inside each other
-        (b"\x19\x15", "a damaged page header"),  # a list, which no header has
+        (b"", "a header or footer that is cut off"),
+        (b"\x00", "a damaged header or footer"),  # an empty struct
+        (b"\x15\x00\x15", "a header or footer that is cut off"),
+        (b"\x15\x00\x15" + b"\xff" * 20, "a damaged header or footer"),  # a number of too many bytes
+        (b"\x18\xff\xff\xff\xff\xff\xff\xff\x7f", "a header or footer that is cut off"),  # a text without end
+        (b"\x1c" * 50, "a damaged header or footer"),  # structs inside each other
+        (b"\x1b\x15", "a damaged header or footer"),  # a map, which occurs in neither
+        (b"\x19" * 50, "a damaged header or footer"),  # lists inside each other
         (b"\x15\x00\x15\x02\x15\xfe\xff\xff\xff\x0f\x00", "a page larger than the file"),
     ],
 )

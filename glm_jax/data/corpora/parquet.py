@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from glm_jax.data.corpora import compression, kinds
-from glm_jax.data.corpora.parquet_pages import pages
+from glm_jax.data.corpora.parquet_pages import Chunk, chunks, pages
 from glm_jax.data.corpora.records import Damaged, Located, import_package
 from glm_jax.types import Json
 
@@ -40,6 +40,9 @@ def read(stream: io.BufferedReader, head: bytes, fields: Sequence[str]) -> Itera
     try:
         table = parquet.ParquetFile(stream, buffer_size=BUFFER, pre_buffer=False)  # not a group as a whole
         found = [_column(table.schema_arrow, field) for field in fields]
+        groups = chunks(stream)
+        if len(groups) != table.num_row_groups:
+            raise ValueError("a damaged footer")
     except damages as error:
         yield Damaged("unreadable", 1, f"not a whole parquet file ({_said(error)}): fetch it again")
         return
@@ -52,7 +55,7 @@ def read(stream: io.BufferedReader, head: bytes, fields: Sequence[str]) -> Itera
         before, number = number, number + table.metadata.row_group(group).num_rows
         row = before
         try:
-            size = _most_bytes(stream, table, group, columns)
+            size = _most_bytes(stream, table, groups[group], columns)
             if isinstance(size, str):
                 yield Damaged("too long", before + 1, size)
                 continue
@@ -76,22 +79,19 @@ def _said(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _most_bytes(stream: io.BufferedReader, table: Any, group: int, columns: Sequence[str]) -> int | str:
+def _most_bytes(stream: io.BufferedReader, table: Any, group: Sequence[Chunk], columns: Sequence[str]) -> int | str:
     """Return how many bytes a row of a group may take, by its page with the fewest values, or why it cannot be read.
 
     The sizes in a file's metadata are not used: they may be wrong, and the text of a dictionary counts once in them.
     """
     total = 1
-    about = table.metadata.row_group(group)
-    for index in range(about.num_columns):
-        chunk = about.column(index)
-        path = chunk.path_in_schema
-        if columns and not any(path == name or path.startswith(f"{name}.") for name in columns):
+    for index, chunk in enumerate(group[: len(table.schema)]):
+        column = table.schema.column(index)
+        if columns and not any(column.path == name or column.path.startswith(f"{name}.") for name in columns):
             continue
-        repeats = table.schema.column(index).max_repetition_level > 0  # a row may then hold all values of a page
-        starts = [place for place in (chunk.dictionary_page_offset, chunk.data_page_offset) if place]
+        repeats = column.max_repetition_level > 0  # a row may then hold all values of a page
         largest = 0
-        for page in pages(stream, min(starts, default=0), chunk.total_compressed_size):
+        for page in pages(stream, chunk.start, chunk.length):
             if page.size > max(LARGEST_PAGE, PAGE_EXPANSION * page.compressed):
                 held = f"a page of {page.size / 1e6:,.0f} MB from {page.compressed / 1e6:,.1f} MB in the file"
                 return f"{held}, more than is text: leave it out, or write the file again in smaller pages"
