@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from glm_jax.config.data import OBJECTIVES
+from glm_jax.data.corpora.corpus import skipped_lines
 from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.data.rows.rows import Rows
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
@@ -18,7 +19,7 @@ END_OF_DOCUMENT = " <eos> "
 
 
 def counts(prepared: Prepared) -> Iterator[str]:
-    """Yield lines that give each source's documents, tokens and bytes, what was left out, and its lengths."""
+    """Yield lines that give what each source and set of instructions holds, what was left out, and its lengths."""
     for source, index in prepared.indexes.items():
         dropped = index["dropped"]
         yield f"{source} ({prepared.languages[source]}, weight {prepared.weights[source]:g})"
@@ -27,11 +28,17 @@ def counts(prepared: Prepared) -> Iterator[str]:
             ratio = f", {size / tokens:.2f} bytes a token" if tokens else ""
             yield f"  {split:8} {documents:,} documents, {tokens:,} tokens, {size:,} bytes{ratio}"
         yield f"  dropped  {dropped['exact']:,} exact and {dropped['near']:,} near duplicates"
-        for reason, skipped in index["skipped"].items():
-            first = skipped["places"][0]
-            yield f"  skipped  {skipped['count']:,} {reason}, the first in {first['file']}, line {first['line']}"
+        yield from (f"  skipped  {line}" for line in skipped_lines(index))
         yield "  tokens a document"
         yield from (f"  {line}" for line in histogram(prepared.shards[source]["train"].lengths))
+    for name, instructions in prepared.instructions.items():
+        yield f"{name} (instructions, weight {prepared.instruction_weights[name]:g})"
+        yield f"  {len(instructions):,} samples, {int(instructions.lengths.sum()):,} tokens"
+        if unasked := instructions.index["unasked"]:
+            yield f"  unasked  {unasked:,} with nothing to ask"
+        yield from (f"  skipped  {line}" for line in skipped_lines(instructions.index))
+        yield "  tokens a sample"
+        yield from (f"  {line}" for line in histogram(instructions.lengths))
 
 
 def histogram(lengths: np.ndarray) -> list[str]:

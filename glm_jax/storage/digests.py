@@ -129,7 +129,7 @@ def _read(path: Path) -> dict[str, _Entry]:
     content = path.read_bytes()
     try:
         entries: dict[str, _Entry] | None = json.loads(content)["files"]
-    except (ValueError, KeyError, TypeError):  # ValueError: neither JSON nor UTF-8
+    except (ValueError, KeyError, TypeError, RecursionError):  # ValueError: neither JSON nor UTF-8
         entries = None
     if not isinstance(entries, dict) or _render(entries).encode() != content:
         raise _Damage(f"{path.name} " + ("differs from its digest" if content.endswith(b"}\n") else "is cut short"))

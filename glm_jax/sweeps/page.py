@@ -28,7 +28,7 @@ def section(workdir: Path) -> str:
     description = read_description(workdir)
     try:
         rows: list[Row] = json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{workdir / RESULTS} cannot be read: run the sweep again, which rewrites it") from error
     return f"{provenance(description, len(rows))}.\n\n{_table(rows)}"
 

@@ -57,7 +57,7 @@ def read_member(path: Path) -> Row:
         result = json.loads(path.read_text(encoding="utf-8"))
         curves = result["curves"]
         result["curves"] = {name: np.array(values, np.float64) for name, values in curves.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: delete it, and the same sweep trains it again") from error
     return result
 
@@ -86,7 +86,7 @@ def read_description(workdir: Path) -> Json:
             return description
     except FileNotFoundError:
         raise UserError(f"{workdir} holds no sweep ({DESCRIPTION} is missing): check the path") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f"{path} is damaged: restore it, or name another --workdir")
 

@@ -165,7 +165,7 @@ def load(folder: Path) -> Saved:
         rows = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         curves = json.loads((folder / CURVES).read_text(encoding="utf-8"))
         return Saved(description, [{**found, "curves": _arrays(curves[found["name"]])} for found in rows])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} has damaged results or curves: write them again from the sweep's workdir") from error
 
 

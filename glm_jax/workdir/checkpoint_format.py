@@ -86,7 +86,7 @@ def open_params(path: Path) -> tuple[Path, dict[ParamPath, tensorstore.TensorSto
         raise UserError(f"{folder} is damaged ({damage}): bring it back, or name another step's folder")
     try:
         return folder, dict(_open(folder / PARAMS))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder / PARAMS} cannot be read as an orbax checkpoint: {reason}") from error
 

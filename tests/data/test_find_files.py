@@ -94,5 +94,7 @@ def test_what_is_not_read_is_accounted_for(tmp_path: Path, monkeypatch: pytest.M
         result.check()
     with pytest.raises(UserError, match=r"corpus .*/pipe has no file that can be read: .*\(not a regular file\)"):
         find_files(str(tmp_path / "pipe"))
+    with pytest.raises(UserError, match=r"^instructions .*/pipe has no file that can be read"):
+        find_files(str(tmp_path / "pipe"), "instructions")
     with pytest.raises(UserError, match=r"corpus /dev/zero has no file that can be read"):
         find_files("/dev/zero")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.data import inspect
+from glm_jax.data.instructions.prompts import Instructions
 from glm_jax.data.rows.rows import Rows
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
 
@@ -69,3 +75,19 @@ def test_each_blank_has_its_colour_on_a_terminal(tokenizer: Tokenizer):
     _, first, _ = inspect.rows(make_batch(tokenizer), ("en", "zh"), tokenizer, coloured=True)
     red, green, plain = *inspect.COLOURS[:2], inspect.PLAIN
     assert first == f"an array{red}[MASK:  big]{plain} of {green}[MASK: axes]{plain} <eos>  shape"
+
+
+def test_what_was_left_out_is_told_with_its_place(tmp_path: Path):
+    skipped = {"empty answer": {"count": 1200, "places": [{"file": "/a.jsonl", "line": 7}] * 2}}
+    np.save(tmp_path / "lengths.npy", np.array([5, 9, 9], np.int64))
+    (tmp_path / "index.json").write_text(json.dumps({"samples": 3, "unasked": 4, "skipped": skipped}))
+    (tmp_path / "tokens.bin").write_bytes(bytes(4 * 23))
+    asked = Instructions(tmp_path)
+    prepared: Any = SimpleNamespace(indexes={}, instructions={"asked": asked}, instruction_weights={"asked": 3.0})
+    assert list(inspect.counts(prepared))[:5] == [
+        "asked (instructions, weight 3)",
+        "  3 samples, 23 tokens",
+        "  unasked  4 with nothing to ask",
+        "  skipped  1,200 empty answer, the first in /a.jsonl, line 7",
+        "  tokens a sample",
+    ]

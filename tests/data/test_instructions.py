@@ -137,11 +137,41 @@ def test_records_are_read_from_every_format(tmp_path):
     assert [record for _, record in prompts.read_records([tmp_path / "train.json"], "jsonl")] == records
 
 
+C3 = [[["男：几点？", "女：八点。"], [{"question": "几点？", "choice": ["七点", "八点"], "answer": "八点"}], "1-0"]]
+CMRC = [{"context": "话说天下大势", "qas": [{"question": "什么大势？", "answers": ["天下"]}], "id": 7}]
+
+
+@pytest.mark.parametrize(
+    ("records", "template", "expected"),
+    [
+        (
+            C3,
+            "{{ record[0] | join(' ') }} {{ record[1][0].question }} {{ record[1][0].choice | join('、') }}"
+            " ||| {{ record[1][0].answer }}",
+            ("男：几点？ 女：八点。 几点？ 七点、八点", "八点"),
+        ),
+        (
+            C3,
+            "{% if record[1] | length > 1 %}{{ record[1][1].question }} ||| {{ record[1][1].answer }}{% endif %}",
+            None,
+        ),
+        (CMRC, "{{ context }} {{ qas[0].question }} ||| {{ qas[0].answers[0] }}", ("话说天下大势 什么大势？", "天下")),
+    ],
+)
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_records_of_clue(tmp_path, records, template, expected, form):
+    path = tmp_path / f"a.{form}"
+    path.write_text(json.dumps(records, ensure_ascii=False, indent=2))
+    if form == "jsonl":
+        write_lines(path, records)
+    assert read(path, [Template("t", template)], 0) == [expected]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "line", "message"),
     [
         ("a.jsonl", b'{"text": 1}\n{"text"\n{"text": 2}\n', 2, "broken JSON"),
-        ("a.jsonl", b"[1]\n", 1, "not a JSON object"),
+        ("a.jsonl", b"1\n", 1, "not a JSON object"),
         ("a.jsonl", b'{"text": "\xff"}\n', 1, "invalid UTF-8"),
         ("a.jsonl", b"", 1, "empty"),
         ("a.json", b'[{"text": 1},\n{"text"}]', 2, "broken JSON"),
@@ -204,7 +234,7 @@ REASONS = {  # the lines of RECORDS, counted from 1, and of two more that are no
 def account(folder, *, strict, more="", start=0):
     """Prepare a set of RECORDS from `start` on, with two damaged lines at its end; return it and the reported lines."""
     data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[start:]) + '{"text"\n[1]\n')
+    data.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[start:]) + '{"text"\n1\n')
     jinja = folder / "ask.jinja"
     jinja.write_text("{% if text != 'skip' %}{{ text }} ||| {{ choices[label] }}" + more + "{% endif %}")
     lines = []
@@ -224,7 +254,9 @@ def test_every_record_without_a_prompt_is_accounted_for(tmp_path):
         reason: len(lines) for reason, lines in REASONS.items()
     }
     assert lines[0] == "instructions asked: 2 samples, 17 tokens, 1 with nothing to ask"
-    assert lines[1].startswith("instructions asked: 4 left out, template fails (") and len(lines) == 1 + len(REASONS)
+    assert lines[1].startswith(
+        f"instructions asked: left out 4 template fails, the first in {tmp_path}/data.jsonl, line 2 ("
+    ) and len(lines) == 1 + len(REASONS)
     (written,) = (tmp_path / "cache").rglob("skipped.jsonl")
     left = [json.loads(line) for line in written.read_text().splitlines()]
     assert [record["line"] for record in left] == sorted(sum(REASONS.values(), []))

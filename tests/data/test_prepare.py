@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pyarrow import Table, parquet
 from texts import ENGLISH
 
 from glm_jax.config import Experiment, default_config, resolve, with_changes
 from glm_jax.data.corpora import corpus, prepare, samples
 from glm_jax.data.corpora.deduplicate import shingles, similarity
+from glm_jax.data.rows.experiment import heldout_batches
 from glm_jax.data.tokenizers import sentencepiece
 from glm_jax.errors import UserError
 
@@ -207,6 +209,8 @@ def test_a_tokenizer_that_does_not_fit_is_told_before_a_source_is_read(folder: P
         ({"data.tokenizer.path": str(folder)}, "cannot read the tokenizer"),
         ({"data.tokenizer.path": str(folder / "bad.model")}, "is not a SentencePiece model"),
         ({"data.tokenizer.path": str(folder / "given.model"), "model.vocab_size": 300}, "model.vocab_size 300 is less"),
+        ({"data.tokenizer.vocab_size": 265}, "data.tokenizer.vocab_size is 265, it must be at least 266"),
+        ({"model.vocab_size": 500}, "model.vocab_size 500 is less than the tokenizer's 600 pieces"),
     ):
         said_before: list[str] = []
         with pytest.raises(UserError, match=said):
@@ -222,11 +226,53 @@ def test_damaged_records_are_left_out_when_not_strict(folder: Path):
         run(config)
     lines: list[str] = []
     prepared = prepare.prepare(config, lines.append, strict=False)
-    assert lines[1].startswith("documents en: 1 damaged records left out, broken JSON")
+    assert lines[1].startswith(f"documents en: left out 1 broken JSON, the first in {folder}/en.jsonl, line 33 (")
     with pytest.raises(UserError, match=r"en\.jsonl, line 33: broken JSON, left out of en by an earlier build"):
         prepare.check_undamaged(prepared)
     assert run(config)[0].digests == prepared.digests  # training continues with what was built
     prepare.check_undamaged(run(make_config(folder, zh={"path": str(folder / "zh.txt")}))[0])
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"body": ["a"]}, "no column 'text': set the source's `field` to one of body"),
+        ({"text": [1], "n": [2]}, "column 'text' holds int64 and no text: no column does"),
+    ],
+)
+def test_a_parquet_file_without_its_column_is_left_out(folder: Path, column: dict[str, list[Any]], message: str):
+    (folder / "tables").mkdir()
+    parquet.write_table(Table.from_pydict(column), folder / "tables/a.parquet")
+    config = make_config(folder, en={"path": str(folder / "tables"), "format": "parquet"})
+    first = f"{folder}/tables/a.parquet, line 1"
+    with pytest.raises(UserError) as caught:
+        prepare.prepare(config, print, strict=False)
+    empty = f"corpus {folder}/tables is empty: it needs at least one line of text; 1 damaged records were skipped"
+    assert str(caught.value) == f"{empty}, the first in {first}: {message}"
+    parquet.write_table(Table.from_pydict({"text": ENGLISH}), folder / "tables/b.parquet")
+    with pytest.raises(UserError) as caught:
+        run(config)
+    assert str(caught.value) == f"{first}: {message}"
+    lines: list[str] = []
+    prepare.prepare(config, lines.append, strict=False)
+    reason = "missing field" if "body" in column else "not text"
+    assert lines[1].startswith(f"documents en: left out 1 {reason}, the first in {first} (")
+
+
+@pytest.mark.parametrize("held_out", ["", "few words"])
+def test_a_source_too_short_to_be_evaluated_is_told(folder: Path, held_out: str, monkeypatch: pytest.MonkeyPatch):
+    write_jsonl(folder / "en.jsonl", [ENGLISH[0], *filter(None, [held_out])])
+    if held_out:  # whatever the hashes say
+        monkeypatch.setattr(corpus, "split", lambda places, _: (places == places.min()).astype(np.uint8))
+    config = make_config(
+        folder, en={"path": str(folder / "en.jsonl"), "format": "jsonl"}, zh={"path": str(folder / "zh.txt")}
+    )
+    prepared, lines = run(config)
+    assert set(heldout_batches(config, prepared)) == {"zh"}
+    (told,) = [line for line in lines if "not evaluated" in line]
+    assert told.startswith("shards en: fewer than 16 held-out tokens, so that its loss is not evaluated: give more")
+    assert [line for line in run(config)[1] if "not evaluated" in line] == [told]  # from the cache, too
+    assert not any("not evaluated" in line for line in run(with_changes(config, {"data.heldout": 0.0}))[1])
 
 
 def test_normalisation_is_part_of_what_documents_are(folder: Path):

@@ -67,10 +67,10 @@ def test_parquet(tmp_path: Path):
     assert split(list(read(path, "parquet", "body"))) == (["one", "天下"], [("null", 4)])
     assert list(read(path, "parquet", "meta.title")) == ["t0", "t1", "t2", "t3"]
     assert list(read(path, "parquet", "meta.title, body")) == ["t0\none", "t1\n天下", "t2", "t3"]
-    with pytest.raises(UserError, match="no column 'text': set the source's `field` to one of body, n, meta"):
-        list(read(path, "parquet", "text"))
-    with pytest.raises(UserError, match="column 'n' holds int64 and no text: set the source's `field` to one of body"):
-        list(read(path, "parquet", "n"))
+    lacking = Damaged("missing field", 1, "no column 'text': set the source's `field` to one of body, n, meta")
+    assert list(read(path, "parquet", "body, text")) == [lacking]
+    other = "column 'n' holds int64 and no text: set the source's `field` to one of body, meta"
+    assert list(read(path, "parquet", "n")) == [Damaged("not text", 1, other)]
 
 
 def test_fields_are_joined_and_nested(tmp_path: Path):
@@ -118,7 +118,8 @@ def test_a_missing_package_is_named_with_the_extra_for_it_alone(
         ("text", b"good\n\nbad \xff\n", "invalid UTF-8", 3, "(byte 0xff at 4): convert"),
         ("text", b"good\n\nfirst\nb\0ad\n", "NUL", 4, "a NUL byte at 1"),
         ("jsonl", b'{"text": "good"}\n\n{"text": \n', "broken JSON", 3, "(Expecting value)"),
-        ("jsonl", b'{"text": "good"}\n' + b"[" * 100_000, "broken JSON", 2, "broken JSON"),
+        ("jsonl", b'{"text": "good"}\n' + b"[" * 100_000, "too deep", 2, "too many brackets"),
+        ("json", b'[{"text": "good"},\n' + b"[" * 100_000 + b"]" * 100_001, "too deep", 2, "too many brackets"),
         ("jsonl", b'{"text": "good"}\n{"body": "b"}\n', "missing field", 2, "no text in field 'text'"),
         ("jsonl", b'{"text": "good"}\n{"text": 1}\n', "not text", 2, "no text in field 'text' but a number"),
         ("jsonl", b'{"text": "good"}\n["text"]\n', "missing field", 2, "not a JSON object"),

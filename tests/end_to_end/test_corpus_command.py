@@ -33,8 +33,8 @@ def test_build_then_train_and_inspect_from_the_cache(glm_jax: Cli, damaged: list
     assert refused.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'texts' / 'a.jsonl'}, line 61: broken JSON")
     built = glm_jax("corpus", "build", *damaged, "--workers=2")
     assert built.returncode == 0, built.stderr
-    assert "documents zh: 1 damaged records left out, broken JSON" in built.stderr
-    assert "documents zh: 1 damaged records left out, invalid UTF-8" in built.stderr
+    assert "documents zh: left out 1 broken JSON, the first in " in built.stderr
+    assert "documents zh: left out 1 invalid UTF-8, the first in " in built.stderr
     files = times(tmp_path / "cache")
     again = glm_jax("corpus", "build", *damaged)
     assert again.returncode == 0 and times(tmp_path / "cache") == files

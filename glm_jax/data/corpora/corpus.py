@@ -282,6 +282,13 @@ def _skipped(found: Found, files: list[Path]) -> tuple[Json, str]:
     return skipped, lines
 
 
+def skipped_lines(index: Json) -> Iterator[str]:
+    """Yield how many records an index says were left out for each reason, and where the first is."""
+    for reason, skipped in index["skipped"].items():
+        first = skipped["places"][0]
+        yield f"{skipped['count']:,} {reason}, the first in {first['file']}, line {first['line']}"
+
+
 def split(places: np.ndarray, heldout: float) -> np.ndarray:
     """Split documents by their own digests: a document stays in its split when others are added or removed.
 

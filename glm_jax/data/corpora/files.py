@@ -36,13 +36,14 @@ class Found:
             raise UserError(f"{file}: {damage.message}")
 
 
-def find_files(path: str) -> Found:
+def find_files(path: str, what: str = "corpus") -> Found:
     """List the files that a source's `path` names. A folder and the glob folder/** name the same files.
 
     Links are followed, in a circle only once. Hidden files and folders are left out unless the path names them.
 
     Args:
         path: a file, a folder (searched to any depth) or a glob; a name with brackets is first taken literally.
+        what: what the files hold, for messages.
 
     Raises:
         UserError: nothing of it can be read.
@@ -70,10 +71,10 @@ def find_files(path: str) -> Found:
         known.add((place.st_dev, place.st_ino))
     if not files:
         if skipped:
-            raise UserError(f"corpus {path} has no file that can be read: {skipped[0][0]}: {skipped[0][1].message}")
+            raise UserError(f"{what} {path} has no file that can be read: {skipped[0][0]}: {skipped[0][1].message}")
         if root.is_dir() and parts == ("**", "*"):
-            raise UserError(f"corpus {path} is a directory without files that are not hidden: put text there")
-        raise UserError(f"corpus {path} does not exist: give a file, a directory or a glob")
+            raise UserError(f"{what} {path} is a directory without files that are not hidden: put text there")
+        raise UserError(f"{what} {path} does not exist: give a file, a directory or a glob")
     return Found(tuple(files), tuple(sorted(skipped, key=lambda one: one[0])), tuple(sorted(search.left_out)))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from io import BufferedIOBase
 
 CHUNK = 1 << 20  # bytes read at a time
-DEEPEST = 1000  # brackets inside each other; Python 3.11's json reads no more, and following them takes long
+DEEPEST = 1000  # brackets inside each other that are told apart; no more can be read, so deeper ones are counted
 
 _BRACKET = re.compile(rb'["\[\]{}:,]')
 _INSIDE_STRING = re.compile(rb'(?:[^"\\\n]++|\\[^\n])*+')
@@ -24,7 +24,6 @@ class Elements:
 
     Attributes:
         begun, closed: after the iteration, whether the array's start and its end were found.
-        too_deep: whether it ended because an element has over DEEPEST brackets inside each other.
         line: the line reached, counted from 1; of the last element, if it is not finished.
     """
 
@@ -33,7 +32,8 @@ class Elements:
         self._held = bytearray()  # the element so far, from earlier chunks
         self._too_long = False
         self._stack = bytearray(b"[")  # open brackets
-        self.begun = self.closed = self.too_deep = False
+        self._deeper = 0  # how many are open beyond the stack
+        self.begun = self.closed = False
         self.line = 1
 
     def __iter__(self) -> Iterator[tuple[int, bytes | None]]:
@@ -57,7 +57,7 @@ class Elements:
                     place += 1
                     if chunk[place - 1] != ord('"'):  # a newline: the string was never closed
                         yield from self._cut(chunk[start:place])
-                        start, self._stack = place, bytearray(b"[")
+                        start, self._stack, self._deeper = place, bytearray(b"["), 0
                     continue
                 match = _BRACKET.search(chunk, place)
                 if match is None:
@@ -68,14 +68,13 @@ class Elements:
                 elif token == ord(",") and len(self._stack) == 1:
                     yield from self._cut(chunk[start : place - 1])
                     start = place
+                elif len(self._stack) == DEEPEST and (token in b"[{" or (self._deeper and token in b"]}")):
+                    self._deeper += 1 if token in b"[{" else -1
                 elif token in b"[{":
                     if self._stack[-1] == ord("{") and last != ord(":"):
                         yield from self._cut(chunk[start : place - 1])
                         start, self._stack = place - 1, bytearray(b"[")
                     self._stack.append(token)
-                    if len(self._stack) > DEEPEST:
-                        self.too_deep = True
-                        return
                 elif token in b"]}":
                     if len(self._stack) == 1 and token == ord("]"):
                         yield from self._cut(chunk[start : place - 1])

@@ -27,7 +27,7 @@ from glm_jax.data.corpora.build import Workers
 from glm_jax.data.corpora.cache import Cache, Report, cache_directory, open_cache, recall, remember
 from glm_jax.data.corpora.corpus import Input
 from glm_jax.data.corpora.files import Found, find_files
-from glm_jax.data.corpora.shards import Shards, write_shards
+from glm_jax.data.corpora.shards import SHORTEST_TEXT, Shards, write_shards
 from glm_jax.data.instructions import prompts
 from glm_jax.data.instructions.prompts import Instructions
 from glm_jax.data.tokenizers import sentencepiece
@@ -87,8 +87,9 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
         raise UserError("data.sources is empty: give a source a path or a sample")
     cache = open_cache(data.cache, report)
     given = read(data.tokenizer.path, pinned=data.tokenizer.pinned) if data.tokenizer.path else None
-    if given is not None:
-        config.glm(given.size)  # refuse one that does not fit now, not after all sources are read
+    if given is None:
+        sentencepiece.check_size(data.tokenizer.vocab_size)
+    config.glm(given.size if given else data.tokenizer.vocab_size)  # refused now, not after all sources are read
     documents: dict[str, Path] = {}
     with Workers(workers) as pool:
         for name, source in sorted(data.sources.items()):
@@ -102,7 +103,7 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
         if not any(weights.values()):
             raise UserError("the weights of all data.sources are 0: give one a share")
         tokenizer = _tokenizer(documents, weights, given, data.tokenizer.vocab_size, cache)
-        shards = {name: _shards(name, stage, tokenizer, cache, pool) for name, stage in documents.items()}
+        shards = {name: _shards(name, stage, data.heldout, tokenizer, cache, pool) for name, stage in documents.items()}
     prompted, prompted_weights = prompts.prepare(data.instructions, tokenizer, cache, strict=strict)
     return Prepared(
         tokenizer=tokenizer,
@@ -199,12 +200,8 @@ def _documents(name: str, source: Source, data: Data, cache: Cache, pool: Worker
         f"{dropped['exact']:,} exact and {dropped['near']:,} near duplicates dropped "
         f"({_done('read', started, cached)})"
     )
-    if data.heldout and not count["heldout"]:
-        advice = "give more documents (if each line is one, the format is lines)"
-        cache.report(f"documents {name}: none held out, so that evaluations leave it out: {advice}")
-    for reason, skipped in index["skipped"].items():
-        left = f"{skipped['count']:,} damaged records left out, {reason}"
-        cache.report(f"documents {name}: {left} ({directory}/skipped.jsonl)")
+    for line in corpus.skipped_lines(index):
+        cache.report(f"documents {name}: left out {line} ({directory}/skipped.jsonl)")
     return directory
 
 
@@ -285,7 +282,7 @@ def _shares(documents: Mapping[str, Path], weights: Mapping[str, float]) -> Iter
             yield part
 
 
-def _shards(name: str, documents: Path, read: Tokenizer, cache: Cache, pool: Workers) -> Path:
+def _shards(name: str, documents: Path, heldout: float, read: Tokenizer, cache: Cache, pool: Workers) -> Path:
     """Tokenise one source's documents stage and return the directory of shards."""
     started = time.monotonic()
     key = _key(name, documents.name, read.digest)
@@ -294,6 +291,9 @@ def _shards(name: str, documents: Path, read: Tokenizer, cache: Cache, pool: Wor
     tokens, size = sum(index["tokens"].values()), sum(index["bytes"].values())
     done = _done("written", started, cached)
     cache.report(f"shards {name}: {tokens:,} tokens, {size / tokens:.2f} bytes a token ({done})")
+    if heldout and index["tokens"]["heldout"] < SHORTEST_TEXT:
+        few = f"fewer than {SHORTEST_TEXT} held-out tokens, so that its loss is not evaluated"
+        cache.report(f"shards {name}: {few}: give more documents (if each line is one, the format is lines)")
     return directory
 
 

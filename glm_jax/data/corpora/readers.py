@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import unicodedata
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from glm_jax.data.corpora import kinds, parquet
 from glm_jax.data.corpora.compression import Broken, Decompressed
-from glm_jax.data.corpora.json_array import DEEPEST, Elements
+from glm_jax.data.corpora.json_array import Elements
 from glm_jax.data.corpora.records import Damaged, Located
 from glm_jax.errors import UserError
 from glm_jax.storage.files import open_regular
@@ -114,12 +115,12 @@ def read_records(
     """Yield the records of a file with their lines, and the damaged ones as Damaged; see `read`.
 
     Args:
-        file, form, part: as in `read`. A document of form "text" or "lines" is a record with the key "text".
+        file, form, part: as in `read`. A document of form "text" or "lines" is a record with the key "text". A record
+            of JSON may also be an array.
         fields: the fields needed, for formats that can skip the others. Empty means all.
 
     Raises:
-        UserError: the file cannot be opened or is a pipe or device, the format's package is not installed, or a parquet
-            column is missing or holds no text.
+        UserError: the file cannot be opened or is a pipe or device, or the format's package is not installed.
     """
     try:
         with open_regular(file) as stream:
@@ -127,7 +128,7 @@ def read_records(
             if not head:
                 yield Damaged("empty file", 1, "the file is empty: fetch it again or remove it")
             elif form == "parquet":
-                yield from parquet.read(file, stream, head, fields)
+                yield from parquet.read(stream, head, fields)
             elif part is None or part[0] == 0:
                 yield from _read_whole(stream, head, form, part)
             else:
@@ -243,25 +244,32 @@ def _decode(number: int, line: bytes | bytearray | Damaged) -> str | Damaged:
 def _read_text(stream: io.BufferedIOBase) -> Iterator[Located | Damaged]:
     document, start = bytearray(), 1  # so far, and its first line; not a list of lines, which may be many and small
     damage: Damaged | None = None  # the first in the document
-    for number, raw in _lines(stream):
+    for number, raw in itertools.chain(_lines(stream), [(0, b"")]):  # the end of the file is one more blank line
         fits = isinstance(raw, Damaged) or len(document) + len(raw) <= LONGEST_RECORD
         line = _decode(number, raw if fits else _too_long(number))
         if isinstance(line, Damaged):
             damage = damage or line
             document.clear()
             continue
-        ends = _BLANK_LINES.split(line)
-        for place, piece in enumerate(ends):
-            if place or not piece.strip():
-                if document or damage:
-                    yield damage or (start, {"text": document.decode()})
+        for place, piece in enumerate(_pieces(line)):
+            blank = not piece.strip()
+            if (place or blank) and (document or damage):
+                yield damage or (start, {"text": document.decode()})
                 document.clear()
                 damage = None
-            if piece.strip() and not damage:
+            if not blank and not damage:
                 start = start if document else number
                 document += (b"\n" if document else b"") + piece.encode()
-    if document or damage:
-        yield damage or (start, {"text": document.decode()})
+
+
+def _pieces(line: str) -> Iterator[str]:
+    """Yield what is between the blank lines inside a line, one at a time: there may be millions."""
+    start = 0
+    if "\r" in line or "\x85" in line:
+        for blank in _BLANK_LINES.finditer(line):
+            yield line[start : blank.start()]
+            start = blank.end()
+    yield line[start:]
 
 
 def _read_lines(stream: io.BufferedIOBase) -> Iterator[Located | Damaged]:
@@ -286,15 +294,12 @@ def _read_json(stream: io.BufferedIOBase) -> Iterator[Located | Damaged]:
         return
     if not elements.begun:
         yield Damaged("broken JSON", 1, "not a JSON array: give another `format`, such as jsonl")
-    elif elements.too_deep:
-        said = f"over {DEEPEST:,} brackets inside each other, where reading ended: remove the element"
-        yield Damaged("too deep", elements.line, said)
     elif not elements.closed:
         yield Damaged("truncated", elements.line, "the array has no end: fetch the file again")
 
 
 def _parse(number: int, line: bytes | bytearray | Damaged) -> Located | Damaged:
-    """Read one JSON object."""
+    """Read one JSON object or array."""
     decoded = _decode(number, line)
     if isinstance(decoded, Damaged):
         return decoded
@@ -302,17 +307,23 @@ def _parse(number: int, line: bytes | bytearray | Damaged) -> Located | Damaged:
         return Damaged("too long", number, f"over {MOST_VALUES:,} values in one record: split it")
     try:
         record = json.loads(decoded)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        return Damaged("too deep", number, "too many brackets inside each other: flatten or remove it")
+    except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         return Damaged("broken JSON", number, f"broken JSON ({reason}): fix the line")
-    if not isinstance(record, dict):
-        advice = "fix the line, or give another `format`"
-        return Damaged("missing field", number, f"not a JSON object but {_kind_of(record)}: {advice}")
-    return number, record
+    return (number, record) if isinstance(record, dict | list) else _no_object(number, record)
 
 
-def _text_of(number: int, record: Json, fields: Sequence[str]) -> str | Damaged:
+def _no_object(number: int, value: object) -> Damaged:
+    advice = "fix the line, or give another `format`"
+    return Damaged("missing field", number, f"not a JSON object but {_kind_of(value)}: {advice}")
+
+
+def _text_of(number: int, record: Json | list[Json], fields: Sequence[str]) -> str | Damaged:
     """Join the fields of a record that have text; see `read`."""
+    if isinstance(record, list):
+        return _no_object(number, record)
     texts: list[str] = []
     first: Damaged | None = None  # damage of a field, reported if no field has text
     for field in fields:

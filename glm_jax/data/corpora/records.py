@@ -28,7 +28,7 @@ class Damaged:
     message: str
 
 
-Located = tuple[int, Json]  # line, or row, and the record
+Located = tuple[int, Json | list[Json]]  # line, or row, and the record
 
 
 def import_package(form: str, module: str) -> ModuleType:

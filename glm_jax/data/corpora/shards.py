@@ -19,6 +19,8 @@ from glm_jax.data.corpora.corpus import SPLITS, part_documents, part_folders, re
 from glm_jax.data.tokenizers.sentencepiece import Tokenizer
 from glm_jax.storage.files import atomic_directory
 
+SHORTEST_TEXT = 16  # tokens; a source with fewer held-out ones is not evaluated
+
 
 @dataclass(frozen=True)
 class _ShardJob:

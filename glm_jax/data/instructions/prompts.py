@@ -21,7 +21,7 @@ import numpy as np
 from glm_jax.config.data import InstructionSet
 from glm_jax.data.corpora import readers, samples
 from glm_jax.data.corpora.cache import Cache
-from glm_jax.data.corpora.corpus import PLACES
+from glm_jax.data.corpora.corpus import PLACES, skipped_lines
 from glm_jax.data.corpora.files import Found, find_files
 from glm_jax.data.corpora.records import Damaged
 from glm_jax.data.instructions import samples as instruction_samples
@@ -34,6 +34,7 @@ from glm_jax.storage.files import json_line, open_regular
 from glm_jax.types import Json
 
 RECORDS = ("jsonl", "jsonl.zst", "json", "parquet")  # forms of files, and how their names end
+WHOLE = "record"  # the field that holds a record which is an array, as C3's are
 FORMAT_VERSION = 2  # raised when the same records give different tokens
 SEED = 0  # of the choice of samples under a set's cap: the same in every run
 MOST_EXCEEDING = 10  # records of a set that may exceed their budget, which takes seconds each
@@ -142,7 +143,7 @@ def _located(place: Place) -> Json:
 
 
 def read_records(files: Iterable[Path], form: str = "") -> Iterator[tuple[Place, Json | Refused]]:
-    """Yield the records of files with their places, in order; a damaged one is Refused.
+    """Yield the records of files with their places, in order; a damaged one is Refused, an array is the field WHOLE.
 
     Args:
         form: as in config.data.instructions; empty tells it by each file's name.
@@ -158,7 +159,8 @@ def read_records(files: Iterable[Path], form: str = "") -> Iterator[tuple[Place,
             if isinstance(located, Damaged):
                 yield Place(file, located.line), Refused(located.reason, located.message)
             else:
-                yield Place(file, located[0]), located[1]
+                line, record = located
+                yield Place(file, line), {WHOLE: record} if isinstance(record, list) else record
 
 
 def prompted(
@@ -258,7 +260,10 @@ def prepare(
     weights: dict[str, float] = {}
     for name, entry in section.items():
         try:
-            found = find_files(entry.path) if entry.path else Found((instruction_samples.fetch(entry.sample, cache),))
+            if entry.path:
+                found = find_files(entry.path, "instructions")
+            else:
+                found = Found((instruction_samples.fetch(entry.sample, cache),))
         except samples.Unreachable as error:
             cache.report(f"instructions {name}: left out, {error}")
             continue
@@ -274,9 +279,8 @@ def prepare(
         weights[name] = entry.weight or float(len(made))
         asked = f", {made.index['unasked']:,} with nothing to ask" if made.index["unasked"] else ""
         cache.report(f"instructions {name}: {len(made):,} samples, {int(made.lengths.sum()):,} tokens{asked}")
-        for reason, skipped in made.index["skipped"].items():
-            left = f"{skipped['count']:,} left out, {reason}"
-            cache.report(f"instructions {name}: {left} ({directory}/skipped.jsonl)")
+        for line in skipped_lines(made.index):
+            cache.report(f"instructions {name}: left out {line} ({directory}/skipped.jsonl)")
     return sets, weights
 
 

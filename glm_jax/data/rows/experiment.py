@@ -8,11 +8,10 @@ import numpy as np
 
 from glm_jax.config import Experiment
 from glm_jax.data.corpora.prepare import Prepared
+from glm_jax.data.corpora.shards import SHORTEST_TEXT
 from glm_jax.data.rows.batches import Batches
 from glm_jax.data.rows.blanks import find_sentence_ends
 from glm_jax.data.rows.mixture import temperature_weights, with_weights
-
-SHORTEST_TEXT = 16  # tokens; a source with fewer held-out ones is not evaluated
 
 
 def training_batches(config: Experiment, prepared: Prepared) -> Batches:

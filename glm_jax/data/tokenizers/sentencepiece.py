@@ -28,6 +28,15 @@ UNTRAINABLE = "\0\t\u2581\u2585"  # the trainer drops or reinterprets them; enco
 WORD_START = "\u2581"  # how SentencePiece writes a space, so it cannot be encoded as itself
 
 
+def check_size(vocab_size: int) -> None:
+    """Raise UserError if a vocabulary is too small for the special and byte pieces."""
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"data.tokenizer.vocab_size is {vocab_size}, it must be at least {SMALLEST_VOCABULARY}: "
+            "special and byte pieces come first"
+        )
+
+
 def train(documents: Iterable[str], vocab_size: int) -> bytes:
     """Train a unigram model with byte fallback. The same documents give the same bytes.
 
@@ -45,11 +54,7 @@ def train(documents: Iterable[str], vocab_size: int) -> bytes:
     Raises:
         UserError: the vocabulary is too small for the special and byte pieces, or there is no text.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"data.tokenizer.vocab_size is {vocab_size}, it must be at least {SMALLEST_VOCABULARY}: "
-            "special and byte pieces come first"
-        )
+    check_size(vocab_size)
     sentences = _keep_frequent(list(_sentences(documents)), (vocab_size - len(SPECIALS) - 256) // 2)
     if not any(sentence.strip() for sentence in sentences):
         raise UserError("there is no text to train a tokenizer on")
