@@ -110,10 +110,13 @@ def _is_padded(cfg: StepConfig, mesh: Mesh) -> bool:
 
 
 def _disk_shardings(cfg: StepConfig, mesh: Mesh) -> TrainState:
-    """Return the shardings of a state with its true layers, unsplit over `pipeline` where stages are padded."""
+    """Return the shardings of a state on its way to the disk and back.
+
+    Where stages are padded, `pipeline` cannot split the true layers: it splits another dimension of their arrays.
+    """
     specs = state_specs(cfg, mesh)
     if _is_padded(cfg, mesh):
-        specs = partition.without("pipeline", specs)
+        specs = partition.moved("pipeline", specs, jax.eval_shape(lambda: init_state(cfg)), mesh.shape)
     return partition.shardings(mesh, specs)
 
 
