@@ -92,7 +92,7 @@ def moved(axis: str, specs: Tree, shapes: Tree, sizes: Mapping[str, int]) -> Tre
         left = dimension(spec, axis)
         if left is None:
             return spec
-        entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+        entries: list[tuple[str, ...]] = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
         entries[left] = ()
         held = [
             size // math.prod(sizes[name] for name in entry) for size, entry in zip(array.shape, entries, strict=True)

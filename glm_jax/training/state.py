@@ -44,7 +44,7 @@ class TrainState(NamedTuple):
     """
 
     step: Array  # int32, optimizer steps taken
-    samples: Array  # int32, rows seen; the data position and the learning rate follow from it
+    samples: Array  # int32, rows seen, modulo 2**32; the run counts them as a whole number and decides by that
     params: Tree
     moments: Tree
     loss_scale: LossScale
@@ -100,7 +100,7 @@ def create_state(cfg: StepConfig, mesh: Mesh) -> TrainState:
 
 def at_step(mesh: Mesh, state: TrainState, step: int, samples: int, loss_scale: LossScale | None = None) -> TrainState:
     """Return the state with new counters and, if given, a new loss scale, which keeps its count of skipped steps."""
-    counters = (np.int32(step), np.int32(samples), loss_scale or state.loss_scale)
+    counters = (np.int32(step), np.int64(samples).astype(np.int32), loss_scale or state.loss_scale)
     step_, samples_, scale = jax.device_put(jax.device_get(counters), jax.NamedSharding(mesh, jax.P()))
     return state._replace(step=step_, samples=samples_, loss_scale=scale._replace(skipped=state.loss_scale.skipped))
 

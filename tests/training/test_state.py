@@ -8,7 +8,9 @@ import pytest
 
 from glm_jax.config import resolve
 from glm_jax.engine import build
-from glm_jax.training.state import disk_targets
+from glm_jax.parallel.mesh import build as build_mesh
+from glm_jax.training.precision import initial_loss_scale
+from glm_jax.training.state import TrainState, at_step, disk_targets
 from glm_jax.training.stretch import step_config
 
 
@@ -27,3 +29,11 @@ def test_glm_130b_is_saved_in_its_true_layers_and_split_over_every_axis(
     assert sum(array.size for array in jax.tree.leaves(targets["params"])) == 128_697_794_560
     held = sum(np.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)
     assert held / 1e9 <= gigabytes and held * np.prod(mesh) == pytest.approx(12 * 128_697_794_560, rel=0.005)
+
+
+@pytest.mark.parametrize("samples", [5, 2**31 - 1, 2**31, 500_000 * 8192])
+def test_a_run_of_more_rows_than_an_int32_holds_keeps_its_place(samples: int) -> None:
+    mesh = build_mesh({"data": 1, "pipeline": 1, "tensor": 1})
+    state = TrainState(jax.numpy.int32(1), jax.numpy.int32(1), {}, {}, initial_loss_scale(None))
+    placed = at_step(mesh, state, 7, samples)
+    assert int(placed.step) == 7 and (int(placed.samples) - samples) % 2**32 == 0
