@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from glm_jax import model
 from glm_jax.config.training import LossScaleConfig
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
-from glm_jax.parallel import partition
+from glm_jax.parallel import partition, processes
 from glm_jax.training import optimizer, precision
 from glm_jax.training.optimizer import Optimizer
 from glm_jax.training.precision import LossScale
@@ -127,9 +128,14 @@ def _items(state: TrainState) -> Items:
 
 def to_disk(cfg: StepConfig, mesh: Mesh, state: TrainState) -> Items:
     """Return the trees of a checkpoint: `params`, and `training` with the rest; every mesh has the same layout."""
-    if _is_padded(cfg, mesh):
-        state = jax.jit(lambda state: true_layers(cfg, state), out_shardings=_disk_shardings(cfg, mesh))(state)
-    return _items(state)
+    return _items(_cut(cfg, mesh)(state) if _is_padded(cfg, mesh) else state)
+
+
+@functools.lru_cache(maxsize=4)
+def _cut(cfg: StepConfig, mesh: Mesh) -> Callable[[TrainState], TrainState]:
+    """Return `true_layers` for `_disk_shardings`, compiled once for all saves of a run."""
+    cut = jax.jit(lambda state: true_layers(cfg, state), out_shardings=_disk_shardings(cfg, mesh))
+    return processes.compiled_together(cut)
 
 
 def disk_targets(cfg: StepConfig, mesh: Mesh) -> Items:
@@ -161,4 +167,5 @@ def from_disk(cfg: StepConfig, mesh: Mesh, items: Mapping[str, Tree]) -> TrainSt
         return state
     placed = partition.shardings(mesh, state_specs(cfg, mesh))
     stages = mesh.shape["pipeline"]
-    return jax.jit(lambda state: pad_layers(cfg, state, stages), out_shardings=placed)(state)
+    pad = jax.jit(lambda state: pad_layers(cfg, state, stages), out_shardings=placed)
+    return processes.compiled_together(pad)(state)
