@@ -1,25 +1,27 @@
-"""GLM-10B: the model, blanks and optimizer of the original GLM; name corpora in data.sources.
+"""GLM-10B, first stage: rows of 512 tokens; name your corpora in data.sources.
 
-Blanks are those of its second stage, with 1,024 tokens a sample. The first stage had 512, shares of 0.5, 0.3 and 0.2
-([MASK], [sMASK], [gMASK]), and no short or single-span samples. original_glm says what is left out (block masking,
-0.1).
+    glm-jax train --config experiments/glm_10b.py --workdir runs/glm_10b \
+        --config.data.tokenizer.path=vocab.json --config.data.sources... \
+        --config.mesh.data=64 --config.mesh.tensor=4 --config.train.microbatches=4
 
-glm-jax train --config experiments/glm_10b.py --workdir runs/glm_10b --config.data.sources...
+The tokenizer is vocab.json of GPT-2, with merges.txt beside it (BPE). F: the launch and DeepSpeed files of the
+published code (github.com/THUDM/GLM, config/). The files do not name the GPUs: 256 are those of the published launch
+script. glm_10b_second.py continues from its weights. original_glm says what of the original's blanks is left out, and
+how to set a mesh.
 """
 
-from glm_jax.config import Config, original_glm
+from glm_jax.config import Config, original_glm, original_schedule
 
 VOCABULARY = 50_304  # GPT-2's 50,257 pieces and GLM's specials, padded
 
 
 def get_config() -> Config:
-    """Return 48 layers of 4096, 64 heads, rows of 1,024 tokens."""
+    """Return 48 layers of 4096, 64 heads, rows of 512 tokens; the position tables have room for 1,024."""
     config = original_glm(48, 4096, 64, VOCABULARY, 1024)
-    config.data.blanks.update(
-        mask=0.4, smask=0.3, gmask=0.3, gmask_min_ratio=0.25, short_seq_prob=0.5, single_span_prob=0.05
+    config.data.blanks.update(mask=0.5, smask=0.3, gmask=0.2, gmask_min_ratio=0.25, short_seq_prob=0.02)  # F
+    original_schedule(  # F
+        config, steps=250_000, gpu_batch=21, gpus=256, peak_lr=1e-4, warmup=0.04, decay_steps=175_000, floor=0.1
     )
-    config.optimizer.peak_lr = 0.0001
-    config.optimizer.min_lr = 1e-05
     config.optimizer.beta2 = 0.95
     config.optimizer.epsilon = 1e-8
     return config

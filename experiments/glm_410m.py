@@ -1,21 +1,25 @@
-"""GLM-410M (also called 1.25): the model, blanks and optimizer of the original GLM; name corpora in data.sources.
+"""GLM-410M, also called 1.25, for tokens and documents; name your corpora in data.sources.
 
-Half the rows are [MASK]; the other half have one blank over 50 to 100% of the text, which in half of these may be
-anywhere. These are the defaults of its published code for a model of tokens and documents. original_glm says what of
-the original's blanks is left out.
+    glm-jax train --config experiments/glm_410m.py --workdir runs/glm_410m \
+        --config.data.tokenizer.path=vocab.txt --config.data.sources...
 
-glm-jax train --config experiments/glm_410m.py --workdir runs/glm_410m --config.data.sources...
+The tokenizer is vocab.txt of bert-large-uncased (WordPiece), the same file as bert-base-uncased's. Half the rows are
+[MASK]; the other half have one blank over 50 to 100% of the text, which in half of these may be anywhere: the defaults
+of the published code for a model of tokens and documents. The launch files of the published code (github.com/THUDM/GLM,
+config/) have none of this size: length, batch and learning rate are those of GLM-Large (glm_335m.py). original_glm says
+what of the original's blanks is left out, and how to set a mesh.
 """
 
-from glm_jax.config import Config, original_glm
+from glm_jax.config import Config, original_glm, original_schedule
 
-VOCABULARY = 30_592  # bert-base-uncased's 30,522 pieces and GLM's specials, padded
+VOCABULARY = 30_592  # bert-large-uncased's 30,522 pieces and GLM's specials, padded
 
 
 def get_config() -> Config:
     """Return 30 layers of 1024, 16 heads, rows of 512 tokens."""
-    config = original_glm(30, 1024, 16, VOCABULARY, 512)
+    config = original_glm(30, 1024, 16, VOCABULARY)
     config.data.blanks.update(mask=0.5, gmask=0.5)
-    config.optimizer.peak_lr = 0.0002
-    config.optimizer.min_lr = 1e-05
+    original_schedule(  # as in glm_335m.py
+        config, steps=200_000, gpu_batch=16, gpus=64, peak_lr=2e-4, warmup=0.05, decay_steps=160_000, floor=0.05
+    )
     return config

@@ -16,7 +16,7 @@ from glm_jax.config.experiment import (
     to_json,
     with_changes,
 )
-from glm_jax.config.presets import original_glm, small_english
+from glm_jax.config.presets import original_glm, original_schedule, small_english
 
 __all__ = [
     "Config",
@@ -28,6 +28,7 @@ __all__ = [
     "instructions",
     "keys",
     "original_glm",
+    "original_schedule",
     "resolve",
     "role",
     "small_english",

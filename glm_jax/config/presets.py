@@ -29,18 +29,20 @@ def small_english(steps: int) -> Config:
     return config
 
 
-def original_glm(num_layers: int, hidden_size: int, num_heads: int, vocab_size: int, longest: int) -> Config:
+def original_glm(num_layers: int, hidden_size: int, num_heads: int, vocab_size: int, longest: int = 512) -> Config:
     """Return what all sizes of the original GLM share: Pre-LN, tanh GELU, two learned position streams, only [MASK].
 
-    The [gMASK] values are the published code's defaults, for the sizes that give it a share. The published code draws
-    blanks differently: a class token begins each sample; no span contains the end of a document; a batch has one
-    [gMASK] length; 410M and 515M mark document spans with [MASK]. Block masking (0.1 in 2B and 10B) is off, because our
-    tokenizers have no dBLOCK; with one that has it, set data.blanks.block_mask_prob and block_mask_token.
+    Rows have 512 tokens, weights are float16. The [gMASK] values are the published code's defaults, for the sizes that
+    give it a share. The published code draws blanks differently: a class token begins each sample; no span contains the
+    end of a document; a batch has one [gMASK] length; Doc, 410M and 515M mark document spans with [MASK]. Block masking
+    (0.1 in 2B, 10B and the Chinese sizes) is off, because it needs a tokenizer with dBLOCK: with one, set
+    data.blanks.block_mask_prob and block_mask_token. The mesh is the user's: a batch comes in microbatches of what one
+    GPU had, so n data ranks take mesh.data=n and an n-th of the microbatches.
 
     Args:
         num_layers, hidden_size, num_heads: of this size.
         vocab_size: rows of the embedding, including padding.
-        longest: tokens of a row; the position tables have one more row (arXiv 2103.10360 and its published code).
+        longest: tokens of the longest row; the position tables have one more row (arXiv 2103.10360 and its code).
     """
     config = default_config()
     config.model.num_layers = num_layers
@@ -56,8 +58,36 @@ def original_glm(num_layers: int, hidden_size: int, num_heads: int, vocab_size: 
     config.model.score_scaling = False
     config.model.vocab_size = vocab_size
     config.model.max_length = longest + 1
-    config.data.seq_length = longest
+    config.data.seq_length = 512
     config.data.blanks.update(mask=1.0, gmask=0.0, gmask_min_ratio=0.5, gmask_infill_prob=0.5)
+    config.train.precision = "float16"
+    config.train.loss_scale.window = 1000
     config.optimizer.beta2 = 0.98
     config.optimizer.epsilon = 1e-6
     return config
+
+
+def original_schedule(
+    config: Config, *, steps: int, gpu_batch: int, gpus: int, peak_lr: float, warmup: float, decay_steps: int,
+    floor: float, accumulated: int = 1,
+) -> None:  # fmt: skip
+    """Set the length, the batch and the learning rate from the numbers in the original GLM's launch files.
+
+    Args:
+        config: changed in place.
+        steps: `--train-iters`.
+        gpu_batch: `train_micro_batch_size_per_gpu`, the rows of a microbatch.
+        gpus: that split the batch.
+        peak_lr: `lr`.
+        warmup: `--warmup`, a share of `decay_steps`.
+        decay_steps: `--lr-decay-iters`, from the first step, warm-up included.
+        floor: `--lr-decay-ratio`, the last rate as a share of `peak_lr`.
+        accumulated: `gradient_accumulation_steps`.
+    """
+    config.train.steps = steps
+    config.train.microbatches = accumulated * gpus
+    config.train.global_batch = batch = gpu_batch * accumulated * gpus
+    config.optimizer.peak_lr = peak_lr
+    config.optimizer.min_lr = peak_lr * floor
+    config.optimizer.warmup_samples = round(warmup * decay_steps) * batch
+    config.optimizer.decay_samples = decay_steps * batch

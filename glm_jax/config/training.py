@@ -12,6 +12,7 @@ Schedule = Literal["1f1b", "gpipe"]
 Stash = Literal["layer", "stage", "all"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Normalization = Literal["tokens", "microbatch"]
+Decay = Literal["cosine", "linear"]
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,13 @@ class Optimizer(OptimizerConfig):
     rewarm: tuple[tuple[int, int], ...] = field(
         (), example=(22_800, 500), doc="(step, steps): after this step, the rate climbs again from 0 over so many steps"
     )
-    decay_samples: int = field(0, at_least=0, doc="samples at which the cosine reaches min_lr; 0: at the last step")
+    decay: Decay = field("cosine", doc="the curve from peak_lr to min_lr")
+    decay_samples: int = field(
+        0,
+        at_least=0,
+        at_most=2**63 - 1,  # it may lie beyond the run's end
+        doc="samples, those of the warmup included, at which the rate reaches min_lr; 0: at the last step",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,6 +7,7 @@ params and moments), which is also split over `data` (ZeRO-1, arXiv 1910.02054).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -74,16 +75,34 @@ def shardings(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: jax.NamedSharding(mesh, leaf), tree, is_leaf=lambda leaf: isinstance(leaf, jax.P))
 
 
-def without(axis: str, tree: Tree) -> Tree:
-    """Return the specs without one mesh axis: arrays are whole along it."""
+def moved(axis: str, specs: Tree, shapes: Tree, sizes: Mapping[str, int]) -> Tree:
+    """Return the specs with a mesh axis moved off the dimension that it splits alone.
 
-    def one(spec: jax.P) -> jax.P:
-        entries = [
-            tuple(name for name in (e if isinstance(e, tuple) else (e,)) if name not in (axis, None)) for e in spec
+    It splits the largest dimension of what a device holds that it divides, after the axes that split this dimension
+    already, so that moving exchanges data only along `axis`. An array without such a dimension becomes whole along it.
+
+    Args:
+        axis: of the mesh.
+        specs: PartitionSpecs, with an entry for each dimension where they split one over `axis`.
+        shapes: of arrays or abstract arrays, in the same tree.
+        sizes: of the mesh's axes.
+    """
+
+    def one(spec: jax.P, array: jax.ShapeDtypeStruct) -> jax.P:
+        left = dimension(spec, axis)
+        if left is None:
+            return spec
+        entries: list[tuple[str, ...]] = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
+        entries[left] = ()
+        held = [
+            size // math.prod(sizes[name] for name in entry) for size, entry in zip(array.shape, entries, strict=True)
         ]
+        fits = [index for index, size in enumerate(held) if index != left and size % sizes[axis] == 0]
+        if fits:
+            entries[max(fits, key=lambda index: held[index])] += (axis,)
         return jax.P(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
-    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, jax.P))
+    return jax.tree.map(one, specs, shapes, is_leaf=lambda leaf: isinstance(leaf, jax.P))
 
 
 def mesh_axes(spec: jax.P) -> set[str]:

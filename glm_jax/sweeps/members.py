@@ -31,9 +31,10 @@ from glm_jax.errors import UserError
 from glm_jax.training import recipe
 
 # Keys that a program takes as arrays: the key of the initialisation, the batches, the learning rate, alpha.
-ARRAY_KEYS = ("seed", "optimizer.peak_lr", "optimizer.min_lr", "optimizer.warmup_samples", "optimizer.decay_samples",
-              "optimizer.rewarm", "train.embedding_shrink.alpha", "train.embedding_shrink.history", "data.seed",
-              "data.weights", "data.temperature", "data.instructions", "data.blanks")  # fmt: skip
+ARRAY_KEYS = ("seed", "optimizer.peak_lr", "optimizer.min_lr", "optimizer.warmup_samples", "optimizer.decay",
+              "optimizer.decay_samples", "optimizer.rewarm", "train.embedding_shrink.alpha",
+              "train.embedding_shrink.history", "data.seed", "data.weights", "data.temperature", "data.instructions",
+              "data.blanks")  # fmt: skip
 
 # Members do without these: a member has one device, no operator, and steps of one size.
 PLAIN_KEYS = {"mesh.data": 1, "mesh.pipeline": 1, "mesh.tensor": 1, "train.batch_ramp": (), "train.skip_steps": (),

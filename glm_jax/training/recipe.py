@@ -39,8 +39,8 @@ def total_samples(config: Experiment) -> int:
 def learning_rate(config: Experiment, step: int, samples: int) -> float:
     """Return the learning rate of `step`, which ends with `samples` rows seen.
 
-    It rises linearly from 0 at the start to the peak at `warmup_samples`, then follows a cosine to `min_lr` at
-    `decay_samples` and stays there. In the window (first, steps) of a re-warming it is multiplied by
+    It rises linearly from 0 at the start to the peak at `warmup_samples`, then falls to `min_lr` at `decay_samples`,
+    as half a cosine or linearly, and stays there. In the window (first, steps) of a re-warming it is multiplied by
     (step - first) / steps: a warm restart after loading.
     """
     cfg = config.optimizer
@@ -48,9 +48,9 @@ def learning_rate(config: Experiment, step: int, samples: int) -> float:
         lr = cfg.peak_lr * samples / cfg.warmup_samples
     else:
         end = cfg.decay_samples or total_samples(config)
-        progress = (samples - cfg.warmup_samples) / max(end - cfg.warmup_samples, 1)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-        lr = cfg.min_lr + (cfg.peak_lr - cfg.min_lr) * cosine
+        progress = min((samples - cfg.warmup_samples) / max(end - cfg.warmup_samples, 1), 1.0)
+        left = 1.0 - progress if cfg.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        lr = cfg.min_lr + (cfg.peak_lr - cfg.min_lr) * left
     for first, steps in cfg.rewarm:
         if first < step <= first + steps:
             lr *= (step - first) / steps

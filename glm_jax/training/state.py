@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from glm_jax import model
 from glm_jax.config.training import LossScaleConfig
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
-from glm_jax.parallel import partition
+from glm_jax.parallel import partition, processes
 from glm_jax.training import optimizer, precision
 from glm_jax.training.optimizer import Optimizer
 from glm_jax.training.precision import LossScale
@@ -44,7 +45,7 @@ class TrainState(NamedTuple):
     """
 
     step: Array  # int32, optimizer steps taken
-    samples: Array  # int32, rows seen; the data position and the learning rate follow from it
+    samples: Array  # int32, rows seen, modulo 2**32; the run counts them as a whole number and decides by that
     params: Tree
     moments: Tree
     loss_scale: LossScale
@@ -100,7 +101,7 @@ def create_state(cfg: StepConfig, mesh: Mesh) -> TrainState:
 
 def at_step(mesh: Mesh, state: TrainState, step: int, samples: int, loss_scale: LossScale | None = None) -> TrainState:
     """Return the state with new counters and, if given, a new loss scale, which keeps its count of skipped steps."""
-    counters = (np.int32(step), np.int32(samples), loss_scale or state.loss_scale)
+    counters = (np.int32(step), np.int64(samples).astype(np.int32), loss_scale or state.loss_scale)
     step_, samples_, scale = jax.device_put(jax.device_get(counters), jax.NamedSharding(mesh, jax.P()))
     return state._replace(step=step_, samples=samples_, loss_scale=scale._replace(skipped=state.loss_scale.skipped))
 
@@ -110,10 +111,13 @@ def _is_padded(cfg: StepConfig, mesh: Mesh) -> bool:
 
 
 def _disk_shardings(cfg: StepConfig, mesh: Mesh) -> TrainState:
-    """Return the shardings of a state with its true layers, unsplit over `pipeline` where stages are padded."""
+    """Return the shardings of a state on its way to the disk and back.
+
+    Where stages are padded, `pipeline` cannot split the true layers: it splits another dimension of their arrays.
+    """
     specs = state_specs(cfg, mesh)
     if _is_padded(cfg, mesh):
-        specs = partition.without("pipeline", specs)
+        specs = partition.moved("pipeline", specs, jax.eval_shape(lambda: init_state(cfg)), mesh.shape)
     return partition.shardings(mesh, specs)
 
 
@@ -124,9 +128,14 @@ def _items(state: TrainState) -> Items:
 
 def to_disk(cfg: StepConfig, mesh: Mesh, state: TrainState) -> Items:
     """Return the trees of a checkpoint: `params`, and `training` with the rest; every mesh has the same layout."""
-    if _is_padded(cfg, mesh):
-        state = jax.jit(lambda state: true_layers(cfg, state), out_shardings=_disk_shardings(cfg, mesh))(state)
-    return _items(state)
+    return _items(_cut(cfg, mesh)(state) if _is_padded(cfg, mesh) else state)
+
+
+@functools.lru_cache(maxsize=4)
+def _cut(cfg: StepConfig, mesh: Mesh) -> Callable[[TrainState], TrainState]:
+    """Return `true_layers` for `_disk_shardings`, compiled once for all saves of a run."""
+    cut = jax.jit(lambda state: true_layers(cfg, state), out_shardings=_disk_shardings(cfg, mesh))
+    return processes.compiled_together(cut)
 
 
 def disk_targets(cfg: StepConfig, mesh: Mesh) -> Items:
@@ -158,4 +167,5 @@ def from_disk(cfg: StepConfig, mesh: Mesh, items: Mapping[str, Tree]) -> TrainSt
         return state
     placed = partition.shardings(mesh, state_specs(cfg, mesh))
     stages = mesh.shape["pipeline"]
-    return jax.jit(lambda state: pad_layers(cfg, state, stages), out_shardings=placed)(state)
+    pad = jax.jit(lambda state: pad_layers(cfg, state, stages), out_shardings=placed)
+    return processes.compiled_together(pad)(state)

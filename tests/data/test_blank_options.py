@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -23,26 +22,6 @@ def test_the_section_is_the_options_and_the_shares():
     fields = {field.name for field in dataclasses.fields(BlankOptions)} - {"two_streams"}
     assert set(default_config().data.blanks) == fields | set(OBJECTIVES) | {"history"}
     assert blanks.objectives() == blanks.shares() == {"mask": 0.3, "gmask": 0.7}
-
-
-@pytest.mark.parametrize(
-    ("name", "shares", "gmask_min_ratio"),
-    [
-        ("glm_110m", {"mask": 1.0}, 0.5),
-        ("glm_335m", {"mask": 1.0}, 0.5),
-        ("glm_410m", {"mask": 0.5, "gmask": 0.5}, 0.5),
-        ("glm_515m", {"mask": 0.5, "gmask": 0.5}, 0.5),
-        ("glm_2b", {"mask": 0.4, "gmask": 0.3, "smask": 0.3}, 0.25),
-        ("glm_10b", {"mask": 0.4, "gmask": 0.3, "smask": 0.3}, 0.25),
-        ("glm_10b_chinese", {"mask": 0.5, "gmask": 0.2, "smask": 0.3}, 0.25),
-    ],
-)
-def test_the_sizes_of_the_original_glm_have_its_blanks(name, shares, gmask_min_ratio):
-    resolved = resolve(runpy.run_path(f"experiments/{name}.py")["get_config"]())
-    options = resolved.blank_options()
-    assert resolved.data.blanks.objectives() == shares
-    assert options.two_streams and options.gmask_infill_prob == 0.5 and options.gmask_min_ratio == gmask_min_ratio
-    assert options.block_mask_prob == 0.0
 
 
 def test_a_bad_value_is_named_with_its_section():

@@ -21,6 +21,7 @@ GOLDENS = Path(__file__).parent.parent / "goldens" / "glm130b"
 PUBLISHED = {
     "glm_110m": 110e6,
     "glm_335m": 335e6,
+    "glm_doc": 335e6,
     "glm_410m": 410e6,
     "glm_515m": 515e6,
     "glm_10b": 10e9,

@@ -35,3 +35,11 @@ def test_a_whole_step_of_glm_130b_compiles_and_fits() -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     inside = done.stdout.split("in the tick loop ")[1].split(", outside")[0]
     assert "tensor" in inside and "data" not in inside, done.stdout
+
+
+def test_the_layers_of_glm_130b_are_padded_and_cut_in_a_small_part_of_a_device() -> None:
+    """Saving holds the state, 2.1 GB, with its true layers and on the way between: no device ever has a whole array."""
+    command = [sys.executable, "tests/proofs/compile_130b.py", "--program", "save", "--bound", "6.5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "in the tick loop {}, outside {'pipeline': " in done.stdout, done.stdout

@@ -138,13 +138,32 @@ def test_specs_by_hand() -> None:
     assert partition.state_specs({"a": ("hidden", "ffn")}, hidden=8, data=4) == {"a": jax.P("data", "tensor")}
     assert partition.state_specs({"a": ("hidden", "ffn")}, hidden=8, data=3) == {"a": jax.P(None, "tensor")}
     given = {"a": jax.P(("pipeline", "tensor"), "data"), "b": jax.P("pipeline", None), "c": jax.P()}
-    assert partition.without("pipeline", given) == {"a": jax.P("tensor", "data"), "b": jax.P(None, None), "c": jax.P()}
-    assert partition.without("data", given) == {"a": jax.P(("pipeline", "tensor"), None), "b": given["b"], "c": jax.P()}
     assert (
         partition.mesh_axes(given["a"]) == {"pipeline", "tensor", "data"} and partition.mesh_axes(given["c"]) == set()
     )
     assert partition.dimension(given["a"], "data") == 1 and partition.dimension(given["a"], "tensor") is None
     assert [partition.layers_held(layers, 8) for layers in (70, 64, 65, 1)] == [9, 8, 9, 1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "expected"),
+    [
+        (("pipeline", "data", "tensor"), (7, 96, 24), (None, ("data", "pipeline"), "tensor")),  # holds 48 and 6
+        (("pipeline", "data", "tensor"), (7, 6, 24), (None, "data", ("tensor", "pipeline"))),  # 3 and 6
+        (("pipeline", "data", "tensor"), (7, 6, 40), (None, ("data", "pipeline"), "tensor")),  # 3 and 10
+        (("pipeline", "data", "tensor"), (7, 8, 40), (None, "data", "tensor")),  # 4 and 10
+        (("pipeline", None, "tensor"), (7, 5, 48), (None, None, ("tensor", "pipeline"))),
+        (("pipeline",), (7,), (None,)),
+        ((("pipeline", "tensor"), "data"), (12, 6), (("pipeline", "tensor"), "data")),  # shared, so it stays
+        ((), (), ()),
+    ],
+)
+def test_an_axis_moves_to_the_largest_dimension_that_it_divides(
+    spec: tuple[Any, ...], shape: tuple[int, ...], expected: tuple[Any, ...]
+) -> None:
+    sizes = {"data": 2, "pipeline": 3, "tensor": 4}
+    found = partition.moved("pipeline", [jax.P(*spec)], [jax.ShapeDtypeStruct(shape, "float32")], sizes)
+    assert found == [jax.P(*expected)]
 
 
 def test_parts_by_hand() -> None:

@@ -1,6 +1,10 @@
 """Compile one whole train_step of experiments/glm_130b.py, from shapes alone, and report the memory of a device.
 
     python tests/proofs/compile_130b.py [--target cpu|a100|v5p] [--bound 38] [--microbatches 176] [--stash layer]
+    python tests/proofs/compile_130b.py --program save|restore
+
+The second compiles what a state goes through on its way to the disk or back: the 72 layers of its stages become the
+70 true ones.
 
 24 x 8 x 4 devices (data, pipeline, tensor), microbatches of one row of 2,048 tokens, 70 layers over 8 stages, float16
 weights, float32 sums, dropout, packed segments, loss scale. Nothing runs: the 768 devices exist in name only. The
@@ -50,6 +54,7 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", choices=BOUNDS, default="cpu")
+    parser.add_argument("--program", choices=("step", "save", "restore"), default="step")
     parser.add_argument("--bound", type=float, help="fail above this many GB (1e9 bytes) a device")
     parser.add_argument("--microbatches", type=int, default=176)
     parser.add_argument("--schedule", default="1f1b")
@@ -71,7 +76,7 @@ def devices(target: str) -> Any:
 
 
 def lower(options: argparse.Namespace) -> Any:
-    """Lower the train_step of the experiment, with the changes on the command line."""
+    """Lower the program of the experiment, with the changes on the command line."""
     import jax
     from jax.typing import DTypeLike
 
@@ -79,7 +84,7 @@ def lower(options: argparse.Namespace) -> Any:
     from glm_jax.engine import build
     from glm_jax.parallel import partition
     from glm_jax.training import step, stretch
-    from glm_jax.training.state import init_state, state_specs
+    from glm_jax.training.state import disk_targets, from_disk, init_state, state_specs, to_disk
     from glm_jax.types import Tree
 
     config = experiment(options)
@@ -94,6 +99,10 @@ def lower(options: argparse.Namespace) -> Any:
     shapes = jax.eval_shape(lambda: init_state(cfg, grid.shape["pipeline"]))
     shardings = partition.shardings(grid, state_specs(cfg, grid))
     state = jax.tree.map(lambda leaf, place: describe(leaf.shape, leaf.dtype, place), shapes, shardings)
+    if options.program == "save":
+        return jax.jit(lambda state: to_disk(cfg, grid, state)).lower(state)
+    if options.program == "restore":
+        return jax.jit(lambda items: from_disk(cfg, grid, items)).lower(disk_targets(cfg, grid))
     rows = (options.microbatches, config.train.global_batch // options.microbatches)
     batch = jax.tree.map(
         lambda array: describe(array.shape, array.dtype, jax.NamedSharding(grid, partition.batch_spec(array.ndim))),
@@ -128,8 +137,8 @@ def report(options: argparse.Namespace, compiled: Any, lowering: float, compilin
     peak = whole + memory.temp_size_in_bytes if options.target == "cpu" else memory.peak_memory_in_bytes
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux gives kB
     found = hlo.collectives(compiled.as_text() or "", SHAPE)
-    print(f"{options.target}: {options.schedule}, stash {options.stash}, {options.precision}, {options.microbatches} "
-          f"microbatches; compiled from shapes, not run")  # fmt: skip
+    what = f"{options.schedule}, stash {options.stash}, {options.precision}, {options.microbatches} microbatches"
+    print(f"{options.target}: {what if options.program == 'step' else options.program}; compiled from shapes, not run")
     print(f"peak {peak / 1e9:.2f} GB a device: arguments {memory.argument_size_in_bytes / 1e9:.2f}, "
           f"temporaries {memory.temp_size_in_bytes / 1e9:.2f}")  # fmt: skip
     print(f"collectives by axes, in the tick loop {found['inside']}, outside {found['outside']}")

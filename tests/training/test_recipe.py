@@ -1,5 +1,6 @@
 """Learning rate, batch size, embedding shrink and skipped steps against numbers worked out by hand."""
 
+import runpy
 from typing import Any
 
 import pytest
@@ -26,9 +27,23 @@ COSINE = {"optimizer__peak_lr": 1.0, "optimizer__min_lr": 0.1, "optimizer__warmu
           "optimizer__decay_samples": 300}  # fmt: skip
 
 
-@pytest.mark.parametrize("samples, expected", [(0, 0), (50, 0.5), (100, 1), (200, 0.55), (300, 0.1), (9999, 0.1)])
-def test_learning_rate_warms_up_then_falls_as_a_cosine_to_its_floor(samples: int, expected: float) -> None:
-    assert recipe.learning_rate(build(**COSINE), 1, samples) == pytest.approx(expected, abs=1e-12)
+@pytest.mark.parametrize(
+    "decay, quarter",
+    [("cosine", 0.1 + 0.9 * (1 + 0.5**0.5) / 2), ("linear", 0.775)],  # cos 45 degrees
+)
+def test_learning_rate_warms_up_then_falls_to_its_floor(decay: str, quarter: float) -> None:
+    config = build(**COSINE, optimizer__decay=decay)
+    rates = {0: 0, 50: 0.5, 100: 1, 150: quarter, 200: 0.55, 250: 1.1 - quarter, 300: 0.1, 9999: 0.1}
+    assert {samples: recipe.learning_rate(config, 1, samples) for samples in rates} == pytest.approx(rates, abs=1e-12)
+
+
+def test_the_linear_decay_of_the_original_glm_ends_where_its_iterations_do() -> None:
+    """Its second stage: 3e-5, 0.5% of 50,000 iterations of warm-up, 10% at iteration 50,000, warm-up included."""
+    config = runpy.run_path("experiments/glm_10b_second.py")["get_config"]()
+    config.data.sources.en = source(path="x.txt")
+    config, batch = resolve(config), 8 * 256
+    at = [recipe.learning_rate(config, 1, step * batch) for step in (125, 250, 10_200, 50_000)]
+    assert at == pytest.approx([1.5e-5, 3e-5, 2.46e-5, 3e-6]  # 10,200 is a fifth of the way)
 
 
 def test_no_warmup_starts_at_the_peak_and_the_decay_ends_with_the_last_step() -> None:
@@ -86,6 +101,7 @@ def test_skipped_steps_count_with_their_samples() -> None:
         ({"train__embedding_shrink__history": ((5, "x"),)}, "pairs such as"),
         ({"train__skip_steps": ((9, 3),)}, "the first must not be after the last"),
         ({"optimizer__rewarm": ((3, 0),)}, "how many"),
+        ({"optimizer__decay": "sqrt"}, "one of cosine, linear"),
         ({"train__spike__deviations": 0.0}, "above 0"),
         ({"train__loss_scale__minimum": 0.0}, "above 0"),
         ({"train__loss_scale__window": 0}, "at least 1"),

@@ -17,11 +17,12 @@ from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.state import StepConfig, TrainState, create_state, disk_targets, from_disk, to_disk, true_layers
+from glm_jax.types import Tree
 from glm_jax.workdir.checkpoints import Checkpoints, load_params
 
-GLM = GLMConfig(7, 32, 4, 48, 64, max_length=16)  # 7 layers: 4 stages of 2, one of them padding
+GLM = GLMConfig(7, 32, 4, 48, 96, max_length=16)  # 7 layers: 3 stages of 3 or 2 of 4, the last one padded
 CONFIG = StepConfig(EngineConfig(GLM, 60, 4), OptimizerConfig(), None, seed=3)
-MESHES = [(1, 4, 2), (2, 2, 2), (8, 1, 1), (1, 1, 1)]
+MESHES = [(1, 3, 2), (2, 2, 2), (8, 1, 1), (1, 1, 1)]
 
 
 def build(sizes: tuple[int, ...]) -> jax.sharding.Mesh:
@@ -32,6 +33,11 @@ def whole(state: TrainState) -> TrainState:
     return jax.device_get(true_layers(CONFIG, state))
 
 
+def places(tree: Tree) -> Tree:
+    """Return the shape that every array has on a device."""
+    return jax.tree.map(lambda array: array.sharding.shard_shape(array.shape), tree)
+
+
 def main(workdir: Path) -> None:
     for written in MESHES:
         folder = workdir / "x".join(map(str, written))
@@ -40,15 +46,16 @@ def main(workdir: Path) -> None:
         # moments that differ from one another, and padding that must not reach the disk
         noise = jax.tree.map(lambda array: array + array.dtype.type(1), state.moments)
         state = state._replace(moments=noise, step=state.step + 5)
-        checkpoints = Checkpoints(folder)
-        checkpoints.save(to_disk(CONFIG, writer, state), {"step": 5, "samples": 40})
+        checkpoints, items = Checkpoints(folder), to_disk(CONFIG, writer, state)
+        assert places(items) == places(disk_targets(CONFIG, writer))
+        checkpoints.save(items, {"step": 5, "samples": 40})
         checkpoints.close()
         expected = whole(state)
         for read in MESHES:
             checkpoints = Checkpoints(folder)
             restored = checkpoints.restore(disk_targets(CONFIG, build(read)))
             checkpoints.close()
-            assert restored is not None
+            assert restored is not None and places(restored.items) == places(disk_targets(CONFIG, build(read)))
             jax.tree.map(np.testing.assert_array_equal, whole(from_disk(CONFIG, build(read), restored.items)), expected)
             assert restored.run == {"step": 5, "samples": 40}
         params = load_params(folder)

@@ -1,7 +1,8 @@
 """One of two processes that save and restore together; test_checkpoint.py runs both.
 
 `python -m tests.workdir.checkpoint_processes PORT INDEX WORKDIR` prints, as JSON, what this process was told and what
-it restored.
+it restored. Each is a stage of a pipeline; of three layers they hold two and one, which change hands on the way to the
+disk and back.
 """
 
 import json
@@ -20,11 +21,11 @@ from glm_jax.parallel import processes
 from glm_jax.parallel.mesh import build
 from glm_jax.storage import digests
 from glm_jax.training.optimizer import OptimizerConfig
-from glm_jax.training.state import StepConfig, create_state, disk_targets, to_disk
+from glm_jax.training.state import StepConfig, create_state, disk_targets, from_disk, to_disk
 from glm_jax.workdir.checkpoints import Checkpoints
 from tests.parallel.together import whole
 
-CONFIG = StepConfig(EngineConfig(GLMConfig(2, 32, 2, 32, 64, max_length=8), 64, 4), OptimizerConfig(), None, seed=3)
+CONFIG = StepConfig(EngineConfig(GLMConfig(3, 32, 2, 32, 64, max_length=8), 64, 4), OptimizerConfig(), None, seed=3)
 
 PORT, INDEX, WORKDIR = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
@@ -33,7 +34,7 @@ def outcome(checkpoints: Checkpoints, mesh: jax.sharding.Mesh, expected: Any) ->
     """Restore the newest good checkpoint; return its step and what this process and both together see."""
     restored = checkpoints.restore(disk_targets(CONFIG, mesh))
     assert restored is not None
-    params = whole(mesh, restored.items["params"])
+    params = whole(mesh, from_disk(CONFIG, mesh, restored.items).params)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     events = [(event["step"], event.get("error")) for event in checkpoints.events()]
     seen = [restored.run["step"], checkpoints.steps(), events, sorted(os.listdir(checkpoints.directory))]
@@ -42,7 +43,7 @@ def outcome(checkpoints: Checkpoints, mesh: jax.sharding.Mesh, expected: Any) ->
 
 
 def main() -> None:
-    mesh = build({"data": 2, "pipeline": 1, "tensor": 1})
+    mesh = build({"data": 1, "pipeline": 2, "tensor": 1})
     state, said = create_state(CONFIG, mesh), []
     expected = whole(mesh, state.params)
     checkpoints = Checkpoints(Path(WORKDIR), say=said.append)

@@ -1,0 +1,34 @@
+"""GLM-10B, second stage: rows of 1,024 tokens and longer blanks, from the weights of glm_10b.py.
+
+    glm-jax train --config experiments/glm_10b_second.py --workdir runs/glm_10b_second \
+        --config.data.tokenizer.path=vocab.json --config.data.sources... \
+        --config.mesh.data=64 --config.mesh.tensor=4 --config.train.microbatches=4 \
+        --config.train.init_from=runs/glm_10b
+
+The tokenizer is vocab.json of GPT-2, with merges.txt beside it (BPE). F: the launch and DeepSpeed files of the
+published code (github.com/THUDM/GLM, config/). The files do not name the GPUs: 256 are those of the published launch
+script. F counts steps on from the first stage and does not say where it stopped: here it stops where the rate has
+fallen. A launch file has rows of 640 tokens, and mixes in labelled data sets, which is left out. The linear decay of
+the published code has no floor, it ends at 0; here it ends at the floor that F asks for. original_glm says what of the
+original's blanks is left out, and how to set a mesh.
+"""
+
+from glm_jax.config import Config, original_glm, original_schedule
+
+VOCABULARY = 50_304  # GPT-2's 50,257 pieces and GLM's specials, padded
+
+
+def get_config() -> Config:
+    """Return 48 layers of 4096, 64 heads, rows of 1,024 tokens."""
+    config = original_glm(48, 4096, 64, VOCABULARY, 1024)
+    config.data.seq_length = 1024
+    config.data.blanks.update(  # F
+        mask=0.4, smask=0.3, gmask=0.3, gmask_min_ratio=0.25, short_seq_prob=0.5, single_span_prob=0.05
+    )
+    original_schedule(  # F
+        config, steps=50_000, gpu_batch=8, gpus=256, peak_lr=3e-5, warmup=0.005, decay_steps=50_000, floor=0.1
+    )
+    config.optimizer.decay = "linear"
+    config.optimizer.beta2 = 0.95
+    config.optimizer.epsilon = 1e-8
+    return config
