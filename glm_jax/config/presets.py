@@ -33,9 +33,10 @@ def original_glm(num_layers: int, hidden_size: int, num_heads: int, vocab_size: 
     """Return what all sizes of the original GLM share: Pre-LN, tanh GELU, two learned position streams, only [MASK].
 
     The [gMASK] values are the published code's defaults, for the sizes that give it a share. The published code draws
-    blanks differently: a class token begins each sample; no span contains the end of a document; a batch has one
-    [gMASK] length; 410M and 515M mark document spans with [MASK]. Block masking (0.1 in 2B and 10B) is off, because our
-    tokenizers have no dBLOCK; with one that has it, set data.blanks.block_mask_prob and block_mask_token.
+    blanks differently: no span contains the end of a document; a batch has one [gMASK] length; 410M and 515M mark
+    document spans with [MASK]. Block masking (0.1 in 2B and 10B) is off, because our tokenizers have no dBLOCK, nor a
+    class token to begin samples in; with the original's (docs/texts.md), which have both, set
+    data.blanks.block_mask_prob and block_mask_token.
 
     Args:
         num_layers, hidden_size, num_heads: of this size.

@@ -10,7 +10,7 @@ import numpy as np
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.rows.batches import Batches
 
-SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
+SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6, prefix=())
 FIRST = 10
 SHARES = {"mask": 0.3, "gmask": 0.7}
 
