@@ -2,6 +2,7 @@
 
 import collections
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_two_streams():
 def test_each_context_begins_in_the_prefix(options):
     """Without their prefixes, the rows keep the contract, and read each token once an epoch."""
     documents = Documents([9, 3, 140, 25, 7, 11, 30])
-    special = SimpleNamespace(**vars(SPECIAL) | {"prefix": (8, 9)})
+    special: Any = SimpleNamespace(**vars(SPECIAL) | {"prefix": (8, 9)})
     made = Batches({"en": documents}, {"en": 1.0}, special, 64, {"mask": 0.5, "gmask": 0.5}, 7, options=options)
     rows = made.rows_per_epoch
     batch, texts = made.at(0, rows), []
@@ -175,9 +176,10 @@ def test_each_context_begins_in_the_prefix(options):
             assert batch.positions[b, start : start + 2].tolist() == [0, 1]
         dropped = [*starts, *(start + 1 for start in starts)]
         assert len(dropped) == np.isin(tokens, [8, 9]).sum()
-        plain = [np.delete(array[b], dropped)[None] for array in batch[:6]]
-        plain[2] = plain[2] - 2 * (plain[3] > 0)  # positions
-        texts += check_row(Rows(*plain, batch.objective[b : b + 1], batch.source[b : b + 1]), 0, options)
+        plain: Any = Rows(*(array[b : b + 1] for array in batch))
+        plain = Rows(*(np.delete(array, dropped, axis=1) for array in plain[:6]), *plain[6:])
+        plain = plain._replace(positions=plain.positions - 2 * (plain.segments > 0))
+        texts += check_row(plain, 0, options)
     read, counts = np.unique(np.concatenate(texts), return_counts=True)
     assert (counts[read >= FIRST] == 1).all()
     if options.whole_documents:

@@ -39,7 +39,7 @@ TOKENIZER: Any = SimpleNamespace(
 
 
 def test_a_document_begins_in_the_prefix_and_leaves_a_last_space_to_the_answer():
-    family = SimpleNamespace(**vars(TOKENIZER))
+    family: Any = SimpleNamespace(**vars(TOKENIZER))
     assert prompts.encode("q: ", "a", family).tolist() == [*b"q: ", SPECIAL.mask, *b"a", SPECIAL.eos]
     family.prefix, family.strips_before_blanks = (7, 8), True
     found = prompts.encode("q: ", "a", family)
