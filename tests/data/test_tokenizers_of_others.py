@@ -287,6 +287,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no end": (lambda folder: TOKENIZER_JSON(folder, "<|endoftext|>", "[PAD]"), r"\(eos\)"),
     "[MASK] is a word": (word_level, r"reads \[MASK\] in a text as a special token"),
     "broken": (write("tokenizer.json", '{"model": {"type": "BPE"'), "is not valid JSON"),
+    "a far id": (write("tokenizer.json", json.dumps({"model": {"type": "BPE", "vocab": {"a": 1 << 31}, "merges": []}})),
+                 "a token with the id 2,147,483,648"),
     "deep": (write("tokenizer.json", '{"model":' * 200_000), "is nested too deeply"),
     "of no type": (write("tokenizer.json", '{"model": {"type": "Magic", "vocab": {}}}'), "not a tokenizer of the"),
     "tekken": (write("tekken.json", '{"config": {}, "vocab": [{"rank": 0}]}'), "no tokenizer.json .it has no `model`"),
@@ -338,6 +340,13 @@ def test_a_workdir_takes_only_what_was_written_for_it(tmp_path: Path):
         load(vocabularies.library_file(tmp_path))
     with pytest.raises(UserError, match="is no tokenizer of ours"):
         load(chinese_file(tmp_path))
+    path = tmp_path / "tokenizer.model"
+    whole = json.loads(read(tmp_path / "tokenizer.json", pinned=False).model)
+    for damage in ({"added_tokens": whole["added_tokens"][1:]}, {"model": None}, {"post_processor": []}):
+        path.write_text(json.dumps(whole | damage), "utf-8")
+        for act in (load, lambda path: read(path, pinned=False)):
+            with pytest.raises(UserError, match=r"tokenizer\.model"):
+                act(path)
 
 
 def test_without_the_library_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -361,6 +370,6 @@ def test_the_form_of_the_model_is_our_own(tmp_path: Path):
     first = read(path, pinned=False)
     assert isinstance(first, LibraryTokenizer)
     content = json.loads(path.read_text("utf-8"))
-    path.write_text(json.dumps(dict(reversed(content.items())), indent=1), "utf-8")
+    path.write_text("\ufeff" + json.dumps(dict(reversed(content.items())), indent=1), "utf-8")
     assert read(path, pinned=False).digest == first.digest
     assert library.is_finished(json.loads(first.model))

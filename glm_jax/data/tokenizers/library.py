@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 WORD_START, CONTINUES = "\u2581", "##"  # how pieces write a space; how WordPiece marks the rest of a word
+MOST_TOKENS = 1 << 22  # ids are below this: an array of all tokens stays small
 _TEMPLATE = "TemplateProcessing"
 
 
@@ -38,11 +39,12 @@ class LibraryTokenizer:
 
     strips_before_blanks: bool
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, path: str | Path = "the tokenizer"):
+        """Open a model; `path` is where it is, for messages."""
         self.model = model
         self.digest = hashlib.sha256(model).hexdigest()
         content = json.loads(model)
-        self._library = open_library("the tokenizer", content)
+        self._library = open_library(path, content)
         self.size = 1 + max(self._library.get_vocab().values())
         processor = content["post_processor"]
         ids = {role: token["ids"][0] for role, token in processor["special_tokens"].items()}
@@ -106,6 +108,8 @@ def open_library(path: str | Path, content: Json) -> tokenizers.Tokenizer:
         library = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # the library raises no other type
         raise UserError(f"{path} is not a tokenizer of the tokenizers library: {error}") from None
+    if (largest := max(library.get_vocab().values(), default=-1)) >= MOST_TOKENS:
+        raise UserError(f"{path} has a token with the id {largest:,}: it is no tokenizer")
     library.encode_special_tokens = True
     return library
 
@@ -146,7 +150,7 @@ def finish(
         "added_tokens": [added[number] for number in sorted(added)],
     }  # fmt: skip
     model = json.dumps(content, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
-    tokenizer = LibraryTokenizer(model)
+    tokenizer = LibraryTokenizer(model, path)
     tokenizer.check(path)
     return tokenizer
 
@@ -177,8 +181,9 @@ def _processor(
 
 def is_finished(content: Json) -> bool:
     """Whether a parsed tokenizer.json is one that `finish` made."""
-    processor = content.get("post_processor") or {}
-    return processor.get("type") == _TEMPLATE and {*specials.ROLES} <= {*processor.get("special_tokens", {})}
+    processor = content.get("post_processor")
+    held = processor.get("special_tokens") if isinstance(processor, dict) else None
+    return isinstance(held, dict) and {*specials.ROLES} <= {*held}
 
 
 def _around(path: str | Path, content: Json, roles: Mapping[str, int]) -> tuple[list[int], list[int]]:

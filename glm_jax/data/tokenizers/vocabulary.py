@@ -5,6 +5,7 @@ Each becomes a LibraryTokenizer.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,11 +29,12 @@ def read(path: Path, content: bytes) -> LibraryTokenizer:
     Raises:
         UserError: it is no tokenizer of a GLM; says what is missing.
     """
+    content = content.removeprefix(codecs.BOM_UTF8)
     start = content.lstrip()[:2]
     if start[:1] == b"{" or start == b'["':
         parsed = specials.parse(path, content)
         if isinstance(parsed, dict) and isinstance(parsed.get("model"), dict):
-            return LibraryTokenizer(content) if is_finished(parsed) else _tokenizer_json(path, parsed)
+            return _finished(path, content) if is_finished(parsed) else _tokenizer_json(path, parsed)
         if isinstance(parsed, dict) and parsed and all(type(number) is int for number in parsed.values()):
             return _byte_level(path, parsed)
         raise UserError(f"{path} is JSON, but no tokenizer.json (it has no `model`), nor a vocab.json of ids by piece")
@@ -48,7 +50,17 @@ def load(path: Path, content: bytes) -> LibraryTokenizer:
     parsed = specials.parse(path, content) if content.lstrip()[:1] == b"{" else None
     if not isinstance(parsed, dict) or not is_finished(parsed):
         raise UserError(f"{path} is not a SentencePiece model, nor a tokenizer.json that glm-jax wrote")
-    return LibraryTokenizer(content)
+    return _finished(path, content)
+
+
+def _finished(path: Path, content: bytes) -> LibraryTokenizer:
+    """Return the tokenizer of a tokenizer.json that `finish` made, if it is whole."""
+    try:
+        tokenizer = LibraryTokenizer(content, path)
+        tokenizer.check(path)
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged: make it again") from None
+    return tokenizer
 
 
 def _tokenizer_json(path: Path, content: Json) -> LibraryTokenizer:
@@ -62,7 +74,7 @@ def _tokenizer_json(path: Path, content: Json) -> LibraryTokenizer:
 
 def _word_piece(path: Path, text: str) -> LibraryTokenizer:
     """Return the tokenizer of a vocab.txt: a piece a line, as BERT reads it."""
-    lines = text.removesuffix("\n").replace("\r\n", "\n").split("\n")
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if lines[0].startswith("#version"):
         raise UserError(f"{path} holds the merges of a vocabulary: give vocab.json, beside it")
     if all("\t" in line for line in lines):
