@@ -199,7 +199,12 @@ def test_the_bytes_of_tokens(tmp_path: Path):
     assert cog.token_bytes[cog.encode("dog\n天下")].sum() == len(" dog\n天下".encode())
     for tokenizer in (bert, cog):
         ids = [tokenizer.pad, tokenizer.mask, tokenizer.gmask, tokenizer.sop, tokenizer.eop, *tokenizer.prefix]
-        assert not tokenizer.token_bytes[ids].any() and tokenizer.token_bytes.shape == (tokenizer.size,)
+        ids.append(3 if tokenizer is bert else chinese.PIECES + 1)  # [SEP]
+        assert (
+            tokenizer.decode(ids).strip() == ""
+            and not tokenizer.token_bytes[ids].any()
+            and tokenizer.token_bytes.shape == (tokenizer.size,)
+        )
 
 
 @forms
@@ -226,7 +231,9 @@ def test_a_template_of_the_file_gives_prefix_and_suffix(tmp_path: Path):
         held = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (*before, *behind)}
         template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": held}
         template["pair"] = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
-        path = vocabularies.library_file(tmp_path, post_processor=template)
+        padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": ids["[PAD]"],
+                   "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
+        path = vocabularies.library_file(tmp_path, post_processor=template, padding=padding)
         tokenizer = read(path, pinned=False)
         assert (tokenizer.prefix, tokenizer.suffix) == (prefix, suffix)
         (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)

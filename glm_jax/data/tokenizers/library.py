@@ -131,6 +131,7 @@ def finish(
         UserError: a special token is missing, or written in text becomes a special token, or the library cannot read
             the content.
     """
+    content = content | {"truncation": None, "padding": None}
     ids = token_ids(content)
     first = 1 + max(ids.values())
     ids |= {name: number for number, name in enumerate(names, first)}
@@ -139,14 +140,15 @@ def finish(
     tokens = {number: name for name, number in ids.items()}
     blanks = {roles[role] for role in ("mask", "gmask", "smask")}
     added = {token["id"]: token for token in content["added_tokens"]}
-    for number in {*range(first, 1 + max(ids.values())), *roles.values(), *prefix, *suffix}:
+    separators = [ids[name] for name in ("[SEP]",) if name in ids]  # which no text has, and no role
+    for number in {*range(first, 1 + max(ids.values())), *roles.values(), *prefix, *suffix, *separators}:
         lstrip = added.get(number, {}).get("lstrip", False) or (strip and number in blanks)
         added[number] = {
             "id": number, "content": tokens[number], "single_word": False, "lstrip": lstrip, "rstrip": False,
             "normalized": False, "special": True,
         }  # fmt: skip
     content = content | {
-        "truncation": None, "padding": None, "post_processor": _processor(prefix, suffix, roles, tokens),
+        "post_processor": _processor(prefix, suffix, roles, tokens),
         "added_tokens": [added[number] for number in sorted(added)],
     }  # fmt: skip
     model = json.dumps(content, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
@@ -191,9 +193,8 @@ def _around(path: str | Path, content: Json, roles: Mapping[str, int]) -> tuple[
     if content["post_processor"] is not None:
         library = open_library(path, content)
         plain, whole = (library.encode("a", add_special_tokens=special).ids for special in (False, True))
-        blanks = {
-            roles[role] for role in ("mask", "gmask", "smask", "sop", "eop")
-        }  # GLM-4 begins a chat in [gMASK] sop
+        # GLM-4 begins a chat in [gMASK] sop, which blanks have elsewhere.
+        blanks = {roles[role] for role in ("mask", "gmask", "smask", "sop", "eop")}
         for start in range(1 + len(whole) - len(plain)):
             if len(whole) > len(plain) and whole[start : start + len(plain)] == plain:
                 before, after = whole[:start], whole[start + len(plain) :]
