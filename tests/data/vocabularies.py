@@ -56,7 +56,7 @@ def gpt2(folder: Path) -> Path:
 
 
 def roberta(folder: Path) -> Path:
-    return byte_level(folder, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    return byte_level(folder, ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>"])
 
 
 def library_file(folder: Path, *absent: str, **changes: object) -> Path:

@@ -89,11 +89,11 @@ class ChineseTokenizer(SentencePieceTokenizer):
     def _bytes_of(self, token: int) -> bytes:
         return b"\n" if self._processor.id_to_piece(token) == NEWLINE else super()._bytes_of(token)
 
-    def encode(self, text: str, /) -> np.ndarray:
+    def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text` as int32 [S]. A space is added before it; a [MASK] written in it stays text."""
         return np.array(self._processor.encode(text.replace("\n", NEWLINE)), np.int32)
 
-    def decode(self, ids: Iterable[int], /, *, specials: bool = False) -> str:
+    def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
         """Return the text of `ids`. Special tokens have their names if `specials`, else no text.
 
         Text between special tokens is decoded separately, without its first space.

@@ -51,11 +51,10 @@ class LibraryTokenizer:
         self.pad, self.unk, self.eos, self.mask, self.gmask, self.smask, self.sop, self.eop = (
             int(ids[role]) for role in specials.ROLES
         )
-        parts = [
-            ids.get(part["SpecialToken"]["id"]) if "SpecialToken" in part else None for part in processor["single"]
-        ]
-        text = parts.index(None)
-        self.prefix, self.suffix = tuple(parts[:text]), tuple(parts[text + 1 :])
+        single = processor["single"]
+        text = next(place for place, part in enumerate(single) if "Sequence" in part)
+        self.prefix: tuple[int, ...] = tuple(ids[part["SpecialToken"]["id"]] for part in single[:text])
+        self.suffix: tuple[int, ...] = tuple(ids[part["SpecialToken"]["id"]] for part in single[text + 1 :])
         added = self._library.get_added_tokens_decoder()
         self.strips_before_blanks = added[self.mask].lstrip
         self.token_bytes = np.zeros(self.size, np.int32)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from glm_jax.errors import UserError
+from glm_jax.types import Json
 
 # By role, the names that mean it, the first that there is. The original GLM ends BERT's documents in [PAD], and pads
 # RoBERTa's with </s>. Without [gMASK] or [sMASK] it writes [MASK] for their blanks.
@@ -79,7 +80,7 @@ def read_folder(folder: Path) -> Folder:
     return Folder(added, named, lowercase if isinstance(lowercase, bool) else None)
 
 
-def _object(path: Path) -> dict[str, object]:
+def _object(path: Path) -> Json:
     """Read a file of one JSON object; empty if there is no such file."""
     try:
         content = parse(path, path.read_bytes())

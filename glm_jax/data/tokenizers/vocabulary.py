@@ -58,7 +58,7 @@ def _finished(path: Path, content: bytes) -> LibraryTokenizer:
     try:
         tokenizer = LibraryTokenizer(content, path)
         tokenizer.check(path)
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, StopIteration, TypeError, ValueError):
         raise UserError(f"{path} is damaged: make it again") from None
     return tokenizer
 
