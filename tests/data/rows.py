@@ -36,11 +36,11 @@ class Documents:
         return np.concatenate(self._documents)
 
 
-def build(sources=None, weights=None, seq_length=32, objectives=SHARES, seed=7, **more):
+def build(sources=None, weights=None, seq_length=32, objectives=SHARES, seed=7, special=SPECIAL, **more):
     if sources is None:
         sources = {"en": Documents([50, 3, 400, 1000, 7]), "zh": Documents([600, 150], 5000)}
     weights = weights or dict.fromkeys(sources, 1.0)
-    return Batches(sources, weights, SPECIAL, seq_length, objectives, seed, **more)
+    return Batches(sources, weights, special, seq_length, objectives, seed, **more)
 
 
 def equal(left, right):

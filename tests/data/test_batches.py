@@ -12,7 +12,6 @@ from rows import FIRST, SHARES, SPECIAL, Documents, build, check_row, equal, lea
 
 from glm_jax.config.data import OBJECTIVES, BlankOptions
 from glm_jax.data.rows import batches
-from glm_jax.data.rows.batches import Batches
 from glm_jax.data.rows.rows import Rows
 from glm_jax.data.rows.streams import shuffled
 from glm_jax.errors import UserError
@@ -163,9 +162,9 @@ def test_two_streams():
 @pytest.mark.parametrize("options", [BlankOptions(mask_segments=2), BlankOptions(whole_documents=True)])
 def test_each_context_begins_in_the_prefix(options):
     """Without their prefixes, the rows keep the contract, and read each token once an epoch."""
-    documents = Documents([9, 3, 140, 25, 7, 11, 30])
+    documents = Documents([9, 3, 140, 25, 7, 11, 30, 395])  # 620 tokens: ten rows of 62, had they no prefix
     special: Any = SimpleNamespace(**vars(SPECIAL) | {"prefix": (8, 9)})
-    made = Batches({"en": documents}, {"en": 1.0}, special, 64, {"mask": 0.5, "gmask": 0.5}, 7, options=options)
+    made = build({"en": documents}, None, 64, {"mask": 0.5, "gmask": 0.5}, special=special, options=options)
     rows = made.rows_per_epoch
     batch, texts = made.at(0, rows), []
     for b in range(rows):
