@@ -84,6 +84,8 @@ def test_a_family_has_its_prefix_and_suffix_around_a_context(
     assert asked[1][:2] == ([7, 8, *the, *new, *of, tokenizer.gmask, 9], 2 + len(the + new + of))
     assert asked[0][2] == [tokenizer.eop, tokenizer.eos]
     assert "".join(piece.text for piece in pieces) == "the new of new"
+    fill(*model, family, "the [MASK] of", max_tokens=8)
+    assert asked[2][0] == [7, 8, *the, tokenizer.mask, *of, 9]  # no eos before the suffix
 
 
 def test_no_special_token_is_generated(model: Model, tokenizer: SentencePieceTokenizer) -> None:
