@@ -27,7 +27,7 @@ from glm_jax.config.data import BlankOptions
 from glm_jax.data.corpora.shards import Shards
 from glm_jax.data.rows.batches import Batches
 
-SPECIAL: Any = SimpleNamespace(pad=0, eos=2, mask=3, gmask=4, smask=5, sop=6, eop=7)
+SPECIAL: Any = SimpleNamespace(pad=0, eos=2, mask=3, gmask=4, smask=5, sop=6, eop=7, prefix=())
 VOCABULARY = 30_000  # two bytes a token, as in the corpora of the quickstart
 SHARES = {"mask": 0.3, "gmask": 0.7}
 LIMIT, GOAL = 4.0, 2e6  # ratio, tokens a second of one core

@@ -73,7 +73,8 @@ class TokenizerConfig(Section):
         "",
         path=True,
         role="operational",  # a run is held to the tokenizer's content, wherever its file is
-        doc="read this instead of training one: a tokenizer.model of ours, or the official ice_text.model",
+        doc="read this instead of training one: a tokenizer.model of ours, the official ice_text.model or "
+        "cog-pretrain.model, a tokenizer.json, a vocab.txt, or a vocab.json with its merges.txt beside it",
     )
     pinned: bool = field(False, doc="ice_text.model as in 2022: newlines, tabs and runs of spaces are lost")
 

@@ -33,11 +33,12 @@ def original_glm(num_layers: int, hidden_size: int, num_heads: int, vocab_size: 
     """Return what all sizes of the original GLM share: Pre-LN, tanh GELU, two learned position streams, only [MASK].
 
     Rows have 512 tokens, weights are float16. The [gMASK] values are the published code's defaults, for the sizes that
-    give it a share. The published code draws blanks differently: a class token begins each sample; no span contains the
-    end of a document; a batch has one [gMASK] length; Doc, 410M and 515M mark document spans with [MASK]. Block masking
-    (0.1 in 2B, 10B and the Chinese sizes) is off, because it needs a tokenizer with dBLOCK: with one, set
-    data.blanks.block_mask_prob and block_mask_token. The mesh is the user's: a batch comes in microbatches of what one
-    GPU had, so n data ranks take mesh.data=n and an n-th of the microbatches.
+    give it a share. The published code draws blanks differently: no span contains the end of a document; a batch has
+    one [gMASK] length; Doc, 410M and 515M mark document spans with [MASK]. Block masking (0.1 in 2B, 10B and the
+    Chinese sizes) is off, because our own tokenizers have no dBLOCK, nor a class token to begin samples in; with the
+    original's (docs/texts.md), which have both, set data.blanks.block_mask_prob and block_mask_token. The mesh is the
+    user's: a batch comes in microbatches of what one GPU had, so n data ranks take mesh.data=n and an n-th of the
+    microbatches.
 
     Args:
         num_layers, hidden_size, num_heads: of this size.

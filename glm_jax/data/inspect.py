@@ -10,7 +10,7 @@ from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.corpora.corpus import skipped_lines
 from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.data.rows.rows import Rows
-from glm_jax.data.tokenizers.sentencepiece import Tokenizer
+from glm_jax.data.tokenizers.protocol import Tokenizer
 
 BAR = 40  # characters of the longest bar
 COLOURS = [f"\x1b[{code}m" for code in (31, 32, 33, 34, 35, 36)]  # of blanks, in turn
@@ -71,7 +71,7 @@ def _sample(batch: Rows[np.ndarray], b: int, here: np.ndarray, tokenizer: Tokeni
     """Return the text of the sample in row b where `here`, bool [S], is True."""
     tokens, targets, context = batch.tokens[b, here], batch.targets[b, here], batch.context[b, here]  # [s] each
     positions = np.atleast_2d(batch.positions[b])[0, here]  # [s]
-    blanks = {tokenizer.mask: "MASK", tokenizer.gmask: "gMASK", tokenizer.smask: "sMASK"}
+    blanks = {tokenizer.gmask: "gMASK", tokenizer.smask: "sMASK", tokenizer.mask: "MASK"}  # which may be one token
     starts = np.flatnonzero(~context & (tokens == tokenizer.sop))
     spans = dict(zip(positions[starts].tolist(), np.split(targets, starts)[1:], strict=True))
     places = [place for place in np.flatnonzero(context) if tokens[place] in blanks]

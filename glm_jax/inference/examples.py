@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from glm_jax.data.tokenizers.sentencepiece import Tokenizer
+from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError, printable
 from glm_jax.inference.decode import NotFinite
 from glm_jax.inference.fill import fill

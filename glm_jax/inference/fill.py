@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from glm_jax.data.tokenizers.sentencepiece import Tokenizer
+from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.inference.decode import generate
 from glm_jax.inference.strategies import GREEDY, Sampling
@@ -40,6 +40,7 @@ def fill(
     """Fill every blank of a prompt in turn; each fill is context for the next.
 
     [MASK] blanks come first, then [sMASK], then [gMASK]. A prompt without a blank is treated as if it ended in [gMASK].
+    The context has the tokenizer's prefix and suffix around it; without a suffix it ends in eos, unless in a blank.
 
     Args:
         cfg, params, tokenizer: the trained model.
@@ -53,15 +54,17 @@ def fill(
         UserError: the prompt is empty or not valid UTF-8, or leaves no place in the model's longest row, or the model's
             logits are not finite (NotFinite).
     """
-    pieces = _split(prompt)
+    pieces = _split(prompt, strip=tokenizer.strips_before_blanks)
+    ends = [tokenizer.eop, tokenizer.eos]
     kinds = {"[MASK]": tokenizer.mask, "[sMASK]": tokenizer.smask, "[gMASK]": tokenizer.gmask}
     banned = np.arange(cfg.vocab_size) >= tokenizer.size  # [V]
     banned[[*kinds.values(), tokenizer.sop, tokenizer.pad]] = True
+    banned[ends] = False  # a family's pad may be its eos
     key = jax.random.key(seed)
     while (place := _first_blank(pieces)) is not None:
         encoded = [[kinds[piece.text]] if _is_blank(piece) else list(tokenizer.encode(piece.text)) for piece in pieces]
-        context = [token for part in encoded for token in part]
-        if not _is_blank(pieces[-1]):
+        context = [*tokenizer.prefix, *(token for part in encoded for token in part), *tokenizer.suffix]
+        if not tokenizer.suffix and not _is_blank(pieces[-1]):
             context.append(tokenizer.eos)
         room = _room(cfg, len(context))
         if room < max_tokens and say is not None:
@@ -72,10 +75,10 @@ def fill(
             cfg,
             params,
             context,
-            sum(len(part) for part in encoded[:place]),
+            len(tokenizer.prefix) + sum(len(part) for part in encoded[:place]),
             sop=tokenizer.sop,
             repeats=pieces[place].text != "[gMASK]",
-            ends=[tokenizer.eop, tokenizer.eos],
+            ends=ends,
             banned=banned,
             budget=min(max_tokens, room),
             sampling=sampling,
@@ -96,14 +99,16 @@ def _room(cfg: GLMConfig, context: int) -> int:
     return room
 
 
-def _split(prompt: str) -> list[Piece]:
-    """Check a prompt and split it at its blanks."""
+def _split(prompt: str, *, strip: bool) -> list[Piece]:
+    """Check a prompt and split it at its blanks, without the spaces before them if `strip`."""
     if not prompt.strip():
         raise UserError("the prompt is empty: write some text with a [MASK] in it")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("the prompt is not valid UTF-8: check the encoding of the terminal")
     if not BLANK.search(prompt):
         prompt += "[gMASK]"
+    if strip:
+        prompt = re.sub(rf"\s+({BLANK.pattern})", r"\1", prompt)
     return [Piece(text, False) for text in re.split(f"({BLANK.pattern})", prompt) if text]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glm_jax.config.fields import local_path
-from glm_jax.data.tokenizers.sentencepiece import Tokenizer
+from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.model import GLMConfig
 from glm_jax.types import Tree
 from glm_jax.workdir import folder

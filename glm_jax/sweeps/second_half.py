@@ -13,7 +13,7 @@ import numpy as np
 
 from glm_jax.config import Experiment, with_changes
 from glm_jax.data.corpora.prepare import Prepared
-from glm_jax.data.rows.blanks import Sample, blank_one
+from glm_jax.data.rows.blanks import Sample, blank_one, with_prefix
 from glm_jax.data.rows.experiment import heldout_batches
 from glm_jax.data.rows.rows import Rows
 
@@ -61,7 +61,7 @@ def _sample(text: np.ndarray, config: Experiment, prepared: Prepared, two_stream
     special, end = prepared.tokenizer, config.data.blanks.gmask_eop
     half = len(text) // 2
     start = 0 if is_unidirectional(config) else half
-    sample = blank_one(text, start, len(text), special.gmask, special, two_streams, end)
+    sample = with_prefix(blank_one(text, start, len(text), special.gmask, special, two_streams, end), special.prefix)
     return sample, sample.context + half - start
 
 

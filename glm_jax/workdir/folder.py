@@ -17,7 +17,7 @@ from pathlib import Path
 from glm_jax.config import Experiment, by_key, from_json, role, to_json
 from glm_jax.config.fields import to_dict
 from glm_jax.data.tokenizers.load import load
-from glm_jax.data.tokenizers.sentencepiece import Tokenizer
+from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.storage import digests
 from glm_jax.storage.files import write_atomic

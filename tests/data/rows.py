@@ -10,7 +10,7 @@ import numpy as np
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.rows.batches import Batches
 
-SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
+SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6, prefix=())
 FIRST = 10
 SHARES = {"mask": 0.3, "gmask": 0.7}
 
@@ -36,11 +36,11 @@ class Documents:
         return np.concatenate(self._documents)
 
 
-def build(sources=None, weights=None, seq_length=32, objectives=SHARES, seed=7, **more):
+def build(sources=None, weights=None, seq_length=32, objectives=SHARES, seed=7, special=SPECIAL, **more):
     if sources is None:
         sources = {"en": Documents([50, 3, 400, 1000, 7]), "zh": Documents([600, 150], 5000)}
     weights = weights or dict.fromkeys(sources, 1.0)
-    return Batches(sources, weights, SPECIAL, seq_length, objectives, seed, **more)
+    return Batches(sources, weights, special, seq_length, objectives, seed, **more)
 
 
 def equal(left, right):

@@ -1,6 +1,8 @@
 """Rows and batches: exact epochs, any access order, and the batch contract."""
 
 import collections
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from rows import FIRST, SHARES, SPECIAL, Documents, build, check_row, equal, lea
 
 from glm_jax.config.data import OBJECTIVES, BlankOptions
 from glm_jax.data.rows import batches
+from glm_jax.data.rows.rows import Rows
 from glm_jax.data.rows.streams import shuffled
 from glm_jax.errors import UserError
 
@@ -154,6 +157,32 @@ def test_two_streams():
         assert (batch.positions[b, 1][heads] == 1).all()
         blanks = np.unique(batch.positions[b, 0][target])
         assert np.isin(batch.tokens[b][blanks], (SPECIAL.mask, SPECIAL.gmask)).all()
+
+
+@pytest.mark.parametrize("options", [BlankOptions(mask_segments=2), BlankOptions(whole_documents=True)])
+def test_each_context_begins_in_the_prefix(options):
+    """Without their prefixes, the rows keep the contract, and read each token once an epoch."""
+    documents = Documents([9, 3, 140, 25, 7, 11, 30, 395])  # 620 tokens: ten rows of 62, had they no prefix
+    special: Any = SimpleNamespace(**vars(SPECIAL) | {"prefix": (8, 9)})
+    made = build({"en": documents}, None, 64, {"mask": 0.5, "gmask": 0.5}, special=special, options=options)
+    rows = made.rows_per_epoch
+    batch, texts = made.at(0, rows), []
+    for b in range(rows):
+        segments, tokens = batch.segments[b], batch.tokens[b]
+        starts = [int(np.argmax(segments == segment)) for segment in range(1, segments.max() + 1)]
+        for start in starts:
+            assert tokens[start : start + 2].tolist() == [8, 9] and batch.context[b, start : start + 2].all()
+            assert batch.positions[b, start : start + 2].tolist() == [0, 1]
+        dropped = [*starts, *(start + 1 for start in starts)]
+        assert len(dropped) == np.isin(tokens, [8, 9]).sum()
+        plain: Any = Rows(*(array[b : b + 1] for array in batch))
+        plain = Rows(*(np.delete(array, dropped, axis=1) for array in plain[:6]), *plain[6:])
+        plain = plain._replace(positions=plain.positions - 2 * (plain.segments > 0))
+        texts += check_row(plain, 0, options)
+    read, counts = np.unique(np.concatenate(texts), return_counts=True)
+    assert (counts[read >= FIRST] == 1).all()
+    if options.whole_documents:
+        assert (np.sort(np.concatenate(texts)) == np.sort(documents.stream())).all()
 
 
 def test_paper_segments():

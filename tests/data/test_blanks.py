@@ -13,7 +13,7 @@ from glm_jax.data.rows import blanks
 from glm_jax.data.rows.room import OVERFLOW, overflow_probability, span_distribution, text_length
 from glm_jax.errors import UserError
 
-SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6)
+SPECIAL: Any = SimpleNamespace(pad=0, eos=1, mask=2, gmask=3, smask=4, sop=5, eop=6, prefix=())
 FIRST = 10  # the smallest id of an ordinary token
 PLAIN = BlankOptions()
 

@@ -26,13 +26,15 @@ from glm_jax.data.corpora.corpus import Input, read_documents, split, write_docu
 from glm_jax.data.corpora.deduplicate import digest_of
 from glm_jax.data.corpora.files import Found, find_files
 from glm_jax.data.corpora.shards import Shards, write_shards
-from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
+from glm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train
 from glm_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(train([english(seed) for seed in range(50)] + [chinese(seed) for seed in range(50)], 400))
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(
+        train([english(seed) for seed in range(50)] + [chinese(seed) for seed in range(50)], 400)
+    )
 
 
 # Split
@@ -82,7 +84,7 @@ TEXTS = [english(seed) for seed in range(60)] + [chinese(seed) + "\n[MASK]\u2581
 
 
 @pytest.fixture
-def stages(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+def stages(tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     monkeypatch.setattr(corpus, "PART_BYTES", 8000)
     documents, shards = tmp_path / "documents", tmp_path / "shards"
     shards.mkdir()
@@ -94,7 +96,7 @@ def stages(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
     return documents, shards
 
 
-def test_shards_hold_every_document_in_hash_order(stages: tuple[Path, Path], tokenizer: Tokenizer):
+def test_shards_hold_every_document_in_hash_order(stages: tuple[Path, Path], tokenizer: SentencePieceTokenizer):
     documents, directory = stages
     index = json.loads((directory / "index.json").read_text("utf-8"))
     assert index["dropped"] == {"exact": 1, "near": 1} and index["skipped"] == {}
@@ -142,7 +144,7 @@ def test_shards_are_lazy_sources_for_grain(stages: tuple[Path, Path]):
             shards[outside]
 
 
-def test_a_split_may_be_empty(tmp_path: Path, tokenizer: Tokenizer):
+def test_a_split_may_be_empty(tmp_path: Path, tokenizer: SentencePieceTokenizer):
     make_documents(tmp_path / "documents", [write_jsonl(tmp_path / "a", ["only one"])], heldout=0.5)
     (tmp_path / "shards").mkdir()
     with Workers(1) as workers:
@@ -154,7 +156,7 @@ def test_a_split_may_be_empty(tmp_path: Path, tokenizer: Tokenizer):
     assert tokenizer.decode(Shards.open(tmp_path / "shards", "train")[0]) == "only one"
 
 
-def test_a_full_disk_under_the_shards_is_named(tmp_path: Path, tokenizer: Tokenizer, monkeypatch):
+def test_a_full_disk_under_the_shards_is_named(tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch):
     make_documents(tmp_path / "documents", [write_jsonl(tmp_path / "a", ["only one"])])
 
     class Full:

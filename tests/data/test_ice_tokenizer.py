@@ -14,8 +14,9 @@ import sentencepiece
 from glm_jax.config.data import TokenizerConfig
 from glm_jax.data.tokenizers import ice as ice_tokenizer
 from glm_jax.data.tokenizers import sentencepiece as tokenizer
-from glm_jax.data.tokenizers.ice import IceTokenizer, extend, read_model
+from glm_jax.data.tokenizers.ice import IceTokenizer, extend
 from glm_jax.data.tokenizers.load import load, read
+from glm_jax.data.tokenizers.pieces import NORMAL, append
 from glm_jax.errors import UserError
 
 TEXTS = ["hello world, this is a small model.", "天下大势，分久必合，合久必分。", "Hello! What? 12:34; a b c d e f g"]
@@ -46,9 +47,7 @@ def pinned(small: bytes) -> IceTokenizer:
 def test_the_official_numbers(small: bytes):
     """With 130,000 pieces, the special tokens have the ids of the released model."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=small).get_piece_size()
-    filled = small + b"".join(
-        ice_tokenizer._message(1, ice_tokenizer._piece(f"filling{number}", 1)) for number in range(pieces, 130_000)
-    )
+    filled = append(small, [(f"filling{number}", NORMAL) for number in range(pieces, 130_000)])
     official = IceTokenizer(extend(filled, pinned=False))
     assert (official.unk, official.eos, official.pad) == (20_000, 20_002, 0)
     specials = [official.mask, official.gmask, official.smask, official.eod, official.sop, official.eop, official.enc,
@@ -126,23 +125,23 @@ def test_load_and_pickle(tmp_path: Path, later: IceTokenizer, pinned: IceTokeniz
 
 
 @pytest.mark.usefixtures("few_pieces")
-def test_read_model(tmp_path: Path, small: bytes, later: IceTokenizer, pinned: IceTokenizer):
+def test_read(tmp_path: Path, small: bytes, later: IceTokenizer, pinned: IceTokenizer):
     path = tmp_path / "ice_text.model"
     path.write_bytes(small)
-    assert read_model(path, pinned=False) == later.model and read_model(path, pinned=True) == pinned.model
+    assert read(path, pinned=False).model == later.model and read(path, pinned=True).model == pinned.model
     assert isinstance(read(path, pinned=True), IceTokenizer)
     for ice, kind in ((later, False), (pinned, True)):
         path.write_bytes(ice.model)
-        assert read_model(path, pinned=kind) == ice.model
+        assert read(path, pinned=kind).model == ice.model
         with pytest.raises(UserError, match=f"was read with pinned={kind}: set data.tokenizer.pinned={kind}"):
-            read_model(path, pinned=not kind)
+            read(path, pinned=not kind)
     ours = tokenizer.train(TEXTS, 330)
     path.write_bytes(ours)
-    assert read_model(path, pinned=False) == ours
+    assert read(path, pinned=False).model == ours
     with pytest.raises(UserError, match=r"pinned is for ice_text\.model"):
-        read_model(path, pinned=True)
+        read(path, pinned=True)
     with pytest.raises(UserError, match="cannot read the tokenizer"):
-        read_model(tmp_path / "missing", pinned=False)
+        read(tmp_path / "missing", pinned=False)
 
 
 @pytest.mark.usefixtures("few_pieces")
@@ -159,7 +158,7 @@ def test_the_official_model_is_known_by_its_first_pieces(
     path = tmp_path / "ice_text.model"
     path.write_bytes(small.replace(before, after))
     with pytest.raises(UserError, match=f"its piece 0 is not pad.*nor ice_text.model .{reason}"):
-        read_model(path, pinned=False)
+        read(path, pinned=False)
 
 
 def test_the_official_model_is_known_by_the_number_of_its_pieces(tmp_path: Path, small: bytes, later: IceTokenizer):
@@ -168,7 +167,7 @@ def test_the_official_model_is_known_by_the_number_of_its_pieces(tmp_path: Path,
     pieces = sentencepiece.SentencePieceProcessor(model_proto=small).get_piece_size()
     for model, count, wanted in ((small, pieces, "130,000"), (later.model, pieces + 344, "130,344")):
         path.write_bytes(model)
-        for act in (load, lambda path: read_model(path, pinned=False)):
+        for act in (load, lambda path: read(path, pinned=False)):
             with pytest.raises(UserError, match=f"nor ice_text.model .it has {count} pieces, not {wanted}"):
                 act(path)
 

@@ -14,14 +14,14 @@ from glm_jax.config.data import OBJECTIVES
 from glm_jax.data import inspect
 from glm_jax.data.instructions.prompts import Instructions
 from glm_jax.data.rows.rows import Rows
-from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
+from glm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train
 
 TEXT = "the array has a shape and the shape has an axis, and the axis has an index into the array. "
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(train([TEXT * 20], 300))
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train([TEXT * 20], 300))
 
 
 def test_histogram():
@@ -31,7 +31,7 @@ def test_histogram():
     assert [int(line.replace("#", "").split()[3]) for line in lines] == [3, 40, 0, 1]
 
 
-def make_batch(tokenizer: Tokenizer) -> Rows[np.ndarray]:
+def make_batch(tokenizer: SentencePieceTokenizer) -> Rows[np.ndarray]:
     """Return one row of two samples: "a [MASK] b [MASK] c" with targets in reverse order, and "d [gMASK]"."""
     one, two, three, four = (tokenizer.encode(text).tolist() for text in ("an array", " of ", " shape", "index"))
     first = [*one, tokenizer.mask, *two, tokenizer.mask, tokenizer.eos, *three]
@@ -61,7 +61,7 @@ def make_batch(tokenizer: Tokenizer) -> Rows[np.ndarray]:
 
 
 @pytest.mark.parametrize("streams", [1, 2])
-def test_blanks_are_filled_in(tokenizer: Tokenizer, streams: int):
+def test_blanks_are_filled_in(tokenizer: SentencePieceTokenizer, streams: int):
     batch = make_batch(tokenizer)
     if streams == 2:
         batch = batch._replace(positions=np.stack([batch.positions, np.zeros_like(batch.positions)], axis=1))
@@ -71,7 +71,7 @@ def test_blanks_are_filled_in(tokenizer: Tokenizer, streams: int):
     assert second == "index[gMASK:  of the <eos> shape]"
 
 
-def test_each_blank_has_its_colour_on_a_terminal(tokenizer: Tokenizer):
+def test_each_blank_has_its_colour_on_a_terminal(tokenizer: SentencePieceTokenizer):
     _, first, _ = inspect.rows(make_batch(tokenizer), ("en", "zh"), tokenizer, coloured=True)
     red, green, plain = *inspect.COLOURS[:2], inspect.PLAIN
     assert first == f"an array{red}[MASK:  big]{plain} of {green}[MASK: axes]{plain} <eos>  shape"

@@ -29,8 +29,21 @@ from glm_jax.errors import UserError
 
 INSTRUCTION = OBJECTIVES.index("instruction")
 TOKENIZER: Any = SimpleNamespace(
-    mask=SPECIAL.mask, eos=SPECIAL.eos, digest="d", encode=lambda text: np.array([ord(c) for c in text], np.int32)
+    mask=SPECIAL.mask,
+    eos=SPECIAL.eos,
+    prefix=(),
+    strips_before_blanks=False,
+    digest="d",
+    encode=lambda text: np.array([ord(c) for c in text], np.int32),
 )
+
+
+def test_a_document_begins_in_the_prefix_and_leaves_a_last_space_to_the_answer():
+    family: Any = SimpleNamespace(**vars(TOKENIZER))
+    assert prompts.encode("q: ", "a", family).tolist() == [*b"q: ", SPECIAL.mask, *b"a", SPECIAL.eos]
+    family.prefix, family.strips_before_blanks = (7, 8), True
+    found = prompts.encode("q: ", "a", family)
+    assert found.tolist() == [7, 8, *b"q:", SPECIAL.mask, *b" a", SPECIAL.eos] and found.dtype == np.int32
 
 
 def document(text, target):

@@ -1,6 +1,7 @@
 """Rows of whole documents: none is cut, each comes once per epoch, and few places stay empty."""
 
 import collections
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -107,12 +108,14 @@ def test_rows_are_dense_and_found_at_random():
     assert orders[0] != orders[1]
 
 
-def test_no_row_overflows_where_both_its_texts_draw_more_than_they_reserve():
+@pytest.mark.parametrize("prefix", [(), (8, 9)])
+def test_no_row_overflows_where_both_its_texts_draw_more_than_they_reserve(prefix):
     """Two texts of 50 tokens and four spare places: the other text cannot use those that one has taken."""
+    special = SimpleNamespace(**vars(SPECIAL) | {"prefix": prefix})
     options = BlankOptions(whole_documents=True, mask_ratio=0.3, mean_span=1.5)
-    room = int(places("mask", 50, options)[50])
+    room = int(places("mask", 50, options)[50]) + len(prefix)
     documents = Documents([50] * 600)
-    made = build({"en": documents}, seq_length=2 * room + 4, objectives={"mask": 1.0}, options=options)
+    made = build({"en": documents}, None, 2 * room + 4, {"mask": 1.0}, special=special, options=options)
     segments = made.at(0, 300).segments  # [B, S]
     taken = np.array([np.bincount(row, minlength=3)[1:] for row in segments])  # [B, 2]
     assert taken.shape == (300, 2) and (taken[:, 0] > room).any() and (taken[:, 1] > room + 4).any()

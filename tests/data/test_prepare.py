@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import vocabularies
 from pyarrow import Table, parquet
 from texts import ENGLISH
 
@@ -199,6 +200,22 @@ def test_a_tokenizer_from_a_file(folder: Path):
     config = with_changes(config, {"data.tokenizer.pinned": True})
     with pytest.raises(UserError, match=r"given\.model is not: set it to False"):
         run(config)
+
+
+def test_a_vocabulary_of_others(folder: Path):
+    """It reaches processes that tokenise, and its copy in the cache is the same tokenizer."""
+    path = vocabularies.gpt2(folder)
+    changes = {"data.tokenizer.path": str(path), "model.vocab_size": 4096}
+    config, lines = with_changes(make_config(folder), changes), []
+    prepared = prepare.prepare(config, lines.append, workers=2)
+    size = len(json.loads(path.read_text("utf-8"))) + 9
+    assert lines[0] == f"tokenizer: model.vocab_size is 4,096, of which {size} rows have a token"
+    text = next(corpus.read_documents(next((folder / "cache" / "documents").iterdir()), "train"))
+    documents = [prepared.tokenizer.decode(ids[:-1]) for shard in prepared.shards.values() for ids in shard["train"]]
+    assert text in documents
+    kept = next((folder / "cache" / "tokenizers").rglob("tokenizer.model"))
+    again, lines = run(with_changes(config, {"data.tokenizer.path": str(kept), "model.vocab_size": 1024}))
+    assert again.digests == prepared.digests and lines[0].startswith("documents")
 
 
 def test_a_tokenizer_that_does_not_fit_is_told_before_a_source_is_read(folder: Path):

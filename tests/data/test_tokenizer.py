@@ -16,7 +16,7 @@ from texts import ENGLISH as TEXTS
 from glm_jax.data.tokenizers import sentencepiece as tokenizer_module
 from glm_jax.data.tokenizers.load import load
 from glm_jax.data.tokenizers.load import read as read_tokenizer
-from glm_jax.data.tokenizers.sentencepiece import SPECIALS, Tokenizer, train
+from glm_jax.data.tokenizers.sentencepiece import SPECIALS, SentencePieceTokenizer, train
 from glm_jax.errors import UserError
 from glm_jax.workdir import folder
 
@@ -41,8 +41,8 @@ def model() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model: bytes) -> Tokenizer:
-    return Tokenizer(model)
+def tokenizer(model: bytes) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(model)
 
 
 @settings(max_examples=300, deadline=None)
@@ -53,7 +53,7 @@ def tokenizer(model: bytes) -> Tokenizer:
 @example("a\rb\r\nc\n\n\n    d\t\te")
 @example("  leading and trailing   ")
 @example("👩\u200d🔬 \u0301e e\u0301 ﬁ Ａ \u2028\u00a0\u3000\U0010ffff\ufffe")
-def test_decode_inverts_encode(tokenizer: Tokenizer, text: str):
+def test_decode_inverts_encode(tokenizer: SentencePieceTokenizer, text: str):
     ids = tokenizer.encode(text)  # [S]
     assert ids.dtype == np.int32 and ids.ndim == 1
     assert tokenizer.decode(ids) == text
@@ -61,7 +61,7 @@ def test_decode_inverts_encode(tokenizer: Tokenizer, text: str):
     assert not np.isin(ids, range(len(SPECIALS))).any()
 
 
-def test_special_ids(tokenizer: Tokenizer):
+def test_special_ids(tokenizer: SentencePieceTokenizer):
     ids = [tokenizer.pad, tokenizer.unk, tokenizer.eos, tokenizer.mask, tokenizer.gmask, tokenizer.smask,
            tokenizer.sop, tokenizer.eop]  # fmt: skip
     assert ids == list(range(8))
@@ -71,7 +71,7 @@ def test_special_ids(tokenizer: Tokenizer):
     assert tokenizer.token_bytes.shape == (tokenizer.size,)
 
 
-def test_special_tokens_print_their_names_only_when_asked_for(tokenizer: Tokenizer):
+def test_special_tokens_print_their_names_only_when_asked_for(tokenizer: SentencePieceTokenizer):
     text = "天下[MASK]，[gMASK] a[sMASK][MASK]"
     expected = [*tokenizer.encode("天下"), tokenizer.mask, *tokenizer.encode("，"), tokenizer.gmask,
                 *tokenizer.encode(" a"), tokenizer.smask, tokenizer.mask]  # fmt: skip
@@ -79,14 +79,14 @@ def test_special_tokens_print_their_names_only_when_asked_for(tokenizer: Tokeniz
     assert tokenizer.decode(expected) == "天下， a"
 
 
-def test_text_compresses_in_both_languages(tokenizer: Tokenizer):
+def test_text_compresses_in_both_languages(tokenizer: SentencePieceTokenizer):
     assert len(tokenizer.encode(TEXTS[5])) < len(TEXTS[5]) / 2.5
     assert len(tokenizer.encode(CHINESE)) < len(CHINESE)
     assert len(tokenizer.encode("      ")) == 1  # an indentation is one piece
     assert len(tokenizer.encode(".\n\n")) == 1
 
 
-def test_a_cut_character_is_replaced(tokenizer: Tokenizer):
+def test_a_cut_character_is_replaced(tokenizer: SentencePieceTokenizer):
     ids = tokenizer.encode("😀")  # not in the training text: four byte pieces
     assert len(ids) == 4
     assert tokenizer.decode(ids[:3]) == "\ufffd"
@@ -95,21 +95,21 @@ def test_a_cut_character_is_replaced(tokenizer: Tokenizer):
 def test_training_is_deterministic_and_quiet(model: bytes, capfd: pytest.CaptureFixture[str]):
     assert train(DOCUMENTS, 800) == model
     assert capfd.readouterr() == ("", "")
-    assert Tokenizer(model).digest == hashlib.sha256(model).hexdigest()
+    assert SentencePieceTokenizer(model).digest == hashlib.sha256(model).hexdigest()
 
 
 def test_long_lines_and_awkward_characters_are_trained_on():
     endings = ["", "ly", "ness", "est"]
     line = "".join(f" wonderful{ending}" for ending in endings) * 1000
     line += "\0\t\u2585\u2581" + "".join(f" marvellous{ending}" for ending in endings) * 1000
-    tokenizer = Tokenizer(train([line], 310))
+    tokenizer = SentencePieceTokenizer(train([line], 310))
     assert len(tokenizer.encode(" wonderful")) == 1
     assert len(tokenizer.encode(" marvellous")) == 1
 
 
 def test_many_characters_leave_room_for_words():
     characters = "".join(chr(0x4E00 + index) for index in range(3000))
-    tokenizer = Tokenizer(train([characters, *["天下大势，", "天下大势。"] * 500], 600))
+    tokenizer = SentencePieceTokenizer(train([characters, *["天下大势，", "天下大势。"] * 500], 600))
     assert tokenizer.size <= 600
     assert len(tokenizer.encode("天下大势")) == 1
     assert tokenizer.decode(tokenizer.encode(characters)) == characters
@@ -122,7 +122,7 @@ def test_training_reads_no_more_than_it_uses(monkeypatch: pytest.MonkeyPatch):
     assert len(list(documents)) > 80
 
 
-def test_bad_input_is_one_line(tmp_path, tokenizer: Tokenizer):
+def test_bad_input_is_one_line(tmp_path, tokenizer: SentencePieceTokenizer):
     with pytest.raises(UserError, match="vocab_size is 264, it must be at least 266"):
         train([ENGLISH], 264)
     for documents in ([], [" \n"]):
@@ -180,7 +180,9 @@ def test_a_model_is_ours_only_by_all_that_makes_it(kind: str, tmp_path, monkeypa
             read(path)
 
 
-def test_the_identity_of_a_tokenizer_is_its_content(tmp_path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+def test_the_identity_of_a_tokenizer_is_its_content(
+    tmp_path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+):
     """The same file under another path, or another spelling of its path, resumes; another file does not."""
     workdir = tmp_path / "run"
     workdir.mkdir()
@@ -196,7 +198,7 @@ def test_the_identity_of_a_tokenizer_is_its_content(tmp_path, tokenizer: Tokeniz
         folder.check_tokenizer(workdir, read_tokenizer("b.model", pinned=False))
 
 
-def test_load_and_pickle(tmp_path, tokenizer: Tokenizer):
+def test_load_and_pickle(tmp_path, tokenizer: SentencePieceTokenizer):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(tokenizer.model)
     for copy in (load(path), pickle.loads(pickle.dumps(tokenizer))):

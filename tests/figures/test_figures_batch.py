@@ -19,6 +19,7 @@ class Words:
     """A tokenizer that writes ids above 12 as one Chinese character each, and 99 as part of one."""
 
     pad, eos, mask, gmask, smask, sop, eop = range(7)
+    prefix: tuple[int, ...] = ()
     token_bytes = np.array([0] * 7 + [3] * 93)
 
     def decode(self, ids, *, specials=False):

@@ -18,7 +18,7 @@ GMASK, SOP, EOP, PAD = 4, 6, 7, 0
 
 @pytest.fixture
 def special() -> Any:
-    return SimpleNamespace(tokenizer=SimpleNamespace(gmask=GMASK, sop=SOP, eop=EOP, pad=PAD))
+    return SimpleNamespace(tokenizer=SimpleNamespace(gmask=GMASK, sop=SOP, eop=EOP, pad=PAD, prefix=()))
 
 
 TEXT = np.array([11, 12, 13, 14, 15], np.int32)

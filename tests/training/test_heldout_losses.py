@@ -58,7 +58,7 @@ def nats(token: int, place: int) -> float:
 
 PREPARED: Any = SimpleNamespace(
     tokenizer=SimpleNamespace(
-        pad=0, unk=9, eos=EOS, mask=2, gmask=3, smask=4, sop=5, eop=EOP, size=VOCABULARY,
+        pad=0, unk=9, eos=EOS, mask=2, gmask=3, smask=4, sop=5, eop=EOP, prefix=(), size=VOCABULARY,
         token_bytes=np.array([bytes_of(token) for token in range(VOCABULARY)], np.int32),
     ),
     shards={

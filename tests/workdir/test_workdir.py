@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from glm_jax.config import default_config, resolve, with_changes
-from glm_jax.data.tokenizers.sentencepiece import Tokenizer, train
+from glm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train
 from glm_jax.errors import UserError
 from glm_jax.workdir import folder as workdir
 
@@ -33,14 +33,17 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_anything_is_made(
 
 
 def test_a_tokenizer_is_known_by_its_content_and_not_by_its_path(tmp_path: Path) -> None:
-    one, other = (Tokenizer(train([f"the small array returns {word} " * 30], 300)) for word in ("a shape", "no shape"))
+    one, other = (
+        SentencePieceTokenizer(train([f"the small array returns {word} " * 30], 300))
+        for word in ("a shape", "no shape")
+    )
     changes = {"data.sources": {"en": {"path": "en.txt"}}}
     config = with_changes(resolve(default_config()), changes)
     workdir.write(tmp_path, config, one)
     for path in ("copy/of.model", str(tmp_path / "tokenizer.model")):
         moved = with_changes(config, {"data.tokenizer.path": path})
         workdir.check(tmp_path, moved)
-    workdir.check_tokenizer(tmp_path, Tokenizer(one.model))
+    workdir.check_tokenizer(tmp_path, SentencePieceTokenizer(one.model))
     with pytest.raises(UserError, match="is not the tokenizer of these sources"):
         workdir.check_tokenizer(tmp_path, other)
     with pytest.raises(UserError, match=r"data\.tokenizer\.vocab_size=8000"):

@@ -32,7 +32,7 @@ from glm_jax.data.instructions import prompts
 from glm_jax.data.instructions.prompts import Instructions
 from glm_jax.data.tokenizers import sentencepiece
 from glm_jax.data.tokenizers.load import load, read
-from glm_jax.data.tokenizers.sentencepiece import Tokenizer
+from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.storage.files import open_regular, write_atomic
 from glm_jax.types import Json
@@ -89,7 +89,10 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
     given = read(data.tokenizer.path, pinned=data.tokenizer.pinned) if data.tokenizer.path else None
     if given is None:
         sentencepiece.check_size(data.tokenizer.vocab_size)
-    config.glm(given.size if given else data.tokenizer.vocab_size)  # refused now, not after all sources are read
+    pieces = given.size if given else data.tokenizer.vocab_size
+    rows = config.glm(pieces).vocab_size  # refuse one that does not fit now, not after all sources are read
+    if rows > max(2 * pieces, 1024):
+        report(f"tokenizer: model.vocab_size is {rows:,}, of which {pieces:,} rows have a token")
     documents: dict[str, Path] = {}
     with Workers(workers) as pool:
         for name, source in sorted(data.sources.items()):

@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from glm_jax.data.corpora.build import Workers
 from glm_jax.data.corpora.corpus import SPLITS, part_documents, part_folders, read_index, save_array, write_index
-from glm_jax.data.tokenizers.sentencepiece import Tokenizer
+from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.storage.files import atomic_directory
 
 SHORTEST_TEXT = 16  # tokens; a source with fewer held-out ones is not evaluated

@@ -14,7 +14,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from glm_jax.data.instructions.registry import DATASETS, Dataset
 from glm_jax.data.instructions.render import OVER_BUDGET, Answer, Refused, Render, answers, prompt
 from glm_jax.data.instructions.templates import Template, read_templates
 from glm_jax.data.rows.streams import shuffled
+from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.storage.files import json_line, open_regular
 from glm_jax.types import Json
@@ -38,16 +38,6 @@ WHOLE = "record"  # the field that holds a record which is an array, as C3's are
 FORMAT_VERSION = 2  # raised when the same records give different tokens
 SEED = 0  # of the choice of samples under a set's cap: the same in every run
 MOST_EXCEEDING = 10  # records of a set that may exceed their budget, which takes seconds each
-
-
-class Tokenizer(Protocol):
-    """What this module needs from a tokenizer."""
-
-    mask: int
-    eos: int
-    digest: str
-
-    def encode(self, text: str, /) -> np.ndarray: ...
 
 
 class Instructions:
@@ -74,10 +64,12 @@ class Instructions:
 
 
 def encode(text: str, target: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Tokenise a prompt and its answer separately: int32 [n], prompt [MASK] answer eos."""
-    return np.concatenate(
-        [tokenizer.encode(text), [tokenizer.mask], tokenizer.encode(target), [tokenizer.eos]], dtype=np.int32
-    )
+    """Tokenise a prompt and its answer separately: int32 [n], the tokenizer's prefix, prompt [MASK] answer eos."""
+    if tokenizer.strips_before_blanks:
+        prompt = text.rstrip()
+        text, target = prompt, text[len(prompt) :] + target
+    parts = [tokenizer.prefix, tokenizer.encode(text), [tokenizer.mask], tokenizer.encode(target), [tokenizer.eos]]
+    return np.concatenate(parts, dtype=np.int32, casting="unsafe")  # an empty prefix is float64
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 
 from glm_jax.config.data import OBJECTIVES, BlankOptions
 from glm_jax.data.rows import packing
-from glm_jax.data.rows.blanks import Sample, make_samples
+from glm_jax.data.rows.blanks import Sample, make_samples, with_prefix
 from glm_jax.data.rows.mixture import History, Mixture
 from glm_jax.data.rows.packing import Packing
 from glm_jax.data.rows.room import SpecialTokens, places, text_length
@@ -111,9 +111,11 @@ class Batches:
         self.rows_per_epoch = self._rows_per_epoch()
 
     def _room(self, kind: str) -> int:
-        """Return how many places of a row each of its samples may fill."""
-        whole = self._options.whole_documents and kind != "instruction"
-        return self._seq_length if whole else self._seq_length // self._options.segments(kind)
+        """Return how many places of a row each of its samples may fill, after the prefix."""
+        if kind == "instruction":  # which has it in its documents
+            return self._seq_length // self._options.segments(kind)
+        parts = 1 if self._options.whole_documents else self._options.segments(kind)
+        return self._seq_length // parts - len(self._special.prefix)
 
     def _text_reader(self, name: str, documents: Documents) -> Stream | Packing:
         takes = {kind: text_length(kind, self._room(kind), self._options) for kind in self._blanked}
@@ -123,7 +125,7 @@ class Batches:
         longest = min(takes.values())
         pieces = packing.cut_long(documents.lengths, longest)
         reserved = np.max([places(kind, self._seq_length, self._options) for kind in self._blanked], axis=0)
-        sizes = np.minimum(reserved[pieces[:, 2] - pieces[:, 1]], self._seq_length)
+        sizes = np.minimum(reserved[pieces[:, 2] - pieces[:, 1]] + len(self._special.prefix), self._seq_length)
         groups = packing.best_fit(sizes, self._seq_length, self._seed)
         return Packing(name, documents, pieces, groups, self._seed)
 
@@ -202,7 +204,7 @@ class Batches:
             rooms = [self._room(kind)] * len(pieces)
             if kind != "instruction":
                 rooms = places(kind, self._seq_length, options)[[len(piece) for piece in pieces]].tolist()
-                spare = self._seq_length - sum(rooms)
+                spare = self._seq_length - sum(rooms) - len(pieces) * len(self._special.prefix)
         else:
             text, parts = reader.read(row.epoch, row.start, row.stop), options.segments(kind)
             edges = [part * len(text) // parts for part in range(parts + 1)]
@@ -210,9 +212,11 @@ class Batches:
             rooms = [self._room(kind)] * len(pieces)
         for piece, room in zip(pieces, rooms, strict=True):
             samples = make_samples(kind, piece, generator, self._special, options, room + spare, self._sentence_ends)
-            yield from samples
             if options.whole_documents and kind != "instruction":
                 spare += room - sum(map(len, samples))
+            if kind != "instruction":  # whose documents begin in the prefix
+                samples[0] = with_prefix(samples[0], self._special.prefix)
+            yield from samples
 
     def at(self, first_row: int, rows: int, only: Sequence[int] | np.ndarray | None = None) -> Rows[np.ndarray]:
         """Return rows first_row, ..., first_row + rows - 1 as one batch, or a process's share of them.

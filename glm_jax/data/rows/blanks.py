@@ -256,8 +256,8 @@ def instruction_sample(document: np.ndarray, special: SpecialTokens, room: int, 
     """Return the sample of a prompt and its answer, with continuing positions, like GLM-130B's multi-task samples.
 
     Args:
-        document: int32 [n], the prompt, [MASK], the answer (at least one token) and a last token, which eop replaces.
-            The sample has n tokens, too.
+        document: int32 [n], the prompt after the tokenizer's prefix, [MASK], the answer (at least one token) and a last
+            token, which eop replaces. The sample has n tokens, too.
         special: ids of the special tokens.
         room: places the sample may fill; the rest is cut. The prompt keeps its first tokens: as many as the
             answer leaves room for, but at least a quarter of the room (128 of 512). Then the answer is cut.
@@ -270,6 +270,20 @@ def instruction_sample(document: np.ndarray, special: SpecialTokens, room: int, 
         target = target[: room - 2 - len(text)]
     tokens = np.concatenate([text, target])
     return blank_one(tokens, len(text), len(tokens), special.mask, special, two_streams)
+
+
+def with_prefix(sample: Sample, prefix: tuple[int, ...]) -> Sample:
+    """Return a sample whose context begins in `prefix`; its S grows by the prefix's length."""
+    if not prefix:
+        return sample
+    count, head = len(prefix), np.array(prefix, np.int32)
+    return Sample(
+        np.concatenate([head, sample.tokens]),
+        np.concatenate([head, sample.targets]),
+        np.concatenate([np.arange(count, dtype=np.int32), sample.positions + np.int32(count)]),
+        np.concatenate([np.zeros(count, np.int32), sample.block_positions]),
+        sample.context + count,
+    )
 
 
 def find_sentence_ends(pieces: Sequence[str]) -> np.ndarray:

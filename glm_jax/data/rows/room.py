@@ -17,7 +17,7 @@ SHARED_OVERFLOW = 0.2
 
 
 class SpecialTokens(Protocol):
-    """The token ids that blanks need; a `Tokenizer` has them."""
+    """The token ids that blanks need; a `Tokenizer` has them. `prefix` stands before each context."""
 
     mask: int
     gmask: int
@@ -26,6 +26,7 @@ class SpecialTokens(Protocol):
     eop: int
     eos: int
     pad: int
+    prefix: tuple[int, ...]
 
 
 @functools.lru_cache

@@ -106,20 +106,14 @@ def _keep_frequent(sentences: Sequence[str], limit: int) -> list[str]:
     return [part for sentence in sentences for part in sentence.translate(cuts).split("\0") if part]
 
 
-def read_bytes(path: str | Path) -> tuple[bytes, sentencepiece.SentencePieceProcessor]:
-    """Read a SentencePiece model. Raises UserError if the file is missing or is not such a model."""
-    try:
-        model = Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the tokenizer {path}: {error.strerror}") from None
-    if not model:  # SentencePiece takes it for no model at all, and raises nothing
-        raise UserError(f"the tokenizer {path} is empty: fetch it again")
+def open_model(path: str | Path, model: bytes) -> sentencepiece.SentencePieceProcessor:
+    """Open the content of the file `path`. Raises UserError if it is no SentencePiece model."""
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         processor.id_to_piece([*range(processor.get_piece_size()), processor.unk_id()])
     except (RuntimeError, UnicodeDecodeError, IndexError):  # a piece, or the library's message, is not UTF-8; no unk
         raise UserError(f"{path} is not a SentencePiece model") from None
-    return model, processor
+    return processor
 
 
 def lacking(processor: sentencepiece.SentencePieceProcessor) -> str:
@@ -148,7 +142,7 @@ def _every_character() -> str:
     return f"  a  {''.join(map(chr, codes))}  "
 
 
-class Tokenizer:
+class SentencePieceTokenizer:
     """A trained model. `decode(encode(text)) == text` for any valid Unicode text.
 
     Attributes:
@@ -157,7 +151,12 @@ class Tokenizer:
         size: number of pieces.
         pad, unk, eos, mask, gmask, smask, sop, eop: ids of the special tokens.
         token_bytes: int32 [size], the number of UTF-8 bytes of text that each id stands for; 0 for special tokens.
+        prefix, suffix, strips_before_blanks: see Tokenizer; of none of these models.
     """
+
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    strips_before_blanks = False
 
     def __init__(self, model: bytes):
         self.model = model
@@ -171,8 +170,8 @@ class Tokenizer:
         self.token_bytes = np.array([len(text) for text in self._text], np.int32)
         self._word_start = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in WORD_START.encode()]
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
-        return Tokenizer, (self.model,)
+    def __reduce__(self) -> tuple[type[SentencePieceTokenizer], tuple[bytes]]:
+        return SentencePieceTokenizer, (self.model,)
 
     def _bytes_of(self, token: int) -> bytes:
         piece = self._processor.id_to_piece(token)
