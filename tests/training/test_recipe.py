@@ -43,7 +43,7 @@ def test_the_linear_decay_of_the_original_glm_ends_where_its_iterations_do() -> 
     config.data.sources.en = source(path="x.txt")
     config, batch = resolve(config), 8 * 256
     at = [recipe.learning_rate(config, 1, step * batch) for step in (125, 250, 10_200, 50_000)]
-    assert at == pytest.approx([1.5e-5, 3e-5, 2.46e-5, 3e-6]  # 10,200 is a fifth of the way)
+    assert at == pytest.approx([1.5e-5, 3e-5, 2.46e-5, 3e-6])  # 10,200 is a fifth of the way
 
 
 def test_no_warmup_starts_at_the_peak_and_the_decay_ends_with_the_last_step() -> None:
