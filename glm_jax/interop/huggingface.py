@@ -202,18 +202,20 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f'{index}: there is no "weight_map" in it, a table from tensors to files')
     suffix = Path(index.name.removesuffix(".index.json")).suffix
-    tensors = {}
-    for name in sorted(set(places.values())):
-        file = index.parent / name
+    files = sorted(set(places.values()))
+    for name in files:
         if not re.fullmatch(rf"[\w.-]{{1,200}}{re.escape(suffix)}", name):
             raise UserError(f"{index} names {shown(name)}, which is no {suffix} file beside it")
-        if not file.is_file():
-            raise UserError(f"{file} is missing: {index.name} names it")
-        found = _read_tensors(file)
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent / name} is missing: {index.name} names it")
+    tensors = {}
+    for name in files:
+        found = _read_tensors(index.parent / name)
         wanted = {tensor for tensor, place in places.items() if place == name}
-        for tensor in sorted(found.keys() ^ wanted):
-            there, other = (file, index.name) if tensor in found else (index, name)
-            raise UserError(f"{there} has {shown(tensor)}, which is not in {other}: are they of one model?")
+        for tensor in sorted(wanted - found.keys()):
+            raise UserError(f"{index} says that {shown(tensor)} is in {name}, which does not have it")
+        for tensor in sorted(found.keys() - wanted):
+            raise UserError(f"{index.parent / name} has {shown(tensor)}, but {index.name} does not say so")
         tensors |= found
     return tensors
 
