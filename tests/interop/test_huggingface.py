@@ -205,7 +205,7 @@ def edit_json(name: str, **values: Any) -> Callable[[Path], Any]:
     return damage
 
 
-def edit_index(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], Any]:
+def edit_index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
     """Make a damage of the index."""
 
     def damage(root: Path) -> None:
