@@ -82,18 +82,18 @@ def _place(parameter: Parameter, sharding: jax.sharding.Sharding) -> Array:
     return jax.make_array_from_single_device_arrays(parameter.shape, sharding, shards)
 
 
-def nest(leaves: Mapping[ParamPath, object]) -> Tree:
+def nest(flat: Mapping[ParamPath, object]) -> Tree:
     """Turn {path: leaf} into nested dicts."""
     tree: Tree = {}
-    for (*parents, last), leaf in leaves.items():
+    for (*parents, last), leaf in flat.items():
         functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = leaf
     return tree
 
 
-def by_path(params: Params) -> dict[ParamPath, Array]:
-    """Turn nested dicts into {path: leaf}."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {tuple(str(getattr(key, "key", key)) for key in keys): leaf for keys, leaf in leaves}
+def leaves(params: Params) -> dict[ParamPath, Array]:
+    """Undo `nest`."""
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    return {tuple(str(getattr(key, "key", key)) for key in keys): leaf for keys, leaf in flat}
 
 
 def read_array(source: Array, index: tuple[slice | int, ...]) -> np.ndarray:

@@ -258,7 +258,7 @@ def save(
         UserError: the path is taken, the model is not of the original GLM's architecture, params do not fit cfg, or a
             value does not fit dtype.
     """
-    write(path, cfg, arrays.by_path(params), arrays.read_array, dtype, max_shard_bytes)
+    write(path, cfg, arrays.leaves(params), arrays.read_array, dtype, max_shard_bytes)
 
 
 def write(

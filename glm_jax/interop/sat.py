@@ -100,7 +100,7 @@ def save(
     Raises:
         UserError: the path is taken, params do not fit cfg, the ranks do not divide it, or a value does not fit dtype.
     """
-    write(path, cfg, arrays.by_path(params), arrays.read_array, tensor_parallel, iteration, dtype)
+    write(path, cfg, arrays.leaves(params), arrays.read_array, tensor_parallel, iteration, dtype)
 
 
 def write(
