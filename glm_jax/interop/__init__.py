@@ -1,1 +1,1 @@
-"""Official checkpoints in and out, without torch: the .pt container, SAT's shards, orbax."""
+"""Official checkpoints in and out, without torch: SAT's shards, Hugging Face folders, their containers, orbax."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from tensorstore import TensorStore
 
 from glm_jax.errors import UserError
-from glm_jax.interop import sat
+from glm_jax.interop import arrays, huggingface, sat
 from glm_jax.interop.layout import Rule, axis_sizes, rules, tile_shape, tiles
 from glm_jax.interop.shards import Parameter, latest_iteration, open_parameters
 from glm_jax.model import GLMConfig
 from glm_jax.workdir import checkpoint_format
-from glm_jax.workdir.checkpoint_format import Chunked
+from glm_jax.workdir.checkpoint_format import Chunked, ParamPath
 
 SPLIT_PARTS = 8  # stored chunks end where this many tensor-parallel ranks would
 
@@ -35,8 +37,26 @@ def sat_to_orbax(path: str | Path, cfg: GLMConfig, out: str | Path) -> Path:
     iteration = latest_iteration(path)
     if not iteration.isdigit():
         raise UserError(f"{Path(path) / 'latest'} names {iteration!r}: an orbax step must be a number")
-    arrays = {rule.path: _chunked(parameters[rule.path], _stored_tile(cfg, rule)) for rule in rules(cfg)}
-    return checkpoint_format.write_params(Path(out), int(iteration), arrays)
+    return _write_orbax(parameters, cfg, out, int(iteration))
+
+
+def hf_to_orbax(path: str | Path, cfg: GLMConfig, out: str | Path) -> Path:
+    """Convert a Hugging Face folder into step 0 of an orbax checkpoint directory, as `sat_to_orbax` does.
+
+    Args:
+        path: the folder with config.json.
+        cfg: the model that it holds: `huggingface.config(path)`.
+        out: as in `sat_to_orbax`.
+
+    Raises:
+        UserError: as `huggingface.load`, or the step exists already.
+    """
+    return _write_orbax(huggingface.open_parameters(path, cfg), cfg, out, 0)
+
+
+def _write_orbax(parameters: Mapping[ParamPath, Parameter], cfg: GLMConfig, out: str | Path, step: int) -> Path:
+    chunked = {rule.path: _chunked(parameters[rule.path], _stored_tile(cfg, rule)) for rule in rules(cfg)}
+    return checkpoint_format.write_params(Path(out), step, chunked)
 
 
 def orbax_to_sat(
@@ -60,14 +80,39 @@ def orbax_to_sat(
     Raises:
         UserError: as `checkpoint_format.open_params` and `sat.save`, or the checkpoint holds another model.
     """
-    step, sources = checkpoint_format.open_params(Path(path))
-    shapes = {param_path: tuple(source.shape) for param_path, source in sources.items()}
-    sat.check_shapes(cfg, shapes, str(step / checkpoint_format.PARAMS))
+    step, sources = _open_orbax(path, cfg)
     if iteration is None:
         if not step.name.isdigit():
             raise UserError(f"{step} is not named after its step: give the iteration")
         iteration = int(step.name)
-    sat.write(out, cfg, sources, lambda source, index: source[index].read().result(), tensor_parallel, iteration, dtype)
+    sat.write(out, cfg, sources, _read_stored, tensor_parallel, iteration, dtype)
+
+
+def orbax_to_hf(path: str | Path, cfg: GLMConfig, out: str | Path, dtype: str = "float32") -> None:
+    """Convert the params of an orbax checkpoint into a Hugging Face folder, in as little memory as `orbax_to_sat`.
+
+    Args:
+        path: as in `orbax_to_sat`.
+        cfg: the model that it holds.
+        out, dtype: as in `huggingface.save`.
+
+    Raises:
+        UserError: as `checkpoint_format.open_params` and `huggingface.save`, or the checkpoint holds another model.
+    """
+    _, sources = _open_orbax(path, cfg)
+    huggingface.write(out, cfg, sources, _read_stored, dtype)
+
+
+def _open_orbax(path: str | Path, cfg: GLMConfig) -> tuple[Path, dict[ParamPath, TensorStore]]:
+    """Open the params of a step and check that they are cfg's."""
+    step, sources = checkpoint_format.open_params(Path(path))
+    shapes = {param_path: tuple(source.shape) for param_path, source in sources.items()}
+    arrays.check_shapes(cfg, shapes, str(step / checkpoint_format.PARAMS))
+    return step, sources
+
+
+def _read_stored(source: TensorStore, index: tuple[slice | int, ...]) -> np.ndarray:
+    return source[index].read().result()
 
 
 def _stored_tile(cfg: GLMConfig, rule: Rule) -> tuple[int, ...]:

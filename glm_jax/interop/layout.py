@@ -1,4 +1,7 @@
-"""The one table between SAT's official tensors and our params: names, shapes, the order of axes, the split over ranks.
+"""The one table between official tensors and our params: names, shapes, the order of axes, the split over ranks.
+
+SAT (SwissArmyTransformer, the training code's) and Hugging Face checkpoints of the original GLM hold the same tensors;
+a `Layout` has what their names differ in.
 
 Axes are letters: V vocabulary, T rows of a position table, D hidden, N heads, C the three of q, k and v, K head dim,
 G the projections that enter the feed-forward (2 for a GLU, else 1), F feed-forward. An official tensor is [out, in]
@@ -22,6 +25,19 @@ from glm_jax.workdir.checkpoint_format import Index, ParamPath
 CHUNK_BYTES = 32 * 2**20  # of float32, the most that is read, turned and written at a time
 SAT_NORMS = ("deepnorm", "post", "pre", "sandwich")
 AXIS_NAMES = {"N": "num_heads", "F": "ffn_size", "V": "vocab_size"}  # the axes that ranks split
+
+
+class Layout(NamedTuple):
+    """What differs between the names of tensors in two kinds of checkpoints."""
+
+    transformer: str  # the prefix of blocks, the final norm and the position table
+    word: str  # the word embedding
+    block_position: str  # the table of block positions
+
+
+SAT = Layout("transformer", "transformer.word_embeddings",
+             "mixins.block_position_embedding.block_position_embeddings")  # fmt: skip
+HUGGING_FACE = Layout("glm.transformer", "glm.word_embeddings", "glm.transformer.block_position_embeddings")
 
 
 class Rule(NamedTuple):
@@ -63,8 +79,8 @@ def axis_sizes(cfg: GLMConfig) -> dict[str, int]:
             "C": 3, "K": cfg.head_dim, "G": cfg.up_projections, "F": cfg.ffn_size}  # fmt: skip
 
 
-def rules(cfg: GLMConfig) -> list[Rule]:
-    """Return the table for one model.
+def rules(cfg: GLMConfig, layout: Layout = SAT) -> list[Rule]:
+    """Return the table for one model, with the names of one layout.
 
     The original GLM (learned_2d positions) packs q, k and v as three blocks on each rank; GLM-130B's code packs them
     head by head.
@@ -78,38 +94,38 @@ def rules(cfg: GLMConfig) -> list[Rule]:
         listed = ", ".join(SAT_NORMS)
         raise UserError(f"official checkpoints have no norm scheme {cfg.norm!r}: model.norm must be one of {listed}")
     qkv = "CNK" if cfg.position == "learned_2d" else "NCK"
-    table = [Rule("transformer.word_embeddings.weight", ("embedding", "word"), "V D", "VD", "V")]
+    table = [Rule(f"{layout.word}.weight", ("embedding", "word"), "V D", "VD", "V")]
     if cfg.position == "learned_2d":
-        positions = "transformer.position_embeddings.weight"
-        block_positions = "mixins.block_position_embedding.block_position_embeddings.weight"
+        positions = f"{layout.transformer}.position_embeddings.weight"
         table += [Rule(positions, ("embedding", "position"), "T D", "TD"),
-                  Rule(block_positions, ("embedding", "block_position"), "T D", "TD")]  # fmt: skip
-    table += _norm("layers.{layer}.input_layernorm", ("blocks", "attention_norm"))
-    table += _affine("attention.query_key_value", ("attention", "qkv"), (f"{qkv} D", "DNCK"), (qkv, "NCK", "N"), "N")
-    table += _affine("attention.dense", ("attention", "output"), ("D NK", "NKD"), ("D", "D", ""), "N")
-    table += _norm("layers.{layer}.post_attention_layernorm", ("blocks", "feedforward_norm"))
-    table += _affine("mlp.dense_h_to_4h", ("feedforward", "up"), ("GF D", "DGF"), ("GF", "GF", "F"), "F")
-    table += _affine("mlp.dense_4h_to_h", ("feedforward", "down"), ("D F", "FD"), ("D", "D", ""), "F")
+                  Rule(f"{layout.block_position}.weight", ("embedding", "block_position"), "T D", "TD")]  # fmt: skip
+    block = layout.transformer + ".layers.{layer}."
+    table += _norm(block + "input_layernorm", ("blocks", "attention_norm"))
+    table += _affine(
+        block + "attention.query_key_value", ("attention", "qkv"), (f"{qkv} D", "DNCK"), (qkv, "NCK", "N"), "N"
+    )
+    table += _affine(block + "attention.dense", ("attention", "output"), ("D NK", "NKD"), ("D", "D", ""), "N")
+    table += _norm(block + "post_attention_layernorm", ("blocks", "feedforward_norm"))
+    table += _affine(block + "mlp.dense_h_to_4h", ("feedforward", "up"), ("GF D", "DGF"), ("GF", "GF", "F"), "F")
+    table += _affine(block + "mlp.dense_4h_to_h", ("feedforward", "down"), ("D F", "FD"), ("D", "D", ""), "F")
     if cfg.norm == "sandwich":
-        table += _norm("layers.{layer}.third_layernorm", ("blocks", "attention_output_norm"))
-        table += _norm("layers.{layer}.fourth_layernorm", ("blocks", "feedforward_output_norm"))
-    return table + _norm("final_layernorm", ("final_norm",))
+        table += _norm(block + "third_layernorm", ("blocks", "attention_output_norm"))
+        table += _norm(block + "fourth_layernorm", ("blocks", "feedforward_output_norm"))
+    return table + _norm(f"{layout.transformer}.final_layernorm", ("final_norm",))
 
 
 def _norm(name: str, path: ParamPath) -> list[Rule]:
-    return [Rule(f"transformer.{name}.weight", (*path, "scale"), "D", "D"),
-            Rule(f"transformer.{name}.bias", (*path, "bias"), "D", "D")]  # fmt: skip
+    return [Rule(f"{name}.weight", (*path, "scale"), "D", "D"), Rule(f"{name}.bias", (*path, "bias"), "D", "D")]
 
 
 def _affine(name: str, path: ParamPath, kernel: tuple[str, str], bias: tuple[str, str, str], split: str) -> list[Rule]:
-    prefix = "transformer.layers.{layer}." + name
-    return [Rule(f"{prefix}.weight", ("blocks", *path, "kernel"), *kernel, split),
-            Rule(f"{prefix}.bias", ("blocks", *path, "bias"), *bias)]  # fmt: skip
+    return [Rule(f"{name}.weight", ("blocks", *path, "kernel"), *kernel, split),
+            Rule(f"{name}.bias", ("blocks", *path, "bias"), *bias)]  # fmt: skip
 
 
-def official_tensors(cfg: GLMConfig) -> Iterator[tuple[str, Rule, int | None]]:
+def official_tensors(cfg: GLMConfig, layout: Layout = SAT) -> Iterator[tuple[str, Rule, int | None]]:
     """Yield (official name, rule, layer) for every tensor of a checkpoint, layer None outside the blocks."""
-    table = rules(cfg)
+    table = rules(cfg, layout)
     blocks = [rule for rule in table if rule.stacked]
     first = table.index(blocks[0])
     for rule in table[:first]:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from glm_jax.config.fields import shown
 from glm_jax.errors import UserError
-from glm_jax.interop.layout import Rule, axis_sizes, check_ranks, official_tensors, rules
+from glm_jax.interop.layout import SAT, Layout, Rule, axis_sizes, check_ranks, official_tensors, rules
 from glm_jax.interop.torch_archive import StoredTensor, read_archive
 from glm_jax.model import GLMConfig
 from glm_jax.workdir.checkpoint_format import Index, ParamPath
@@ -26,7 +27,7 @@ IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
 
 class Rank(NamedTuple):
-    """One file of a checkpoint."""
+    """The tensors of one tensor-parallel rank, and the file that should name them all."""
 
     file: Path
     tensors: dict[str, StoredTensor]
@@ -110,11 +111,24 @@ def open_ranks(path: str | Path) -> list[Rank]:
         module = content.get("module") if isinstance(content, dict) else None
         if not isinstance(module, dict):
             raise UserError(f'{file}: there is no "module" in it: is this a SAT checkpoint?')
-        for name, value in module.items():
-            if not isinstance(value, StoredTensor):
-                raise UserError(f"{file}: {name} is not a tensor but {type(value).__name__}")
-        ranks.append(Rank(file, module))
+        ranks.append(Rank(file, check_tensors(file, module)))
     return ranks
+
+
+def check_tensors(file: Path, content: dict[object, object]) -> dict[str, StoredTensor]:
+    """Return a file's table as tensors by name.
+
+    Raises:
+        UserError: something in it is not a tensor, or has a number for a name.
+    """
+    tensors = {}
+    for name, value in content.items():
+        if not isinstance(value, StoredTensor):
+            raise UserError(f"{file}: {shown(name)} is not a tensor but {type(value).__name__}")
+        if not isinstance(name, str):
+            raise UserError(f"{file}: a tensor has the name {shown(name)}, it must be text")
+        tensors[name] = value
+    return tensors
 
 
 def open_parameters(path: str | Path, cfg: GLMConfig) -> dict[ParamPath, Parameter]:
@@ -126,7 +140,7 @@ def open_parameters(path: str | Path, cfg: GLMConfig) -> dict[ParamPath, Paramet
     return gather(open_ranks(path), cfg)
 
 
-def gather(ranks: list[Rank], cfg: GLMConfig) -> dict[ParamPath, Parameter]:
+def gather(ranks: list[Rank], cfg: GLMConfig, layout: Layout = SAT) -> dict[ParamPath, Parameter]:
     """Check each rank's tensors against the table and view them as our params, by path.
 
     Raises:
@@ -134,13 +148,13 @@ def gather(ranks: list[Rank], cfg: GLMConfig) -> dict[ParamPath, Parameter]:
     """
     check_ranks(cfg, len(ranks), ranks[-1].file)
     sizes = axis_sizes(cfg)
-    names = {name for name, _, _ in official_tensors(cfg)}
+    names = {name for name, _, _ in official_tensors(cfg, layout)}
     for rank in ranks:
-        for name in rank.tensors:
+        for name, tensor in rank.tensors.items():
             if name not in names and not IGNORED.fullmatch(name):
-                raise UserError(f"{rank.file}: {name} is not a tensor of this model: does the config fit it?")
+                raise UserError(f"{tensor.file}: {shown(name)} is not a tensor of this model: does the config fit it?")
     layers: dict[ParamPath, list[tuple[StoredTensor, ...]]] = {}
-    for name, rule, _ in official_tensors(cfg):
+    for name, rule, _ in official_tensors(cfg, layout):
         dtype = next((rank.tensors[name].dtype for rank in ranks if name in rank.tensors), None)
         views = tuple(_view(rank, name, rule, sizes, len(ranks), dtype) for rank in ranks)
         layers.setdefault(rule.path, []).append(views)
@@ -149,7 +163,7 @@ def gather(ranks: list[Rank], cfg: GLMConfig) -> dict[ParamPath, Parameter]:
             rule.our_shape(sizes), rule.stacked, rule.ours.index(rule.split) if rule.split else None,
             tuple(layers[rule.path])
         )
-        for rule in rules(cfg)
+        for rule in rules(cfg, layout)
     }  # fmt: skip
 
 
@@ -161,11 +175,11 @@ def _view(rank: Rank, name: str, rule: Rule, sizes: dict[str, int], ranks: int, 
     wanted = rule.torch_shape(sizes, ranks)
     if tensor.shape != wanted:
         raise UserError(
-            f"{rank.file}: {name} has shape {list(tensor.shape)}, the config wants {list(wanted)} on each of "
-            f"{ranks} rank{'s' * (ranks > 1)}: is it of another model, or is a rank's file missing?"
+            f"{tensor.file}: {name} has shape {list(tensor.shape)}, the config wants {list(wanted)}"
+            f"{f' on each of {ranks} ranks' * (ranks > 1)}: is it of another model, or is a file missing?"
         )
     if tensor.dtype.name not in FLOATS or tensor.dtype != dtype:
-        raise UserError(f"{rank.file}: {name} is {tensor.dtype.name}, it must be of floats and alike on all ranks")
+        raise UserError(f"{tensor.file}: {name} is {tensor.dtype.name}, it must be of floats and alike on all ranks")
     shape = dict(zip(rule.view, rule.view_shape(sizes, ranks), strict=True))
     for axis, group in reversed(list(enumerate(rule.official.split()))):
         tensor = tensor.split(axis, tuple(shape[letter] for letter in group))

@@ -16,7 +16,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -228,6 +228,11 @@ class TensorStream:
         """The size of the tensor's bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def buffers(self) -> Iterator[memoryview]:
+        """Yield the tensor's bytes, a chunk at a time."""
+        for chunk in self.chunks:
+            yield np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
+
 
 def write_archive(path: Path, group: str, tensors: Mapping[str, TensorStream]) -> None:
     """Write {group: {name: tensor}} as torch.save would, one chunk in memory at a time.
@@ -241,16 +246,12 @@ def write_archive(path: Path, group: str, tensors: Mapping[str, TensorStream]) -
         _write_record(archive, file, f"{path.stem}/byteorder", [b"little"])
         for key, (name, tensor) in enumerate(tensors.items()):
             record = f"{path.stem}/data/{key}"
-            written = _write_record(archive, file, record, map(_as_bytes, tensor.chunks))
+            written = _write_record(archive, file, record, tensor.buffers())
             assert written == tensor.nbytes, (name, written, tensor.nbytes)
             digest.update(archive.getinfo(record).CRC.to_bytes(4, "little"))
         _write_record(archive, file, f"{path.stem}/version", [b"3\n"])
         identity = str(int.from_bytes(digest.digest()[:16], "little")).zfill(40)  # torch's has 40 digits too
         _write_record(archive, file, f"{path.stem}/.data/serialization_id", [identity.encode()])
-
-
-def _as_bytes(chunk: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
 
 
 def _write_record(archive: zipfile.ZipFile, file: IO[bytes], name: str, chunks: Iterable[bytes | memoryview]) -> int:

@@ -228,10 +228,41 @@ def checkpoints() -> Target:
     return read, [json.dumps(metadata).encode() + b"----\n" + json.dumps(array).encode()]
 
 
+def safetensors_files() -> Target:
+    """A file of safetensors."""
+    from glm_jax.interop.safetensors_file import read_safetensors
+
+    file = scratch() / "a.safetensors"
+
+    def read(data: bytes) -> object:
+        file.write_bytes(data)
+        return read_safetensors(file)
+
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    return read, [len(header).to_bytes(8, "little") + header + bytes(8)]
+
+
+def huggingface_folders() -> Target:
+    """The JSON of a Hugging Face folder: config.json and the index, the second after a line of dashes."""
+    from glm_jax.interop import huggingface
+
+    golden = ROOT / "tests/goldens/hf_glm/sharded"
+    folder = scratch() / "folder"
+    shutil.copytree(golden, folder)
+    files = ("config.json", "pytorch_model.bin.index.json")
+
+    def read(data: bytes) -> object:
+        for name, part in zip(files, data.partition(b"----\n")[::2], strict=True):
+            (folder / name).write_bytes(part)
+        return huggingface.open_parameters(folder, huggingface.config(folder))
+
+    return read, [b"----\n".join((golden / name).read_bytes() for name in files)]
+
+
 TARGETS: dict[str, Callable[[], Target]] = {
     make.__name__: make
     for make in (archive, pickles, json_arrays, jsonl, zstandard_files, compressed_texts, parquet_files, templates,
-                 template_files, overrides, tokenizers, checkpoints)
+                 template_files, overrides, tokenizers, checkpoints, safetensors_files, huggingface_folders)
 }  # fmt: skip
 
 
