@@ -118,6 +118,8 @@ class Letters:
     """A tokenizer of letters: a is 10, b is 11 and so on."""
 
     pad, unk, eos, mask, gmask, smask, sop, eop, size = 0, 1, 2, 3, 4, 5, 6, 7, 36
+    prefix = suffix = ()
+    strips_before_blanks = False
 
     def encode(self, text: str) -> np.ndarray:
         return np.array([ord(letter) - 87 for letter in text], np.int32)
