@@ -1,7 +1,7 @@
 """GLM-130B as it was trained, 6 May to 3 July 2022, on 96 DGX-A100; name your corpora in data.sources.
 
     glm-jax config show --config experiments/glm_130b.py
-    glm-jax convert sat-to-orbax --config experiments/glm_130b.py --path glm-130b-sat --out glm-130b/checkpoints
+    glm-jax convert sat-to-orbax --config experiments/glm_130b.py --path glm-130b-sat --out runs/glm_130b
 
 Sources: P, the paper (arXiv 2210.02414, tables 11 and 12, sections 2 and 3); L, its published training log; R, the
 released inference code.

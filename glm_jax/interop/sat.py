@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax.config.fields import build
 from glm_jax.errors import UserError
+from glm_jax.interop import describe
 from glm_jax.interop.layout import (
     Rule,
     axis_sizes,
@@ -25,13 +27,13 @@ from glm_jax.interop.layout import (
     tile_shape,
     tiles,
 )
-from glm_jax.interop.shards import RANK_FILE, Parameter, gather, infer_config, open_parameters, open_ranks
+from glm_jax.interop.shards import RANK_FILE, Rank, gather, open_parameters, open_ranks
 from glm_jax.interop.torch_archive import TensorStream, write_archive
-from glm_jax.model import GLMConfig
+from glm_jax.model import GLMConfig, init
 from glm_jax.model.transformer import Params
-from glm_jax.storage.files import atomic_directory
+from glm_jax.storage.files import atomic_directory, check_absent
 from glm_jax.types import Tree
-from glm_jax.workdir.checkpoint_format import ParamPath
+from glm_jax.workdir.checkpoint_format import Index, ParamPath
 
 Array = jax.Array
 
@@ -39,6 +41,10 @@ Array = jax.Array
 class _Shaped(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+
+class _Readable(_Shaped, Protocol):
+    def read(self, index: Index, dtype: np.dtype | None = None) -> np.ndarray: ...
 
 
 S = TypeVar("S", bound=_Shaped)
@@ -78,7 +84,7 @@ def load_sharded(path: str | Path, cfg: GLMConfig, shardings: Tree) -> Params:
         sharding = shardings
         for name in param_path:
             sharding = sharding[name]
-        arrays[param_path] = _place(parameter, sharding)
+        arrays[param_path] = fill(jnp.zeros(parameter.shape, jnp.float32, device=sharding), parameter)
     return nest(arrays)
 
 
@@ -87,27 +93,28 @@ def _update(whole: Array, chunk: Array, start: list[Array]) -> Array:
     return jax.lax.dynamic_update_slice(whole, chunk, start)
 
 
-def _place(parameter: Parameter, sharding: jax.sharding.Sharding) -> Array:
-    """Make one float32 array of `sharding`, chunk by chunk; devices with the same part share the reading."""
+def fill(array: Array, source: _Readable) -> Array:
+    """Overwrite an array, chunk by chunk, with as much of `source` as fits; what lies beyond it stays.
+
+    Args:
+        array: float32, on any mesh; it is donated. Devices with the same part share the reading.
+        source: as many axes; each may be longer or shorter than the array's.
+    """
     owners = collections.defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
-        bounds = zip(index or (), parameter.shape, strict=True)
-        owners[tuple(part.indices(size)[:2] for part, size in bounds)].append(device)
+    for shard in array.addressable_shards:
+        bounds = zip(shard.index, array.shape, strict=True)
+        owners[tuple(part.indices(size)[:2] for part, size in bounds)].append(shard.data)
     shards = []
-    for bounds, devices in owners.items():
-        shape = tuple(stop - start for start, stop in bounds)
-        tile = tile_shape(shape)
-        parts = [None if tile == shape else jnp.zeros(shape, jnp.float32, device=device) for device in devices]
-        for region in tiles(shape, tile):
+    for bounds, parts in owners.items():
+        shape = tuple(max(0, min(stop, size) - start) for (start, stop), size in zip(bounds, source.shape, strict=True))
+        for region in tiles(shape, tile_shape(shape)) if all(shape) else ():
             index = tuple(slice(b[0] + r.start, b[0] + r.stop) for b, r in zip(bounds, region, strict=True))
-            chunk = parameter.read(index, np.dtype(np.float32))
-            for place, device in enumerate(devices):
-                moved, whole = jax.device_put(chunk, device), parts[place]
-                start = [np.int32(part.start) for part in region]
-                parts[place] = moved if whole is None else _update(whole, moved, start)
+            chunk = source.read(index, np.dtype(np.float32))
+            start = [np.int32(part.start) for part in region]
+            parts = [_update(part, jax.device_put(chunk, part.device), start) for part in parts]
             jax.block_until_ready(parts)  # else the chunks pile up behind the transfers
         shards += parts
-    return jax.make_array_from_single_device_arrays(parameter.shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -119,7 +126,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         UserError: as in `load`.
     """
     ranks = open_ranks(path)
-    cfg = infer_config(ranks)
+    cfg = _merged(ranks)
     sizes = axis_sizes(cfg)
     parameters = gather(ranks, cfg)
     tensors = {}
@@ -134,12 +141,29 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _merged(ranks: list[Rank]) -> GLMConfig:
+    """Return a config under which the ranks merge as they must; any count of heads that they divide does."""
+    file, tensors = ranks[0]
+    facts = describe.shapes(file, tensors, len(ranks))
+    values: dict[str, object] = {key: fact.default for key, fact in facts.items()}
+    values |= {"num_heads": len(ranks), "norm": values["norm"] or "deepnorm"}
+    if values["position"] != "learned_2d":
+        values["position"] = "alibi"  # rotary positions would need an even width of a head
+    return build(GLMConfig, values, f"{file}: the shapes do not fit one another: ")
+
+
 def nest(leaves: Mapping[ParamPath, object]) -> Tree:
     """Turn {path: leaf} into nested dicts."""
     tree: Tree = {}
     for (*parents, last), leaf in leaves.items():
         functools.reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = leaf
     return tree
+
+
+def leaves(tree: Tree) -> dict[ParamPath, Tree]:
+    """Undo `nest`."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(str(getattr(key, "key", key)) for key in keys): leaf for keys, leaf in flat}
 
 
 def save(
@@ -164,25 +188,21 @@ def save(
     Raises:
         UserError: the path is taken, params do not fit cfg, the ranks do not divide it, or a value does not fit dtype.
     """
-    sources = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        sources[tuple(str(getattr(key, "key", key)) for key in keys)] = leaf
-    write(path, cfg, sources, lambda source, index: np.asarray(source[index]), tensor_parallel, iteration, dtype)
+    write(path, cfg, leaves(params), lambda source, index: np.asarray(source[index]), tensor_parallel, iteration, dtype)
 
 
 def write(
     path: str | Path,
     cfg: GLMConfig,
     sources: Mapping[ParamPath, S],
-    read: Callable[[S, tuple[slice | int, ...]], np.ndarray],
+    read: Callable[[S, Index], np.ndarray],
     tensor_parallel: int,
     iteration: int,
     dtype: str,
 ) -> None:
     """Do the work of `save` for anything that has shapes and from which `read(source, index)` gets regions."""
     root = Path(path)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root} exists already: choose another directory or remove it")
+    check_absent(root)
     if dtype not in ("float32", "float16"):
         raise UserError(f"dtype is {dtype!r}, it must be float32 or float16")
     if iteration < 0:
@@ -208,7 +228,8 @@ def check_shapes(cfg: GLMConfig, shapes: Mapping[ParamPath, tuple[int, ...]], wh
     Raises:
         UserError: one is missing, unknown or of another shape; the message starts with `where`.
     """
-    wanted = {rule.path: rule.our_shape(axis_sizes(cfg)) for rule in rules(cfg)}
+    params = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    wanted = {param_path: tuple(leaf.shape) for param_path, leaf in leaves(params).items()}
     for param_path in sorted(wanted.keys() | shapes.keys()):
         name = ".".join(param_path)
         if param_path not in shapes:
@@ -225,7 +246,7 @@ def _chunks(
     name: str,
     rule: Rule,
     layer: int | None,
-    read: Callable[[tuple[slice | int, ...]], np.ndarray],
+    read: Callable[[Index], np.ndarray],
     shape: tuple[int, ...],
     rank: int,
     dtype: str,
@@ -237,7 +258,7 @@ def _chunks(
             first, part = rank * shape[rule.view.index(rule.split)], bounds[rule.split]
             bounds[rule.split] = slice(first + part.start, first + part.stop)
         index = tuple(bounds[axis] for axis in rule.ours)
-        chunk = read(index if layer is None else (layer, *index))
+        chunk = read(index) if layer is None else read((slice(layer, layer + 1), *index))[0]
         with np.errstate(over="ignore"):
             converted = chunk.astype(dtype)
         if np.isinf(converted).sum() > np.isinf(chunk).sum():

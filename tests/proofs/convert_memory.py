@@ -23,10 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
+from glm_jax.config.fields import to_dict
 from glm_jax.interop import convert, sat
 from glm_jax.interop.layout import axis_sizes, official_tensors, tile_shape, tiles
 from glm_jax.interop.shards import RANK_FILE, open_parameters
 from glm_jax.interop.torch_archive import TensorStream, write_archive
+from glm_jax.interop.weights import open_weights
 from glm_jax.model import GLMConfig
 
 LIMIT = 2e9
@@ -68,9 +70,10 @@ def child(task: str, directory: Path) -> None:
     """Do one task, and print the bytes of the arrays that it holds and its peak memory."""
     held = 0
     if task == "sat-to-orbax":
-        convert.sat_to_orbax(directory / "official", LARGE, directory / "orbax")
+        weights = open_weights(directory / "official", to_dict(LARGE))
+        convert.to_workdir(weights, directory / "orbax", convert.experiment(LARGE))
     elif task == "orbax-to-sat":
-        convert.orbax_to_sat(directory / "orbax", LARGE, directory / "back", OTHER_RANKS, dtype="float16")
+        convert.orbax_to_sat(open_weights(directory / "orbax"), directory / "back", OTHER_RANKS, dtype="float16")
     else:
         import jax
 
