@@ -19,7 +19,6 @@ from glm_jax.model import GLMConfig
 from glm_jax.storage.files import atomic_directory, check_absent, write_atomic
 from glm_jax.workdir import checkpoint_format, folder
 from glm_jax.workdir.checkpoint_format import Chunked
-from glm_jax.workdir.events import versions
 
 SPLIT_PARTS = 8  # stored chunks end where this many tensor-parallel ranks would
 
@@ -66,8 +65,7 @@ def to_workdir(weights: Weights, out: str | Path, config: Experiment, tokenizer:
         raise UserError(f"{weights.files[0]} is not named after its iteration: the name must be a number")
     cfg = config.glm(tokenizer.size if tokenizer else 0)
     arrays = {rule.path: _chunked(weights.parameters[rule.path], _stored_tile(cfg, rule)) for rule in rules(cfg)}
-    record = {"step": weights.step, "source": weights.record(), "versions": versions(),
-              **folder.identity(config, tokenizer)}  # fmt: skip
+    record = {"step": weights.step, "source": weights.record(), **folder.identity(config, tokenizer)}
     with atomic_directory(root) as temporary:
         write_atomic(temporary / folder.CONFIG, to_json(config))
         if tokenizer:

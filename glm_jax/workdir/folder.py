@@ -24,6 +24,7 @@ from glm_jax.storage.files import write_atomic
 from glm_jax.types import Json
 from glm_jax.workdir import checkpoint_folders
 from glm_jax.workdir.checkpoint_format import RUN
+from glm_jax.workdir.events import versions
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
@@ -122,8 +123,8 @@ def write(workdir: Path, config: Experiment, tokenizer: Tokenizer) -> None:
 
 
 def identity(config: Experiment, tokenizer: Tokenizer | None) -> Json:
-    """Return what a checkpoint records of the model that it holds."""
-    return {"model": to_dict(config.model), "tokenizer": tokenizer and tokenizer.digest}
+    """Return what a checkpoint records of the model that it holds, and of the packages that wrote it."""
+    return {"model": to_dict(config.model), "tokenizer": tokenizer and tokenizer.digest, "versions": versions()}
 
 
 def lacks_tokenizer(workdir: Path) -> bool:

@@ -13,6 +13,7 @@ import pytest
 
 from glm_jax.config import Config, default_config, interventions, resolve
 from glm_jax.errors import UserError, WorkFailed
+from glm_jax.interop.initial import Initial
 from glm_jax.training import run as running
 from glm_jax.training.observers import Observer, Request, Step
 from glm_jax.training.observers.evaluate import Evaluate
@@ -125,7 +126,7 @@ def scalar(run: Run) -> Any:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that runs from a start to the end and returns the diary; keys as in `train__steps=5`."""
     monkeypatch.setattr(running, "at_step", lambda mesh, state, step, samples, *scale: step)
-    monkeypatch.setattr(running, "create_state", lambda cfg, mesh: 0)
+    monkeypatch.setattr(running, "create_state", lambda cfg, mesh, load: 0)
     monkeypatch.setattr(running, "disk_targets", lambda cfg, mesh: None)
     monkeypatch.setattr(running, "to_disk", lambda cfg, mesh, state: state)
     monkeypatch.setattr(running, "from_disk", lambda cfg, mesh, items: items)
@@ -148,6 +149,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(running, "ready", ready)
         made: Any = object.__new__(Run)
         made.config, made.workdir, made._optimizer, made._say = config, tmp_path, None, book.say
+        made._initial = Initial(config, book.say)
         made.stretch, made.closing = Counting(diary, config, losses or {}, asks or {}), ExitStack()
         made.record, made.checkpoints, made.monitor = Record(tmp_path, 0), book, book
         made.observers, made.evaluators = (

@@ -63,7 +63,9 @@ class Prepared:
     instruction_weights: dict[str, float]
 
 
-def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: bool = True) -> Prepared:
+def prepare(
+    config: Experiment, report: Report, *, workers: int = 1, strict: bool = True, tokenizer: Tokenizer | None = None
+) -> Prepared:
     """Fetch or read the sources, remove duplicates, train the tokenizer, write shards; skip what exists.
 
     The result does not depend on the number of workers, nor on how often the build was killed and restarted.
@@ -74,6 +76,7 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
         workers: processes that read and tokenise.
         strict: stop at a damaged record; otherwise count it and leave it out. What an earlier call made without
             `strict` is used unchanged.
+        tokenizer: to use; None to do as config.data.tokenizer says.
 
     Returns:
         What batches are made from. A sample that cannot be reached is reported and left out.
@@ -86,7 +89,9 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
     if not data.sources:
         raise UserError("data.sources is empty: give a source a path or a sample")
     cache = open_cache(data.cache, report)
-    given = read(data.tokenizer.path, pinned=data.tokenizer.pinned) if data.tokenizer.path else None
+    given = tokenizer
+    if given is None and data.tokenizer.path:
+        given = read(data.tokenizer.path, pinned=data.tokenizer.pinned)
     if given is not None:
         config.glm(given.size)  # refuse one that does not fit now, not after all sources are read
     documents: dict[str, Path] = {}
