@@ -118,9 +118,9 @@ def test_a_step_can_be_named(config: Experiment, trained: Path, named: str, tmp_
 def test_a_run_resumes_without_the_weights_it_began_with(config: Experiment, trained: Path, tmp_path: Path) -> None:
     weights = shutil.copytree(trained, tmp_path / "weights")
     with begun(config, tmp_path / "run", weights) as run:
-        next(steps := run.steps())
+        for _ in run.steps():
+            break
         run.save()
-        steps.close()
     shutil.rmtree(weights)
     with begun(config, tmp_path / "run", weights) as run:
         assert run.step == 1 and [step.number for step in run.steps()] == [2, 3, 4]
