@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import jax
 import numpy as np
 import pytest
 
+from glm_jax.cli import main
 from glm_jax.config import Experiment, default_config, resolve, source, to_json, with_changes
 from glm_jax.data.tokenizers.sentencepiece import train
 from glm_jax.errors import UserError
 from glm_jax.interop import sat
 from glm_jax.training.run import Run
 from glm_jax.types import Tree
+from tests.end_to_end.runs import in_process
 from tests.patience import HANG
 
 pytestmark = pytest.mark.slow
@@ -231,6 +234,18 @@ def test_a_longer_table_keeps_the_trained_positions(config: Experiment, learned:
     for name in ("position", "block_position"):
         assert (found[name][:40] != fresh[name][:40]).any(axis=1).all()
         np.testing.assert_array_equal(found[name][40:], fresh[name][40:])
+
+
+@in_process
+def test_a_corpus_is_built_with_the_tokenizer_of_the_weights(
+    config: Experiment, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = to_json(with_changes(config, {"data.tokenizer.vocab_size": 290, "train.init_from": str(trained)}))
+    (tmp_path / "mine.py").write_text(f"import json\ndef get_config():\n    return json.loads({other!r})\n")
+    assert main.main(["corpus", "build", f"--config={tmp_path / 'mine.py'}", "--workers=1"]) == 0
+    said = capsys.readouterr().err
+    assert f"tokenizer: that of {trained}" in said
+    assert re.search(r"shards en: .*cached", said), said  # the ones that the weights were trained on
 
 
 MESH = """
