@@ -3,7 +3,7 @@
     glm-jax config show --config experiments/glm_130b.py
     glm-jax train --config experiments/glm_130b.py --workdir runs/glm_130b \
         --config.data.tokenizer.path=ice_text.model --config.data.sources... --config.data.instructions...
-    glm-jax convert sat-to-orbax --config experiments/glm_130b.py --path glm-130b-sat --out glm-130b/checkpoints
+    glm-jax convert sat-to-orbax --config experiments/glm_130b.py --path glm-130b-sat --out runs/released
 
 The tokenizer is ice_text.model of icetk; with --config.data.tokenizer.pinned=True, as it was in 2022.
 

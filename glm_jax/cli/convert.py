@@ -1,50 +1,103 @@
-"""`glm-jax convert`: official checkpoints to ours and back."""
+"""`glm-jax convert`: weights of others to workdirs of ours and back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from glm_jax.cli import common
 from glm_jax.cli.common import say
+from glm_jax.config import files
+from glm_jax.config.fields import to_dict
 from glm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from glm_jax.interop.weights import Weights
+
+# the kinds of weights that they read
+DIRECTIONS = {
+    "sat-to-orbax": ("sat",),
+    "hf-to-orbax": ("huggingface",),
+    "orbax-to-sat": ("workdir", "orbax"),
+    "orbax-to-hf": ("workdir", "orbax"),
+}
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Convert official checkpoints to ours (`convert sat-to-orbax`) and back (`convert orbax-to-sat`)."""
-    if not arguments or arguments[0] not in ("sat-to-orbax", "orbax-to-sat"):
-        usage = "glm-jax convert sat-to-orbax|orbax-to-sat --config FILE --path FROM --out TO [flags]"
+    """Convert official checkpoints and Hugging Face folders to workdirs (`sat-to-orbax`, `hf-to-orbax`) and back."""
+    if not arguments or arguments[0] not in DIRECTIONS:
+        usage = f"glm-jax convert {'|'.join(DIRECTIONS)} --path FROM --out TO [flags]"
         if {"-h", "--help"} & set(arguments):
             print(f"usage: {usage}")
             return 0
         raise UserError(f"name the direction to convert in: {usage}")
     direction, *rest = arguments
-    values = common.flag_values(f"convert {direction}", "--config glm_130b --path FROM --out TO")
+    values = common.flag_values(f"convert {direction}", "--path FROM --out TO")
     common.define_config(values)
-    common.define_path(values, "path", "the directory to read, with `latest` or steps in it")
-    common.define_path(values, "out", "the directory to write")
+    read = {"sat-to-orbax": "a folder with `latest`", "hf-to-orbax": "a folder with config.json and weights"}
+    common.define_path(values, "path", "what to read: " + read.get(direction, "a workdir, WORKDIR@STEP, or a step"))
+    common.define_path(values, "out", "the folder to write")
     if direction == "orbax-to-sat":
         flags.DEFINE_integer("tensor_parallel", 1, "number of files to write", lower_bound=1, flag_values=values)
         flags.DEFINE_integer("iteration", None, "the iteration in its name; by default the step", flag_values=values)
-        flags.DEFINE_enum("dtype", "float32", ["float32", "float16"], "dtype of the files", flag_values=values)
-    if not common.parse(values, rest, ["config", "path", "out"]):
+    if direction in ("orbax-to-sat", "orbax-to-hf"):
+        dtypes = ["float32", "float16"] + ["bfloat16"] * (direction == "orbax-to-hf")
+        flags.DEFINE_enum("dtype", "float32", dtypes, "dtype of the files", flag_values=values)
+    else:
+        common.define_path(values, "tokenizer", "as data.tokenizer.path; by default the folder's own")
+    if not common.parse(values, rest, ["path", "out"]):
         return 0
-    resolved = common.load(values)
-    if not resolved.model.vocab_size:
-        raise UserError("model.vocab_size is 0: give the number of rows of the embedding, --config.model.vocab_size=N")
 
-    from glm_jax.interop.convert import orbax_to_sat, sat_to_orbax
+    from glm_jax.interop.convert import orbax_to_hf, orbax_to_sat
+    from glm_jax.interop.weights import open_weights
+    from glm_jax.storage.files import check_absent
+    from glm_jax.workdir.checkpoint_folders import disk_reason
 
-    cfg = resolved.glm(0)
     try:
-        if direction == "sat-to-orbax":
-            written = sat_to_orbax(values.path, cfg, values.out)
+        check_absent(Path(values.out))
+        weights = open_weights(values.path, _given(values), say)
+        if weights.kind not in DIRECTIONS[direction]:
+            other = next(name for name, kinds in DIRECTIONS.items() if weights.kind in kinds)
+            raise UserError(f"--path {values.path} is for `convert {other}`, not for {direction}")
+        if direction == "orbax-to-sat":
+            orbax_to_sat(weights, values.out, values.tensor_parallel, values.iteration, values.dtype)
+        elif direction == "orbax-to-hf":
+            orbax_to_hf(weights, values.out, values.dtype)
         else:
-            orbax_to_sat(values.path, cfg, values.out, values.tensor_parallel, values.iteration, values.dtype)
-            written = values.out
-    except OSError as error:
-        raise UserError(f"--path {values.path} cannot be converted to --out {values.out} ({error}): fix that, or "
+            _to_workdir(values, weights)
+    except (OSError, ValueError, RuntimeError) as error:
+        if (reason := disk_reason(error)) is None:
+            raise
+        raise UserError(f"--path {values.path} cannot be converted to --out {values.out} ({reason}): fix that, or "
                         "name another directory") from error  # fmt: skip
-    say(f"written: {written}")
+    say(f"written: {values.out}")
     return 0
+
+
+def _given(values: flags.FlagValues) -> Mapping[str, object]:
+    """Return what the flags say of the model, by key."""
+    if values.config is None:
+        return {key.removeprefix("model."): value for key, value in common.changes(values).items()
+                if key.startswith("model.")}  # fmt: skip
+    model = to_dict(common.load(values).model)
+    return {key: value for key, value in model.items() if key not in ("vocab_size", "max_length") or value}
+
+
+def _to_workdir(values: flags.FlagValues, weights: Weights) -> None:
+    """Write the workdir, with the experiment that the flags name."""
+    from glm_jax.data.tokenizers.load import read
+    from glm_jax.interop.convert import experiment, to_workdir
+
+    base = None if values.config is None else files.config(common.experiment_file(values))
+    beside = weights.tokenizer if base is None else None  # an experiment says itself which tokenizer it has
+    file = values.tokenizer or (beside and str(beside.absolute()))
+    named = {} if file is None else {"data.tokenizer.path": file}
+    config = experiment(weights.config, base, common.changes(values) | named)
+    known = config.data.tokenizer
+    tokenizer = read(known.path, pinned=known.pinned) if known.path else None
+    to_workdir(weights, values.out, config, tokenizer)
+    if tokenizer is None:
+        say("the workdir has no tokenizer: to generate, convert with --tokenizer FILE")

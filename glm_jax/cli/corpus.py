@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from glm_jax.cli import common
 from glm_jax.cli.common import say
+from glm_jax.config import Experiment
 from glm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from glm_jax.data.tokenizers.protocol import Tokenizer
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -42,13 +47,14 @@ def run(arguments: Sequence[str]) -> int:
     elif action == "verify":
         prepare.verify(resolved, say)
     elif action == "build":
-        prepared = prepare.prepare(resolved, say, workers=values.workers, strict=values.strict)
+        tokenizer = _tokenizer(resolved)
+        prepared = prepare.prepare(resolved, say, workers=values.workers, strict=values.strict, tokenizer=tokenizer)
         if values.strict:
             prepare.check_undamaged(prepared)
     else:
         from glm_jax.data.rows.experiment import training_batches
 
-        prepared = prepare.prepare(resolved, say)
+        prepared = prepare.prepare(resolved, say, tokenizer=_tokenizer(resolved))
         for line in inspect.counts(prepared):
             print(line)
         batches = training_batches(resolved, prepared)
@@ -56,3 +62,12 @@ def run(arguments: Sequence[str]) -> int:
         for line in inspect.rows(batch, batches.sources, prepared.tokenizer, coloured=sys.stdout.isatty()):
             print(line)
     return 0
+
+
+def _tokenizer(config: Experiment) -> Tokenizer | None:
+    """Return the tokenizer of the weights that a run would begin with, if any."""
+    if not config.train.init_from:
+        return None
+    from glm_jax.interop.initial import begin  # imports jax, which other corpora need not wait for
+
+    return begin(config, None, say).tokenizer

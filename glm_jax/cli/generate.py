@@ -9,7 +9,7 @@ from absl import flags
 
 from glm_jax.cli import common
 from glm_jax.cli.common import say
-from glm_jax.errors import printable
+from glm_jax.errors import UserError, printable
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -40,6 +40,8 @@ def run(arguments: Sequence[str]) -> int:
     from glm_jax.inference.strategies import GREEDY, Sampling
 
     model = Model.open(values.workdir)
+    if model.tokenizer is None:
+        raise UserError(f"{values.workdir} has no tokenizer: convert its weights again, with --tokenizer FILE")
     sampled = Sampling(values.temperature, values.top_k, values.top_p)
     sampling = sampled if values.strategy == "sample" else GREEDY
     pieces = fill(

@@ -65,7 +65,7 @@ def _show_fills(run: Run, workdir: Path, *, log: bool) -> None:
     documents = {source: splits["heldout"] for source, splits in run.prepared.shards.items()}
     fills: list[examples.Example] = []
     try:
-        for fill in examples.heldout(model.config, model.params, model.tokenizer, documents):
+        for fill in examples.heldout(model.config, model.params, run.prepared.tokenizer, documents):
             print(fill.lines(run.prepared.languages[fill.source]), flush=True)
             fills.append(fill)
     except NotFinite as error:

@@ -103,6 +103,16 @@ class Train(Section):
     microbatches: int = field(
         1, at_least=1, doc="the batch is processed in this many parts, whose gradients are summed"
     )
+    init_from: str = field(
+        "",
+        path=True,
+        role="frozen",
+        doc="begin with the weights of a workdir (or WORKDIR@STEP), a checkpoint or an official folder, at step 0; "
+        "their tokenizer is taken unless data.tokenizer.path is set; empty: initial params",
+    )
+    init_from_vocabulary: Literal["same", "resize"] = field(
+        "same", role="frozen", doc="resize: a tokenizer other than that of init_from; trained rows are kept by number"
+    )
     precision: Precision = field(
         "float32", doc="of weights and activations; master params, moments and sums are float32"
     )

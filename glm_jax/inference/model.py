@@ -19,7 +19,7 @@ class Model:
 
     config: GLMConfig
     params: Tree  # as model.init returns them
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: the weights were converted without one
 
     @classmethod
     def open(cls, workdir: str | Path) -> Model:
@@ -29,5 +29,6 @@ class Model:
             UserError: the workdir is a URL, or holds no run, no checkpoint, or none with good params.
         """
         workdir = local_path(workdir, "the workdir")
-        config, tokenizer = folder.read_config(workdir), folder.read_tokenizer(workdir)
-        return cls(config.glm(tokenizer.size), load_params(workdir), tokenizer)
+        config = folder.read_config(workdir)
+        tokenizer = None if folder.lacks_tokenizer(workdir) else folder.read_tokenizer(workdir)
+        return cls(config.glm(tokenizer.size if tokenizer else 0), load_params(workdir), tokenizer)

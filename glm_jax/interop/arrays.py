@@ -4,35 +4,58 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Protocol, TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.errors import UserError
-from glm_jax.interop.layout import SAT, Layout, Rule, axis_sizes, official_tensors, rules, tile_shape, tiles
-from glm_jax.interop.shards import Parameter
+from glm_jax.interop.layout import SAT, Layout, Rule, axis_sizes, official_tensors, tile_shape, tiles
 from glm_jax.interop.torch_archive import DTYPES, TensorStream
-from glm_jax.model import GLMConfig
+from glm_jax.model import GLMConfig, init
 from glm_jax.model.transformer import Params
 from glm_jax.types import Tree
-from glm_jax.workdir.checkpoint_format import ParamPath
+from glm_jax.workdir.checkpoint_format import Index, ParamPath
 
 Array = jax.Array
 
 
-class _Shaped(Protocol):
+class Source(Protocol):
+    """An array that is read region by region."""
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole array."""
+        ...
+
+    def read(self, index: Index, dtype: np.dtype | None = None, /) -> np.ndarray:
+        """Read a region, one slice an axis, in the stored dtype or another."""
+        ...
 
 
-S = TypeVar("S", bound=_Shaped)
+@dataclass(frozen=True)
+class _Live:
+    """An array in memory or on devices, as a source."""
+
+    array: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def read(self, index: Index, dtype: np.dtype | None = None, /) -> np.ndarray:
+        return np.asarray(self.array[index], dtype)
 
 
-def load(parameters: Mapping[ParamPath, Parameter], shardings: Tree | None = None) -> Params:
+def sources(params: Params) -> dict[ParamPath, Source]:
+    """Return the arrays of params by path, to be written."""
+    return {path: _Live(array) for path, array in leaves(params).items()}
+
+
+def load(parameters: Mapping[ParamPath, Source], shardings: Tree | None = None) -> Params:
     """Load params onto devices, reading of the files what this process's devices hold.
 
     Beyond the arrays themselves the host needs memory for one chunk.
@@ -50,7 +73,7 @@ def load(parameters: Mapping[ParamPath, Parameter], shardings: Tree | None = Non
         sharding = (
             device if shardings is None else functools.reduce(lambda node, name: node[name], param_path, shardings)
         )
-        arrays[param_path] = _place(parameter, sharding)
+        arrays[param_path] = fill(jnp.zeros(parameter.shape, jnp.float32, device=sharding), parameter)
     return nest(arrays)
 
 
@@ -59,27 +82,28 @@ def _update(whole: Array, chunk: Array, start: list[Array]) -> Array:
     return jax.lax.dynamic_update_slice(whole, chunk, start)
 
 
-def _place(parameter: Parameter, sharding: jax.sharding.Sharding) -> Array:
-    """Make one float32 array of `sharding`, chunk by chunk; devices with the same part share the reading."""
+def fill(array: Array, source: Source) -> Array:
+    """Overwrite an array, chunk by chunk, with as much of `source` as fits; what lies beyond it stays.
+
+    Args:
+        array: float32, on any mesh; it is donated. Devices with the same part share the reading.
+        source: as many axes; each may be longer or shorter than the array's.
+    """
     owners = collections.defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
-        bounds = zip(index or (), parameter.shape, strict=True)
-        owners[tuple(part.indices(size)[:2] for part, size in bounds)].append(device)
+    for shard in array.addressable_shards:
+        bounds = zip(shard.index, array.shape, strict=True)
+        owners[tuple(part.indices(size)[:2] for part, size in bounds)].append(shard.data)
     shards = []
-    for bounds, devices in owners.items():
-        shape = tuple(stop - start for start, stop in bounds)
-        tile = tile_shape(shape)
-        parts = [None if tile == shape else jnp.zeros(shape, jnp.float32, device=device) for device in devices]
-        for region in tiles(shape, tile):
+    for bounds, parts in owners.items():
+        shape = tuple(max(0, min(stop, size) - start) for (start, stop), size in zip(bounds, source.shape, strict=True))
+        for region in tiles(shape, tile_shape(shape)) if all(shape) else ():
             index = tuple(slice(b[0] + r.start, b[0] + r.stop) for b, r in zip(bounds, region, strict=True))
-            chunk = parameter.read(index, np.dtype(np.float32))
-            for place, device in enumerate(devices):
-                moved, whole = jax.device_put(chunk, device), parts[place]
-                start = [np.int32(part.start) for part in region]
-                parts[place] = moved if whole is None else _update(whole, moved, start)
+            chunk = source.read(index, np.dtype(np.float32))
+            start = [np.int32(part.start) for part in region]
+            parts = [_update(part, jax.device_put(chunk, part.device), start) for part in parts]
             jax.block_until_ready(parts)  # else the chunks pile up behind the transfers
         shards += parts
-    return jax.make_array_from_single_device_arrays(parameter.shape, sharding, shards)
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
 def nest(flat: Mapping[ParamPath, object]) -> Tree:
@@ -96,30 +120,14 @@ def leaves(params: Params) -> dict[ParamPath, Array]:
     return {tuple(str(getattr(key, "key", key)) for key in keys): leaf for keys, leaf in flat}
 
 
-def read_array(source: Array, index: tuple[slice | int, ...]) -> np.ndarray:
-    """Read a region of an array, as `streams` asks of its sources."""
-    return np.asarray(source[index])
-
-
-def check_free(path: str | Path) -> Path:
-    """Check that a folder can be written at `path`.
-
-    Raises:
-        UserError: something is there that is not an empty folder.
-    """
-    root = Path(path)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root} exists already: choose another directory or remove it")
-    return root
-
-
 def check_shapes(cfg: GLMConfig, shapes: Mapping[ParamPath, tuple[int, ...]], where: str) -> None:
     """Check the arrays of a params tree against cfg.
 
     Raises:
         UserError: one is missing, unknown or of another shape; the message starts with `where`.
     """
-    wanted = {rule.path: rule.our_shape(axis_sizes(cfg)) for rule in rules(cfg)}
+    params = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    wanted = {param_path: tuple(leaf.shape) for param_path, leaf in leaves(params).items()}
     for param_path in sorted(wanted.keys() | shapes.keys()):
         name = ".".join(param_path)
         if param_path not in shapes:
@@ -134,8 +142,7 @@ def check_shapes(cfg: GLMConfig, shapes: Mapping[ParamPath, tuple[int, ...]], wh
 
 def streams(
     cfg: GLMConfig,
-    sources: Mapping[ParamPath, S],
-    read: Callable[[S, tuple[slice | int, ...]], np.ndarray],
+    sources: Mapping[ParamPath, Source],
     dtype: str,
     *,
     layout: Layout = SAT,
@@ -146,8 +153,7 @@ def streams(
 
     Args:
         cfg: the model.
-        sources: for each array of params something that has its shape.
-        read: `read(source, index)` returns a region; an index has an integer for the layer of a block's array.
+        sources: the arrays of params by path.
         dtype: of the tensors, a key of `torch_archive.DTYPES`.
         layout, ranks, rank: the names of tensors, the number of tensor-parallel ranks and which of them.
 
@@ -157,8 +163,7 @@ def streams(
     check_shapes(cfg, {param_path: tuple(source.shape) for param_path, source in sources.items()}, "params")
     kind, sizes, tensors = DTYPES[dtype][1], axis_sizes(cfg), {}
     for name, rule, layer in official_tensors(cfg, layout):
-        source = functools.partial(read, sources[rule.path])
-        chunks = _chunks(name, rule, layer, source, rule.view_shape(sizes, ranks), rank, kind)
+        chunks = _chunks(name, rule, layer, sources[rule.path], rule.view_shape(sizes, ranks), rank, kind)
         tensors[name] = TensorStream(rule.torch_shape(sizes, ranks), kind, chunks)
     return tensors
 
@@ -167,7 +172,7 @@ def _chunks(
     name: str,
     rule: Rule,
     layer: int | None,
-    read: Callable[[tuple[slice | int, ...]], np.ndarray],
+    source: Source,
     shape: tuple[int, ...],
     rank: int,
     dtype: np.dtype,
@@ -179,7 +184,7 @@ def _chunks(
             first, part = rank * shape[rule.view.index(rule.split)], bounds[rule.split]
             bounds[rule.split] = slice(first + part.start, first + part.stop)
         index = tuple(bounds[axis] for axis in rule.ours)
-        chunk = read(index if layer is None else (layer, *index))
+        chunk = source.read(index) if layer is None else source.read((slice(layer, layer + 1), *index))[0]
         with np.errstate(over="ignore"):
             converted = chunk.astype(dtype)
         if np.isinf(converted).sum() > np.isinf(chunk).sum():

@@ -1,118 +1,113 @@
-"""Official checkpoints to ours and back, in memory for a few chunks whatever the model's size."""
+"""Weights of others to workdirs of ours and back, in memory for a few chunks whatever the model's size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
-from tensorstore import TensorStore
 
+from glm_jax.config import Config, Experiment, resolve, to_json
+from glm_jax.config.fields import definitions
+from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
-from glm_jax.interop import arrays, huggingface, sat
+from glm_jax.interop import huggingface, sat
+from glm_jax.interop.arrays import Source
 from glm_jax.interop.layout import Rule, axis_sizes, rules, tile_shape, tiles
-from glm_jax.interop.shards import Parameter, latest_iteration, open_parameters
+from glm_jax.interop.weights import Weights
 from glm_jax.model import GLMConfig
-from glm_jax.workdir import checkpoint_format
-from glm_jax.workdir.checkpoint_format import Chunked, ParamPath
+from glm_jax.storage.files import atomic_directory, check_absent, write_atomic
+from glm_jax.workdir import checkpoint_format, folder
+from glm_jax.workdir.checkpoint_format import Chunked
 
 SPLIT_PARTS = 8  # stored chunks end where this many tensor-parallel ranks would
 
 
-def sat_to_orbax(path: str | Path, cfg: GLMConfig, out: str | Path) -> Path:
-    """Convert an official checkpoint into a step of an orbax checkpoint directory.
+def experiment(
+    cfg: GLMConfig,
+    base: Config | Mapping[str, object] | None = None,
+    changes: Mapping[str, object] = MappingProxyType({}),
+) -> Experiment:
+    """Return the experiment of a workdir that holds given weights.
 
     Args:
-        path: the directory with `latest`.
-        cfg: the model that it holds.
-        out: the directory of checkpoints, such as WORKDIR/checkpoints; the step is the official iteration.
+        cfg: the model of the weights.
+        base: the result of `get_config()`; None for the defaults, with the model's longest row.
+        changes: values by dotted key. Those of the section `model` are cfg's in any case.
+
+    Raises:
+        UserError: a key does not exist, or its value is not valid.
+    """
+    model = {f"model.{one.name}": getattr(cfg, one.name) for one in definitions(GLMConfig)}
+    # the original GLM's tables have a row more than its rows have tokens
+    longest = {} if base is not None else {"data.seq_length": cfg.max_length - (cfg.position == "learned_2d")}
+    return resolve({} if base is None else base, {**longest, **changes, **model})
+
+
+def to_workdir(weights: Weights, out: str | Path, config: Experiment, tokenizer: Tokenizer | None = None) -> Path:
+    """Write a workdir that holds given weights, float32, for generation and `train.init_from`.
+
+    Args:
+        weights: an official checkpoint, or a Hugging Face folder.
+        out: the workdir, which appears whole or not at all.
+        config: from `experiment`; its model is that of the weights.
+        tokenizer: to write beside them; None for a workdir without.
 
     Returns:
-        The step's folder. It holds the item "params", float32, and appears whole or not at all.
+        The folder of the step, which is the official iteration; 0 for a Hugging Face folder.
 
     Raises:
-        UserError: the official checkpoint is damaged or of another model, or the step exists already.
+        UserError: `out` exists, the iteration is no number, or the tokenizer does not fit the model.
     """
-    parameters = open_parameters(path, cfg)
-    iteration = latest_iteration(path)
-    if not iteration.isdigit():
-        raise UserError(f"{Path(path) / 'latest'} names {iteration!r}: an orbax step must be a number")
-    return _write_orbax(parameters, cfg, out, int(iteration))
-
-
-def hf_to_orbax(path: str | Path, cfg: GLMConfig, out: str | Path) -> Path:
-    """Convert a Hugging Face folder into step 0 of an orbax checkpoint directory, as `sat_to_orbax` does.
-
-    Args:
-        path: the folder with config.json.
-        cfg: the model that it holds: `huggingface.config(path)`.
-        out: as in `sat_to_orbax`.
-
-    Raises:
-        UserError: as `huggingface.load`, or the step exists already.
-    """
-    return _write_orbax(huggingface.open_parameters(path, cfg), cfg, out, 0)
-
-
-def _write_orbax(parameters: Mapping[ParamPath, Parameter], cfg: GLMConfig, out: str | Path, step: int) -> Path:
-    chunked = {rule.path: _chunked(parameters[rule.path], _stored_tile(cfg, rule)) for rule in rules(cfg)}
-    return checkpoint_format.write_params(Path(out), step, chunked)
+    root = Path(out)
+    check_absent(root)
+    if weights.step is None:
+        raise UserError(f"{weights.files[0]} is not named after its iteration: the name must be a number")
+    cfg = config.glm(tokenizer.size if tokenizer else 0)
+    arrays = {rule.path: _chunked(weights.parameters[rule.path], _stored_tile(cfg, rule)) for rule in rules(cfg)}
+    record = {"step": weights.step, "source": weights.record(), **folder.identity(config, tokenizer)}
+    with atomic_directory(root) as temporary:
+        write_atomic(temporary / folder.CONFIG, to_json(config))
+        if tokenizer:
+            write_atomic(temporary / folder.TOKENIZER, tokenizer.model)
+        checkpoint_format.write_params(temporary / "checkpoints", weights.step, arrays, record)
+    return root / "checkpoints" / str(weights.step)
 
 
 def orbax_to_sat(
-    path: str | Path,
-    cfg: GLMConfig,
-    out: str | Path,
-    tensor_parallel: int,
-    iteration: int | None = None,
-    dtype: str = "float32",
+    weights: Weights, out: str | Path, tensor_parallel: int, iteration: int | None = None, dtype: str = "float32"
 ) -> None:
-    """Convert the params of an orbax checkpoint into an official checkpoint.
+    """Write the weights of a workdir, or of a checkpoint of orbax, as an official checkpoint.
 
-    Memory stays small if the stored chunks are small, as those of `sat_to_orbax` are.
+    Memory stays small if the stored chunks are small, as those that `to_workdir` and runs write are.
 
     Args:
-        path: a directory of checkpoints, of which the newest step is taken, or the folder of one step.
-        cfg: the model that it holds.
+        weights: opened.
         out, tensor_parallel, dtype: as in `sat.save`.
         iteration: the number that `latest` names; the step's if None.
 
     Raises:
-        UserError: as `checkpoint_format.open_params` and `sat.save`, or the checkpoint holds another model.
+        UserError: as `sat.save`.
     """
-    step, sources = _open_orbax(path, cfg)
-    if iteration is None:
-        if not step.name.isdigit():
-            raise UserError(f"{step} is not named after its step: give the iteration")
-        iteration = int(step.name)
-    sat.write(out, cfg, sources, _read_stored, tensor_parallel, iteration, dtype)
+    if iteration is None and weights.step is None:
+        raise UserError(f"{weights.path} is not named after its step: give --iteration")
+    number = weights.step if iteration is None else iteration
+    assert number is not None
+    sat.write(out, weights.config, weights.parameters, tensor_parallel, number, dtype)
 
 
-def orbax_to_hf(path: str | Path, cfg: GLMConfig, out: str | Path, dtype: str = "float32") -> None:
-    """Convert the params of an orbax checkpoint into a Hugging Face folder, in as little memory as `orbax_to_sat`.
+def orbax_to_hf(weights: Weights, out: str | Path, dtype: str = "float32") -> None:
+    """Write the weights of a workdir, or of a checkpoint of orbax, as a Hugging Face folder; see `orbax_to_sat`.
 
     Args:
-        path: as in `orbax_to_sat`.
-        cfg: the model that it holds.
+        weights: opened.
         out, dtype: as in `huggingface.save`.
 
     Raises:
-        UserError: as `checkpoint_format.open_params` and `huggingface.save`, or the checkpoint holds another model.
+        UserError: as `huggingface.save`.
     """
-    _, sources = _open_orbax(path, cfg)
-    huggingface.write(out, cfg, sources, _read_stored, dtype)
-
-
-def _open_orbax(path: str | Path, cfg: GLMConfig) -> tuple[Path, dict[ParamPath, TensorStore]]:
-    """Open the params of a step and check that they are cfg's."""
-    step, sources = checkpoint_format.open_params(Path(path))
-    shapes = {param_path: tuple(source.shape) for param_path, source in sources.items()}
-    arrays.check_shapes(cfg, shapes, str(step / checkpoint_format.PARAMS))
-    return step, sources
-
-
-def _read_stored(source: TensorStore, index: tuple[slice | int, ...]) -> np.ndarray:
-    return source[index].read().result()
+    huggingface.write(out, weights.config, weights.parameters, dtype)
 
 
 def _stored_tile(cfg: GLMConfig, rule: Rule) -> tuple[int, ...]:
@@ -128,8 +123,6 @@ def _stored_tile(cfg: GLMConfig, rule: Rule) -> tuple[int, ...]:
     return (1,) * rule.stacked + tuple(tile[axis] for axis in rule.ours)
 
 
-def _chunked(parameter: Parameter, tile: tuple[int, ...]) -> Chunked:
-    regions = tiles(parameter.shape, tile)
-    return Chunked(
-        parameter.shape, tile, ((region, parameter.read(region, np.dtype(np.float32))) for region in regions)
-    )
+def _chunked(source: Source, tile: tuple[int, ...]) -> Chunked:
+    regions = tiles(source.shape, tile)
+    return Chunked(source.shape, tile, ((region, source.read(region, np.dtype(np.float32))) for region in regions))

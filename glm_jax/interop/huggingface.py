@@ -18,30 +18,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-
-import numpy as np
 
 from glm_jax.config.fields import shown
 from glm_jax.errors import UserError
 from glm_jax.interop import arrays
-from glm_jax.interop.arrays import S
+from glm_jax.interop.arrays import Source
+from glm_jax.interop.describe import read_json
 from glm_jax.interop.layout import HUGGING_FACE
 from glm_jax.interop.safetensors_file import read_safetensors, write_safetensors
 from glm_jax.interop.shards import Parameter, Rank, check_tensors, gather
 from glm_jax.interop.torch_archive import StoredTensor, TensorStream, read_archive
 from glm_jax.model import GLMConfig
 from glm_jax.model.transformer import Params
-from glm_jax.storage.files import atomic_directory, open_regular, write_atomic
+from glm_jax.storage.files import atomic_directory, check_absent, write_atomic
 from glm_jax.types import Json, Tree
 from glm_jax.workdir.checkpoint_format import ParamPath
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for, as transformers does
+FILES = (CONFIG, *WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS))  # by which a folder is known
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "cog-pretrain.model")
 DTYPES = ("float32", "float16", "bfloat16")  # that are written
 MAX_SHARD_BYTES = 5 * 10**9
-MAX_JSON_BYTES = 16 * 2**20  # the index of glm-10b has 60 kB
 MAX_LAYERS = 10_000  # each makes names of tensors
 PREFIX = "glm."  # of every tensor; GLMModel, the class without a head, leaves it out
 
@@ -61,7 +61,7 @@ def config(path: str | Path) -> GLMConfig:
         UserError: config.json is missing, unreadable, of another architecture, or of a variant that we do not have.
     """
     file = Path(path) / CONFIG
-    values = _read_json(file)
+    values = read_json(file)
     _check_type(file, values)
     for name, fixed in FIXED.items():
         if values.get(name, fixed) is not fixed:
@@ -145,6 +145,22 @@ def load_sharded(path: str | Path, cfg: GLMConfig, shardings: Tree) -> Params:
     return arrays.load(open_parameters(path, cfg), shardings)
 
 
+def weight_files(path: str | Path) -> tuple[Path, str]:
+    """Return the folder of the files that hold the weights, and how their names start.
+
+    Raises:
+        UserError: there are none.
+    """
+    file = _weights(Path(path))
+    whole = file.name in WEIGHTS
+    return file.parent, file.name if whole else f"{Path(file.name.removesuffix('.index.json')).stem}-"
+
+
+def tokenizer_file(path: str | Path) -> Path | None:
+    """Return the file of a folder's tokenizer, None if there is none; files of its special tokens lie beside it."""
+    return next((Path(path) / name for name in TOKENIZERS if (Path(path) / name).is_file()), None)
+
+
 def open_parameters(path: str | Path, cfg: GLMConfig) -> dict[ParamPath, Parameter]:
     """Open a folder as params that are still on disk, by path; everything that can be checked is.
 
@@ -170,12 +186,16 @@ def _check_model(cfg: GLMConfig) -> None:
 
 def _open(folder: Path) -> Rank:
     """Open the tensors of a folder, by their full names."""
+    file = _weights(folder)
+    return Rank(file, _full_names(_read_tensors(file) if file.name in WEIGHTS else _read_shards(file)))
+
+
+def _weights(folder: Path) -> Path:
+    """Return the file of a folder's weights, or the index of several."""
     for name in WEIGHTS:
-        index = folder / f"{name}.index.json"
-        if (folder / name).exists():
-            return Rank(folder / name, _full_names(_read_tensors(folder / name)))
-        if index.exists():
-            return Rank(index, _full_names(_read_shards(index)))
+        for file in (folder / name, folder / f"{name}.index.json"):
+            if file.exists():
+                return file
     listed = ", ".join(f"{name}, {name}.index.json" for name in WEIGHTS)
     raise UserError(f"{folder} has no weights: one of {listed} must be in it")
 
@@ -198,7 +218,7 @@ def _read_tensors(file: Path) -> dict[str, StoredTensor]:
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:
     """Open the files that an index names, whose tensors must be those that it says."""
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f'{index}: there is no "weight_map" in it, a table from tensors to files')
     suffix = Path(index.name.removesuffix(".index.json")).suffix
@@ -220,25 +240,6 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_json(file: Path) -> Json:
-    """Read an object from a JSON file of at most MAX_JSON_BYTES."""
-    try:
-        with open_regular(file) as stream:
-            content = stream.read(MAX_JSON_BYTES + 1)
-        if len(content) > MAX_JSON_BYTES:
-            raise UserError(f"{file} has more than {MAX_JSON_BYTES} bytes: no model has that much to say")
-        values = json.loads(content)
-    except FileNotFoundError as error:
-        raise UserError(f"{file} is missing: name a folder that has it, such as a clone of glm-large") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # ValueError: neither JSON nor UTF-8
-        raise UserError(f"{file} cannot be read as JSON: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: it is not a JSON object")
-    return values
-
-
 def save(
     path: str | Path, cfg: GLMConfig, params: Params, *, dtype: str = "float32", max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
@@ -258,23 +259,23 @@ def save(
         UserError: the path is taken, the model is not of the original GLM's architecture, params do not fit cfg, or a
             value does not fit dtype.
     """
-    write(path, cfg, arrays.leaves(params), arrays.read_array, dtype, max_shard_bytes)
+    write(path, cfg, arrays.sources(params), dtype, max_shard_bytes)
 
 
 def write(
     path: str | Path,
     cfg: GLMConfig,
-    sources: Mapping[ParamPath, S],
-    read: Callable[[S, tuple[slice | int, ...]], np.ndarray],
+    sources: Mapping[ParamPath, Source],
     dtype: str,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Do the work of `save` for anything that has shapes and from which `read(source, index)` gets regions."""
-    root = arrays.check_free(path)
+    """Do the work of `save` for anything that is read region by region."""
+    root = Path(path)
+    check_absent(root)
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, it must be one of {', '.join(DTYPES)}")
     _check_model(cfg)
-    shards = _divide(arrays.streams(cfg, sources, read, dtype, layout=HUGGING_FACE), max_shard_bytes)
+    shards = _divide(arrays.streams(cfg, sources, dtype, layout=HUGGING_FACE), max_shard_bytes)
     stem, suffix = Path(WEIGHTS[0]).stem, Path(WEIGHTS[0]).suffix
     names = [f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}" for number in range(1, len(shards) + 1)]
     with atomic_directory(root) as directory:

@@ -5,20 +5,21 @@ shards.py has the directory, layout.py the table of names and shapes. Nothing he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from glm_jax.config.fields import build
 from glm_jax.errors import UserError
-from glm_jax.interop import arrays
-from glm_jax.interop.arrays import S
+from glm_jax.interop import arrays, describe
+from glm_jax.interop.arrays import Source
 from glm_jax.interop.layout import axis_sizes, check_ranks, official_tensors
-from glm_jax.interop.shards import RANK_FILE, gather, infer_config, open_parameters, open_ranks
+from glm_jax.interop.shards import RANK_FILE, Rank, gather, open_parameters, open_ranks
 from glm_jax.interop.torch_archive import write_archive
 from glm_jax.model import GLMConfig
 from glm_jax.model.transformer import Params
-from glm_jax.storage.files import atomic_directory
+from glm_jax.storage.files import atomic_directory, check_absent
 from glm_jax.types import Tree
 from glm_jax.workdir.checkpoint_format import ParamPath
 
@@ -63,7 +64,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         UserError: as in `load`.
     """
     ranks = open_ranks(path)
-    cfg = infer_config(ranks)
+    cfg = _merged(ranks)
     sizes = axis_sizes(cfg)
     parameters = gather(ranks, cfg)
     tensors = {}
@@ -76,6 +77,17 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         view = ours.transpose([rule.ours.index(axis) for axis in rule.view])
         tensors[name] = np.ascontiguousarray(view).reshape(rule.torch_shape(sizes))
     return tensors
+
+
+def _merged(ranks: list[Rank]) -> GLMConfig:
+    """Return a config under which the ranks merge as they must; any count of heads that they divide does."""
+    file, tensors = ranks[0]
+    facts = describe.shapes(file, tensors, len(ranks))
+    values: dict[str, object] = {key: fact.default for key, fact in facts.items()}
+    values |= {"num_heads": len(ranks), "norm": values["norm"] or "deepnorm"}
+    if values["position"] != "learned_2d":
+        values["position"] = "alibi"  # rotary positions would need an even width of a head
+    return build(GLMConfig, values, f"{file}: the shapes do not fit one another: ")
 
 
 def save(
@@ -100,26 +112,26 @@ def save(
     Raises:
         UserError: the path is taken, params do not fit cfg, the ranks do not divide it, or a value does not fit dtype.
     """
-    write(path, cfg, arrays.leaves(params), arrays.read_array, tensor_parallel, iteration, dtype)
+    write(path, cfg, arrays.sources(params), tensor_parallel, iteration, dtype)
 
 
 def write(
     path: str | Path,
     cfg: GLMConfig,
-    sources: Mapping[ParamPath, S],
-    read: Callable[[S, tuple[slice | int, ...]], np.ndarray],
+    sources: Mapping[ParamPath, Source],
     tensor_parallel: int,
     iteration: int,
     dtype: str,
 ) -> None:
-    """Do the work of `save` for anything that has shapes and from which `read(source, index)` gets regions."""
-    root = arrays.check_free(path)
+    """Do the work of `save` for anything that is read region by region."""
+    root = Path(path)
+    check_absent(root)
     if dtype not in ("float32", "float16"):
         raise UserError(f"dtype is {dtype!r}, it must be float32 or float16")
     if iteration < 0:
         raise UserError(f"iteration is {iteration}, it must not be negative")
     check_ranks(cfg, tensor_parallel, root)
-    ranks = [arrays.streams(cfg, sources, read, dtype, ranks=tensor_parallel, rank=rank)
+    ranks = [arrays.streams(cfg, sources, dtype, ranks=tensor_parallel, rank=rank)
              for rank in range(tensor_parallel)]  # fmt: skip
     with atomic_directory(root) as directory:
         (directory / "latest").write_text(str(iteration), "ascii")

@@ -184,32 +184,3 @@ def _view(rank: Rank, name: str, rule: Rule, sizes: dict[str, int], ranks: int, 
     for axis, group in reversed(list(enumerate(rule.official.split()))):
         tensor = tensor.split(axis, tuple(shape[letter] for letter in group))
     return tensor.transpose(tuple(rule.view.index(axis) for axis in rule.ours))
-
-
-def infer_config(ranks: list[Rank]) -> GLMConfig:
-    """Guess from names and shapes a config under which the ranks merge as they must.
-
-    The number of heads cannot be seen; any count that the ranks divide gives the same merged tensors.
-    """
-    count, tensors = len(ranks), ranks[0].tensors
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors or len(tensors[name].shape) != 2:
-            raise UserError(f"{ranks[0].file}: {name} is missing or not a matrix: is this a GLM?")
-        return tensors[name].shape
-
-    layers = [int(match[1]) for name in tensors if (match := re.match(r"transformer\.layers\.(\d+)\.", name))]
-    vocab, hidden = shape("transformer.word_embeddings.weight")
-    rows, inner = (shape("transformer.layers.0.mlp." + name)[axis] for name, axis in
-                   (("dense_h_to_4h.weight", 0), ("dense_4h_to_h.weight", 1)))  # fmt: skip
-    learned = "transformer.position_embeddings.weight"
-    try:
-        return GLMConfig(
-            num_layers=1 + max(layers), hidden_size=hidden, num_heads=count, ffn_size=inner * count,
-            vocab_size=vocab * count, max_length=shape(learned)[0] if learned in tensors else 1,
-            position="learned_2d" if learned in tensors else "alibi",  # alibi for every model without a table
-            norm="sandwich" if "transformer.layers.0.third_layernorm.weight" in tensors else "deepnorm",
-            activation="geglu" if rows == 2 * inner else "gelu",
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"{ranks[0].file}: the shapes do not fit one another: {error}") from error

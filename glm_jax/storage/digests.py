@@ -82,6 +82,27 @@ def size(folder: Path) -> int:
     return sum(entry["bytes"] for path in _lists(folder) for entry in _read(path).values())
 
 
+def identity(folder: Path, under: str = "") -> str:
+    """Return one sha256 of the files in and below a folder, names included; the files of a sealed one are not read.
+
+    Args:
+        folder: sealed or not.
+        under: count only files whose relative path starts with this.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    if is_sealed(folder):
+        known = {name: entry["sha256"] for path in _lists(folder) for name, entry in _read(path).items()}
+    else:
+        known = {}
+        for name in filter(lambda name: name.startswith(under), files(folder)):
+            with open(folder / name, "rb") as file:
+                known[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    counted = {name: digest for name, digest in known.items() if name.startswith(under)}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+
+
 def damage(folder: Path, under: str = "", index: int = 0, count: int = 1) -> str | None:
     """Return what is wrong with a folder, or None if everything checked is whole.
 

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from glm_jax.errors import UserError
+
 
 def sync(path: Path) -> None:
     """Sync a file, or the names in a directory, to the disk: a rename survives a crash once its directory is synced."""
@@ -78,6 +80,16 @@ def _finite(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_absent(path: Path) -> None:
+    """Check that a directory may be made at `path`.
+
+    Raises:
+        UserError: something is there already, other than an empty directory.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already: choose another directory or remove it")
 
 
 @contextlib.contextmanager

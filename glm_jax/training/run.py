@@ -19,6 +19,7 @@ from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.data.rows.rows import Rows
 from glm_jax.engine.passes import Gradients
 from glm_jax.errors import UserError, WorkFailed
+from glm_jax.interop import initial
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import devices, processes
 from glm_jax.training import evaluation, precision, recipe
@@ -72,7 +73,8 @@ class Run:
         self.config, self.workdir, self._optimizer = config, workdir, optimizer
         self._say = say if processes.is_first() else lambda line: None
         self._say(devices.describe())
-        prepared = ready(config, workdir, self._say)
+        self._initial = initial.begin(config, workdir, self._say)
+        prepared = ready(config, workdir, self._say, self._initial.tokenizer)
         self.stretch = Stretch(config, prepared, optimizer)  # checks the rest, before anything is written
         self.closing = contextlib.ExitStack()  # runs when everything is written
         if processes.is_first():
@@ -82,11 +84,10 @@ class Run:
         profiled = config.train.profile if processes.is_first() else ()
         self.observers: list[Observer] = [Profile(workdir, profiled), Spikes(), Health(), Log(), Evaluate(), Save()]
         self.evaluators: list[Evaluator] = [heldout]
-        self.stopping, self._asked, self._stop = False, Request.NOTHING, Stop()
+        self.stopping, self._asked, self._stop, self._closed = False, Request.NOTHING, Stop(), False
         self.saved_at = time.monotonic()
         self._latest: Step | None = None
         self._previous: Mapping[str, Tree] | None = None  # the metrics of the previous step
-        self._closed = False
         try:
             self._begin()
         except BaseException:
@@ -224,7 +225,6 @@ class Run:
             "bands": self.bands.to_json(),
             "numbers": interventions.numbers(self.current),
             "sources": self.prepared.digests,
-            "versions": versions(),
             **folder.identity(self.config, self.prepared.tokenizer),
         }
         self.checkpoints.save(to_disk(self.stretch.cfg, self.stretch.mesh, self.state), run)
@@ -268,7 +268,8 @@ class Run:
         self._previous = None
         restored = self.checkpoints.restore(disk_targets(cfg, mesh), at_most, self._drop_state)
         if restored is None:
-            self.state, self.step, self.samples, self.bands, self.saved = create_state(cfg, mesh), 0, 0, Bands(), None
+            self.state = create_state(cfg, mesh, self._initial.load)
+            self.step, self.samples, self.bands, self.saved = 0, 0, Bands(), None
             return None
         run, self.state = restored.run, from_disk(cfg, mesh, restored.items)
         self.step, self.samples, self.bands = run["step"], run["samples"], Bands.from_json(run["bands"])
@@ -285,22 +286,22 @@ class Run:
         try:
             same = config.data == self.current.data
             with self._stop.interrupting(processes.alone() and not same):
-                prepared = self.prepared if same else ready(config, self.workdir, self._say)
+                prepared = self.prepared if same else ready(config, self.workdir, self._say, self._initial.tokenizer)
         except KeyboardInterrupt:
             if not self._stop.asked:
                 raise
             self._until = self.step  # the run stops here; when it continues, the change is due
             return
-        if before is not None:
+        scaling = config.train.scaling()
+        if before is None:  # a new state, made for the stretch
+            rescaled = scaling != self.stretch.cfg.loss_scale
+            self._initial.note(self.record)
+        else:
+            rescaled = before["train.precision"] != config.train.precision
             for cause, changes in interventions.causes(self.config, self.step, before, config, skipped):
                 self.record.add(self.step, self.samples, cause, changes)
                 shown = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changes.items())
                 self.say(f"from step {self.step} on ({cause}): {shown}")
-        scaling = config.train.scaling()
-        if before is None:  # a new state, made for the stretch
-            rescaled = scaling != self.stretch.cfg.loss_scale
-        else:
-            rescaled = before["train.precision"] != config.train.precision
         if rescaled:
             scale = precision.initial_loss_scale(scaling)
             self.state = at_step(self.stretch.mesh, self.state, self.step, self.samples, scale)

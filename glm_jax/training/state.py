@@ -93,10 +93,11 @@ def pad_layers(cfg: StepConfig, state: TrainState, stages: int) -> TrainState:
     return partition.pad_layers(state, _axes(cfg), stages)
 
 
-def create_state(cfg: StepConfig, mesh: Mesh) -> TrainState:
-    """Make the first state on the mesh; each device makes its own part."""
+def create_state(cfg: StepConfig, mesh: Mesh, load: Callable[[Tree], Tree] = lambda params: params) -> TrainState:
+    """Make the first state on the mesh; each device makes its own part. `load` may replace the params, as padded."""
     shardings = partition.shardings(mesh, state_specs(cfg, mesh))
-    return jax.jit(lambda: init_state(cfg, mesh.shape["pipeline"]), out_shardings=shardings)()
+    state = jax.jit(lambda: init_state(cfg, mesh.shape["pipeline"]), out_shardings=shardings)()
+    return state._replace(params=load(state.params))
 
 
 def at_step(mesh: Mesh, state: TrainState, step: int, samples: int, loss_scale: LossScale | None = None) -> TrainState:

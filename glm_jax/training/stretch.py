@@ -15,6 +15,7 @@ from glm_jax.config import Experiment, interventions
 from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
+from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.engine import EngineConfig, build, passes
 from glm_jax.engine.meter import Meter
 from glm_jax.engine.passes import Gradients
@@ -115,7 +116,9 @@ class Stretch:
         self._stands = (-1, 0)
 
 
-def ready(config: Experiment, workdir: Path, say: Callable[[str], None]) -> Prepared:
+def ready(
+    config: Experiment, workdir: Path, say: Callable[[str], None], tokenizer: Tokenizer | None = None
+) -> Prepared:
     """Check a config against its workdir and devices, and prepare its data.
 
     The first process prepares alone. The others follow and find most of the data in the cache.
@@ -124,6 +127,7 @@ def ready(config: Experiment, workdir: Path, say: Callable[[str], None]) -> Prep
         config: resolved, with the interventions up to the current step.
         workdir: of the run; not written to.
         say: called with one line for each thing done.
+        tokenizer: for the data; None to do as config.data.tokenizer says.
 
     Raises:
         UserError: the config, the data, the mesh or the workdir do not fit.
@@ -138,7 +142,7 @@ def ready(config: Experiment, workdir: Path, say: Callable[[str], None]) -> Prep
         build(interventions.effective(config, step))  # refuse one that does not fit now, not at its step
     if not processes.is_first():
         processes.wait_for_all()
-    prepared = prepare(config, say)
+    prepared = prepare(config, say, tokenizer=tokenizer)
     if processes.is_first():
         processes.wait_for_all()
     folder.check_tokenizer(workdir, prepared.tokenizer)

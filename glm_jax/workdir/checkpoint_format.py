@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import tensorstore
 from glm_jax.errors import UserError
 from glm_jax.storage import digests
 from glm_jax.storage.files import atomic_directory
+from glm_jax.types import Json
 
 PARAMS = "params"  # the item of a checkpoint that holds params
 RUN = "run"  # the item with the numbers of a run, JSON; all other items are trees of arrays
@@ -35,6 +37,23 @@ class Chunked(NamedTuple):
     values: Iterable[tuple[Index, np.ndarray]]  # regions, each read as it is asked for
 
 
+@dataclass(frozen=True)
+class StoredArray:
+    """An array of a checkpoint, still on disk."""
+
+    store: tensorstore.TensorStore
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole array."""
+        return tuple(self.store.shape)
+
+    def read(self, index: Index, dtype: np.dtype | None = None) -> np.ndarray:
+        """Read a region, one slice an axis, in the stored dtype or another."""
+        region = np.asarray(self.store[index].read().result())
+        return region if dtype is None else region.astype(dtype, copy=False)
+
+
 def describe(folder: Path, items: Iterable[str]) -> None:
     """Write which orbax handler restores each item of a checkpoint."""
     handlers = {item: ocp.JsonCheckpointHandler if item == RUN else ocp.StandardCheckpointHandler for item in items}
@@ -42,13 +61,14 @@ def describe(folder: Path, items: Iterable[str]) -> None:
     (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": names}), "utf-8")
 
 
-def write_params(directory: Path, step: int, arrays: Mapping[ParamPath, Chunked]) -> Path:
-    """Write a checkpoint that holds params alone, in memory for one chunk.
+def write_params(directory: Path, step: int, arrays: Mapping[ParamPath, Chunked], run: Json) -> Path:
+    """Write a checkpoint that holds params and a record, and nothing to resume from, in memory for one chunk.
 
     Args:
         directory: of the checkpoints, such as WORKDIR/checkpoints.
         step: names the checkpoint.
         arrays: params by path.
+        run: the record, as a run saves it.
 
     Returns:
         The folder of the step, which appears whole or not at all, sealed with digests.
@@ -63,29 +83,21 @@ def write_params(directory: Path, step: int, arrays: Mapping[ParamPath, Chunked]
         for path, array in arrays.items():
             _write(temporary / PARAMS / ".".join(path), array)
         _describe_params(temporary / PARAMS, {path: array.shape for path, array in arrays.items()})
-        describe(temporary, [PARAMS])
+        (temporary / RUN).mkdir()
+        (temporary / RUN / "metadata").write_text(json.dumps(run), "utf-8")
+        describe(temporary, [PARAMS, RUN])
         digests.seal(temporary, digests.files(temporary))
     return folder
 
 
-def open_params(path: Path) -> tuple[Path, dict[ParamPath, tensorstore.TensorStore]]:
-    """Open the params of a checkpoint without reading them.
-
-    Args:
-        path: the folder of one step, or a directory of checkpoints, of which the newest step is taken.
-
-    Returns:
-        The folder of the step, and the arrays by path.
+def open_params(folder: Path) -> dict[ParamPath, StoredArray]:
+    """Open the params of a step's folder by path, without reading them.
 
     Raises:
-        UserError: there is no checkpoint with params, its files differ from their digests (orbax alone writes none),
-            or they are not an orbax checkpoint's.
+        UserError: its files are not those of an orbax checkpoint.
     """
-    folder = _find_step(path)
-    if any(folder.glob("digests-*")) and (damage := digests.damage(folder, f"{PARAMS}/")):
-        raise UserError(f"{folder} is damaged ({damage}): bring it back, or name another step's folder")
     try:
-        return folder, dict(_open(folder / PARAMS))
+        return dict(_open(folder / PARAMS))
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder / PARAMS} cannot be read as an orbax checkpoint: {reason}") from error
@@ -117,18 +129,7 @@ def _file_store(directory: Path) -> dict[str, str]:
     return {"driver": "file", "path": f"{directory.resolve()}/"}
 
 
-def _find_step(path: Path) -> Path:
-    """Return `path` itself if it is the folder of a step, else that of the newest step in it."""
-    if (path / PARAMS).is_dir():
-        return path
-    steps = [step for step in path.iterdir() if step.name.isdigit()] if path.is_dir() else []
-    steps = [step for step in steps if (step / PARAMS).is_dir()]
-    if not steps:
-        raise UserError(f"{path} holds no checkpoint with the item {PARAMS!r}")
-    return max(steps, key=lambda step: int(step.name))
-
-
-def _open(item: Path) -> Iterator[tuple[ParamPath, tensorstore.TensorStore]]:
+def _open(item: Path) -> Iterator[tuple[ParamPath, StoredArray]]:
     metadata = json.loads((item / "_METADATA").read_text("utf-8"))
     paths = [tuple(key["key"] for key in leaf["key_metadata"]) for leaf in metadata["tree_metadata"].values()]
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
@@ -137,4 +138,4 @@ def _open(item: Path) -> Iterator[tuple[ParamPath, tensorstore.TensorStore]]:
         store = _file_store(item / name)
         if (item / "manifest.ocdbt").exists():
             store = {"driver": "ocdbt", "base": f"file://{item.resolve()}/", "path": f"{name}/"}
-        yield path, tensorstore.open({"driver": driver, "kvstore": store}, open=True).result()
+        yield path, StoredArray(tensorstore.open({"driver": driver, "kvstore": store}, open=True).result())

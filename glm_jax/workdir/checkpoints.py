@@ -269,7 +269,8 @@ class Checkpoints:
         for item, tree in targets.items():
             if not (folder / item).exists():
                 raise UserError(
-                    f"{folder} holds params alone, no run can resume from it: name another --workdir"
+                    f"{folder} holds params alone, no run can resume from it: name another --workdir, and this one as "
+                    "train.init_from to start from its weights"
                     if item == "training"
                     else f"{folder} holds no {item}: name another --workdir"
                 )

@@ -24,6 +24,7 @@ from glm_jax.storage.files import write_atomic
 from glm_jax.types import Json
 from glm_jax.workdir import checkpoint_folders
 from glm_jax.workdir.checkpoint_format import RUN
+from glm_jax.workdir.events import versions
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
@@ -121,9 +122,14 @@ def write(workdir: Path, config: Experiment, tokenizer: Tokenizer) -> None:
         raise UserError(f"--workdir {workdir} cannot be written to ({error.strerror}): name another") from error
 
 
-def identity(config: Experiment, tokenizer: Tokenizer) -> Json:
-    """Return what a checkpoint records of the model that it holds."""
-    return {"model": to_dict(config.model), "tokenizer": tokenizer.digest}
+def identity(config: Experiment, tokenizer: Tokenizer | None) -> Json:
+    """Return what a checkpoint records of the model that it holds, and of the packages that wrote it."""
+    return {"model": to_dict(config.model), "tokenizer": tokenizer and tokenizer.digest, "versions": versions()}
+
+
+def lacks_tokenizer(workdir: Path) -> bool:
+    """Whether the weights were converted without a tokenizer, and none has been put beside them."""
+    return not (workdir / TOKENIZER).exists() and _recorded(workdir).get("tokenizer", "") is None
 
 
 def read_config(workdir: Path) -> Experiment:
@@ -162,7 +168,7 @@ def read_tokenizer(workdir: Path) -> Tokenizer:
     path, again = workdir / TOKENIZER, "remove it, and training in this --workdir writes it again"
     if not path.is_file():
         raise UserError(f"{path} is missing: train in this --workdir, which writes it")
-    if _recorded(workdir).get("tokenizer", digest := _digest(path)) != digest:
+    if _recorded(workdir).get("tokenizer") not in (None, _digest(path)):
         raise UserError(f"{path} is not the tokenizer that the checkpoints were trained with: {again}")
     try:
         return load(path)

@@ -182,6 +182,8 @@ def _operator_marks(changes: list[Json]) -> Iterator[Mark]:
             seen = event["seen"]
             values = [f"{key} {_number(seen[key])}" for key in ("loss", "grad_norm") if key in seen]
             lines.append(f"seen at step {seen.get('step', '?')}: " + ", ".join([*values, seen.get("reason", "")]))
+        if "weights" in event:
+            lines.append(", ".join(f"{key} {value}" for key, value in event["weights"].items()))
         for key, (before, after) in event.get("changes", {}).items():
             lines.append(f"{key}: {_value(before)} → {_value(after)}")
         yield Mark(0, event["step"], event.get("samples"), kind, event.get("cause", ""), tuple(lines))

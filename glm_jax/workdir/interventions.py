@@ -120,4 +120,5 @@ def _entry(line: Json) -> Json:
 
 def plan(lines: Iterable[Json]) -> tuple[tuple[int, Json], ...]:
     """Return the config's `interventions` that make a record's changes at the same steps."""
-    return tuple((line["step"], {key: after for key, (_, after) in line["changes"].items()}) for line in lines)
+    changes = ((line["step"], line["changes"]) for line in lines if line["changes"])  # init_from changes nothing
+    return tuple((step, {key: after for key, (_, after) in changed.items()}) for step, changed in changes)

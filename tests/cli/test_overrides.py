@@ -112,7 +112,7 @@ def test_a_switch_needs_no_value(capsys: pytest.CaptureFixture[str]) -> None:
 def test_home_is_expanded_in_every_path(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     found = [one.name.replace("NAME", "x") for one, _ in keys() if one.key.path]
-    assert len(found) == 5
+    assert len(found) == 6
     changes = [f"--config.{key}=~/y" for key in found]
     assert main.main(["config", "show", "--config=quickstart", *changes]) == 0
     rows = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}

@@ -143,12 +143,14 @@ def test_other_processes_know_the_record_and_do_not_write(tmp_path: Path) -> Non
 
 def test_a_record_is_a_plan(tmp_path: Path) -> None:
     config, record = build(), Record(tmp_path, 0)
+    record.add(0, 0, "init_from", {}, weights={"path": "runs/other"})  # nothing to replay
     there = source(path="zh.txt", weight=2.0)
     added = {f"data.sources.zh.{key}": (None, value) for key, value in there.items()}
     record.add(10, 80, "config", {"optimizer.rewarm": ((), ((10, 4),)), **added})
     record.add(20, 160, "spike", {"train.skip_steps": ((), ((21, 22),))}, skipped=(21, 22))
     record.add(30, 240, "config", {key: (after, None) for key, (_, after) in added.items()})
     planned = build(interventions=interventions.plan(interventions.read(tmp_path / RECORD)))
+    assert [step for step, _ in planned.interventions] == [10, 20, 30]
     after = effective(planned, 10)
     assert after.optimizer.rewarm == ((10, 4),) and after.data.sources["zh"].weight == 2.0
     assert effective(planned, 20).train.skip_steps == ((21, 22),)

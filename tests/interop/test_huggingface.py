@@ -27,6 +27,7 @@ from test_sat import GOLDENS as ALL_GOLDENS
 from glm_jax.errors import UserError
 from glm_jax.interop import convert, huggingface, layout, sat, torch_archive
 from glm_jax.interop.torch_archive import read_archive
+from glm_jax.interop.weights import open_weights
 from glm_jax.model import GLMConfig, apply
 
 GOLDENS = ALL_GOLDENS / "hf_glm"
@@ -174,15 +175,28 @@ def test_names_without_a_prefix_and_other_floats_load(dtype: type, tmp_path: Pat
     assert_equal(huggingface.load(tmp_path / "out", SMALL), jax.tree.map(jnp.asarray, noise(SMALL)))
 
 
-def test_conversion_to_orbax_and_back(tmp_path: Path) -> None:
-    step = convert.hf_to_orbax(GOLDENS / "sharded", GOLDEN, tmp_path / "checkpoints")
+def test_conversion_to_a_workdir_and_back(tmp_path: Path) -> None:
+    weights = open_weights(GOLDENS / "sharded")
+    assert (weights.kind, weights.config, weights.step, weights.tokenizer) == ("huggingface", GOLDEN, 0, None)
+    convert.to_workdir(weights, tmp_path / "run", convert.experiment(weights.config))
     params = huggingface.load(GOLDENS, GOLDEN)
-    assert_equal(restore(tmp_path / "checkpoints", params), params)
-    convert.orbax_to_hf(step, GOLDEN, tmp_path / "out")
+    assert_equal(restore(tmp_path / "run/checkpoints", params), params)
+    convert.orbax_to_hf(open_weights(tmp_path / "run"), tmp_path / "out")
     assert_equal(tensors_of(tmp_path / "out"), golden_tensors())
-    with pytest.raises(UserError, match=r"params: embedding\.word has shape"):
-        convert.orbax_to_hf(step, dataclasses.replace(GOLDEN, vocab_size=512), tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+
+
+def test_the_user_says_which_gelu_and_nothing_that_the_folder_contradicts(tmp_path: Path) -> None:
+    assert open_weights(GOLDENS, {"activation": "gelu_tanh"}).config.activation == "gelu_tanh"
+    for key, value in (("num_layers", 7), ("norm", "post"), ("activation", "geglu"), ("position", "rope")):
+        with pytest.raises(UserError, match=f"holds a model with {key}"):
+            open_weights(GOLDENS, {key: value})
+
+
+def test_the_same_files_have_the_same_digest_and_others_another(tmp_path: Path) -> None:
+    whole = open_weights(shutil.copytree(GOLDENS, tmp_path / "copy")).digest
+    assert whole == open_weights(GOLDENS).digest != open_weights(GOLDENS / "sharded").digest
+    (tmp_path / "copy/README.md").write_text("words")
+    assert open_weights(tmp_path / "copy").digest == whole
 
 
 def edit(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], Any]:
@@ -323,7 +337,8 @@ def test_damage_gives_one_line_with_file_and_reason(case: str, sharded: Path, tm
     huggingface.load(root, huggingface.config(root))
     damage(root)
     with pytest.raises(UserError) as caught:
-        convert.hf_to_orbax(root, huggingface.config(root), tmp_path / "checkpoints")
+        weights = open_weights(root)
+        convert.to_workdir(weights, tmp_path / "run", convert.experiment(weights.config))
     message = str(caught.value)
     assert "\n" not in message and str(root) in message and len(message) < 500
     for word in words:

@@ -12,6 +12,7 @@ Needs 48 GB of disk and, for loading, 9 GB of memory; takes about twenty minutes
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -23,11 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
+from glm_jax.config.fields import to_dict
 from glm_jax.interop import convert, huggingface, sat
 from glm_jax.interop.layout import HUGGING_FACE, axis_sizes, official_tensors, tile_shape, tiles
 from glm_jax.interop.safetensors_file import write_safetensors
 from glm_jax.interop.shards import RANK_FILE, Parameter, open_parameters
 from glm_jax.interop.torch_archive import TensorStream, write_archive
+from glm_jax.interop.weights import open_weights
 from glm_jax.model import GLMConfig
 from glm_jax.workdir.checkpoint_format import ParamPath
 
@@ -66,7 +69,11 @@ def make_folder(root: Path, cfg: GLMConfig) -> None:
     for place, (name, rule, _) in enumerate(official_tensors(cfg, HUGGING_FACE)):
         shape = rule.torch_shape(axis_sizes(cfg))
         streams[name] = TensorStream(shape, np.dtype(np.float16), made_up(place, shape))
+    root.mkdir()
     write_safetensors(root / "model.safetensors", streams)
+    sizes = {"num_layers": cfg.num_layers, "hidden_size": cfg.hidden_size, "num_attention_heads": cfg.num_heads,
+             "vocab_size": cfg.vocab_size, "max_sequence_length": cfg.max_length - 1}  # fmt: skip
+    (root / "config.json").write_text(json.dumps({"model_type": "glm", **sizes}))
 
 
 def peak_memory() -> int:
@@ -80,13 +87,15 @@ def child(task: str, directory: Path) -> None:
     """Do one task, and print the bytes of the arrays that it holds and its peak memory."""
     held = 0
     if task == "sat-to-orbax":
-        convert.sat_to_orbax(directory / "official", LARGE, directory / "orbax")
+        weights = open_weights(directory / "official", to_dict(LARGE))
+        convert.to_workdir(weights, directory / "orbax", convert.experiment(LARGE))
     elif task == "orbax-to-sat":
-        convert.orbax_to_sat(directory / "orbax", LARGE, directory / "back", OTHER_RANKS, dtype="float16")
+        convert.orbax_to_sat(open_weights(directory / "orbax"), directory / "back", OTHER_RANKS, dtype="float16")
     elif task == "hf-to-orbax":
-        convert.hf_to_orbax(directory / "official", ORIGINAL, directory / "orbax")
+        weights = open_weights(directory / "official")
+        convert.to_workdir(weights, directory / "orbax", convert.experiment(weights.config))
     elif task == "orbax-to-hf":
-        convert.orbax_to_hf(directory / "orbax", ORIGINAL, directory / "back", dtype="float16")
+        convert.orbax_to_hf(open_weights(directory / "orbax"), directory / "back", dtype="float16")
     else:
         import jax
 

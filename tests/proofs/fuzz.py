@@ -223,7 +223,7 @@ def checkpoints() -> Target:
         first, _, second = data.partition(b"----\n")
         (folder / "7/params/_METADATA").write_bytes(first)
         (folder / "7/params/a/.zarray").write_bytes(second)
-        return open_params(folder)
+        return open_params(folder / "7")
 
     return read, [json.dumps(metadata).encode() + b"----\n" + json.dumps(array).encode()]
 

@@ -29,6 +29,21 @@ def test_a_sealed_folder_is_whole_and_knows_its_size(folder: Path) -> None:
     assert digests.damage(folder / "absent") == "cannot be read (No such file or directory)"
 
 
+def test_an_identity_is_that_of_names_and_contents_sealed_or_not(folder: Path) -> None:
+    whole, deep = digests.identity(folder), digests.identity(folder, "deep/")
+    assert len({whole, deep, digests.identity(folder, "top")}) == 3
+    digests.seal(folder, digests.files(folder))
+    (folder / "note").write_text("not sealed")
+    assert (digests.identity(folder), digests.identity(folder, "deep/")) == (whole, deep)
+    (folder / "digests-0-of-1.json").unlink()
+    assert digests.identity(folder) != whole
+    (folder / "note").unlink()
+    (folder / "top").write_bytes(b"b" * 10)
+    assert digests.identity(folder) != whole and digests.identity(folder, "deep/") == deep
+    (folder / "deep/other").rename(folder / "deep/another")
+    assert digests.identity(folder, "deep/") != deep
+
+
 def test_any_flipped_bit_and_any_cut_is_noticed(folder: Path) -> None:
     digests.seal(folder, digests.files(folder))
     for path in filter(Path.is_file, list(folder.rglob("*"))):

@@ -98,6 +98,7 @@ def test_invalid_axes(axes: Any, said: str) -> None:
         ({"model.norm": ("pre", "batch")}, "norm=batch: model.norm is 'batch'"),
         ({"seed": ("x",)}, "seed=x: seed is 'x'"),
         ({"mesh.data": (2,)}, "mesh.data is 2, members of a sweep run with 1"),
+        ({"train.init_from": ("runs",)}, "train.init_from is 'runs', members of a sweep run with ''"),
         ({"train.skip_steps": (((1, 2),),)}, "train.skip_steps"),
         ({"model.norm": ("pre",), "again": {"x": {"model.norm": "post"}}}, "the axis again sets model.norm"),
     ],

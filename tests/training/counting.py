@@ -112,7 +112,7 @@ class Diary:
 def without_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the state of a run be the number of its steps."""
     monkeypatch.setattr(running, "at_step", lambda mesh, state, step, samples, *scale: step)
-    monkeypatch.setattr(running, "create_state", lambda cfg, mesh: 0)
+    monkeypatch.setattr(running, "create_state", lambda cfg, mesh, load: 0)
     monkeypatch.setattr(running, "disk_targets", lambda cfg, mesh: None)
     monkeypatch.setattr(running, "to_disk", lambda cfg, mesh, state: state)
     monkeypatch.setattr(running, "from_disk", lambda cfg, mesh, items: items)

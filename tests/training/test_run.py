@@ -10,6 +10,7 @@ import pytest
 
 from glm_jax.config import default_config, interventions, resolve
 from glm_jax.errors import UserError, WorkFailed
+from glm_jax.interop.initial import Initial
 from glm_jax.training import run as running
 from glm_jax.training.observers import Observer, Request, Step
 from glm_jax.training.observers.evaluate import Evaluate
@@ -63,6 +64,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(running, "ready", ready)
         made: Any = object.__new__(Run)
         made.config, made.workdir, made._optimizer, made._say = config, tmp_path, None, book.say
+        made._initial = Initial(config, book.say)
         made.stretch, made.closing = Counting(diary, config, losses or {}, asks or {}), ExitStack()
         made.record, made.checkpoints, made.monitor = Record(tmp_path, 0), book, book
         made.observers, made.evaluators = (

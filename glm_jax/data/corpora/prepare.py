@@ -63,7 +63,9 @@ class Prepared:
     instruction_weights: dict[str, float]
 
 
-def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: bool = True) -> Prepared:
+def prepare(
+    config: Experiment, report: Report, *, workers: int = 1, strict: bool = True, tokenizer: Tokenizer | None = None
+) -> Prepared:
     """Fetch or read the sources, remove duplicates, train the tokenizer, write shards; skip what exists.
 
     The result does not depend on the number of workers, nor on how often the build was killed and restarted.
@@ -74,6 +76,7 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
         workers: processes that read and tokenise.
         strict: stop at a damaged record; otherwise count it and leave it out. What an earlier call made without
             `strict` is used unchanged.
+        tokenizer: to use; None to do as config.data.tokenizer says.
 
     Returns:
         What batches are made from. A sample that cannot be reached is reported and left out.
@@ -86,10 +89,11 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
     if not data.sources:
         raise UserError("data.sources is empty: give a source a path or a sample")
     cache = open_cache(data.cache, report)
-    given = read(data.tokenizer.path, pinned=data.tokenizer.pinned) if data.tokenizer.path else None
-    if given is None:
+    if tokenizer is None and data.tokenizer.path:
+        tokenizer = read(data.tokenizer.path, pinned=data.tokenizer.pinned)
+    if tokenizer is None:
         sentencepiece.check_size(data.tokenizer.vocab_size)
-    pieces = given.size if given else data.tokenizer.vocab_size
+    pieces = tokenizer.size if tokenizer else data.tokenizer.vocab_size
     rows = config.glm(pieces).vocab_size  # refuse one that does not fit now, not after all sources are read
     if rows > max(2 * pieces, 1024):
         report(f"tokenizer: model.vocab_size is {rows:,}, of which {pieces:,} rows have a token")
@@ -105,7 +109,7 @@ def prepare(config: Experiment, report: Report, *, workers: int = 1, strict: boo
         weights = {name: data.sources[name].weight for name in documents}
         if not any(weights.values()):
             raise UserError("the weights of all data.sources are 0: give one a share")
-        tokenizer = _tokenizer(documents, weights, given, data.tokenizer.vocab_size, cache)
+        tokenizer = _tokenizer(documents, weights, tokenizer, data.tokenizer.vocab_size, cache)
         shards = {name: _shards(name, stage, data.heldout, tokenizer, cache, pool) for name, stage in documents.items()}
     prompted, prompted_weights = prompts.prepare(data.instructions, tokenizer, cache, strict=strict)
     return Prepared(

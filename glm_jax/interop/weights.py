@@ -1,0 +1,209 @@
+"""Weights wherever they are: a path is recognised by what lies there, and its arrays stay on disk until they are read.
+
+WORKDIR, WORKDIR@STEP, WORKDIR/checkpoints/STEP     what a run or `convert` wrote
+a folder with `params`, or with numbered such       checkpoints of orbax without the rest of a workdir
+a folder with `latest`                              an official checkpoint, written by SwissArmyTransformer (SAT)
+a folder with config.json and *.safetensors or *.bin   what Hugging Face's classes of the original GLM write
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from glm_jax.config.fields import build, definitions, local_path
+from glm_jax.data.tokenizers.load import load, read
+from glm_jax.data.tokenizers.protocol import Tokenizer
+from glm_jax.errors import UserError
+from glm_jax.interop import arrays, describe, huggingface, shards
+from glm_jax.interop.arrays import Source
+from glm_jax.model import GLMConfig
+from glm_jax.storage import digests
+from glm_jax.types import Json
+from glm_jax.workdir import checkpoint_folders, folder
+from glm_jax.workdir.checkpoint_format import PARAMS, ParamPath, StoredArray, open_params
+
+Given = Mapping[str, object]  # what the user says of a model, by key of the section `model`
+Say = Callable[[str], None]
+
+SIZES = ("num_layers", "hidden_size", "num_heads", "ffn_size")
+# Keys under which the same arrays give other logits, or have other shapes. A vocabulary and a table may be resized.
+DECISIVE = (*SIZES, "norm", "position", "activation", "embedding_norm", "norm_epsilon", "rope_base")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Params that are still on disk.
+
+    Attributes:
+        kind: what the path was recognised as.
+        path: the workdir, or the folder that the user named.
+        config: the model that they are of.
+        parameters: the arrays by path into params, in the shapes of `glm_jax.model.init`.
+        step: of the run that made them; None if the folder's name is no number.
+        tokenizer: the file beside them; None if there is none.
+        files: the folder, and the start of the names, of the files that hold the arrays.
+    """
+
+    kind: Literal["workdir", "orbax", "sat", "huggingface"]
+    path: Path
+    config: GLMConfig
+    parameters: Mapping[ParamPath, Source]
+    step: int | None
+    tokenizer: Path | None
+    files: tuple[Path, str]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """One sha256 of the files that hold the arrays; those of an official checkpoint are read for it."""
+        directory, under = self.files
+        try:
+            return digests.identity(directory, under)
+        except OSError as error:
+            raise UserError(f"{directory} cannot be read ({error.strerror}): bring it back") from error
+
+    def read_tokenizer(self) -> Tokenizer | None:
+        """Read the tokenizer beside the weights; None if there is none.
+
+        Raises:
+            UserError: the file is damaged, or is of another family.
+        """
+        if self.tokenizer is None:
+            return None
+        return load(self.tokenizer) if self.kind == "workdir" else read(self.tokenizer, pinned=False)
+
+    def record(self) -> Json:
+        """Return what is recorded of the weights where something is made of them."""
+        return {"kind": self.kind, "path": str(self.path.absolute()), "step": self.step, "digest": self.digest}
+
+
+def warn(line: str) -> None:
+    """Print a line to standard error."""
+    print(line, file=sys.stderr)
+
+
+def open_weights(path: str | Path, given: Given = MappingProxyType({}), say: Say = warn) -> Weights:
+    """Open weights without reading them. In a run of several processes all must call this.
+
+    Args:
+        path: see above. Of a workdir without a step, the newest good checkpoint is taken.
+        given: what the user says of the model. It must not contradict what the files show; where they show nothing,
+            it decides.
+        say: called with a line about every damaged checkpoint that is skipped.
+
+    Raises:
+        UserError: nothing that can be read lies there, it is damaged, is of another model than `given`, or does not
+            show a key that `given` lacks.
+    """
+    root, step = _split(local_path(path, "the path of the weights"))
+    if (root / "latest").is_file():
+        return _open_sat(root, given)
+    if (root / "checkpoints").is_dir():
+        return _open_workdir(root, step, given, say)
+    found = _find_step(root)
+    if found is not None:
+        return _open_step(root, found, given)
+    if any((root / name).is_file() for name in huggingface.FILES):
+        return _open_huggingface(root, given)
+    missing = "does not exist" if not root.exists() else "holds no weights"
+    raise UserError(f"{root} {missing}: name a workdir with checkpoints, a checkpoint's folder with {PARAMS!r} in it, "
+                    "or an official one with `latest`")  # fmt: skip
+
+
+def _split(path: Path) -> tuple[Path, int | None]:
+    """Return the folder that a path names, and the step if it names one in a workdir."""
+    if not path.exists() and (match := re.fullmatch(r"(.+)@(\d+)", str(path))):
+        return Path(match[1]), int(match[2])
+    whole = path.absolute()
+    if whole.parent.name == "checkpoints" and whole.name.isdecimal() and (whole.parents[1] / folder.CONFIG).is_file():
+        return path.parent.parent, int(path.name)
+    if whole.name == "checkpoints" and (whole.parent / folder.CONFIG).is_file():
+        return path.parent, None
+    return path, None
+
+
+def _open_sat(root: Path, given: Given) -> Weights:
+    ranks = shards.open_ranks(root)
+    file, tensors = ranks[0]
+    config = describe.model(root, file, describe.shapes(file, tensors, len(ranks)), given)
+    name = shards.latest_iteration(root)
+    step = int(name) if name.isdecimal() else None
+    return Weights("sat", root, config, shards.gather(ranks, config), step, None, (root / name, "mp_rank_"))
+
+
+def _open_huggingface(root: Path, given: Given) -> Weights:
+    config = huggingface.config(root)
+    for activation in ("gelu", "gelu_tanh"):  # the folder does not tell with which of them it was trained
+        if given.get("activation") == activation:
+            config = dataclasses.replace(config, activation=activation)
+    _check_given(root, config, given)
+    parameters = huggingface.open_parameters(root, config)
+    return Weights("huggingface", root, config, parameters, 0, huggingface.tokenizer_file(root),
+                   huggingface.weight_files(root))  # fmt: skip
+
+
+def _check_given(root: Path, config: GLMConfig, given: Given) -> None:
+    """Compare what the user says of a model with the weights' own config."""
+    for key in DECISIVE:
+        if given.get(key, value := getattr(config, key)) != value:
+            raise describe.differs(root, key, (value,), given[key])
+
+
+def _open_workdir(root: Path, step: int | None, given: Given, say: Say) -> Weights:
+    experiment, directory = folder.read_config(root), root / "checkpoints"
+    steps = checkpoint_folders.folders(directory)
+    if step is not None and step not in steps:
+        listed = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"{root} has no checkpoint of step {step}, but these: {listed}")
+    good, _ = checkpoint_folders.newest_good(directory, steps if step is None else [step], f"{PARAMS}/", say)
+    if good is None:
+        raise UserError(f"{root} holds no finished checkpoint yet")
+    parameters = open_params(directory / str(good))
+    model = dataclasses.replace(experiment.model, vocab_size=_rows(root, parameters))
+    config = model.glm(0, experiment.data.seq_length)
+    _check_given(root, config, given)
+    tokenizer = root / folder.TOKENIZER
+    return _checked(Weights("workdir", root, config, parameters, good, tokenizer if tokenizer.is_file() else None,
+                            (directory / str(good), f"{PARAMS}/")))  # fmt: skip
+
+
+def _find_step(root: Path) -> Path | None:
+    """Return `root` if it is the folder of a step, or that of the newest step in it."""
+    if (root / PARAMS).is_dir():
+        return root
+    steps = [step for step in root.iterdir() if step.name.isdecimal()] if root.is_dir() else []
+    return max((step for step in steps if (step / PARAMS).is_dir()), key=lambda step: int(step.name), default=None)
+
+
+def _open_step(root: Path, directory: Path, given: Given) -> Weights:
+    if any(directory.glob("digests-*")) and (damage := digests.damage(directory, f"{PARAMS}/")):
+        raise UserError(f"{directory} is damaged ({damage}): bring it back, or name another step's folder")
+    if not set(SIZES) <= given.keys():
+        raise UserError(f"{directory} does not say which model it holds: give --config EXPERIMENT")
+    parameters = open_params(directory)
+    values = {one.name: given[one.name] for one in definitions(GLMConfig) if one.name in given}
+    if (table := parameters.get(("embedding", "position"))) is not None:
+        values["max_length"] = table.shape[0]
+    config = build(GLMConfig, {**values, "vocab_size": _rows(directory, parameters)}, "model.")
+    step = int(directory.name) if directory.name.isdecimal() else None
+    return _checked(Weights("orbax", directory, config, parameters, step, None, (directory, f"{PARAMS}/")))
+
+
+def _rows(where: Path, parameters: Mapping[ParamPath, StoredArray]) -> int:
+    """Return the number of rows of the embedding."""
+    if ("embedding", "word") not in parameters:
+        raise UserError(f"{where}: embedding.word is missing: these are not the params of a GLM")
+    return parameters["embedding", "word"].shape[0]
+
+
+def _checked(weights: Weights) -> Weights:
+    """Compare the arrays' shapes with the config."""
+    shapes = {path: tuple(source.shape) for path, source in weights.parameters.items()}
+    arrays.check_shapes(weights.config, shapes, str(weights.files[0] / PARAMS))
+    return weights
