@@ -94,6 +94,17 @@ class Spike(Section):
 
 
 @dataclass(frozen=True)
+class Lora(Section):
+    """The section `train.lora`: low-rank adapters on frozen params (arXiv 2106.09685)."""
+
+    rank: int = field(0, at_least=0, doc="r, the rank of a kernel's adapter; 0 trains the params themselves")
+    alpha: float = field(16.0, above=0, doc="an adapter's product is multiplied by alpha / rank")
+    targets: tuple[str, ...] = field(
+        ("blocks",), example="blocks/attention/qkv", doc="parts of the model whose kernels get adapters"
+    )
+
+
+@dataclass(frozen=True)
 class Train(Section):
     """The section `train`: how long, with which batches, and what is logged and saved."""
 
@@ -117,6 +128,10 @@ class Train(Section):
         (), example=(40_701, 40_900), doc="ranges of steps to skip with their data, including the last"
     )
     spike: Spike = section(Spike)
+    freeze: tuple[str, ...] = field(
+        (), role="frozen", example="blocks/0..9", doc="parts of the model whose params stay as they are"
+    )
+    lora: Lora = section(Lora, role="frozen")
     dead_after: int = field(
         10,
         at_least=0,
@@ -166,6 +181,8 @@ class Train(Section):
                 )
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"profile is {self.profile}: steps count from 1, the first must not be after the last")
+        if self.lora.rank and self.freeze:
+            raise ValueError("freeze does not go with train.lora, which freezes all params: name lora.targets instead")
         self._check_batch_ramp()
 
     def _check_batch_ramp(self) -> None:
@@ -199,7 +216,7 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class Optimizer(OptimizerConfig):
-    """The section `optimizer`: AdamW's constants, and its learning rate by samples seen."""
+    """The section `optimizer`: AdamW's constants, and its learning rate by samples seen and by part of the model."""
 
     peak_lr: float = field(1e-3, above=0, doc="learning rate after the warmup")
     min_lr: float = field(1e-4, at_least=0, doc="learning rate after the decay")
@@ -208,6 +225,15 @@ class Optimizer(OptimizerConfig):
         (), example=(22_800, 500), doc="(step, steps): after this step, the rate climbs again from 0 over so many steps"
     )
     decay_samples: int = field(0, at_least=0, doc="samples at which the cosine reaches min_lr; 0: at the last step")
+    layer_decay: float = field(
+        1.0,
+        above=0,
+        at_most=1,
+        doc="the learning rate falls by this factor from each layer to the one below; 1 disables",
+    )
+    multipliers: tuple[tuple[str, float], ...] = field(
+        (), at_least=0, example=("embedding", 0.1), doc="parts of the model and what multiplies their learning rate"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax import model
-from glm_jax.config.training import LossScaleConfig
+from glm_jax.config.training import Lora, LossScaleConfig
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
+from glm_jax.model import lora
 from glm_jax.parallel import partition
 from glm_jax.training import optimizer, precision
+from glm_jax.training.groups import Groups, of_params
 from glm_jax.training.optimizer import Optimizer
 from glm_jax.training.precision import LossScale
 from glm_jax.types import Tree
@@ -34,11 +36,14 @@ class StepConfig:
     loss_scale: LossScaleConfig | None  # None: the scale stays 1
     seed: int
     shrinks: bool = False  # whether `Controls.shrink` is used
+    groups: Groups = Groups()
+    lora: Lora | None = None  # None: the model's own params are trained
 
 
 class TrainState(NamedTuple):
     """All that a run carries from step to step; params and moments are float32.
 
+    `params` are trained: the model's, or with LoRA its adapters (lora.py), and `base` has the model's params then.
     In memory the layers are padded to fill the stages of the pipeline (`true_layers` undoes this for the disk), and
     params and moments are also split over `data` (ZeRO-1).
     """
@@ -48,15 +53,25 @@ class TrainState(NamedTuple):
     params: Tree
     moments: Tree
     loss_scale: LossScale
+    base: Tree = ()
 
 
 def init_state(cfg: StepConfig, stages: int = 1, key: Array | None = None) -> TrainState:
     """Make the state before the first step, its layers padded to `stages`. By default `key` is made from the seed."""
-    axes = model.logical_axes(cfg.engine.model)
+    glm = cfg.engine.model
     key = jax.random.key(cfg.seed) if key is None else key
-    params = partition.pad_layers(model.init(cfg.engine.model, key), axes, stages)
-    moments = optimizer.transformation(cfg.optimizer).init(params)
-    return TrainState(jnp.int32(0), jnp.int32(0), params, moments, precision.initial_loss_scale(cfg.loss_scale))
+    params, base = partition.pad_layers(model.init(glm, key), model.logical_axes(glm), stages), ()
+    if cfg.lora is not None:
+        base = params
+        params = partition.pad_layers(lora.init(glm, cfg.lora, key), lora.adapter_axes(glm, cfg.lora), stages)
+    moments = optimizer.transformation(cfg.optimizer, of_params(cfg.groups, glm, params)).init(params)
+    scale = precision.initial_loss_scale(cfg.loss_scale)
+    return TrainState(jnp.int32(0), jnp.int32(0), params, moments, scale, base)
+
+
+def model_params(cfg: StepConfig, params: Tree, base: Tree) -> Tree:
+    """Return the params of the model, into which adapters are merged, from those fields of a state."""
+    return params if cfg.lora is None else lora.merge(base, params, cfg.lora.alpha / cfg.lora.rank)
 
 
 def _axes(cfg: StepConfig) -> TrainState:
@@ -66,9 +81,14 @@ def _axes(cfg: StepConfig) -> TrainState:
     of lion, and of a transformation masked to some params. Anything else that an optimizer keeps is replicated.
     """
     shapes = jax.eval_shape(lambda: init_state(cfg))
-    axes = jax.tree.leaves(model.logical_axes(cfg.engine.model), is_leaf=lambda leaf: isinstance(leaf, tuple))
-    params = jax.tree_util.tree_leaves_with_path(shapes.params)
-    known = {(tuple(path), array.shape): names for (path, array), names in zip(params, axes, strict=True)}
+    trees = [(shapes.params, model.logical_axes(cfg.engine.model))]
+    if cfg.lora is not None:
+        trees = [(shapes.base, trees[0][1]), (shapes.params, lora.adapter_axes(cfg.engine.model, cfg.lora))]
+    known: dict[tuple[jax.tree_util.KeyPath, tuple[int, ...]], tuple[str | None, ...]] = {}
+    for params, named in trees:
+        axes = jax.tree.leaves(named, is_leaf=lambda leaf: isinstance(leaf, tuple))
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        known |= {(tuple(path), array.shape): names for (path, array), names in zip(leaves, axes, strict=True)}
 
     def axes_of(path: jax.tree_util.KeyPath, array: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
         ends = (known.get((tuple(path[start:]), array.shape)) for start in range(len(path)))
