@@ -23,11 +23,12 @@ DIRECTIONS = {
     "hf-to-orbax": ("huggingface",),
     "orbax-to-sat": ("workdir", "orbax"),
     "orbax-to-hf": ("workdir", "orbax"),
+    "merge": ("workdir",),
 }
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Convert official checkpoints and Hugging Face folders to workdirs (`sat-to-orbax`, `hf-to-orbax`) and back."""
+    """Convert official checkpoints and Hugging Face folders to workdirs and back, and merge adapters into weights."""
     if not arguments or arguments[0] not in DIRECTIONS:
         usage = f"glm-jax convert {'|'.join(DIRECTIONS)} --path FROM --out TO [flags]"
         if {"-h", "--help"} & set(arguments):
@@ -92,12 +93,14 @@ def _to_workdir(values: flags.FlagValues, weights: Weights) -> None:
     from glm_jax.interop.convert import experiment, to_workdir
 
     base = None if values.config is None else files.config(common.experiment_file(values))
-    beside = weights.tokenizer if base is None else None  # an experiment says itself which tokenizer it has
+    # an experiment says itself which tokenizer it has
+    beside = weights.tokenizer if base is None and weights.kind != "workdir" else None
     file = values.tokenizer or (beside and str(beside.absolute()))
     named = {} if file is None else {"data.tokenizer.path": file}
     config = experiment(weights.config, base, common.changes(values) | named)
     known = config.data.tokenizer
-    tokenizer = read(known.path, pinned=known.pinned) if known.path else None
+    own = weights.read_tokenizer() if weights.kind == "workdir" and values.tokenizer is None else None
+    tokenizer = own or (read(known.path, pinned=known.pinned) if known.path else None)
     to_workdir(weights, values.out, config, tokenizer)
     if tokenizer is None:
         say("the workdir has no tokenizer: to generate, convert with --tokenizer FILE")

@@ -337,7 +337,8 @@ def convert(where: str, value: object, kind: object, key: Key, default: object) 
         except OverflowError:
             return math.copysign(math.inf, value)  # which is refused as any infinity is
     if type(value) is not kind:
-        raise UserError(f"{where} is {shown(value)}, it must be of type {type(default).__name__} (such as {default!r})")
+        example = default if key.example is None else (key.example,)
+        raise UserError(f"{where} is {shown(value)}, it must be of type {type(default).__name__} (such as {example!r})")
     return os.path.expanduser(value) if key.path and isinstance(value, str) else value
 
 
@@ -347,14 +348,17 @@ def _convert_tuple(where: str, value: Sequence[object], kind: object, key: Key) 
         if value and (len(value) != count or any(type(entry) is not int for entry in value)):
             raise UserError(f"{where} is {shown(value)}, it must hold {count} whole numbers, or nothing")
         return tuple(_valid(where, entry, int, _UNBOUNDED) for entry in value)
-    return tuple(_convert_pair(where, entry, typing.get_args(kind)[0], key) for entry in value)
+    inner = typing.get_args(kind)[0]
+    if inner is str:
+        return tuple(_valid(where, entry, str, key) for entry in value)
+    return tuple(_convert_pair(where, entry, inner, key) for entry in value)
 
 
-def _convert_pair(where: str, entry: object, kind: object, key: Key) -> tuple[int, object]:
-    """Convert a pair: a whole number, then a number or a mapping by name."""
-    second = typing.get_args(kind)[1]
-    if is_list(entry) and len(entry) == 2 and type(entry[0]) is int:
-        first, inner = _valid(where, entry[0], int, _UNBOUNDED), entry[1]
+def _convert_pair(where: str, entry: object, kind: object, key: Key) -> tuple[object, object]:
+    """Convert a pair: a whole number or a text, then a number or a mapping by name."""
+    opening, second = typing.get_args(kind)
+    if is_list(entry) and len(entry) == 2 and type(entry[0]) is opening:
+        first, inner = _valid(where, entry[0], opening, _UNBOUNDED), entry[1]
         if typing.get_origin(second) is not None:
             if is_mapping(inner):
                 of = typing.get_args(second)[1]
@@ -369,7 +373,7 @@ _UNBOUNDED = Key("a number in a tuple")
 
 def _valid(where: str, value: T, kind: object, key: Key) -> T:
     """Return a value in a tuple, converted to its type and checked."""
-    converted = convert(where, value, kind, key, 0.0)
+    converted = convert(where, value, kind, key, "a name" if kind is str else 0.0)
     if problem := _problem(converted, kind, key):
         raise UserError(f"{where} holds {shown(value)}, it must {problem}")
     return cast(T, converted)

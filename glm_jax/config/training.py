@@ -95,6 +95,17 @@ class Spike(Section):
 
 
 @dataclass(frozen=True)
+class Lora(Section):
+    """The section `train.lora`: low-rank adapters on frozen params (arXiv 2106.09685)."""
+
+    rank: int = field(0, at_least=0, doc="r, the rank of a kernel's adapter; 0 trains the params themselves")
+    alpha: float = field(16.0, above=0, doc="an adapter's product is multiplied by alpha / rank")
+    targets: tuple[str, ...] = field(
+        ("blocks",), example="blocks/attention/qkv", doc="parts of the model whose kernels get adapters"
+    )
+
+
+@dataclass(frozen=True)
 class Train(Section):
     """The section `train`: how long, with which batches, and what is logged and saved."""
 
@@ -128,6 +139,10 @@ class Train(Section):
         (), example=(40_701, 40_900), doc="ranges of steps to skip with their data, including the last"
     )
     spike: Spike = section(Spike)
+    freeze: tuple[str, ...] = field(
+        (), role="frozen", example="blocks/0..9", doc="parts of the model whose params stay as they are"
+    )
+    lora: Lora = section(Lora, role="frozen")
     dead_after: int = field(
         10,
         at_least=0,
@@ -177,6 +192,12 @@ class Train(Section):
                 )
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"profile is {self.profile}: steps count from 1, the first must not be after the last")
+        if self.lora.rank and not self.init_from:
+            raise ValueError("lora.rank is set: name the weights that the adapters are for as train.init_from")
+        if self.lora.rank and self.init_from_vocabulary == "resize":
+            raise ValueError("init_from_vocabulary is resize: train.lora needs the vocabulary as it is")
+        if self.lora.rank and self.freeze:
+            raise ValueError("freeze does not go with train.lora, which freezes all params: name lora.targets instead")
         self._check_batch_ramp()
 
     def _check_batch_ramp(self) -> None:
@@ -210,7 +231,7 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class Optimizer(OptimizerConfig):
-    """The section `optimizer`: AdamW's constants, and its learning rate by samples seen."""
+    """The section `optimizer`: AdamW's constants, and its learning rate by samples seen and by part of the model."""
 
     peak_lr: float = field(1e-3, above=0, doc="learning rate after the warmup")
     min_lr: float = field(1e-4, at_least=0, doc="learning rate after the decay")
@@ -224,6 +245,15 @@ class Optimizer(OptimizerConfig):
         at_least=0,
         at_most=2**63 - 1,  # it may lie beyond the run's end
         doc="samples, those of the warmup included, at which the rate reaches min_lr; 0: at the last step",
+    )
+    layer_decay: float = field(
+        1.0,
+        above=0,
+        at_most=1,
+        doc="the learning rate falls by this factor from each layer to the one below; 1 disables",
+    )
+    multipliers: tuple[tuple[str, float], ...] = field(
+        (), at_least=0, example=("embedding", 0.1), doc="parts of the model and what multiplies their learning rate"
     )
 
     def __post_init__(self) -> None:

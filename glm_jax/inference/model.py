@@ -7,6 +7,8 @@ from pathlib import Path
 
 from glm_jax.config.fields import local_path
 from glm_jax.data.tokenizers.protocol import Tokenizer
+from glm_jax.interop import arrays
+from glm_jax.interop.weights import open_weights
 from glm_jax.model import GLMConfig
 from glm_jax.types import Tree
 from glm_jax.workdir import folder
@@ -31,4 +33,6 @@ class Model:
         workdir = local_path(workdir, "the workdir")
         config = folder.read_config(workdir)
         tokenizer = None if folder.lacks_tokenizer(workdir) else folder.read_tokenizer(workdir)
-        return cls(config.glm(tokenizer.size if tokenizer else 0), load_params(workdir), tokenizer)
+        adapted = config.train.lora.rank > 0
+        params = arrays.load(open_weights(workdir).parameters) if adapted else load_params(workdir)
+        return cls(config.glm(tokenizer.size if tokenizer else 0), params, tokenizer)

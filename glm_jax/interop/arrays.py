@@ -50,6 +50,30 @@ class _Live:
         return np.asarray(self.array[index], dtype)
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """A kernel with its adapter merged into each region as it is read; see `glm_jax.model.lora.merge`."""
+
+    kernel: Source  # [L, inputs, outputs]
+    a: Source  # [L, inputs, r]
+    b: Source  # [L, r, outputs]
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the kernel."""
+        return self.kernel.shape
+
+    def read(self, index: Index, dtype: np.dtype | None = None, /) -> np.ndarray:
+        """Read a region, merged in float32."""
+        inputs = len(self.a.shape) - 1  # axes of `a` before r, with L
+        a = self.a.read((*index[:inputs], slice(0, self.a.shape[-1])), np.dtype(np.float32))
+        b = self.b.read((index[0], slice(0, self.b.shape[1]), *index[inputs:]), np.dtype(np.float32))
+        product = np.stack([np.tensordot(of_layer, b[layer], 1) for layer, of_layer in enumerate(a)])
+        merged = self.kernel.read(index, np.dtype(np.float32)) + np.float32(self.scale) * product
+        return merged if dtype is None else merged.astype(dtype, copy=False)
+
+
 def sources(params: Params) -> dict[ParamPath, Source]:
     """Return the arrays of params by path, to be written."""
     return {path: _Live(array) for path, array in leaves(params).items()}

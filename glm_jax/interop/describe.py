@@ -124,7 +124,9 @@ def read_json(path: Path) -> Json:
     except (ValueError, RecursionError):  # ValueError: neither JSON nor UTF-8
         found = None
     if not is_mapping(found):
-        raise UserError(f"{path} should hold a JSON object of at most {CONFIG_BYTES:,} bytes, and does not: fetch it again")
+        raise UserError(
+            f"{path} should hold a JSON object of up to {CONFIG_BYTES:,} bytes and does not: fetch it again"
+        )
     return dict(found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from glm_jax.interop import arrays
 from glm_jax.interop.arrays import Source
 from glm_jax.interop.weights import Weights, open_weights
 from glm_jax.parallel import processes
-from glm_jax.types import Tree
+from glm_jax.types import Json, Tree
 from glm_jax.workdir import checkpoint_folders, folder
 from glm_jax.workdir.checkpoint_format import Index
 from glm_jax.workdir.interventions import Record
@@ -55,7 +56,7 @@ class Initial:
         """
         if not self.config.train.init_from:
             return params
-        weights = self.weights or _open(self.config, self.say)
+        weights = self._opened
         try:
             filled = {path: arrays.fill(array, _kept(self.config, weights, path))
                       for path, array in arrays.leaves(params).items()}  # fmt: skip
@@ -68,10 +69,28 @@ class Initial:
         """Note in the record of a run's changes, at step 0, where the weights came from, if there are any."""
         if not self.config.train.init_from:
             return
-        weights = self.weights or _open(self.config, self.say)
+        record.add(0, 0, "init_from", {}, weights=self.found)
+
+    def check(self, recorded: Json) -> None:
+        """Check that the weights are those of a record, for which adapters were trained.
+
+        Raises:
+            UserError: they are others by now, or cannot be opened.
+        """
+        if processes.is_first() and self.found["digest"] != recorded["digest"]:
+            raise UserError(f"{self._opened.path} has changed since the adapters of this run began: restore it")
+
+    @functools.cached_property
+    def found(self) -> Json:
+        """The record of the weights, in the first process; empty in others."""
+        weights = self._opened
         found = weights.record() if processes.is_first() else {}  # may read all of an official checkpoint
         processes.wait_for_all()
-        record.add(0, 0, "init_from", {}, weights=found)
+        return found
+
+    @functools.cached_property
+    def _opened(self) -> Weights:
+        return self.weights or _open(self.config, self.say)
 
 
 def begin(config: Experiment, workdir: Path | None, say: Say) -> Initial:
@@ -119,7 +138,20 @@ def begin(config: Experiment, workdir: Path | None, say: Say) -> Initial:
         if tokenizer is None:
             say(f"tokenizer: that of {weights.path}, {theirs.size:,} pieces")
         tokenizer = theirs
+    if config.train.lora.rank and tokenizer is not None:
+        _check_whole(config, weights, tokenizer.size)
     return dataclasses.replace(start, tokenizer=tokenizer, weights=weights)
+
+
+def _check_whole(config: Experiment, weights: Weights, pieces: int) -> None:
+    """Refuse other tables than the weights': with adapters, rows that are added to them would be saved nowhere."""
+    ours, theirs = config.glm(pieces), weights.config
+    if ours.vocab_size != theirs.vocab_size:
+        raise UserError(f"train.lora needs the embedding of {weights.path} as it is: set model.vocab_size to "
+                        f"{theirs.vocab_size}")  # fmt: skip
+    if ours.position == "learned_2d" and ours.max_length != theirs.max_length:
+        raise UserError(f"train.lora needs the positions of {weights.path} as they are: set model.max_length to "
+                        f"{theirs.max_length}")  # fmt: skip
 
 
 def _open(config: Experiment, say: Say) -> Weights:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -17,17 +18,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from glm_jax.config import Experiment
 from glm_jax.config.fields import build, definitions, local_path
 from glm_jax.data.tokenizers.load import load, read
 from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.interop import arrays, describe, huggingface, shards
-from glm_jax.interop.arrays import Source
+from glm_jax.interop.arrays import Adapted, Source
 from glm_jax.model import GLMConfig
 from glm_jax.storage import digests
 from glm_jax.types import Json
 from glm_jax.workdir import checkpoint_folders, folder
-from glm_jax.workdir.checkpoint_format import PARAMS, ParamPath, StoredArray, open_params
+from glm_jax.workdir.checkpoint_format import ADAPTERS, PARAMS, RUN, ParamPath, open_params
 
 Given = Mapping[str, object]  # what the user says of a model, by key of the section `model`
 Say = Callable[[str], None]
@@ -161,16 +163,41 @@ def _open_workdir(root: Path, step: int | None, given: Given, say: Say) -> Weigh
     if step is not None and step not in steps:
         listed = ", ".join(map(str, steps)) or "none"
         raise UserError(f"{root} has no checkpoint of step {step}, but these: {listed}")
-    good, _ = checkpoint_folders.newest_good(directory, steps if step is None else [step], f"{PARAMS}/", say)
+    adapted = experiment.train.lora.rank > 0
+    item = ADAPTERS if adapted else PARAMS
+    good, _ = checkpoint_folders.newest_good(directory, steps if step is None else [step], f"{item}/", say)
     if good is None:
         raise UserError(f"{root} holds no finished checkpoint yet")
-    parameters = open_params(directory / str(good))
+    parameters = (
+        _merged(root, experiment, directory / str(good), say) if adapted else open_params(directory / str(good))
+    )
     model = dataclasses.replace(experiment.model, vocab_size=_rows(root, parameters))
     config = model.glm(0, experiment.data.seq_length)
     _check_given(root, config, given)
     tokenizer = root / folder.TOKENIZER
     return _checked(Weights("workdir", root, config, parameters, good, tokenizer if tokenizer.is_file() else None,
-                            (directory / str(good), f"{PARAMS}/")))  # fmt: skip
+                            (directory / str(good), f"{item}/")))  # fmt: skip
+
+
+def _merged(root: Path, experiment: Experiment, step: Path, say: Say) -> dict[ParamPath, Source]:
+    """Return the params of a run's base with the adapters of a step merged into them as they are read."""
+    record = json.loads((step / RUN / "metadata").read_text("utf-8"))["base"]
+    named = Path(record["path"])
+    path = named if named.exists() else local_path(experiment.train.init_from, "train.init_from")
+    at = f"@{record['step']}" if record["kind"] == "workdir" else ""
+    try:
+        base = open_weights(f"{path}{at}", say=say)
+    except UserError as error:
+        raise UserError(f"{root} holds adapters, whose base is not where it was: {error}") from error
+    if base.digest != record["digest"]:
+        raise UserError(f"{root} holds adapters for other weights than {path} has now: restore those")
+    adapters, scale = open_params(step, ADAPTERS), experiment.train.lora.alpha / experiment.train.lora.rank
+    return {
+        path: Adapted(source, adapters[(*path, "a")], adapters[(*path, "b")], scale)
+        if (*path, "a") in adapters
+        else source
+        for path, source in base.parameters.items()
+    }
 
 
 def _find_step(root: Path) -> Path | None:
@@ -195,7 +222,7 @@ def _open_step(root: Path, directory: Path, given: Given) -> Weights:
     return _checked(Weights("orbax", directory, config, parameters, step, None, (directory, f"{PARAMS}/")))
 
 
-def _rows(where: Path, parameters: Mapping[ParamPath, StoredArray]) -> int:
+def _rows(where: Path, parameters: Mapping[ParamPath, Source]) -> int:
     """Return the number of rows of the embedding."""
     if ("embedding", "word") not in parameters:
         raise UserError(f"{where}: embedding.word is missing: these are not the params of a GLM")

@@ -23,6 +23,7 @@ from glm_jax.interop import initial
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import devices, processes
 from glm_jax.training import evaluation, precision, recipe
+from glm_jax.training import state as states
 from glm_jax.training.evaluation import Evaluator, heldout
 from glm_jax.training.observers import Observer, Request, Step
 from glm_jax.training.observers.evaluate import Evaluate
@@ -31,7 +32,6 @@ from glm_jax.training.observers.log import Log
 from glm_jax.training.observers.profile import Profile
 from glm_jax.training.observers.save import Save
 from glm_jax.training.observers.spikes import Bands, Spike, Spikes
-from glm_jax.training.state import at_step, create_state, disk_targets, from_disk, to_disk, true_layers
 from glm_jax.training.stopping import Stop, deferred
 from glm_jax.training.stretch import Stretch, ready
 from glm_jax.types import Json, Tree
@@ -88,6 +88,7 @@ class Run:
         self.saved_at = time.monotonic()
         self._latest: Step | None = None
         self._previous: Mapping[str, Tree] | None = None  # the metrics of the previous step
+        self._base: Tree = ()  # of a state that is being restored
         try:
             self._begin()
         except BaseException:
@@ -180,7 +181,7 @@ class Run:
             return False
         self.say(f"skipping steps {self.step + 1} to {step} with their data")
         self.monitor.progress(step - self.step)
-        self.state = at_step(self.stretch.mesh, self.state, step, samples)
+        self.state = states.at_step(self.stretch.mesh, self.state, step, samples)
         self.step, self.samples = step, samples
         if step == self.current.train.steps and self.current.train.eval_every:
             self.evaluate()  # every run is evaluated at its end
@@ -226,8 +227,9 @@ class Run:
             "numbers": interventions.numbers(self.current),
             "sources": self.prepared.digests,
             **folder.identity(self.config, self.prepared.tokenizer),
+            **({"base": self._initial.found} if self.stretch.cfg.lora else {}),
         }
-        self.checkpoints.save(to_disk(self.stretch.cfg, self.stretch.mesh, self.state), run)
+        self.checkpoints.save(states.to_disk(self.stretch.cfg, self.stretch.mesh, self.state), run)
         self.saved, self.saved_at = self.step, time.monotonic()
         self._asked = Request.NOTHING  # the request is met
         self.stretch.meter.restart()
@@ -255,6 +257,8 @@ class Run:
         if run is None:
             parameters, mesh = self.stretch.cfg.engine.model.num_parameters, dict(self.stretch.mesh.shape)
             self._say(f"model: {parameters:,} parameters, mesh {mesh}")
+            if self.stretch.cfg.lora:
+                self._say(states.describe_parts(self.state))
         else:
             self._say(f"resuming from step {self.step}, sample {self.samples:,}")
             kept, now = run["sources"], self.prepared.digests
@@ -266,18 +270,22 @@ class Run:
         """Restore the newest good checkpoint and return its `run`; if there is none, make the first state."""
         cfg, mesh = self.stretch.cfg, self.stretch.mesh
         self._previous = None
-        restored = self.checkpoints.restore(disk_targets(cfg, mesh), at_most, self._drop_state)
+        restored = self.checkpoints.restore(states.disk_targets(cfg, mesh), at_most, self._drop_state)
         if restored is None:
-            self.state = create_state(cfg, mesh, self._initial.load)
+            self.state = states.create_state(cfg, mesh, self._initial.load)
             self.step, self.samples, self.bands, self.saved = 0, 0, Bands(), None
             return None
-        run, self.state = restored.run, from_disk(cfg, mesh, restored.items)
+        run = restored.run
+        if cfg.lora and not self._base:
+            self._initial.check(run["base"])
+            self._base = states.create_base(cfg, mesh, self._initial.load)
+        self.state, self._base = states.from_disk(cfg, mesh, restored.items, self._base), ()
         self.step, self.samples, self.bands = run["step"], run["samples"], Bands.from_json(run["bands"])
         self.saved = self.step
         return run
 
     def _drop_state(self) -> None:
-        self.__dict__.pop("state", None)
+        self._base = getattr(self.__dict__.pop("state", None), "base", ())
 
     def _enter(self, run: Json | None) -> None:
         """Put the config of the next step into effect, and record what differs from the checkpoint of `run`."""
@@ -304,7 +312,7 @@ class Run:
                 self.say(f"from step {self.step} on ({cause}): {shown}")
         if rescaled:
             scale = precision.initial_loss_scale(scaling)
-            self.state = at_step(self.stretch.mesh, self.state, self.step, self.samples, scale)
+            self.state = states.at_step(self.stretch.mesh, self.state, self.step, self.samples, scale)
         if config != self.current:
             self.stretch.close()
             self.stretch = Stretch(config, prepared, self._optimizer)
@@ -357,7 +365,7 @@ class Run:
     @property
     def params(self) -> Tree:
         """The float32 params on the mesh, in the shape that `glm_jax.model.apply` takes."""
-        return true_layers(self.stretch.cfg, self.state).params
+        return states.model_params(self.stretch.cfg, states.true_layers(self.stretch.cfg, self.state))
 
     def rows(self, first: int | None = None, count: int | None = None) -> Rows[np.ndarray]:
         """Return `count` rows of the training data, starting at row `first`; by default the rows of the next step."""
@@ -366,7 +374,7 @@ class Run:
 
     def gradients(self, rows: Rows[np.ndarray]) -> Gradients:
         """Return loss sums and the gradients of the mean loss over rows [B, ...], B whole microbatches; no dropout."""
-        return self.stretch.gradients(self.state.params, rows)
+        return self.stretch.gradients(states.model_params(self.stretch.cfg, self.state), rows)
 
     def __enter__(self) -> Run:
         return self

@@ -12,14 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax import model
-from glm_jax.config.training import LossScaleConfig
+from glm_jax.config.training import Lora, LossScaleConfig
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
+from glm_jax.model import lora
 from glm_jax.parallel import partition, processes
 from glm_jax.training import optimizer, precision
+from glm_jax.training.groups import Groups, of_params
 from glm_jax.training.optimizer import Optimizer
 from glm_jax.training.precision import LossScale
 from glm_jax.types import Tree
+from glm_jax.workdir.checkpoint_format import ADAPTERS, PARAMS
 
 Array = jax.Array
 Mesh = jax.sharding.Mesh
@@ -35,11 +38,14 @@ class StepConfig:
     loss_scale: LossScaleConfig | None  # None: the scale stays 1
     seed: int
     shrinks: bool = False  # whether `Controls.shrink` is used
+    groups: Groups = Groups()
+    lora: Lora | None = None  # None: the model's own params are trained
 
 
 class TrainState(NamedTuple):
     """All that a run carries from step to step; params and moments are float32.
 
+    `params` are trained: the model's, or with LoRA its adapters (lora.py), and `base` has the model's params then.
     In memory the layers are padded to fill the stages of the pipeline (`true_layers` undoes this for the disk), and
     params and moments are also split over `data` (ZeRO-1).
     """
@@ -49,15 +55,30 @@ class TrainState(NamedTuple):
     params: Tree
     moments: Tree
     loss_scale: LossScale
+    base: Tree = ()
 
 
 def init_state(cfg: StepConfig, stages: int = 1, key: Array | None = None) -> TrainState:
     """Make the state before the first step, its layers padded to `stages`. By default `key` is made from the seed."""
-    axes = model.logical_axes(cfg.engine.model)
+    glm = cfg.engine.model
     key = jax.random.key(cfg.seed) if key is None else key
-    params = partition.pad_layers(model.init(cfg.engine.model, key), axes, stages)
-    moments = optimizer.transformation(cfg.optimizer).init(params)
-    return TrainState(jnp.int32(0), jnp.int32(0), params, moments, precision.initial_loss_scale(cfg.loss_scale))
+    params, base = partition.pad_layers(model.init(glm, key), model.logical_axes(glm), stages), ()
+    if cfg.lora is not None:
+        base = params
+        params = partition.pad_layers(lora.init(glm, cfg.lora, key), lora.adapter_axes(glm, cfg.lora), stages)
+    moments = optimizer.transformation(cfg.optimizer, of_params(cfg.groups, glm, params)).init(params)
+    scale = precision.initial_loss_scale(cfg.loss_scale)
+    return TrainState(jnp.int32(0), jnp.int32(0), params, moments, scale, base)
+
+
+def model_params(cfg: StepConfig, state: TrainState) -> Tree:
+    """Return the params of the model, into which adapters are merged."""
+    return merged(cfg, state.params, state.base)
+
+
+def merged(cfg: StepConfig, params: Tree, base: Tree) -> Tree:
+    """Return `model_params` from these fields of a state."""
+    return params if cfg.lora is None else lora.merge(base, params, cfg.lora.alpha / cfg.lora.rank)
 
 
 def _axes(cfg: StepConfig) -> TrainState:
@@ -67,9 +88,14 @@ def _axes(cfg: StepConfig) -> TrainState:
     of lion, and of a transformation masked to some params. Anything else that an optimizer keeps is replicated.
     """
     shapes = jax.eval_shape(lambda: init_state(cfg))
-    axes = jax.tree.leaves(model.logical_axes(cfg.engine.model), is_leaf=lambda leaf: isinstance(leaf, tuple))
-    params = jax.tree_util.tree_leaves_with_path(shapes.params)
-    known = {(tuple(path), array.shape): names for (path, array), names in zip(params, axes, strict=True)}
+    trees = [(shapes.params, model.logical_axes(cfg.engine.model))]
+    if cfg.lora is not None:
+        trees = [(shapes.base, trees[0][1]), (shapes.params, lora.adapter_axes(cfg.engine.model, cfg.lora))]
+    known: dict[tuple[jax.tree_util.KeyPath, tuple[int, ...]], tuple[str | None, ...]] = {}
+    for params, named in trees:
+        axes = jax.tree.leaves(named, is_leaf=lambda leaf: isinstance(leaf, tuple))
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        known |= {(tuple(path), array.shape): names for (path, array), names in zip(leaves, axes, strict=True)}
 
     def axes_of(path: jax.tree_util.KeyPath, array: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
         ends = (known.get((tuple(path[start:]), array.shape)) for start in range(len(path)))
@@ -85,19 +111,35 @@ def state_specs(cfg: StepConfig, mesh: Mesh) -> TrainState:
 
 def true_layers(cfg: StepConfig, state: TrainState) -> TrainState:
     """Remove the layers that only fill up the stages."""
-    return partition.true_layers(state, _axes(cfg), cfg.engine.model.num_layers)
+    return partition.true_layers(state, _like(state, _axes(cfg)), cfg.engine.model.num_layers)
 
 
 def pad_layers(cfg: StepConfig, state: TrainState, stages: int) -> TrainState:
     """Undo `true_layers` for a pipeline of `stages`."""
-    return partition.pad_layers(state, _axes(cfg), stages)
+    return partition.pad_layers(state, _like(state, _axes(cfg)), stages)
+
+
+def _like(state: TrainState, tree: TrainState) -> TrainState:
+    """Return a tree of a whole state without its base if `state`, on its way to the disk, has none."""
+    return tree if state.base != () else tree._replace(base=())
 
 
 def create_state(cfg: StepConfig, mesh: Mesh, load: Callable[[Tree], Tree] = lambda params: params) -> TrainState:
-    """Make the first state on the mesh; each device makes its own part. `load` may replace the params, as padded."""
+    """Make the first state on the mesh; each device makes its own part.
+
+    `load` may replace the params of the model, as padded: with LoRA, `base`.
+    """
     shardings = partition.shardings(mesh, state_specs(cfg, mesh))
     state = jax.jit(lambda: init_state(cfg, mesh.shape["pipeline"]), out_shardings=shardings)()
-    return state._replace(params=load(state.params))
+    return state._replace(params=load(state.params)) if cfg.lora is None else state._replace(base=load(state.base))
+
+
+def create_base(cfg: StepConfig, mesh: Mesh, load: Callable[[Tree], Tree]) -> Tree:
+    """Make `base` alone, as `create_state` does; without LoRA it is empty."""
+    if cfg.lora is None:
+        return ()
+    shardings = partition.shardings(mesh, state_specs(cfg, mesh).base)
+    return load(jax.jit(lambda: init_state(cfg, mesh.shape["pipeline"]).base, out_shardings=shardings)())
 
 
 def at_step(mesh: Mesh, state: TrainState, step: int, samples: int, loss_scale: LossScale | None = None) -> TrainState:
@@ -116,20 +158,33 @@ def _disk_shardings(cfg: StepConfig, mesh: Mesh) -> TrainState:
 
     Where stages are padded, `pipeline` cannot split the true layers: it splits another dimension of their arrays.
     """
-    specs = state_specs(cfg, mesh)
+    specs = state_specs(cfg, mesh)._replace(base=())
     if _is_padded(cfg, mesh):
-        specs = partition.moved("pipeline", specs, jax.eval_shape(lambda: init_state(cfg)), mesh.shape)
+        specs = partition.moved("pipeline", specs, _saved_shapes(cfg), mesh.shape)
     return partition.shardings(mesh, specs)
 
 
-def _items(state: TrainState) -> Items:
-    rest = {name: value for name, value in state._asdict().items() if name != "params"}
-    return {"params": state.params, "training": rest}
+def _saved_shapes(cfg: StepConfig) -> TrainState:
+    return jax.eval_shape(lambda: init_state(cfg)._replace(base=()))
+
+
+def _items(cfg: StepConfig, state: TrainState) -> Items:
+    rest = {name: value for name, value in state._asdict().items() if name not in ("params", "base")}
+    return {_trained(cfg): state.params, "training": rest}
+
+
+def _trained(cfg: StepConfig) -> str:
+    """Return the name of the item that holds `params`."""
+    return PARAMS if cfg.lora is None else ADAPTERS
 
 
 def to_disk(cfg: StepConfig, mesh: Mesh, state: TrainState) -> Items:
-    """Return the trees of a checkpoint: `params`, and `training` with the rest; every mesh has the same layout."""
-    return _items(_cut(cfg, mesh)(state) if _is_padded(cfg, mesh) else state)
+    """Return the trees of a checkpoint; every mesh has the same layout.
+
+    They are `params`, or `adapters` alone with LoRA, whose base lies where the run began; and `training` with the rest.
+    """
+    state = state._replace(base=())
+    return _items(cfg, _cut(cfg, mesh)(state) if _is_padded(cfg, mesh) else state)
 
 
 @functools.lru_cache(maxsize=4)
@@ -145,9 +200,9 @@ def disk_targets(cfg: StepConfig, mesh: Mesh) -> Items:
     Raises:
         UserError: the layers are padded to the stages, and the optimizer keeps arrays that cannot be cut to the layers.
     """
-    shapes = jax.eval_shape(lambda: init_state(cfg))
+    shapes = _saved_shapes(cfg)
     if _is_padded(cfg, mesh):
-        cut = jax.eval_shape(lambda: true_layers(cfg, init_state(cfg, mesh.shape["pipeline"])))
+        cut = jax.eval_shape(lambda: true_layers(cfg, init_state(cfg, mesh.shape["pipeline"])._replace(base=())))
         if [array.shape for array in jax.tree.leaves(cut)] != [array.shape for array in jax.tree.leaves(shapes)]:
             raise UserError(
                 f"the optimizer keeps arrays whose shapes differ from the params: choose a mesh.pipeline that divides "
@@ -158,15 +213,28 @@ def disk_targets(cfg: StepConfig, mesh: Mesh) -> Items:
         shapes,
         _disk_shardings(cfg, mesh),
     )
-    return _items(target)
+    return _items(cfg, target)
 
 
-def from_disk(cfg: StepConfig, mesh: Mesh, items: Mapping[str, Tree]) -> TrainState:
-    """Rebuild the state from the trees of `to_disk`, padded to this mesh's stages."""
-    state = TrainState(params=items["params"], **items["training"])
-    if not _is_padded(cfg, mesh):
-        return state
-    placed = partition.shardings(mesh, state_specs(cfg, mesh))
-    stages = mesh.shape["pipeline"]
-    pad = jax.jit(lambda state: pad_layers(cfg, state, stages), out_shardings=placed)
-    return processes.compiled_together(pad)(state)
+def from_disk(cfg: StepConfig, mesh: Mesh, items: Mapping[str, Tree], base: Tree = ()) -> TrainState:
+    """Rebuild the state from the trees of `to_disk`, padded to this mesh's stages, and `base` as it was in memory."""
+    state = TrainState(params=items[_trained(cfg)], **items["training"])
+    if _is_padded(cfg, mesh):
+        placed = partition.shardings(mesh, state_specs(cfg, mesh)._replace(base=()))
+        stages = mesh.shape["pipeline"]
+        pad = jax.jit(lambda state: pad_layers(cfg, state, stages), out_shardings=placed)
+        state = processes.compiled_together(pad)(state)
+    return state._replace(base=base)
+
+
+def describe_parts(state: TrainState) -> str:
+    """Say how much of the model is trained, and what a device holds of params and moments."""
+    trained, kept = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.base))
+    held = [
+        sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree)) / 1e6
+        for tree in ((state.params, state.base), state.moments)
+    ]
+    return (
+        f"adapters: {trained:,} parameters are trained, {kept:,} stay as they are; "
+        f"a device holds {held[0]:,.1f} MB of both and {held[1]:,.1f} MB of moments"
+    )

@@ -13,7 +13,8 @@ from glm_jax.engine import passes
 from glm_jax.parallel import partition
 from glm_jax.parallel.processes import Jitted
 from glm_jax.training import optimizer, precision
-from glm_jax.training.state import StepConfig, TrainState, state_specs
+from glm_jax.training.groups import of_params
+from glm_jax.training.state import StepConfig, TrainState, merged, state_specs
 from glm_jax.types import Tree
 
 Array = jax.Array
@@ -58,8 +59,13 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if drops else None
     scale = state.loss_scale.scale
     shrink = controls.shrink if cfg.shrinks else None
-    passed = passes.value_and_grad(cfg.engine, mesh, state.params, rows, key, shrink, scale)
-    params, moments, norms = optimizer.update(cfg.optimizer, passed.gradients, state.moments, state.params, controls.lr)
+    whole, to_trained = jax.vjp(lambda params: merged(cfg, params, state.base), state.params)
+    passed = passes.value_and_grad(cfg.engine, mesh, whole, rows, key, shrink, scale)
+    (gradients,) = to_trained(passed.gradients)
+    multipliers = of_params(cfg.groups, glm, state.params)
+    params, moments, norms = optimizer.update(
+        cfg.optimizer, gradients, state.moments, state.params, controls.lr, multipliers
+    )
     finite = jnp.isfinite(norms["grad_norm"]) & jnp.isfinite(norms["update_norm"])
     params, moments = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (params, moments), (state.params, state.moments)
@@ -76,19 +82,19 @@ def train_step(
         **norms,
         **optimizer.group_norms(passed.gradients, glm.num_layers),
     }
-    return TrainState(state.step + 1, samples, params, moments, loss_scale), metrics
+    return TrainState(state.step + 1, samples, params, moments, loss_scale, state.base), metrics
 
 
 def compile_steps(
     cfg: StepConfig, mesh: Mesh
 ) -> tuple[
     Jitted[[TrainState, Rows[Array], Controls], tuple[TrainState, dict[str, Tree]]],
-    Jitted[[Tree, Rows[Array]], Array],
+    Jitted[[Tree, Tree, Rows[Array]], Array],
 ]:
     """Return the train step and the evaluation, jitted for a mesh.
 
-    The train step donates its state. The evaluation returns the loss in nats of every target token of rows
-    [M, B/M, ...]: float32 [M, B/M, S], 0 elsewhere.
+    The train step donates its state. The evaluation takes a state's `params` and `base` and rows [M, B/M, ...], and
+    returns the loss in nats of every target token: float32 [M, B/M, S], 0 elsewhere.
     """
     shardings = partition.shardings(mesh, state_specs(cfg, mesh))
     whole = jax.NamedSharding(mesh, jax.P())
@@ -97,5 +103,8 @@ def compile_steps(
         donate_argnums=0,
         out_shardings=(shardings, whole),
     )
-    evaluate = jax.jit(lambda params, rows: passes.losses(cfg.engine, mesh, params, rows), out_shardings=whole)
+    evaluate = jax.jit(
+        lambda params, base, rows: passes.losses(cfg.engine, mesh, merged(cfg, params, base), rows),
+        out_shardings=whole,
+    )
     return train, evaluate

@@ -25,6 +25,7 @@ from glm_jax.parallel.devices import peak_flops
 from glm_jax.parallel.mesh import local_rows, place
 from glm_jax.training import recipe
 from glm_jax.training.evaluation import HeldOut
+from glm_jax.training.groups import Groups
 from glm_jax.training.state import StepConfig, TrainState
 from glm_jax.training.step import Controls, compile_steps, controls
 from glm_jax.types import Tree
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     import grain
 
 Train = Callable[[TrainState, Rows[jax.Array], Controls], tuple[TrainState, dict[str, Tree]]]
-Evaluate = Callable[[Tree, Rows[jax.Array]], jax.Array]
+Evaluate = Callable[[Tree, Tree, Rows[jax.Array]], jax.Array]
 
 
 def step_config(
@@ -48,6 +49,8 @@ def step_config(
         loss_scale=config.train.scaling(),
         shrinks=recipe.shrinks(config),
         seed=config.seed,
+        groups=Groups.of(config),
+        lora=config.train.lora if config.train.lora.rank else None,
     )
 
 
@@ -93,9 +96,9 @@ class Stretch:
         placed = place(self.mesh, batch, rows // self._microbatch)
         return self._train(state, placed, controls(self.mesh, chosen["lr"], chosen["embedding_shrink"], request))
 
-    def heldout(self, params: Tree) -> dict[str, float]:
-        """Return the held-out losses of params that are on the mesh."""
-        return self._heldout.losses(self._evaluate, params)
+    def heldout(self, state: TrainState) -> dict[str, float]:
+        """Return the held-out losses of a state's params."""
+        return self._heldout.losses(lambda params, rows: self._evaluate(params, state.base, rows), state.params)
 
     def gradients(self, params: Tree, rows: Rows[np.ndarray]) -> Gradients:
         """Return the gradients of the mean loss over rows [B, ...], see `engine.passes.value_and_grad`."""

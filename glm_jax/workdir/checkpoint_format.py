@@ -23,6 +23,7 @@ from glm_jax.storage.files import atomic_directory
 from glm_jax.types import Json
 
 PARAMS = "params"  # the item of a checkpoint that holds params
+ADAPTERS = "adapters"  # or, with LoRA, the params that are trained, in place of the model's
 RUN = "run"  # the item with the numbers of a run, JSON; all other items are trees of arrays
 
 ParamPath = tuple[str, ...]
@@ -90,17 +91,17 @@ def write_params(directory: Path, step: int, arrays: Mapping[ParamPath, Chunked]
     return folder
 
 
-def open_params(folder: Path) -> dict[ParamPath, StoredArray]:
-    """Open the params of a step's folder by path, without reading them.
+def open_params(folder: Path, item: str = PARAMS) -> dict[ParamPath, StoredArray]:
+    """Open the params of a step's folder by path, or another item's arrays, without reading them.
 
     Raises:
         UserError: its files are not those of an orbax checkpoint.
     """
     try:
-        return dict(_open(folder / PARAMS))
+        return dict(_open(folder / item))
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder / PARAMS} cannot be read as an orbax checkpoint: {reason}") from error
+        raise UserError(f"{folder / item} cannot be read as an orbax checkpoint: {reason}") from error
 
 
 def _write(directory: Path, array: Chunked) -> None:

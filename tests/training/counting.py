@@ -31,7 +31,7 @@ class Counting:
     ) -> None:  # fmt: skip
         self.diary, self.config, self.losses, self.asks = diary, config, losses, asks
         model = SimpleNamespace(num_parameters=0)
-        self.cfg = SimpleNamespace(engine=SimpleNamespace(model=model), loss_scale=None)
+        self.cfg = SimpleNamespace(engine=SimpleNamespace(model=model), loss_scale=None, lora=None)
         self.mesh = SimpleNamespace(shape={})
         self.prepared = SimpleNamespace(digests={}, tokenizer=SimpleNamespace(digest="a"))
         self.meter = SimpleNamespace(
@@ -111,9 +111,9 @@ class Diary:
 
 def without_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the state of a run be the number of its steps."""
-    monkeypatch.setattr(running, "at_step", lambda mesh, state, step, samples, *scale: step)
-    monkeypatch.setattr(running, "create_state", lambda cfg, mesh, load: 0)
-    monkeypatch.setattr(running, "disk_targets", lambda cfg, mesh: None)
-    monkeypatch.setattr(running, "to_disk", lambda cfg, mesh, state: state)
-    monkeypatch.setattr(running, "from_disk", lambda cfg, mesh, items: items)
+    monkeypatch.setattr(running.states, "at_step", lambda mesh, state, step, samples, *scale: step)
+    monkeypatch.setattr(running.states, "create_state", lambda cfg, mesh, load: 0)
+    monkeypatch.setattr(running.states, "disk_targets", lambda cfg, mesh: None)
+    monkeypatch.setattr(running.states, "to_disk", lambda cfg, mesh, state: state)
+    monkeypatch.setattr(running.states, "from_disk", lambda cfg, mesh, items, base: items)
     monkeypatch.setattr(running, "versions", dict)

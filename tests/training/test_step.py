@@ -288,7 +288,7 @@ def test_half_precision_stays_near_float32(mesh_sizes: dict[str, int], compute: 
 
 def test_evaluation_gives_the_loss_of_every_target(mesh_sizes: dict[str, int]) -> None:
     made, batch = compiled(CONFIG, mesh_sizes), make_batch()
-    losses = np.asarray(made.evaluate(made.state().params, made.place(1)))[0]
+    losses = np.asarray(made.evaluate(made.state().params, (), made.place(1)))[0]
     assert losses.shape == (8, 16) and (losses[batch.loss_mask == 0] == 0).all()
     loss, _, _ = plain_step(CONFIG, made.start)
     assert losses.sum() / batch.loss_mask.sum() == pytest.approx(float(loss), rel=1e-6)

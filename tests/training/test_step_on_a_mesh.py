@@ -12,11 +12,11 @@ from tests.patience import HANG
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("mesh", ["2,1,2"])
-def test_the_step_passes_the_same_tests_on_a_mesh(mesh: str) -> None:
+@pytest.mark.parametrize("mesh, tests", [("2,1,2", "test_step.py"), ("2,2,2", "test_groups.py")])
+def test_the_step_passes_the_same_tests_on_a_mesh(mesh: str, tests: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).parent / "test_step.py")],
-        env={**os.environ, "GLM_JAX_TEST_MESH": mesh, "JAX_NUM_CPU_DEVICES": "4"},
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).parent / tests)],
+        env={**os.environ, "GLM_JAX_TEST_MESH": mesh, "JAX_NUM_CPU_DEVICES": "8"},
         capture_output=True,
         text=True,
         timeout=HANG,
