@@ -257,19 +257,19 @@ def instruction_sample(document: np.ndarray, special: SpecialTokens, room: int, 
 
     Args:
         document: int32 [n], the prompt, [MASK], the answer (at least one token) and a last token, which eop replaces.
-            The sample has n tokens, too.
+            The sample has n tokens, too, if they fit.
         special: ids of the special tokens.
-        room: places the sample may fill; the rest is cut. The prompt keeps its first tokens: as many as the
-            answer leaves room for, but at least a quarter of the room (128 of 512). Then the answer is cut.
+        room: places the sample may fill. The answer is kept, and the prompt is cut at its beginning. An answer that
+            does not fit alone is cut at its end, without eop; prompts.py leaves such samples out.
         two_streams: repeat the position of [MASK] in the answer.
     """
     divide = int(np.argmax(document == special.mask))
-    text, target = document[:divide], document[divide + 1 : -1]
-    if len(document) > room:
-        text = text[: max(room // 4, room - 2 - len(target))]
-        target = target[: room - 2 - len(text)]
+    target = document[divide + 1 : -1]
+    whole = len(target) + 2 <= room
+    target = target if whole else target[: room - 1]
+    text = document[max(0, divide + len(target) + 2 - room) : divide] if whole else document[:0]
     tokens = np.concatenate([text, target])
-    return blank_one(tokens, len(text), len(tokens), special.mask, special, two_streams)
+    return blank_one(tokens, len(text), len(tokens), special.mask, special, two_streams, end=whole)
 
 
 def find_sentence_ends(pieces: Sequence[str]) -> np.ndarray:
