@@ -37,7 +37,7 @@ SHAPES: list[tuple[dict[str, Any], list[tuple[str, str]]]] = [
     ({"question": "a", "answer": "b"}, [("a", "b")]),
     ({"instruction": "a", "output": "b"}, [("a", "b")]),
     ({"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "all of it"}, [("Add.\n\n1 and 2", "3")]),
-    ({"instruction": "a", "input": "", "output": "b"}, [("a", "b")]),
+    ({"instruction": "a", "input": " \n", "output": "b"}, [("a", "b")]),
     ({"instruction": "a", "input": None, "output": "b"}, [("a", "b")]),
     ({"text": "a", "target": "b", "question": "c", "answer": "d"}, [("a", "b")]),  # the first pair
     ({"text": "a", "target": None, "question": "c", "answer": "d"}, [("c", "d")]),
@@ -161,6 +161,7 @@ def test_a_record_is_held_out_with_all_its_samples_whatever_the_order(tmp_path: 
     assert len(train) + len(held) == 1600 and not said(train) & said(held)
     assert prepared(chats(400), 0.0)[1] == []
     assert len(prepared(chats(10), 0.001)[1]) == 2  # ten records hold out one
+    assert prepared([{"text": "", "target": f"{n}?"} for n in range(100)], 0.5)[1]  # answers tell records apart, too
     few, none = prepared(chats(9), 0.001)
     assert len(few) == 18 and not none
 

@@ -84,7 +84,7 @@ def texts_of(batch: Rows[np.ndarray], tokenizer: Any) -> list[tuple[str, str]]:
 def sides_of(config: Experiment, prepared: Prepared) -> dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]]:
     """Return all samples of each set to train on and held out, read from rows."""
     batches = training_batches(config, prepared)
-    rows = batches.at(0, 40 * batches.rows_per_epoch)
+    rows = batches.at(0, 400)  # over an epoch of either
     found = {}
     for name, held in heldout_answers(config, prepared).items():
         mine = rows.take(np.flatnonzero(rows.source == batches.sources.index(name)))
@@ -109,6 +109,21 @@ def test_rows_hold_every_answer_and_the_loss_nothing_else(base: Experiment, blan
     batch = training_batches(config, prepared).at(0, 60)
     assert (batch.objective == OBJECTIVES.index("instruction")).all()
     assert bool(blanks) == (batch.segments.max() > 1)  # several short samples share a row
+    shares = {"data.blanks.mask": 0.5, "data.blanks.smask": 0.5, "data.temperature": 2.0}
+    other = training_batches(with_changes(config, shares), prepared).at(0, 60)
+    assert (other.tokens == batch.tokens).all()  # where there is no text, answers have all rows
+
+
+def test_a_sample_has_its_part_of_the_row(base: Experiment) -> None:
+    config = with_changes(base, {"data.blanks.instruction_segments": 3})
+    prepared = prepare(config, lambda line: None)
+    encode, cut = prepared.tokenizer.encode, prepared.instructions["chats"].cut
+    sizes = [len(encode(text)) + len(encode(answer)) + 2 for text, answer in SAMPLES["chats"]]
+    assert cut == sum(size > 128 // 3 for size in sizes) > sum(size > 128 // 2 for size in sizes)
+    short = [sample for sample, size in zip(SAMPLES["chats"], sizes, strict=True) if size <= 128 // 3]
+    for text, answer in sides_of(config, prepared)["chats"][0]:
+        (whole,) = [asked for asked, told in SAMPLES["chats"] if told == answer and asked.endswith(text)]
+        assert (text == whole) == ((whole, answer) in short)
 
 
 def nats(token: int) -> float:
