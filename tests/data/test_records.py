@@ -31,7 +31,7 @@ THREE_SAMPLES = [(FIRST, "2"), (SECOND, "4\n\nYes."), (SECOND + " 4\n\nYes.\n\na
 SHAPES: list[tuple[dict[str, Any], list[tuple[str, str]]]] = [
     ({"text": " a ", "target": " b"}, [(" a ", " b")]),  # as they are, white space included
     ({"text": "", "target": "b"}, [("", "b")]),
-    ({"prompt": "a", "answer": "b", "id": 7}, [("a", "b")]),
+    ({"prompt": "a", "answer": "b", "": 7}, [("a", "b")]),
     ({"prompt": "a", "completion": "b"}, [("a", "b")]),
     ({"prompt": "a", "response": "b"}, [("a", "b")]),
     ({"question": "a", "answer": "b"}, [("a", "b")]),

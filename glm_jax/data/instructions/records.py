@@ -26,6 +26,7 @@ INPUTS = {"instruction": "input"}  # the field that follows a prompt's after a b
 
 CHATS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # the fields of a turn
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+MOST_NAMED = 20  # fields of a record that a message names
 MOST_TURNS = 1000  # of a chat: its prompts hold all turns before them, so they grow with the square
 
 
@@ -100,16 +101,17 @@ def read(record: Mapping[str, object]) -> Asked | Refused:
         if all(record.get(name) is not None for name in pair):
             return _pair(record, *pair)
     known = ", ".join(" and ".join(pair) for pair in PAIRS)
-    has = f"it has {', '.join(record)}" if record else "it is empty"
+    has = f"it has {', '.join([*record][:MOST_NAMED])}" if record else "it is empty"
     return Refused("missing field", f"the record has neither messages nor {known} ({has}): add them or give templates")
 
 
-def _pair(record: Mapping[str, object], *pair: str) -> Asked | Refused:
-    extra = INPUTS.get(pair[0], "")
-    found = [record.get(name) for name in (pair[0], extra, pair[1])]
-    text, more, target = ["" if one is None else one for one in found]
+def _pair(record: Mapping[str, object], asks: str, answers: str) -> Asked | Refused:
+    text, more, target = record[asks], "", record[answers]
+    if asks in INPUTS and record.get(INPUTS[asks]) is not None:
+        more = record[INPUTS[asks]]
     if not isinstance(text, str) or not isinstance(more, str) or not isinstance(target, str):
-        return Refused("not text", f"{' or '.join(filter(None, (pair[0], extra, pair[1])))} is not text: make it text")
+        also = f" or {INPUTS[asks]}" if asks in INPUTS else ""
+        return Refused("not text", f"{asks}{also} or {answers} is not text: make it text")
     text = f"{text}\n\n{more}" if more.strip() else text
     return _whole(text, [(len(text), target)])
 
