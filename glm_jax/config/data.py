@@ -52,7 +52,7 @@ class InstructionSet(Section):
     )
     templates: str = field(
         "", path=True, doc="PromptSource's templates.yaml or .jinja files, or with `dataset` the folder of all its "
-        "templates; empty: records have `text` and `target`",
+        "templates; empty: records are pairs such as `prompt` and `answer`, or chats, see docs/texts.md",
     )  # fmt: skip
     cap: int = field(
         0,
@@ -60,7 +60,7 @@ class InstructionSet(Section):
         doc="maximum number of samples; 0: as many as GLM-130B used of `dataset`, or all without `dataset`",
     )
     weight: float = field(
-        0.0, at_least=0, doc="share of instruction rows, relative to the others'; 0: its number of samples"
+        0.0, at_least=0, doc="share of instruction rows, relative to the others'; 0: its number of samples to train on"
     )
 
 
@@ -136,7 +136,10 @@ class BlankOptions(Section):
     gmask_segments: int = field(1, at_least=1, doc="[gMASK] samples that share a row")
     smask_segments: int = field(1, at_least=1, doc="[sMASK] samples that share a row")
     instruction_segments: int = field(
-        4, at_least=1, doc="instruction samples that share a row, each cut to an equal share"
+        4, at_least=1, doc="instruction samples that share a row, each with an equal share of its places"
+    )
+    instruction_blank: Literal["mask", "gmask"] = field(
+        "mask", doc="the blank for an answer. mask: as in GLM-130B's training; gmask: as a prompt without a blank asks"
     )
     whole_documents: bool = field(False, doc="pack each row with as many whole documents as fit")
     cut_targets: bool = field(
@@ -205,7 +208,9 @@ class Data(Section):
         -1, at_least=-1, at_most=2**63 - 1, doc="seed of the order of rows and of their blanks; -1: the run's seed"
     )
     seq_length: int = field(256, at_least=16, role="frozen", doc="tokens of a row, context and targets together")
-    heldout: float = field(0.05, at_least=0, below=1, doc="share of the documents kept for evaluation, chosen by hash")
+    heldout: float = field(
+        0.05, at_least=0, below=1, doc="share of documents and records kept for evaluation, chosen by hash"
+    )
     near_duplicates: float = field(
         0.8, at_least=0, below=1, doc="documents this similar (Jaccard) or more count as one; 0 drops exact copies only"
     )

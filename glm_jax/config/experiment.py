@@ -90,6 +90,21 @@ class Experiment(Section):
         """
         return self.model.glm(pieces, self.data.seq_length)
 
+    def check_sources(self) -> None:
+        """Raise UserError if there is nothing to train on, or to make a tokenizer from."""
+        data = self.data
+        if data.sources:
+            return
+        if not data.instructions:
+            raise UserError("data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
+        if not data.tokenizer.path and not self.train.init_from:
+            raise UserError(
+                "data.sources is empty, and data.instructions need a tokenizer: set data.tokenizer.path, name weights "
+                "to begin with as train.init_from, or a corpus to train one on"
+            )
+        if not data.blanks.instruction and not data.blanks.history:
+            raise UserError("data.sources is empty, and data.instructions have no share: set data.blanks.instruction=1")
+
     def blank_options(self) -> BlankOptions:
         """Return how blanks are drawn, given the model's positions."""
         return self.data.blanks.options(self.model.position == "learned_2d")

@@ -31,14 +31,18 @@ def counts(prepared: Prepared) -> Iterator[str]:
         yield from (f"  skipped  {line}" for line in skipped_lines(index))
         yield "  tokens a document"
         yield from (f"  {line}" for line in histogram(prepared.shards[source]["train"].lengths))
-    for name, instructions in prepared.instructions.items():
+    for name, sides in prepared.instructions.items():
+        index = sides.train.index
         yield f"{name} (instructions, weight {prepared.instruction_weights[name]:g})"
-        yield f"  {len(instructions):,} samples, {int(instructions.lengths.sum()):,} tokens"
-        if unasked := instructions.index["unasked"]:
+        for split, instructions in (("train", sides.train), ("heldout", sides.heldout)):
+            yield f"  {split:8} {len(instructions):,} samples, {int(instructions.lengths.sum()):,} tokens"
+        if sides.cut or sides.left_out:
+            yield f"  too long {sides.cut:,} prompts cut at their beginning, {sides.left_out:,} samples left out"
+        if unasked := index["unasked"]:
             yield f"  unasked  {unasked:,} with nothing to ask"
-        yield from (f"  skipped  {line}" for line in skipped_lines(instructions.index))
+        yield from (f"  skipped  {line}" for line in skipped_lines(index))
         yield "  tokens a sample"
-        yield from (f"  {line}" for line in histogram(instructions.lengths))
+        yield from (f"  {line}" for line in histogram(sides.train.lengths))
 
 
 def histogram(lengths: np.ndarray) -> list[str]:

@@ -24,8 +24,8 @@ Path = tuple[str, ...]  # of a param, such as ("blocks", "attention", "qkv", "ke
 BLOCKS = "blocks"
 
 
-def path_of(keys: jax.tree_util.KeyPath) -> Path:
-    """Return jax's path of a leaf as plain names."""
+def path_of(keys: Sequence[object]) -> Path:
+    """Return jax's path of a leaf (`KeyPath`) as plain names."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 

@@ -88,8 +88,10 @@ class Streams:
 def data_key(config: Experiment) -> str:
     """Return all that the preparation of a config's data depends on, as text."""
     data = to_dict(config.data)
+    # what a sample may fill decides which samples fit
+    room = [data["seq_length"], data["blanks"]["instruction_segments"]] if data["instructions"] else []
     return json.dumps([data["sources"], data["tokenizer"], data["instructions"], data["near_duplicates"],
-                       data["heldout"], data["cache"]], sort_keys=True)  # fmt: skip
+                       data["heldout"], data["cache"], *room], sort_keys=True)  # fmt: skip
 
 
 def prepare_all(configs: Sequence[Experiment], say: Callable[[str], None]) -> dict[str, Prepared]:

@@ -173,8 +173,10 @@ def _check_plain(name: str, config: Experiment) -> None:
     for key, plain in PLAIN_KEYS.items():
         if found[key] != plain:
             raise UserError(f"{name}: {key} is {found[key]!r}, members of a sweep run with {plain!r}")
-    if not config.data.sources:
-        raise UserError(f"{name}: data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
+    try:
+        config.check_sources()
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def program(config: Experiment) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from glm_jax.config import Experiment
 from glm_jax.data.corpora.prepare import Prepared
-from glm_jax.data.rows.experiment import heldout_batches
+from glm_jax.data.rows.experiment import heldout_answers, heldout_batches
 from glm_jax.data.rows.rows import Rows
 from glm_jax.parallel.mesh import local_rows, place
 from glm_jax.types import Json, Tree
@@ -42,19 +42,22 @@ def heldout(run: Run) -> dict[str, float]:
 
 
 class HeldOut:
-    """The held-out loss of every source, always over the same rows and the same blanks."""
+    """The held-out loss of every source and every set of instructions, always over the same rows and blanks."""
 
     def __init__(self, config: Experiment, prepared: Prepared, mesh: jax.sharding.Mesh) -> None:
         self._mesh = mesh
         self._rows = config.train.global_batch // config.train.microbatches
         self._limit = config.train.eval_rows
-        self._batches = heldout_batches(config, prepared)
+        self._batches = heldout_batches(config, prepared) | heldout_answers(config, prepared)
+        self._total = set(prepared.shards) or set(prepared.instructions)  # the names that `loss` sums over
         self._token_bytes = prepared.tokenizer.token_bytes
 
     def losses(
         self, evaluate: Callable[[Tree, Rows[jax.Array]], jax.Array | np.ndarray], params: Tree
     ) -> dict[str, float]:
-        """Return `loss` over all sources and `loss/<source>`, in nats a target token, and `bits_per_byte/<source>`.
+        """Return `loss` over all sources and `loss/<name>`, in nats a target token, and `bits_per_byte/<name>`.
+
+        A name is a source's or a set's. Without any source, `loss` is over all sets.
 
         Args:
             evaluate: returns the loss of every target token, [1, B, S], for params and rows [1, B, ...].
@@ -75,7 +78,8 @@ class HeldOut:
                 size += (self._token_bytes[batch.targets] * batch.loss_mask).sum()
             found[f"loss/{source}"] = float(nats / targets)
             found[f"bits_per_byte/{source}"] = float(nats / math.log(2) / size)
-            total, count = total + nats, count + targets
+            if source in self._total:
+                total, count = total + nats, count + targets
         if count:
             found["loss"] = float(total / count)
         return found

@@ -19,7 +19,6 @@ from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.engine import EngineConfig, build, passes
 from glm_jax.engine.meter import Meter
 from glm_jax.engine.passes import Gradients
-from glm_jax.errors import UserError
 from glm_jax.parallel import processes
 from glm_jax.parallel.devices import peak_flops
 from glm_jax.parallel.mesh import local_rows, place
@@ -135,8 +134,7 @@ def ready(
     Raises:
         UserError: the config, the data, the mesh or the workdir do not fit.
     """
-    if not config.data.sources:
-        raise UserError("data.sources is empty: name at least one corpus, as experiments/quickstart.py does")
+    config.check_sources()
     if config.train.wandb:
         import_wandb()  # report a missing package before the work begins
     folder.check(workdir, config)

@@ -1,5 +1,6 @@
 """Every limit at its edge: the last value accepted, the first one refused, and the line that says why."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -206,7 +207,7 @@ def test_block_masking_needs_its_token() -> None:
         BlankOptions(block_mask_prob=1e-9)
     for quirk in ("cut_targets", "replacement"):
         with pytest.raises(ValueError, match="turn one of them off"):
-            BlankOptions(whole_documents=True, **{quirk: True})
+            dataclasses.replace(BlankOptions(whole_documents=True), **{quirk: True})
 
 
 GENERATE = "generate --workdir=/nowhere --prompt=[MASK]"

@@ -170,9 +170,8 @@ def prepared_rows(folder: Path, cache: Path, report: Callable[[str], None]) -> d
     documents: dict[str, Any] = {
         f"{name}/{side}": found.shards[name][side] for name in found.shards for side in ("train", "heldout")
     }
-    return {
-        name: [own[row].tolist() for row in range(len(own))] for name, own in (documents | found.instructions).items()
-    }
+    documents |= {name: sides.train for name, sides in found.instructions.items()}
+    return {name: [own[row].tolist() for row in range(len(own))] for name, own in documents.items()}
 
 
 @pytest.fixture(scope="module")

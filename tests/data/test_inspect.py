@@ -12,7 +12,7 @@ import pytest
 
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.data import inspect
-from glm_jax.data.instructions.prompts import Instructions
+from glm_jax.data.instructions.prompts import open_sides
 from glm_jax.data.rows.rows import Rows
 from glm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train
 
@@ -79,14 +79,19 @@ def test_each_blank_has_its_colour_on_a_terminal(tokenizer: SentencePieceTokeniz
 
 def test_what_was_left_out_is_told_with_its_place(tmp_path: Path):
     skipped = {"empty answer": {"count": 1200, "places": [{"file": "/a.jsonl", "line": 7}] * 2}}
-    np.save(tmp_path / "lengths.npy", np.array([5, 9, 9], np.int64))
-    (tmp_path / "index.json").write_text(json.dumps({"samples": 3, "unasked": 4, "skipped": skipped}))
-    (tmp_path / "tokens.bin").write_bytes(bytes(4 * 23))
-    asked = Instructions(tmp_path)
+    for name, numbers in (("lengths", [5, 9, 9, 70, 80]), ("answers", [1, 2, 1, 3, 70]), ("digests", [7, 7, 7, 7, 8])):
+        np.save(
+            tmp_path / f"{name}.npy", np.array(numbers, np.int64).astype(np.uint64 if name == "digests" else np.int64)
+        )
+    (tmp_path / "index.json").write_text(json.dumps({"samples": 5, "unasked": 4, "skipped": skipped}))
+    (tmp_path / "tokens.bin").write_bytes(bytes(4 * 173))
+    asked = open_sides(tmp_path, 0.0, 64)
     prepared: Any = SimpleNamespace(indexes={}, instructions={"asked": asked}, instruction_weights={"asked": 3.0})
-    assert list(inspect.counts(prepared))[:5] == [
+    assert list(inspect.counts(prepared))[:7] == [
         "asked (instructions, weight 3)",
-        "  3 samples, 23 tokens",
+        "  train    4 samples, 93 tokens",
+        "  heldout  0 samples, 0 tokens",
+        "  too long 1 prompts cut at their beginning, 1 samples left out",
         "  unasked  4 with nothing to ask",
         "  skipped  1,200 empty answer, the first in /a.jsonl, line 7",
         "  tokens a sample",

@@ -19,7 +19,7 @@ from glm_jax.config.data import OBJECTIVES, BlankOptions
 from glm_jax.data.corpora import samples
 from glm_jax.data.corpora.cache import Cache
 from glm_jax.data.corpora.prepare import check_undamaged
-from glm_jax.data.instructions import prompts
+from glm_jax.data.instructions import prompts, records
 from glm_jax.data.instructions import samples as instruction_samples
 from glm_jax.data.instructions.registry import DATASETS
 from glm_jax.data.instructions.render import Refused
@@ -72,21 +72,37 @@ class Prompted:
 @given(st.integers(0, 200), st.integers(1, 200), st.sampled_from([16, 64, 512]))
 @settings(deadline=None)
 def test_a_sample_is_prompt_mask_sop_answer_and_counts_on(text, target, room):
-    sample = instruction_sample(document(text, target), SPECIAL, room)
-    kept = text if text + target + 2 <= room else min(text, max(room // 4, room - target - 2))
-    answer = min(target, room - 2 - kept)
-    prompt = list(range(FIRST, FIRST + kept))
-    told = list(range(FIRST + text, FIRST + text + answer))
-    assert sample.tokens.tolist() == [*prompt, SPECIAL.mask, SPECIAL.sop, *told]
-    assert sample.targets.tolist() == [*prompt, SPECIAL.mask, *told, SPECIAL.eop]
+    sample = instruction_sample(document(text, target), SPECIAL, room, BlankOptions())
+    whole = target + 2 <= room  # otherwise the answer is cut, which no eop ends
+    kept = min(text, room - 2 - target) if whole else 0
+    prompt = list(range(FIRST + text - kept, FIRST + text))
+    told = [*range(FIRST + text, FIRST + text + min(target, room - 1)), SPECIAL.eop][
+        : target + 1 if whole else room - 1
+    ]
+    assert sample.tokens.tolist() == [*prompt, SPECIAL.mask, SPECIAL.sop, *told[:-1]]
+    assert sample.targets.tolist() == [*prompt, SPECIAL.mask, *told]
     assert sample.positions.tolist() == list(range(len(sample)))
     assert sample.context == kept + 1 and len(sample) == min(text + target + 2, room)
 
 
 def test_two_streams_repeat_the_position_of_the_mask():
-    sample = instruction_sample(document(5, 3), SPECIAL, 64, two_streams=True)
+    sample = instruction_sample(document(5, 3), SPECIAL, 64, BlankOptions(two_streams=True))
     assert sample.positions.tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 5, 5]
     assert sample.block_positions.tolist() == [0] * 6 + [1, 2, 3, 4]
+
+
+def test_an_answer_may_fill_a_gmask() -> None:
+    sample = instruction_sample(document(5, 3), SPECIAL, 64, BlankOptions(instruction_blank="gmask"))
+    assert sample.tokens[5] == SPECIAL.gmask != SPECIAL.mask
+    assert sample.positions.tolist() == list(range(10))
+
+
+def test_a_prompt_that_is_cut_keeps_the_prefix() -> None:
+    special: Any = SimpleNamespace(**{**vars(SPECIAL), "prefix": (90, 91)})
+    long = np.concatenate([np.array([90, 91], np.int32), document(20, 3)])
+    sample = instruction_sample(long, special, 12, BlankOptions())
+    prompt = list(range(FIRST + 15, FIRST + 20))  # 2 of the prefix, 5, the blank, sop and 3 of the answer
+    assert sample.tokens.tolist() == [90, 91, *prompt, special.mask, special.sop, *range(FIRST + 20, FIRST + 23)]
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -137,17 +153,17 @@ def write_lines(path, records):
 
 
 def test_records_are_read_from_every_format(tmp_path):
-    records = [{"text": f"问 {i}", "label": i} for i in range(5)]
-    lines = write_lines(tmp_path / "a.jsonl", records)
+    rows = [{"text": f"问 {i}", "label": i} for i in range(5)]
+    lines = write_lines(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(lines.read_bytes()))
-    parquet.write_table(Table.from_pylist(records), tmp_path / "c.parquet")
-    (tmp_path / "d.json").write_text(json.dumps(records, ensure_ascii=False, indent=None).replace("}, ", "},\n"))
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "c.parquet")
+    (tmp_path / "d.json").write_text(json.dumps(rows, ensure_ascii=False, indent=None).replace("}, ", "},\n"))
     for path in sorted(tmp_path.iterdir()):
-        found = list(prompts.read_records([path]))
-        assert [record for _, record in found] == records
+        found = list(records.read_records([path]))
+        assert [record for _, record in found] == rows
         assert str(found[2][0]) == f"{path}, line 3"
     (tmp_path / "train.json").write_bytes(lines.read_bytes())  # as CLUE names its files
-    assert [record for _, record in prompts.read_records([tmp_path / "train.json"], "jsonl")] == records
+    assert [record for _, record in records.read_records([tmp_path / "train.json"], "jsonl")] == rows
 
 
 C3 = [[["男：几点？", "女：八点。"], [{"question": "几点？", "choice": ["七点", "八点"], "answer": "八点"}], "1-0"]]
@@ -195,15 +211,15 @@ def test_records_of_clue(tmp_path, records, template, expected, form):
 )
 def test_damaged_records_are_told_with_their_place(tmp_path, name, content, line, message):
     (tmp_path / name).write_bytes(content)
-    found = prompts.read_records([tmp_path / name])
+    found = records.read_records([tmp_path / name])
     ((place, told),) = [(place, one.message) for place, one in found if isinstance(one, Refused)]
-    assert place == prompts.Place(tmp_path / name, line) and message in told
+    assert place == records.Place(tmp_path / name, line) and message in told
 
 
 def test_a_file_of_no_known_form_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("a,b\n")
     with pytest.raises(UserError, match="a.csv is not a file of records .jsonl, .*set the set's `format`"):
-        list(prompts.read_records([tmp_path / "a.csv"]))
+        list(records.read_records([tmp_path / "a.csv"]))
 
 
 def read(path, templates, cap) -> list[Any]:
@@ -244,6 +260,10 @@ REASONS = {  # the lines of RECORDS, counted from 1, and of two more that are no
 }
 
 
+def prepare(section, cache, heldout=0.0, room=64, *, strict=True):
+    return prompts.prepare(section, TOKENIZER, cache, heldout=heldout, room=room, strict=strict)
+
+
 def account(folder, *, strict, more="", start=0):
     """Prepare a set of RECORDS from `start` on, with two damaged lines at its end; return it and the reported lines."""
     data = folder / "data.jsonl"
@@ -252,12 +272,13 @@ def account(folder, *, strict, more="", start=0):
     jinja.write_text("{% if text != 'skip' %}{{ text }} ||| {{ choices[label] }}" + more + "{% endif %}")
     lines = []
     section = {"asked": entry(path=str(data), templates=str(jinja))}
-    sets, _ = prompts.prepare(section, TOKENIZER, Cache(folder / "cache", lines.append), strict=strict)
+    sets, _ = prepare(section, Cache(folder / "cache", lines.append), strict=strict)
     return sets["asked"], lines
 
 
 def test_every_record_without_a_prompt_is_accounted_for(tmp_path):
-    asked, lines = account(tmp_path, strict=False)
+    sides, lines = account(tmp_path, strict=False)
+    asked = sides.train
     assert len(asked) == 2 and asked.index["samples"] == 2 and asked.index["unasked"] == 1
     places = {
         reason: [place["line"] for place in skipped["places"]] for reason, skipped in asked.index["skipped"].items()
@@ -266,7 +287,7 @@ def test_every_record_without_a_prompt_is_accounted_for(tmp_path):
     assert {reason: skipped["count"] for reason, skipped in asked.index["skipped"].items()} == {
         reason: len(lines) for reason, lines in REASONS.items()
     }
-    assert lines[0] == "instructions asked: 2 samples, 17 tokens, 1 with nothing to ask"
+    assert lines[0] == "instructions asked: 2 samples to train on, 0 held out, 17 tokens, 1 with nothing to ask"
     assert lines[1].startswith(
         f"instructions asked: left out 4 template fails, the first in {tmp_path}/data.jsonl, line 2 ("
     ) and len(lines) == 1 + len(REASONS)
@@ -314,20 +335,23 @@ def test_prepare_writes_once_and_reads_back(tmp_path):
         "rte": entry(path=str(data), dataset="super_glue/rte", templates=str(tmp_path)),
     }
     lines = []
-    sets, weights = prompts.prepare(section, TOKENIZER, Cache(tmp_path / "cache", lines.append))
-    assert weights == {"sums": 2.0, "rte": 2.0} and lines[0] == "instructions sums: 2 samples, 10 tokens"
-    assert sets["sums"][0].tolist() == [*b"1+1=", SPECIAL.mask, *b"2", SPECIAL.eos]
-    assert sets["sums"][1].tolist() == [SPECIAL.mask, *b"x", SPECIAL.eos]
-    assert sets["rte"][0].tolist() == [*b"1+1=?", SPECIAL.mask, *b"2", SPECIAL.eos]
+    sets, weights = prepare(section, Cache(tmp_path / "cache", lines.append))
+    assert (
+        weights == {"sums": 2.0, "rte": 2.0}
+        and lines[0] == "instructions sums: 2 samples to train on, 0 held out, 10 tokens"
+    )
+    assert sets["sums"].train[0].tolist() == [*b"1+1=", SPECIAL.mask, *b"2", SPECIAL.eos]
+    assert sets["sums"].train[1].tolist() == [SPECIAL.mask, *b"x", SPECIAL.eos]
+    assert sets["rte"].train[0].tolist() == [*b"1+1=?", SPECIAL.mask, *b"2", SPECIAL.eos]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
-    again, _ = prompts.prepare(section, TOKENIZER, Cache(tmp_path / "cache", lines.append))
+    again, _ = prepare(section, Cache(tmp_path / "cache", lines.append))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == written
-    assert again["rte"].lengths.tolist() == sets["rte"].lengths.tolist() == [8, 4]
+    assert again["rte"].train.lengths.tolist() == sets["rte"].train.lengths.tolist() == [8, 4]
     (tmp_path / "super_glue" / "rte" / "ask.jinja").write_text("{{ text }} ||| {{ target }}")
-    again, _ = prompts.prepare(section, TOKENIZER, Cache(tmp_path / "cache", lines.append))
-    assert again["rte"].lengths.tolist() == [7, 3]
+    again, _ = prepare(section, Cache(tmp_path / "cache", lines.append))
+    assert again["rte"].train.lengths.tolist() == [7, 3]
     section = {"rte": entry(path=str(data), dataset="super-glue/rte", templates=str(tmp_path))}
-    assert prompts.prepare(section, TOKENIZER, Cache(tmp_path / "cache", lines.append))[1] == {"rte": 2.0}
+    assert prepare(section, Cache(tmp_path / "cache", lines.append))[1] == {"rte": 2.0}
 
 
 def test_a_known_data_set_is_capped_as_in_the_paper_unless_told_otherwise(tmp_path, monkeypatch):
@@ -338,7 +362,7 @@ def test_a_known_data_set_is_capped_as_in_the_paper_unless_told_otherwise(tmp_pa
         "own": entry(path=str(data), dataset="xsum", cap=6),
         "other": entry(path=str(data)),
     }
-    _, weights = prompts.prepare(section, TOKENIZER, Cache(tmp_path / "cache", lambda line: None))
+    _, weights = prepare(section, Cache(tmp_path / "cache", lambda line: None))
     assert weights == {"capped": 4.0, "own": 6.0, "other": 9.0}
 
 
@@ -351,7 +375,7 @@ def test_mistakes_in_the_section_are_refused(tmp_path):
         ({"a": entry(sample="reviews")}, "no example set 'reviews': choose one of aligned-manuals"),
     ):
         with pytest.raises(UserError, match=message):
-            prompts.prepare(section, TOKENIZER, Cache(tmp_path / "cache", print))
+            prepare(section, Cache(tmp_path / "cache", print))
 
 
 def test_an_example_set_out_of_reach_is_left_out(tmp_path, monkeypatch):
@@ -361,5 +385,5 @@ def test_an_example_set_out_of_reach_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(instruction_samples, "fetch", unreachable)
     lines = []
     section = {"reviews": entry(sample="chinese-reviews")}
-    assert prompts.prepare(section, TOKENIZER, Cache(tmp_path, lines.append)) == ({}, {})
+    assert prepare(section, Cache(tmp_path, lines.append)) == ({}, {})
     assert lines == ["instructions reviews: left out, no index"]

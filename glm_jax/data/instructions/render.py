@@ -67,6 +67,9 @@ def answers(jobs: Iterable[tuple[Place, Render | Answer]]) -> Iterator[tuple[Pla
     sent: list[bytes] = []
     size = 0
     for place, job in jobs:
+        if not isinstance(job, Render) and not group:  # nothing to wait for
+            yield place, job
+            continue
         if isinstance(job, Render):
             try:
                 sent.append(pickle.dumps((job.jinja, job.answer_choices, job.record, job.seed)))

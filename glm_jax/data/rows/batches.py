@@ -58,7 +58,7 @@ class Batches:
     """Batches of training or evaluation rows.
 
     Attributes:
-        sources: names, in the order that a batch's `source` indexes.
+        sources: names, in the order that a batch's `source` indexes; without those of text if rows are prompts alone.
         rows_per_epoch: how many rows from row 0 on surely repeat no text: what one pass over a held-out set can use.
     """
 
@@ -102,6 +102,8 @@ class Batches:
         self._special, self._seq_length, self._seed = special, seq_length, seed
         self._sentence_ends = sentence_ends
         self._blanked = [kind for kind in OBJECTIVES if kind in named and kind != "instruction"]
+        if not self._blanked:  # no row is ever made of these
+            sources, self.sources = {}, tuple(prompted)
         self._readers = [self._text_reader(name, documents) for name, documents in sources.items()]
         self._readers += [self._instruction_reader(name, documents) for name, documents in prompted.items()]
         self._labels = [(i, kind) for i in range(len(sources)) for kind in self._blanked]

@@ -6,7 +6,7 @@ replaced, predicted left to right). There are three objectives, each with its ow
 - `mask`, [MASK]: many short spans, 15% of the text, for understanding;
 - `gmask`, [gMASK]: one long blank at the end, for generation;
 - `smask`, [sMASK]: whole sentences, 15% of the text;
-- `instruction`: a prompt, then [MASK], whose target is the answer (prompts.py).
+- `instruction`: a prompt, then [MASK] or [gMASK], whose target is the answer (prompts.py).
 
 Sources: GLM (arXiv 2103.10360, section 2) for the objective, GLM-130B (arXiv 2210.02414, section 2.2) for the shares
 and lengths. An end-of-document token inside the text is ordinary text: it may be blanked and predicted.
@@ -252,24 +252,27 @@ def smask_sample(
     )
 
 
-def instruction_sample(document: np.ndarray, special: SpecialTokens, room: int, two_streams: bool = False) -> Sample:
+def instruction_sample(document: np.ndarray, special: SpecialTokens, room: int, options: BlankOptions) -> Sample:
     """Return the sample of a prompt and its answer, with continuing positions, like GLM-130B's multi-task samples.
 
     Args:
         document: int32 [n], the prompt after the tokenizer's prefix, [MASK], the answer (at least one token) and a last
-            token, which eop replaces. The sample has n tokens, too.
+            token, which eop replaces. The sample has n tokens, too, if they fit.
         special: ids of the special tokens.
-        room: places the sample may fill; the rest is cut. The prompt keeps its first tokens: as many as the
-            answer leaves room for, but at least a quarter of the room (128 of 512). Then the answer is cut.
-        two_streams: repeat the position of [MASK] in the answer.
+        room: places the sample may fill. The answer is kept, and the prompt is cut at its beginning. An answer that
+            does not fit alone is cut at its end, without eop; prompts.py leaves such samples out.
+        options: `instruction_blank`, which of [MASK] and [gMASK] stands for the answer; and `two_streams`, to repeat
+            the position of the blank in the answer.
     """
-    divide = int(np.argmax(document == special.mask))
-    text, target = document[:divide], document[divide + 1 : -1]
-    if len(document) > room:
-        text = text[: max(room // 4, room - 2 - len(target))]
-        target = target[: room - 2 - len(text)]
+    divide, head = int(np.argmax(document == special.mask)), len(special.prefix)
+    target = document[divide + 1 : -1]
+    whole = head + len(target) + 2 <= room
+    target = target if whole else target[: room - 1 - head]
+    kept = room - 2 - len(target) - head if whole else 0  # tokens of the prompt, if there are so many
+    text = np.concatenate([document[:head], document[max(head, divide - kept) : divide]])
     tokens = np.concatenate([text, target])
-    return blank_one(tokens, len(text), len(tokens), special.mask, special, two_streams)
+    blank = special.gmask if options.instruction_blank == "gmask" else special.mask
+    return blank_one(tokens, len(text), len(tokens), blank, special, options.two_streams, end=whole)
 
 
 def with_prefix(sample: Sample, prefix: tuple[int, ...]) -> Sample:
@@ -309,7 +312,7 @@ def make_samples(
         UserError: `smask` without `sentence_ends`.
     """
     if objective == "instruction":
-        return [instruction_sample(tokens, special, room, options.two_streams)]
+        return [instruction_sample(tokens, special, room, options)]
     if objective == "gmask":
         return [gmask_sample(tokens, generator, special, options)]
     if objective == "smask":

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from glm_jax.config import Experiment
+from glm_jax.config.data import Blanks
 from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.data.corpora.shards import SHORTEST_TEXT
 from glm_jax.data.rows.batches import Batches
@@ -25,13 +26,16 @@ def training_batches(config: Experiment, prepared: Prepared) -> Batches:
         config.seed if config.data.seed < 0 else config.data.seed,
         options=config.blank_options(),
         sentence_ends=_sentence_ends(config, prepared),
-        instructions=prepared.instructions,
+        instructions={name: sides.train for name, sides in prepared.instructions.items()},
     )
 
 
 def heldout_batches(config: Experiment, prepared: Prepared) -> dict[str, Batches]:
-    """Return the held-out rows of each source that has enough; the blanks are always the same, whatever the history."""
-    shares = {kind: share for kind, share in config.data.blanks.shares().items() if kind != "instruction"}
+    """Return the held-out rows of each source that has enough; the blanks are always the same, whatever the history.
+
+    If no blanks have a share, as in training on answers alone, they are drawn with the shares of the keys' defaults.
+    """
+    shares = _blanked(config.data.blanks) or _blanked(Blanks())
     return {
         source: Batches(
             {source: splits["heldout"]},
@@ -44,13 +48,35 @@ def heldout_batches(config: Experiment, prepared: Prepared) -> dict[str, Batches
             sentence_ends=_sentence_ends(config, prepared),
         )
         for source, splits in prepared.shards.items()
-        if shares and splits["heldout"].lengths.sum() >= SHORTEST_TEXT
+        if splits["heldout"].lengths.sum() >= SHORTEST_TEXT
     }
+
+
+def heldout_answers(config: Experiment, prepared: Prepared) -> dict[str, Batches]:
+    """Return the rows of each set's held-out prompts and answers, if it has any; they are always the same."""
+    return {
+        name: Batches(
+            {},
+            {name: 1.0},
+            prepared.tokenizer,
+            config.data.seq_length,
+            {"instruction": 1.0},
+            0,
+            options=config.blank_options(),
+            instructions={name: sides.heldout},
+        )
+        for name, sides in prepared.instructions.items()
+        if len(sides.heldout)
+    }
+
+
+def _blanked(blanks: Blanks) -> dict[str, float]:
+    return {kind: share for kind, share in blanks.shares().items() if kind != "instruction"}
 
 
 def _weights(config: Experiment, prepared: Prepared) -> dict[str, float]:
     """Return the sources' weights, multiplied by the shares that the temperature gives their sizes."""
-    if not config.data.temperature:
+    if not config.data.temperature or not prepared.weights:
         return prepared.weights
     sizes = {source: float(splits["train"].lengths.sum()) for source, splits in prepared.shards.items()}
     shares = temperature_weights(sizes, config.data.temperature)
