@@ -2,7 +2,7 @@
 
     glm-jax train --config experiments/quickstart.py --workdir runs/quickstart
 
-Expected with Python 3.13: the held-out loss falls from 9.0 nats a target token to 4.6 in English and 5.3 in Chinese, or
+Expected with Python 3.13: the held-out loss falls from 9.0 nats a target token to 4.5 in English and 5.3 in Chinese, or
 2.0 and 2.2 bits a byte. English text depends on the versions of Python and of the packages.
 """
 

@@ -48,7 +48,10 @@ def row_positions(cfg: GLMConfig, length: int, context: int, blank: int, repeats
     streams = sample_positions(
         context, np.array([blank]), np.array([length - context]), repeat=repeats or cfg.position == "learned_2d"
     )
-    return np.stack(streams)[None] if cfg.position == "learned_2d" else streams[0][None]
+    if cfg.position != "learned_2d":
+        return streams[0][None]
+    # the padding behind the longest fill may lie beyond the tables, where a look-up gives NaN
+    return np.minimum(np.stack(streams)[None], cfg.max_length - 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 
 from glm_jax.cli import main
 from glm_jax.config import resolve
+from glm_jax.data.tokenizers.load import read
 from glm_jax.data.tokenizers.sentencepiece import train
-from glm_jax.interop import sat
+from glm_jax.interop import huggingface, sat
 from glm_jax.model import GLMConfig, init
+from tests.data import vocabularies
 from tests.end_to_end.runs import in_process
 
 pytestmark = pytest.mark.slow
@@ -98,6 +101,28 @@ def test_two_commands_from_official_files_to_a_filled_blank(
     moved = ["--config.model.num_layers=2", "--config.data.seq_length=32"]
     assert main.main(["convert", "orbax-to-sat", "--path=ours", "--out=back", *moved]) == 2
     assert "ours holds a model with num_layers 1, not model.num_layers=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("files", [vocabularies.word_piece, vocabularies.roberta, vocabularies.library_file])
+def test_two_commands_from_a_hugging_face_folder_to_a_filled_blank(
+    files: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer lies in the folder, and the workdir needs the folder no more."""
+    (tmp_path / "made").mkdir()
+    pieces = read(files(tmp_path / "made"), pinned=False).size
+    cfg = GLMConfig(1, 16, 2, 64, pieces + 6, 33, norm="pre", position="learned_2d", activation="gelu")
+    huggingface.save(tmp_path / "glm", cfg, init(cfg, jax.random.key(0)))
+    shutil.copytree(tmp_path / "made", tmp_path / "glm", dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["convert", "hf-to-orbax", "--path=glm", "--out=ours"]) == 0
+    assert main.main(["convert", "orbax-to-hf", "--path=ours", "--out=back"]) == 0
+    for left, right in zip(*(jax.tree.leaves(huggingface.load(name, cfg)) for name in ("glm", "back")), strict=True):
+        np.testing.assert_array_equal(left, right)
+    shutil.rmtree("glm")
+    assert main.main(["generate", "--workdir=ours", "--prompt=the small [MASK] shape", "--max_tokens=3"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("the small") and said.out.endswith(" shape\n") and "MASK" not in said.out
+    assert said.err == "written: ours\nwritten: back\n"
 
 
 @in_process
