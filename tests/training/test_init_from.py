@@ -105,6 +105,17 @@ def test_a_run_begins_where_the_weights_are_and_with_nothing_else_of_theirs(
     assert f"weights: those of {trained}, step 4" in said
 
 
+def test_a_run_begins_from_a_hugging_face_folder(config: Experiment, tmp_path: Path) -> None:
+    original = with_changes(config, {**LEARNED, "model.norm": "pre", "model.activation": "gelu", "model.ffn_size": 64})
+    workdir = finished(original, tmp_path / "run")
+    assert main.main(["convert", "orbax-to-hf", f"--path={workdir}", f"--out={tmp_path / 'glm'}"]) == 0
+    named = {"data__tokenizer__path": str(workdir / "tokenizer.model")}
+    with begun(original, tmp_path / "again", tmp_path / "glm", **named) as run:
+        assert run.evaluate()["loss"] == pytest.approx(losses(workdir)[4], rel=1e-5)
+    with pytest.raises(UserError, match=r"has no tokenizer: name the file of its own as data\.tokenizer\.path"):
+        begun(original, tmp_path / "other", tmp_path / "glm")
+
+
 @pytest.mark.parametrize("named", ["{}@2", "{}/checkpoints/2"])
 def test_a_step_can_be_named(config: Experiment, trained: Path, named: str, tmp_path: Path) -> None:
     with (
