@@ -99,7 +99,7 @@ def open_params(folder: Path, item: str = PARAMS) -> dict[ParamPath, StoredArray
     """
     try:
         return dict(_open(folder / item))
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder / item} cannot be read as an orbax checkpoint: {reason}") from error
 

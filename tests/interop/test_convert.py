@@ -23,6 +23,7 @@ from glm_jax.interop.weights import open_weights
 from glm_jax.model import GLMConfig, apply
 from glm_jax.storage import digests
 from glm_jax.workdir import folder
+from glm_jax.workdir.checkpoint_format import open_params
 
 
 def to_workdir(path: Path, cfg: GLMConfig, out: Path) -> Path:
@@ -195,3 +196,16 @@ def test_the_heads_of_published_models_are_those_of_the_experiments() -> None:
         assert describe.HEADS[model.num_layers, model.hidden_size] == model.num_heads, file
         left.pop((model.num_layers, model.hidden_size), None)
     assert left == {}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["", "null", "[]", '"x"', "{}", '{"tree_metadata": [2]}', '{"tree_metadata": {"a": 3}}', "[" * 100_000,
+     '{"tree_metadata": {"a": {"key_metadata": [{"key": 5}]}}}', '{"tree_metadata": {"a": {"key_metadata": [{}]}}}',
+     '{"tree_metadata": {"a": {"key_metadata": [{"key": "a"}]}}}'],
+)  # fmt: skip
+def test_metadata_of_any_shape_is_one_line(metadata: str, tmp_path: Path) -> None:
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params/_METADATA").write_text(metadata)
+    with pytest.raises(UserError, match="cannot be read as an orbax checkpoint"):
+        open_params(tmp_path)
