@@ -253,7 +253,7 @@ class Optimizer(OptimizerConfig):
         doc="the learning rate falls by this factor from each layer to the one below; 1 disables",
     )
     multipliers: tuple[tuple[str, float], ...] = field(
-        (), at_least=0, example=("embedding", 0.1), doc="parts of the model and what multiplies their learning rate"
+        (), above=0, example=("embedding", 0.1), doc="parts of the model and what multiplies their learning rate"
     )
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from glm_jax import model
+from glm_jax.config import Experiment, with_changes
 from glm_jax.config.training import Lora, OptimizerConfig
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig, parts
@@ -48,6 +49,12 @@ def test_an_unknown_part_is_refused_under_its_key() -> None:
     ):
         with pytest.raises(UserError, match=f"{key} names 'x'"):
             factors(**changes)
+
+
+def test_a_multiplier_of_0_is_refused_as_it_would_change_which_moments_there_are_during_a_run() -> None:
+    for changes in ({"optimizer.multipliers": (("embedding", 0.0),)}, {"optimizer.layer_decay": 0.0}):
+        with pytest.raises(UserError, match="must be above 0"):
+            with_changes(Experiment(), changes)
 
 
 def test_padded_layers_and_adapters_have_the_multipliers_of_their_params() -> None:
