@@ -17,6 +17,7 @@ its tanh approximation. `config` says "gelu", so that logits are those of the cl
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -152,8 +153,7 @@ def weight_files(path: str | Path) -> tuple[Path, str]:
         UserError: there are none.
     """
     file = _weights(Path(path))
-    whole = file.name in WEIGHTS
-    return file.parent, file.name if whole else f"{Path(file.name.removesuffix('.index.json')).stem}-"
+    return file.parent, file.name if file.name in WEIGHTS else os.path.commonprefix([*_places(file).values()])
 
 
 def tokenizer_file(path: str | Path) -> Path | None:
@@ -216,11 +216,17 @@ def _read_tensors(file: Path) -> dict[str, StoredTensor]:
     return check_tensors(file, content)
 
 
-def _read_shards(index: Path) -> dict[str, StoredTensor]:
-    """Open the files that an index names, whose tensors must be those that it says."""
+def _places(index: Path) -> dict[str, str]:
+    """Return the names of files by tensor, as an index has them."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f'{index}: there is no "weight_map" in it, a table from tensors to files')
+    return places
+
+
+def _read_shards(index: Path) -> dict[str, StoredTensor]:
+    """Open the files that an index names, whose tensors must be those that it says."""
+    places = _places(index)
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     files = sorted(set(places.values()))
     for name in files:

@@ -16,7 +16,7 @@ from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.interop import arrays
 from glm_jax.interop.arrays import Source
-from glm_jax.interop.weights import Weights, open_weights
+from glm_jax.interop.weights import Weights, open_recorded, open_weights
 from glm_jax.parallel import processes
 from glm_jax.types import Json, Tree
 from glm_jax.workdir import checkpoint_folders, folder
@@ -67,18 +67,17 @@ class Initial:
 
     def note(self, record: Record) -> None:
         """Note in the record of a run's changes, at step 0, where the weights came from, if there are any."""
-        if not self.config.train.init_from:
-            return
-        record.add(0, 0, "init_from", {}, weights=self.found)
+        if self.config.train.init_from and all(line.get("weights") != self.found for line in record.lines):
+            record.add(0, 0, "init_from", {}, weights=self.found)
 
-    def check(self, recorded: Json) -> None:
-        """Check that the weights are those of a record, for which adapters were trained.
+    def again(self, recorded: Json) -> Initial:
+        """Return the same with the weights of a record, for which adapters were trained. All processes must call.
 
         Raises:
             UserError: they are others by now, or cannot be opened.
         """
-        if processes.is_first() and self.found["digest"] != recorded["digest"]:
-            raise UserError(f"{self._opened.path} has changed since the adapters of this run began: restore it")
+        given = _given(self.config)
+        return dataclasses.replace(self, weights=open_recorded(recorded, self.config.train.init_from, given, self.say))
 
     @functools.cached_property
     def found(self) -> Json:
@@ -155,12 +154,16 @@ def _check_whole(config: Experiment, weights: Weights, pieces: int) -> None:
 
 
 def _open(config: Experiment, say: Say) -> Weights:
-    sizes = ("vocab_size", "max_length")  # these may differ, see `load`
-    given = {key: value for key, value in to_dict(config.model).items() if key not in sizes}
     try:
-        return open_weights(config.train.init_from, given, say)
+        return open_weights(config.train.init_from, _given(config), say)
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from error
+
+
+def _given(config: Experiment) -> dict[str, object]:
+    """Return the keys of the model that its weights must have."""
+    sizes = ("vocab_size", "max_length")  # these may differ, see `load`
+    return {key: value for key, value in to_dict(config.model).items() if key not in sizes}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from glm_jax.errors import UserError
 from glm_jax.interop import arrays, describe, huggingface, shards
 from glm_jax.interop.arrays import Adapted, Source
 from glm_jax.model import GLMConfig
+from glm_jax.parallel import processes
 from glm_jax.storage import digests
 from glm_jax.types import Json
 from glm_jax.workdir import checkpoint_folders, folder
@@ -179,18 +180,34 @@ def _open_workdir(root: Path, step: int | None, given: Given, say: Say) -> Weigh
                             (directory / str(good), f"{item}/")))  # fmt: skip
 
 
+def open_recorded(record: Json, named: str, given: Given = MappingProxyType({}), say: Say = warn) -> Weights:
+    """Open the weights of a `Weights.record`: the same step, though there may be newer ones. All processes must call.
+
+    Args:
+        record: what adapters were trained for.
+        named: `train.init_from`, where they may lie by now if they are not where they were.
+        given, say: as in `open_weights`.
+
+    Raises:
+        UserError: they cannot be opened, or are others by now.
+    """
+    root = Path(record["path"])
+    if not root.exists():
+        root, _ = _split(local_path(named, "train.init_from"))
+    weights = open_weights(f"{root}@{record['step']}" if record["kind"] == "workdir" else root, given, say)
+    if processes.is_first() and weights.digest != record["digest"]:  # which may read all of an official checkpoint
+        raise UserError(f"{root} has changed since the adapters were trained for it: restore it")
+    processes.wait_for_all()
+    return weights
+
+
 def _merged(root: Path, experiment: Experiment, step: Path, say: Say) -> dict[ParamPath, Source]:
     """Return the params of a run's base with the adapters of a step merged into them as they are read."""
     record = json.loads((step / RUN / "metadata").read_text("utf-8"))["base"]
-    named = Path(record["path"])
-    path = named if named.exists() else local_path(experiment.train.init_from, "train.init_from")
-    at = f"@{record['step']}" if record["kind"] == "workdir" else ""
     try:
-        base = open_weights(f"{path}{at}", say=say)
+        base = open_recorded(record, experiment.train.init_from, say=say)
     except UserError as error:
-        raise UserError(f"{root} holds adapters, whose base is not where it was: {error}") from error
-    if base.digest != record["digest"]:
-        raise UserError(f"{root} holds adapters for other weights than {path} has now: restore those")
+        raise UserError(f"{root} holds adapters, whose base is not as it was: {error}") from error
     adapters, scale = open_params(step, ADAPTERS), experiment.train.lora.alpha / experiment.train.lora.rank
     return {
         path: Adapted(source, adapters[(*path, "a")], adapters[(*path, "b")], scale)

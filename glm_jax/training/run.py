@@ -272,12 +272,12 @@ class Run:
         self._previous = None
         restored = self.checkpoints.restore(states.disk_targets(cfg, mesh), at_most, self._drop_state)
         if restored is None:
+            self.step, self.samples, self.bands, self.saved, self._base = 0, 0, Bands(), None, ()
             self.state = states.create_state(cfg, mesh, self._initial.load)
-            self.step, self.samples, self.bands, self.saved = 0, 0, Bands(), None
             return None
         run = restored.run
         if cfg.lora and not self._base:
-            self._initial.check(run["base"])
+            self._initial = self._initial.again(run["base"])
             self._base = states.create_base(cfg, mesh, self._initial.load)
         self.state, self._base = states.from_disk(cfg, mesh, restored.items, self._base), ()
         self.step, self.samples, self.bands = run["step"], run["samples"], Bands.from_json(run["bands"])

@@ -39,9 +39,9 @@ class Record:
         """Drop changes after `step`, which will be made again, and an incomplete line.
 
         Changes at `step` itself are made again, too, because a checkpoint holds the config that reached it. But a spike
-        that made the run go back to `step` is kept.
+        that made the run go back to `step` is kept, and so is what a run began with.
         """
-        self.lines = [line for line in self.lines if line["step"] < step + (line["cause"] == "spike")]
+        self.lines = [line for line in self.lines if line["step"] < step + (line["cause"] in ("spike", "init_from"))]
         text = "".join(map(json_line, self.lines))
         if self._primary and self._path.exists() and self._path.read_text(encoding="utf-8") != text:
             with self._writing():

@@ -132,6 +132,13 @@ def test_a_line_is_on_the_disk_before_the_run_continues(tmp_path: Path, monkeypa
     assert len(journal.renamed) == 1  # nothing to forget, nothing written
 
 
+def test_what_a_run_began_with_is_kept_at_step_0(tmp_path: Path) -> None:
+    record = Record(tmp_path, 0)
+    record.add(0, 0, "init_from", {}, weights={"path": "weights"})
+    record.add(0, 0, "planned", {"optimizer.peak_lr": (1.0, 0.5)})  # made again
+    assert [line["cause"] for line in Record(tmp_path, 0).lines] == ["init_from"]
+
+
 def test_other_processes_know_the_record_and_do_not_write(tmp_path: Path) -> None:
     Record(tmp_path, 0).add(10, 80, "config", {"optimizer.peak_lr": (1.0, 0.5)})
     whole = (tmp_path / RECORD).read_bytes()

@@ -130,9 +130,11 @@ def test_two_processes_equal_one_on_the_same_mesh(
     assert speeds == pytest.approx(speeds[:1] * steps, rel=1e-9)  # counts the tokens of both
     assert {path.name for path in together.iterdir()} == {path.name for path in alone.iterdir()}
     if axis == "pipeline":
-        weights = [f"--config.train.init_from={alone}", "--config.train.steps=1", "--config.train.eval_every=1"]
-        results = list(map(ends, start(tmp_path / "begun", *mesh, *weights)))  # three layers, padded to two stages
-        assert [code for code, _ in results] == [0, 0] and results[1][1] == [], results
+        weights = [f"--config.train.init_from={alone}", "--config.train.lora.rank=2", "--config.train.eval_every=2"]
+        for until in (1, 2):  # three layers, padded to two stages; the second time adapters resume, and read their base
+            steps_taken = f"--config.train.steps={until}"
+            results = list(map(ends, start(tmp_path / "begun", *mesh, *weights, steps_taken)))
+            assert [code for code, _ in results] == [0, 0] and results[1][1] == [], results
         loss = events(tmp_path / "begun", "evaluation")[0]["loss"]
         assert loss == pytest.approx(events(alone, "evaluation")[steps]["loss"], rel=1e-5)
         return

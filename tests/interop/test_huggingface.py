@@ -192,11 +192,21 @@ def test_the_user_says_which_gelu_and_nothing_that_the_folder_contradicts(tmp_pa
             open_weights(GOLDENS, {key: value})
 
 
-def test_the_same_files_have_the_same_digest_and_others_another(tmp_path: Path) -> None:
+def test_the_same_files_have_the_same_digest_and_others_another(sharded: Path, tmp_path: Path) -> None:
     whole = open_weights(shutil.copytree(GOLDENS, tmp_path / "copy")).digest
     assert whole == open_weights(GOLDENS).digest != open_weights(GOLDENS / "sharded").digest
     (tmp_path / "copy/README.md").write_text("words")
     assert open_weights(tmp_path / "copy").digest == whole
+    root = shutil.copytree(sharded, tmp_path / "sharded")  # whose files may have any names
+    index = json.loads((root / INDEX).read_text())
+    for name in sorted(set(index["weight_map"].values())):
+        (root / name).rename(root / name.replace("model", "part"))
+    index["weight_map"] = {tensor: name.replace("model", "part") for tensor, name in index["weight_map"].items()}
+    (root / INDEX).write_text(json.dumps(index))
+    before = open_weights(root).digest
+    file = sorted(root.glob("part*"))[-1]
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    assert open_weights(root).digest != before
 
 
 def edit(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], Any]:

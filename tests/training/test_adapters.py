@@ -93,17 +93,31 @@ def test_an_opened_workdir_has_the_adapters_merged(adapted: tuple[Path, Run], tm
     assert Model.open(tmp_path / "whole").tokenizer.digest == opened.tokenizer.digest  # pyright: ignore
 
 
-def test_adapters_without_their_base_are_refused(
+def test_adapters_are_for_the_step_that_they_began_with_and_refused_without_it(
     config: Experiment,
     trained: Path,
-    adapted: tuple[Path, Run],
     tmp_path: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source = shutil.copytree(trained, tmp_path / "source")
-    taken(begun(config, tmp_path / "run", source, **LORA), until=2)
-    (source / "checkpoints/4").rename(source / "elsewhere")
-    for attempt in (lambda: Model.open(tmp_path / "run"), lambda: begun(config, tmp_path / "run", source, **LORA)):
-        with pytest.raises(UserError, match=r"has no checkpoint of step 4|has changed since the adapters"):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "source")
+    taken(begun(config, Path("run"), "source", **LORA), until=2)
+    shutil.copytree("source/checkpoints/2", "source/checkpoints/9")  # the base has trained on
+    (tmp_path / "new").mkdir()
+    for name in ("source", "run"):
+        Path(name).rename(tmp_path / "new" / name)  # and all has moved
+    monkeypatch.chdir(tmp_path / "new")
+    opened = map(open_weights, ("run", "source@4"))
+    scales = [weights.parameters["final_norm", "scale"].read((slice(0, 16),)) for weights in opened]
+    assert equal(*scales)
+    taken(begun(config, Path("run"), "source", **LORA), until=3)
+    Path("source/checkpoints/4").rename("source/elsewhere")
+    for attempt in (lambda: Model.open("run"), lambda: begun(config, Path("run"), "source", **LORA)):
+        with pytest.raises(UserError, match="has no checkpoint of step 4"):
+            attempt()
+    shutil.copytree("source/checkpoints/2", "source/checkpoints/4")
+    for attempt in (lambda: Model.open("run"), lambda: begun(config, Path("run"), "source", **LORA)):
+        with pytest.raises(UserError, match="has changed since the adapters"):
             attempt()
     refused = [
         ({"model__vocab_multiple": 512}, "vocab_size to"),
