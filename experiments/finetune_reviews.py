@@ -8,7 +8,7 @@ trains all params. Add `--config.train.freeze="('embedding', 'blocks/0..1')"` to
 
     glm-jax generate --workdir runs/reviews --prompt '房间很大，服务也好\\n这条评论是正面的还是负面的？'
 
-The README has what each of the three reaches.
+docs/finetuning.md has what each of the three reached.
 """
 
 from glm_jax.config import Config, default_config, instructions

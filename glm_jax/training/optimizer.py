@@ -42,8 +42,8 @@ def update(
 ) -> tuple[Tree, Tree, dict[str, Array]]:
     """Take one step: clip by global norm, then AdamW; or apply an optax transformation and nothing else.
 
-    `multipliers` (`groups.of_params`) multiply the updates. What is frozen counts in no norm of gradients, and keeps
-    its bits.
+    `multipliers` (`groups.of_params`) multiply the updates. What is frozen does not count in `grad_norm`, and keeps its
+    bits.
 
     Returns:
         The new params, the new moments, and global norms: `grad_norm` before clipping, `param_norm` before the step,
@@ -76,7 +76,7 @@ LAYER_GROUPS = 4
 
 
 def group_norms(gradients: Tree, layers: int) -> dict[str, Array]:
-    """Return the norms of the gradients of the embedding, the final norm and up to four groups of layers.
+    """Return the norms of the gradients of the embedding, the final norm and up to four groups of layers, frozen or not.
 
     Args:
         gradients: in the tree of params; blocks may be padded after the first `layers` layers.

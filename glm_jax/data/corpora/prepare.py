@@ -63,6 +63,16 @@ class Prepared:
     instruction_weights: dict[str, float]
 
 
+def _check_vocabulary(config: Experiment, tokenizer: Tokenizer | None, report: Report) -> None:
+    """Refuse a vocabulary that is too small or that the model cannot hold now, not after all sources are read."""
+    if tokenizer is None:
+        sentencepiece.check_size(config.data.tokenizer.vocab_size)
+    pieces = tokenizer.size if tokenizer else config.data.tokenizer.vocab_size
+    rows = config.glm(pieces).vocab_size
+    if rows > max(2 * pieces, 1024):
+        report(f"tokenizer: model.vocab_size is {rows:,}, of which {pieces:,} rows have a token")
+
+
 def prepare(
     config: Experiment, report: Report, *, workers: int = 1, strict: bool = True, tokenizer: Tokenizer | None = None
 ) -> Prepared:
@@ -90,12 +100,7 @@ def prepare(
     cache = open_cache(data.cache, report)
     if tokenizer is None and data.tokenizer.path:
         tokenizer = read(data.tokenizer.path, pinned=data.tokenizer.pinned)
-    if tokenizer is None:
-        sentencepiece.check_size(data.tokenizer.vocab_size)
-    pieces = tokenizer.size if tokenizer else data.tokenizer.vocab_size
-    rows = config.glm(pieces).vocab_size  # refuse one that does not fit now, not after all sources are read
-    if rows > max(2 * pieces, 1024):
-        report(f"tokenizer: model.vocab_size is {rows:,}, of which {pieces:,} rows have a token")
+    _check_vocabulary(config, tokenizer, report)
     documents: dict[str, Path] = {}
     with Workers(workers) as pool:
         for name, source in sorted(data.sources.items()):
