@@ -76,7 +76,9 @@ LAYER_GROUPS = 4
 
 
 def group_norms(gradients: Tree, layers: int) -> dict[str, Array]:
-    """Return the norms of the gradients of the embedding, the final norm and up to four groups of layers, frozen or not.
+    """Return the norms of the gradients of the embedding, the final norm and up to four groups of layers.
+
+    Those of frozen params count, too, and with adapters they are those of the whole kernels.
 
     Args:
         gradients: in the tree of params; blocks may be padded after the first `layers` layers.
