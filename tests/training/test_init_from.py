@@ -109,8 +109,8 @@ def test_a_run_begins_from_a_hugging_face_folder(config: Experiment, tmp_path: P
     original = with_changes(config, {**LEARNED, "model.norm": "pre", "model.activation": "gelu", "model.ffn_size": 64})
     workdir = finished(original, tmp_path / "run")
     assert main.main(["convert", "orbax-to-hf", f"--path={workdir}", f"--out={tmp_path / 'glm'}"]) == 0
-    named = {"data__tokenizer__path": str(workdir / "tokenizer.model")}
-    with begun(original, tmp_path / "again", tmp_path / "glm", **named) as run:
+    own = str(workdir / "tokenizer.model")
+    with begun(original, tmp_path / "again", tmp_path / "glm", data__tokenizer__path=own) as run:
         assert run.evaluate()["loss"] == pytest.approx(losses(workdir)[4], rel=1e-5)
     with pytest.raises(UserError, match=r"has no tokenizer: name the file of its own as data\.tokenizer\.path"):
         begun(original, tmp_path / "other", tmp_path / "glm")
