@@ -193,7 +193,7 @@ class Run:
 
     def fail(self, reason: str) -> NoReturn:
         """End a dead run: raise WorkFailed, in all processes alike. This step is not saved."""
-        newest = self.checkpoints.latest_step()
+        newest = self.checkpoints.written_step()
         kept = "nothing is saved" if newest is None else f"the newest checkpoint is that of step {newest}"
         raise WorkFailed(f"{reason}: lower optimizer.peak_lr, or skip data with train.skip_steps; {kept}")
 

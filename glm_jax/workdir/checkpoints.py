@@ -97,6 +97,11 @@ class Checkpoints:
         """Return the newest of `steps`, or None."""
         return max(self.steps(), default=None)
 
+    def written_step(self) -> int | None:
+        """Wait until what was saved is written, and return the newest of `steps`, or None."""
+        self._settle()
+        return self.latest_step()
+
     def save(self, items: Mapping[str, Tree], run: Json) -> None:
         """Save trees of arrays, by name, under `run["step"]`; return once they are copied, before they are written.
 

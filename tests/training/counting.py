@@ -86,6 +86,9 @@ class Diary:
     def events(self) -> list[Any]:
         return []
 
+    def written_step(self) -> int | None:
+        return self.latest_step()
+
     def unsaved(self) -> None:
         pass
 
