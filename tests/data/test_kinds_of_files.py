@@ -259,3 +259,12 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path):
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(UserError, match=r"cannot read .*: Not a regular file"):
             list(read(path, "text"))
+
+
+def test_a_list_of_doubles_in_a_page_header_does_not_outrun_the_file():
+    """Field 1 is a list of 2^31 - 1 doubles in the compact protocol of Thrift; the file ends after its length."""
+    header = bytes([0x19, 0xF7, 0xFF, 0xFF, 0xFF, 0xFF, 0x07])
+    start = time.process_time()
+    with pytest.raises(ValueError, match="cut off"):
+        list(pages(io.BytesIO(header), 0, len(header)))
+    assert time.process_time() - start < 5
