@@ -1,6 +1,7 @@
 """Shared by all tests: a persistent compilation cache, the settings of hypothesis, and the mesh of mesh-bound tests."""
 
 import os
+import signal
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".jax_cache"
@@ -23,6 +24,13 @@ settings.load_profile("pinned")
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Name bytes by their argument: what a library packed may hold the time, and workers would disagree on names."""
     return argname if isinstance(val, bytes) else None
+
+
+def pytest_configure() -> None:
+    """Let no signal be ignored: a shell starts background jobs so, and tests of signals would fail."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
