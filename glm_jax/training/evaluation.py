@@ -38,7 +38,7 @@ def event(run: Run) -> Json:
 
 def heldout(run: Run) -> dict[str, float]:
     """Return the held-out losses, see `HeldOut.losses`."""
-    return run.stretch.heldout(run.state)
+    return run.stretch.heldout(run.state.params, run.base)
 
 
 class HeldOut:

@@ -51,6 +51,7 @@ class Run:
         config: as requested; `current` is the config in effect now, with interventions applied.
         step, samples: optimizer steps taken and rows seen.
         state: the TrainState after them.
+        base: with LoRA, the model's params that `state` has adapters of; () otherwise.
         observers: called after each step, in this order; append your own.
         evaluators: functions of the run whose values make up an evaluation.
     """
@@ -88,7 +89,6 @@ class Run:
         self.saved_at = time.monotonic()
         self._latest: Step | None = None
         self._previous: Mapping[str, Tree] | None = None  # the metrics of the previous step
-        self._base: Tree = ()  # of a state that is being restored
         try:
             self._begin()
         except BaseException:
@@ -161,7 +161,7 @@ class Run:
         for observer in self.observers:
             observer.before(self)
         asked = Request.STOP if self._stop.asked else self._asked
-        self.state, metrics = self.stretch.train(self.state, batch, rows, settings, asked)
+        self.state, metrics = self.stretch.train(self.state, batch, rows, settings, asked, self.base)
         self.step, self.samples = number, self.samples + rows
         # Run at most one step ahead, so that a request is met soon; where steps are watched, wait for each.
         settled, self._previous = (metrics if self.watches_spikes else self._previous), metrics
@@ -258,7 +258,7 @@ class Run:
             parameters, mesh = self.stretch.cfg.engine.model.num_parameters, dict(self.stretch.mesh.shape)
             self._say(f"model: {parameters:,} parameters, mesh {mesh}")
             if self.stretch.cfg.lora:
-                self._say(states.describe_parts(self.state))
+                self._say(states.describe_parts(self.state, self.base))
         else:
             self._say(f"resuming from step {self.step}, sample {self.samples:,}")
             kept, now = run["sources"], self.prepared.digests
@@ -272,20 +272,22 @@ class Run:
         self._previous = None
         restored = self.checkpoints.restore(states.disk_targets(cfg, mesh), at_most, self._drop_state)
         if restored is None:
-            self.step, self.samples, self.bands, self.saved, self._base = 0, 0, Bands(), None, ()
+            self.step, self.samples, self.bands, self.saved = 0, 0, Bands(), None
             self.state = states.create_state(cfg, mesh, self._initial.load)
+            self.base = states.create_base(cfg, mesh, self._initial.load)
             return None
         run = restored.run
-        if cfg.lora and not self._base:
-            self._initial = self._initial.again(run["base"])
-            self._base = states.create_base(cfg, mesh, self._initial.load)
-        self.state, self._base = states.from_disk(cfg, mesh, restored.items, self._base), ()
+        if "base" not in self.__dict__:
+            if cfg.lora:
+                self._initial = self._initial.again(run["base"])
+            self.base = states.create_base(cfg, mesh, self._initial.load)
+        self.state = states.from_disk(cfg, mesh, restored.items)
         self.step, self.samples, self.bands = run["step"], run["samples"], Bands.from_json(run["bands"])
         self.saved = self.step
         return run
 
     def _drop_state(self) -> None:
-        self._base = getattr(self.__dict__.pop("state", None), "base", ())
+        self.__dict__.pop("state", None)
 
     def _enter(self, run: Json | None) -> None:
         """Put the config of the next step into effect, and record what differs from the checkpoint of `run`."""
@@ -365,7 +367,7 @@ class Run:
     @property
     def params(self) -> Tree:
         """The float32 params on the mesh, in the shape that `glm_jax.model.apply` takes."""
-        return states.model_params(self.stretch.cfg, states.true_layers(self.stretch.cfg, self.state))
+        return states.whole_params(self.stretch.cfg, self.state.params, self.base)
 
     def rows(self, first: int | None = None, count: int | None = None) -> Rows[np.ndarray]:
         """Return `count` rows of the training data, starting at row `first`; by default the rows of the next step."""
@@ -374,7 +376,7 @@ class Run:
 
     def gradients(self, rows: Rows[np.ndarray]) -> Gradients:
         """Return loss sums and the gradients of the mean loss over rows [B, ...], B whole microbatches; no dropout."""
-        return self.stretch.gradients(states.model_params(self.stretch.cfg, self.state), rows)
+        return self.stretch.gradients(states.model_params(self.stretch.cfg, self.state.params, self.base), rows)
 
     def __enter__(self) -> Run:
         return self

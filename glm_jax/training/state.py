@@ -45,7 +45,7 @@ class StepConfig:
 class TrainState(NamedTuple):
     """All that a run carries from step to step; params and moments are float32.
 
-    `params` are trained: the model's, or with LoRA its adapters (lora.py), and `base` has the model's params then.
+    `params` are trained: the model's, or with LoRA its adapters (lora.py), beside a base that never changes.
     In memory the layers are padded to fill the stages of the pipeline (`true_layers` undoes this for the disk), and
     params and moments are also split over `data` (ZeRO-1).
     """
@@ -55,30 +55,32 @@ class TrainState(NamedTuple):
     params: Tree
     moments: Tree
     loss_scale: LossScale
-    base: Tree = ()
 
 
 def init_state(cfg: StepConfig, stages: int = 1, key: Array | None = None) -> TrainState:
     """Make the state before the first step, its layers padded to `stages`. By default `key` is made from the seed."""
-    glm = cfg.engine.model
     key = jax.random.key(cfg.seed) if key is None else key
-    params, base = partition.pad_layers(model.init(glm, key), model.logical_axes(glm), stages), ()
-    if cfg.lora is not None:
-        base = params
-        params = partition.pad_layers(lora.init(glm, cfg.lora, key), lora.adapter_axes(glm, cfg.lora), stages)
+    glm = cfg.engine.model
+    params = model.init(glm, key) if cfg.lora is None else lora.init(glm, cfg.lora, key)
+    params = partition.pad_layers(params, _param_axes(cfg), stages)
     moments = optimizer.transformation(cfg.optimizer, of_params(cfg.groups, glm, params)).init(params)
-    scale = precision.initial_loss_scale(cfg.loss_scale)
-    return TrainState(jnp.int32(0), jnp.int32(0), params, moments, scale, base)
+    return TrainState(jnp.int32(0), jnp.int32(0), params, moments, precision.initial_loss_scale(cfg.loss_scale))
 
 
-def model_params(cfg: StepConfig, state: TrainState) -> Tree:
-    """Return the params of the model, into which adapters are merged."""
-    return merged(cfg, state.params, state.base)
-
-
-def merged(cfg: StepConfig, params: Tree, base: Tree) -> Tree:
-    """Return `model_params` from these fields of a state."""
+def model_params(cfg: StepConfig, params: Tree, base: Tree) -> Tree:
+    """Return the params of the model: those that are trained, or with LoRA the base, adapters merged into it."""
     return params if cfg.lora is None else lora.merge(base, params, cfg.lora.alpha / cfg.lora.rank)
+
+
+def whole_params(cfg: StepConfig, params: Tree, base: Tree) -> Tree:
+    """Return `model_params` without the layers that only fill up the stages."""
+    glm = cfg.engine.model
+    return partition.true_layers(model_params(cfg, params, base), model.logical_axes(glm), glm.num_layers)
+
+
+def _param_axes(cfg: StepConfig) -> Tree:
+    glm = cfg.engine.model
+    return model.logical_axes(glm) if cfg.lora is None else lora.adapter_axes(glm, cfg.lora)
 
 
 def _axes(cfg: StepConfig) -> TrainState:
@@ -88,14 +90,9 @@ def _axes(cfg: StepConfig) -> TrainState:
     of lion, and of a transformation masked to some params. Anything else that an optimizer keeps is replicated.
     """
     shapes = jax.eval_shape(lambda: init_state(cfg))
-    trees = [(shapes.params, model.logical_axes(cfg.engine.model))]
-    if cfg.lora is not None:
-        trees = [(shapes.base, trees[0][1]), (shapes.params, lora.adapter_axes(cfg.engine.model, cfg.lora))]
-    known: dict[tuple[jax.tree_util.KeyPath, tuple[int, ...]], tuple[str | None, ...]] = {}
-    for params, named in trees:
-        axes = jax.tree.leaves(named, is_leaf=lambda leaf: isinstance(leaf, tuple))
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        known |= {(tuple(path), array.shape): names for (path, array), names in zip(leaves, axes, strict=True)}
+    axes = jax.tree.leaves(_param_axes(cfg), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes.params)
+    known = {(tuple(path), array.shape): names for (path, array), names in zip(leaves, axes, strict=True)}
 
     def axes_of(path: jax.tree_util.KeyPath, array: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
         ends = (known.get((tuple(path[start:]), array.shape)) for start in range(len(path)))
@@ -111,35 +108,31 @@ def state_specs(cfg: StepConfig, mesh: Mesh) -> TrainState:
 
 def true_layers(cfg: StepConfig, state: TrainState) -> TrainState:
     """Remove the layers that only fill up the stages."""
-    return partition.true_layers(state, _like(state, _axes(cfg)), cfg.engine.model.num_layers)
+    return partition.true_layers(state, _axes(cfg), cfg.engine.model.num_layers)
 
 
 def pad_layers(cfg: StepConfig, state: TrainState, stages: int) -> TrainState:
     """Undo `true_layers` for a pipeline of `stages`."""
-    return partition.pad_layers(state, _like(state, _axes(cfg)), stages)
-
-
-def _like(state: TrainState, tree: TrainState) -> TrainState:
-    """Return a tree of a whole state without its base if `state`, on its way to the disk, has none."""
-    return tree if state.base != () else tree._replace(base=())
+    return partition.pad_layers(state, _axes(cfg), stages)
 
 
 def create_state(cfg: StepConfig, mesh: Mesh, load: Callable[[Tree], Tree] = lambda params: params) -> TrainState:
     """Make the first state on the mesh; each device makes its own part.
 
-    `load` may replace the params of the model, as padded: with LoRA, `base`.
+    Without LoRA `load` may replace the params, padded as they are in memory.
     """
     shardings = partition.shardings(mesh, state_specs(cfg, mesh))
     state = jax.jit(lambda: init_state(cfg, mesh.shape["pipeline"]), out_shardings=shardings)()
-    return state._replace(params=load(state.params)) if cfg.lora is None else state._replace(base=load(state.base))
+    return state._replace(params=load(state.params)) if cfg.lora is None else state
 
 
-def create_base(cfg: StepConfig, mesh: Mesh, load: Callable[[Tree], Tree]) -> Tree:
-    """Make `base` alone, as `create_state` does; without LoRA it is empty."""
+def create_base(cfg: StepConfig, mesh: Mesh, load: Callable[[Tree], Tree] = lambda params: params) -> Tree:
+    """Make the model's params that adapters are added to, as `create_state` does; without LoRA there are none: ()."""
     if cfg.lora is None:
         return ()
-    shardings = partition.shardings(mesh, state_specs(cfg, mesh).base)
-    return load(jax.jit(lambda: init_state(cfg, mesh.shape["pipeline"]).base, out_shardings=shardings)())
+    whole = dataclasses.replace(cfg, lora=None)
+    shardings = partition.shardings(mesh, state_specs(whole, mesh).params)
+    return load(jax.jit(lambda: init_state(whole, mesh.shape["pipeline"]).params, out_shardings=shardings)())
 
 
 def at_step(mesh: Mesh, state: TrainState, step: int, samples: int, loss_scale: LossScale | None = None) -> TrainState:
@@ -158,18 +151,14 @@ def _disk_shardings(cfg: StepConfig, mesh: Mesh) -> TrainState:
 
     Where stages are padded, `pipeline` cannot split the true layers: it splits another dimension of their arrays.
     """
-    specs = state_specs(cfg, mesh)._replace(base=())
+    specs = state_specs(cfg, mesh)
     if _is_padded(cfg, mesh):
-        specs = partition.moved("pipeline", specs, _saved_shapes(cfg), mesh.shape)
+        specs = partition.moved("pipeline", specs, jax.eval_shape(lambda: init_state(cfg)), mesh.shape)
     return partition.shardings(mesh, specs)
 
 
-def _saved_shapes(cfg: StepConfig) -> TrainState:
-    return jax.eval_shape(lambda: init_state(cfg)._replace(base=()))
-
-
 def _items(cfg: StepConfig, state: TrainState) -> Items:
-    rest = {name: value for name, value in state._asdict().items() if name not in ("params", "base")}
+    rest = {name: value for name, value in state._asdict().items() if name != "params"}
     return {_trained(cfg): state.params, "training": rest}
 
 
@@ -183,7 +172,6 @@ def to_disk(cfg: StepConfig, mesh: Mesh, state: TrainState) -> Items:
 
     They are `params`, or `adapters` alone with LoRA, whose base lies where the run began; and `training` with the rest.
     """
-    state = state._replace(base=())
     return _items(cfg, _cut(cfg, mesh)(state) if _is_padded(cfg, mesh) else state)
 
 
@@ -200,9 +188,9 @@ def disk_targets(cfg: StepConfig, mesh: Mesh) -> Items:
     Raises:
         UserError: the layers are padded to the stages, and the optimizer keeps arrays that cannot be cut to the layers.
     """
-    shapes = _saved_shapes(cfg)
+    shapes = jax.eval_shape(lambda: init_state(cfg))
     if _is_padded(cfg, mesh):
-        cut = jax.eval_shape(lambda: true_layers(cfg, init_state(cfg, mesh.shape["pipeline"])._replace(base=())))
+        cut = jax.eval_shape(lambda: true_layers(cfg, init_state(cfg, mesh.shape["pipeline"])))
         if [array.shape for array in jax.tree.leaves(cut)] != [array.shape for array in jax.tree.leaves(shapes)]:
             raise UserError(
                 f"the optimizer keeps arrays whose shapes differ from the params: choose a mesh.pipeline that divides "
@@ -216,23 +204,23 @@ def disk_targets(cfg: StepConfig, mesh: Mesh) -> Items:
     return _items(cfg, target)
 
 
-def from_disk(cfg: StepConfig, mesh: Mesh, items: Mapping[str, Tree], base: Tree = ()) -> TrainState:
-    """Rebuild the state from the trees of `to_disk`, padded to this mesh's stages, and `base` as it was in memory."""
+def from_disk(cfg: StepConfig, mesh: Mesh, items: Mapping[str, Tree]) -> TrainState:
+    """Rebuild the state from the trees of `to_disk`, padded to this mesh's stages."""
     state = TrainState(params=items[_trained(cfg)], **items["training"])
     if _is_padded(cfg, mesh):
-        placed = partition.shardings(mesh, state_specs(cfg, mesh)._replace(base=()))
+        placed = partition.shardings(mesh, state_specs(cfg, mesh))
         stages = mesh.shape["pipeline"]
         pad = jax.jit(lambda state: pad_layers(cfg, state, stages), out_shardings=placed)
         state = processes.compiled_together(pad)(state)
-    return state._replace(base=base)
+    return state
 
 
-def describe_parts(state: TrainState) -> str:
+def describe_parts(state: TrainState, base: Tree) -> str:
     """Say how much of the model is trained, and what a device holds of params and moments."""
-    trained, kept = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.base))
+    trained, kept = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, base))
     held = [
         sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree)) / 1e6
-        for tree in ((state.params, state.base), state.moments)
+        for tree in ((state.params, base), state.moments)
     ]
     return (
         f"adapters: {trained:,} parameters are trained, {kept:,} stay as they are; "

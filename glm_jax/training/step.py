@@ -14,7 +14,7 @@ from glm_jax.parallel import partition
 from glm_jax.parallel.processes import Jitted
 from glm_jax.training import optimizer, precision
 from glm_jax.training.groups import of_params
-from glm_jax.training.state import StepConfig, TrainState, merged, state_specs
+from glm_jax.training.state import StepConfig, TrainState, model_params, state_specs
 from glm_jax.types import Tree
 
 Array = jax.Array
@@ -37,7 +37,7 @@ def controls(mesh: Mesh, lr: float, shrink: float, request: int = 0) -> Controls
 
 
 def train_step(
-    cfg: StepConfig, mesh: Mesh, state: TrainState, rows: Rows[Array], controls: Controls
+    cfg: StepConfig, mesh: Mesh, state: TrainState, rows: Rows[Array], controls: Controls, base: Tree = ()
 ) -> tuple[TrainState, dict[str, Tree]]:
     """Take one optimizer step.
 
@@ -46,6 +46,7 @@ def train_step(
         state: before the step.
         rows: the global batch, arrays [M, B/M, ...].
         controls: of this step.
+        base: the model's params if `state` has adapters of them, see `state.create_base`.
 
     Returns:
         The state after the step, and metrics: `sums` (see `engine.Sums`), `activation_rms` float32 [L] (see
@@ -59,7 +60,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step) if drops else None
     scale = state.loss_scale.scale
     shrink = controls.shrink if cfg.shrinks else None
-    whole, to_trained = jax.vjp(lambda params: merged(cfg, params, state.base), state.params)
+    whole, to_trained = jax.vjp(lambda params: model_params(cfg, params, base), state.params)
     passed = passes.value_and_grad(cfg.engine, mesh, whole, rows, key, shrink, scale)
     (gradients,) = to_trained(passed.gradients)
     multipliers = of_params(cfg.groups, glm, state.params)
@@ -82,29 +83,30 @@ def train_step(
         **norms,
         **optimizer.group_norms(passed.gradients, glm.num_layers),
     }
-    return TrainState(state.step + 1, samples, params, moments, loss_scale, state.base), metrics
+    return TrainState(state.step + 1, samples, params, moments, loss_scale), metrics
 
 
 def compile_steps(
     cfg: StepConfig, mesh: Mesh
 ) -> tuple[
-    Jitted[[TrainState, Rows[Array], Controls], tuple[TrainState, dict[str, Tree]]],
+    Jitted[[TrainState, Rows[Array], Controls, Tree], tuple[TrainState, dict[str, Tree]]],
     Jitted[[Tree, Tree, Rows[Array]], Array],
 ]:
     """Return the train step and the evaluation, jitted for a mesh.
 
-    The train step donates its state. The evaluation takes a state's `params` and `base` and rows [M, B/M, ...], and
-    returns the loss in nats of every target token: float32 [M, B/M, S], 0 elsewhere.
+    The train step donates its state; it takes the base last, () without LoRA. The evaluation takes a state's `params`,
+    the base and rows [M, B/M, ...], and returns the loss in nats of every target token: float32 [M, B/M, S], 0
+    elsewhere.
     """
     shardings = partition.shardings(mesh, state_specs(cfg, mesh))
     whole = jax.NamedSharding(mesh, jax.P())
     train = jax.jit(
-        lambda state, rows, controls: train_step(cfg, mesh, state, rows, controls),
+        lambda state, rows, controls, base: train_step(cfg, mesh, state, rows, controls, base),
         donate_argnums=0,
         out_shardings=(shardings, whole),
     )
     evaluate = jax.jit(
-        lambda params, base, rows: passes.losses(cfg.engine, mesh, merged(cfg, params, base), rows),
+        lambda params, base, rows: passes.losses(cfg.engine, mesh, model_params(cfg, params, base), rows),
         out_shardings=whole,
     )
     return train, evaluate

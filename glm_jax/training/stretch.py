@@ -34,7 +34,7 @@ from glm_jax.workdir.events import import_wandb
 if TYPE_CHECKING:
     import grain
 
-Train = Callable[[TrainState, Rows[jax.Array], Controls], tuple[TrainState, dict[str, Tree]]]
+Train = Callable[[TrainState, Rows[jax.Array], Controls, Tree], tuple[TrainState, dict[str, Tree]]]
 Evaluate = Callable[[Tree, Tree, Rows[jax.Array]], jax.Array]
 
 
@@ -89,15 +89,21 @@ class Stretch:
         return next(self._stream)
 
     def train(
-        self, state: TrainState, batch: Rows[np.ndarray], rows: int, chosen: Mapping[str, float], request: int
+        self,
+        state: TrainState,
+        batch: Rows[np.ndarray],
+        rows: int,
+        chosen: Mapping[str, float],
+        request: int,
+        base: Tree = (),
     ) -> tuple[TrainState, dict[str, Tree]]:
         """Take a step with a batch of `rows` rows over all processes and the settings that recipe.py has `chosen`."""
         placed = place(self.mesh, batch, rows // self._microbatch)
-        return self._train(state, placed, controls(self.mesh, chosen["lr"], chosen["embedding_shrink"], request))
+        return self._train(state, placed, controls(self.mesh, chosen["lr"], chosen["embedding_shrink"], request), base)
 
-    def heldout(self, state: TrainState) -> dict[str, float]:
-        """Return the held-out losses of a state's params."""
-        return self._heldout.losses(lambda params, rows: self._evaluate(params, state.base, rows), state.params)
+    def heldout(self, params: Tree, base: Tree = ()) -> dict[str, float]:
+        """Return the held-out losses of a state's params, and of the base if they are adapters."""
+        return self._heldout.losses(lambda params, rows: self._evaluate(params, base, rows), params)
 
     def gradients(self, params: Tree, rows: Rows[np.ndarray]) -> Gradients:
         """Return the gradients of the mean loss over rows [B, ...], see `engine.passes.value_and_grad`."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from glm_jax.cli import main
-from glm_jax.training import run
+from glm_jax.training import state
 from glm_jax.training.stretch import Stretch
 from glm_jax.workdir.checkpoints import Checkpoints
 from tests.end_to_end.runs import flags, in_process, lines, train, train_events
@@ -126,7 +126,7 @@ def test_a_run_that_is_stopped_at_any_moment_repeats_the_uninterrupted_run(
     for place, name, stops in (
         (Stretch, "train", 1),  # compiles
         (Stretch, "heldout", 0),
-        (run, "to_disk", 2),
+        (state, "to_disk", 2),
         (Checkpoints, "_complete", None),  # of step 2, while training continues
     ):
         workdir, work = tmp_path / name, getattr(place, name)

@@ -111,7 +111,7 @@ def lower(options: argparse.Namespace) -> Any:
     train, _ = step.compile_steps(cfg, grid)
     requests = describe((grid.size,), "i4", jax.NamedSharding(grid, jax.P(grid.axis_names)))
     scalar = describe((), "f4", jax.NamedSharding(grid, jax.P()))
-    return train.lower(state, batch, step.Controls(scalar, scalar, requests))
+    return train.lower(state, batch, step.Controls(scalar, scalar, requests), ())
 
 
 def experiment(options: argparse.Namespace) -> Any:

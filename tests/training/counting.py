@@ -43,7 +43,7 @@ class Counting:
         return samples, rows
 
     def train(
-        self, state: int, batch: tuple[int, int], rows: int, chosen: Any, request: int
+        self, state: int, batch: tuple[int, int], rows: int, chosen: Any, request: int, base: Any = ()
     ) -> tuple[int, dict[str, Any]]:
         assert batch[1] == rows == chosen["batch"]
         step = state + 1
@@ -118,5 +118,5 @@ def without_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running.states, "create_state", lambda cfg, mesh, load: 0)
     monkeypatch.setattr(running.states, "disk_targets", lambda cfg, mesh: None)
     monkeypatch.setattr(running.states, "to_disk", lambda cfg, mesh, state: state)
-    monkeypatch.setattr(running.states, "from_disk", lambda cfg, mesh, items, base: items)
+    monkeypatch.setattr(running.states, "from_disk", lambda cfg, mesh, items: items)
     monkeypatch.setattr(running, "versions", dict)

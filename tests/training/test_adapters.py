@@ -57,7 +57,7 @@ def test_adapters_begin_as_the_weights_learn_and_are_all_that_is_saved(
     assert losses(workdir)[0] == pytest.approx(losses(trained)[4], rel=1e-5)
     assert losses(workdir)[4] != losses(workdir)[0]
     base = Model.open(trained).params
-    assert equal(run.state.base, base)  # bit for bit what they began with
+    assert equal(run.base, base)  # bit for bit what they began with
     step = workdir / "checkpoints/4"
     assert sorted(path.name for path in step.iterdir() if path.is_dir()) == ["adapters", "run", "training"]
     stored = {name for name in json.loads((step / "adapters/_METADATA").read_text())["tree_metadata"]}

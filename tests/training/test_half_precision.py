@@ -33,7 +33,7 @@ def take(made: Compiled, state: TrainState, poisoned: bool = False) -> tuple[Tra
     batch = make_batch()
     if poisoned:
         batch.loss_mask[0, 4] = np.inf
-    state, metrics = made.train(state, mesh.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
+    state, metrics = made.train(state, mesh.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0), ())
     return state, jax.device_get(metrics)
 
 

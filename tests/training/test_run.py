@@ -75,6 +75,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         made._stop, made._latest = Stop(), None
         made.saved_at = running.time.monotonic()
         made.state, made.step, made.samples, made.bands, made.saved = start[0], *start, Bands(), start[0] or None
+        made.base = ()
         made._until = interventions.next_step(config, made.step, config.train.steps)
         with made:
             for step in made.steps():

@@ -20,7 +20,7 @@ from glm_jax.parallel import mesh
 from glm_jax.training import optimizer
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.precision import LossScale, LossScaleConfig
-from glm_jax.training.state import StepConfig, TrainState, at_step, create_state, true_layers
+from glm_jax.training.state import StepConfig, TrainState, at_step, create_base, create_state, true_layers
 from glm_jax.training.step import compile_steps, controls
 from tests.model import numpy_reference
 
@@ -65,12 +65,13 @@ class Compiled(NamedTuple):
     evaluate: Callable[..., Any]
     start: TrainState  # numpy arrays
     shardings: TrainState
+    base: Any  # of adapters
 
     def state(self) -> TrainState:
         return jax.device_put(self.start, self.shardings)
 
     def step(self, state: TrainState, microbatches: int, shrink: float = 1.0, request: int = 0) -> Any:
-        return self.train(state, self.place(microbatches), controls(self.mesh, LR, shrink, request))
+        return self.train(state, self.place(microbatches), controls(self.mesh, LR, shrink, request), self.base)
 
     def place(self, microbatches: int) -> dict[str, Any]:
         return mesh.place(self.mesh, make_batch(), microbatches)
@@ -81,7 +82,7 @@ def compiled_on(cfg: StepConfig, sizes: tuple[int, ...]) -> Compiled:
     grid = mesh.build(dict(zip(mesh.AXES, sizes, strict=True)))
     state = create_state(cfg, grid)
     shardings = jax.tree.map(lambda array: array.sharding, state)
-    return Compiled(grid, *compile_steps(cfg, grid), jax.device_get(state), shardings)
+    return Compiled(grid, *compile_steps(cfg, grid), jax.device_get(state), shardings, create_base(cfg, grid))
 
 
 def compiled(cfg: StepConfig, sizes: dict[str, int]) -> Compiled:
@@ -187,7 +188,7 @@ def test_dropout_follows_from_the_seed_and_the_step(mesh_sizes: dict[str, int]) 
     for first in (0, 0, 7):
         state = at_step(made.mesh, made.state(), first, 0)
         for step in (first, first + 1):
-            state, metrics = made.train(state, made.place(2), controls(made.mesh, 0.0, 1.0))
+            state, metrics = made.train(state, made.place(2), controls(made.mesh, 0.0, 1.0), ())
             found.append((step, float(metrics["sums"].loss.sum())))
     assert found[:2] == found[2:4]
     keys = {step: jax.random.fold_in(jax.random.key(3), step) for step, _ in found}
@@ -219,7 +220,7 @@ def test_the_shrink_reaches_the_embedding_alone(mesh_sizes: dict[str, int]) -> N
 def test_a_batch_without_a_target_decays_and_moves_nothing_else(mesh_sizes: dict[str, int]) -> None:
     made = compiled(CONFIG, mesh_sizes)
     batch = make_batch()._replace(loss_mask=np.zeros((8, 16), np.float32))
-    state, metrics = made.train(made.state(), mesh.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0))
+    state, metrics = made.train(made.state(), mesh.place(made.mesh, batch, 4), controls(made.mesh, LR, 1.0), ())
     assert metrics["grad_norm"] == 0 and metrics["skipped"] == 0 and not metrics["sums"].targets.any()
     before, after = made.start.params["embedding"]["word"], jax.device_get(state.params)["embedding"]["word"]
     np.testing.assert_allclose(after, before * (1 - LR * 0.1), rtol=1e-5)
@@ -230,7 +231,9 @@ def test_a_batch_without_a_target_decays_and_moves_nothing_else(mesh_sizes: dict
 def test_an_update_that_is_not_finite_changes_only_the_counters(mesh_sizes: dict[str, int]) -> None:
     made = compiled(CONFIG, mesh_sizes)
     # the gradients are finite, but the squares of the updates overflow
-    state, metrics = made.train(made.state(), mesh.place(made.mesh, make_batch(), 4), controls(made.mesh, 1e30, 1.0))
+    state, metrics = made.train(
+        made.state(), mesh.place(made.mesh, make_batch(), 4), controls(made.mesh, 1e30, 1.0), ()
+    )
     assert np.isfinite(metrics["grad_norm"]) and not np.isfinite(metrics["update_norm"]) and metrics["skipped"] == 1
     after = jax.device_get(state)
     assert after.step == 1
