@@ -91,3 +91,44 @@ def blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def listening(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` at a signal while the block runs; a second SIGINT acts as before. Only the main thread can listen."""
+    before, asked = signal.getsignal(signal.SIGINT), False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if not asked:
+            asked = True
+            if isinstance(before, Interrupt):
+                before.received += 1
+            signal.signal(signal.SIGINT, before)
+        stop()
+
+    with handled(note):
+        yield
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Let a SIGINT that would raise KeyboardInterrupt raise it when the block has ended; a second one does not wait."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    asked = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if asked:
+        raise KeyboardInterrupt

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
+from glm_jax import signals
 from glm_jax.cli import common
 from glm_jax.cli.common import say
 from glm_jax.config import with_changes
+from glm_jax.errors import UserError, WorkFailed
 
 if TYPE_CHECKING:
     from glm_jax.training.run import Run
+
+DONE, STOPPED, FAILED = 0, 3, 4  # exit codes
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -41,7 +45,6 @@ def run(arguments: Sequence[str]) -> int:
     processes.start(values.coordinator, values.processes, values.process, resolved.mesh.collective_timeout)
 
     from glm_jax.training.run import Run
-    from glm_jax.training.stopping import go
 
     workdir = Path(values.workdir)
 
@@ -53,6 +56,42 @@ def run(arguments: Sequence[str]) -> int:
         return go(run, lambda: _show_fills(run, workdir, log=not finished))
 
     return processes.together(train)
+
+
+def go(run: Run, afterwards: Callable[[], None] = lambda: None) -> int:
+    """Take all remaining steps, close the run and return the exit code; a signal stops it with a checkpoint.
+
+    Args:
+        run: as it was opened.
+        afterwards: called when the last step is saved, unless there was a signal.
+
+    Raises:
+        UserError: the last step could not be saved.
+    """
+    asked = False
+
+    def stop() -> None:
+        nonlocal asked
+        asked = True
+        run.stop()
+
+    with signals.listening(stop):  # to the end: no signal may change the exit code of what is saved
+        try:
+            with run:
+                for _ in run.steps():
+                    pass
+        except WorkFailed as error:
+            run.say(f"failed: {error}")
+            return FAILED
+        if unsaved := run.checkpoints.unsaved():
+            raise UserError(f"step {run.step} could not be saved ({unsaved}): fix that, then the same command "
+                            "resumes from the newest checkpoint")  # fmt: skip
+        if run.step < run.current.train.steps:
+            run.say(f"stopped: step {run.step} is saved in {run.workdir}; the same command resumes from there")
+            return STOPPED
+    if not asked:
+        afterwards()
+    return DONE
 
 
 def _show_fills(run: Run, workdir: Path, *, log: bool) -> None:

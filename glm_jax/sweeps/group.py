@@ -17,16 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.config import Experiment
+from glm_jax.config import Experiment, recipe
 from glm_jax.config.fields import to_dict
 from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.data.rows.batches import Batches
 from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import build, loss_metrics, passes
+from glm_jax.engine.heldout import HeldOut
 from glm_jax.sweeps import second_half
-from glm_jax.training import recipe, stretch
-from glm_jax.training.evaluation import HeldOut
+from glm_jax.training import stretch
 from glm_jax.training.state import StepConfig, TrainState, init_state
 from glm_jax.training.step import Controls, train_step
 from glm_jax.types import Tree

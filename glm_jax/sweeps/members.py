@@ -25,10 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
-from glm_jax.config import Experiment, by_key, files, with_changes
+from glm_jax.config import Experiment, by_key, files, recipe, with_changes
 from glm_jax.config.fields import in_section, to_dict
 from glm_jax.errors import UserError
-from glm_jax.training import recipe
 
 # Keys that a program takes as arrays: the key of the initialisation, the batches, the learning rate, alpha.
 ARRAY_KEYS = ("seed", "optimizer.peak_lr", "optimizer.min_lr", "optimizer.warmup_samples", "optimizer.decay",

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from glm_jax.config import Experiment, interventions
+from glm_jax.config import Experiment, interventions, recipe
 from glm_jax.data.corpora.prepare import Prepared
 from glm_jax.data.rows.rows import Rows
 from glm_jax.engine.passes import Gradients
@@ -22,7 +22,8 @@ from glm_jax.errors import UserError, WorkFailed
 from glm_jax.interop import initial
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import devices, processes
-from glm_jax.training import evaluation, precision, recipe
+from glm_jax.signals import deferred
+from glm_jax.training import evaluation, precision
 from glm_jax.training import state as states
 from glm_jax.training.evaluation import Evaluator, heldout
 from glm_jax.training.observers import Observer, Request, Step
@@ -32,7 +33,7 @@ from glm_jax.training.observers.log import Log
 from glm_jax.training.observers.profile import Profile
 from glm_jax.training.observers.save import Save
 from glm_jax.training.observers.spikes import Bands, Spike, Spikes
-from glm_jax.training.stopping import Stop, deferred
+from glm_jax.training.stopping import Stop
 from glm_jax.training.stretch import Stretch, ready
 from glm_jax.types import Json, Tree
 from glm_jax.workdir import folder
@@ -255,8 +256,7 @@ class Run:
         if processes.is_first():  # only now, when nothing in the workdir can be refused any more
             folder.write(self.workdir, self.config, self.prepared.tokenizer)
         if run is None:
-            parameters, mesh = self.stretch.cfg.engine.model.num_parameters, dict(self.stretch.mesh.shape)
-            self._say(f"model: {parameters:,} parameters, mesh {mesh}")
+            self._say(f"model: {self.model.num_parameters:,} parameters, mesh {dict(self.stretch.mesh.shape)}")
             if self.stretch.cfg.lora:
                 self._say(states.describe_parts(self.state, self.base))
         else:
@@ -268,9 +268,9 @@ class Run:
 
     def _restore(self, at_most: int | None = None) -> Json | None:
         """Restore the newest good checkpoint and return its `run`; if there is none, make the first state."""
-        cfg, mesh = self.stretch.cfg, self.stretch.mesh
-        self._previous = None
-        restored = self.checkpoints.restore(states.disk_targets(cfg, mesh), at_most, self._drop_state)
+        cfg, mesh, self._previous = self.stretch.cfg, self.stretch.mesh, None
+        targets = states.disk_targets(cfg, mesh)
+        restored = self.checkpoints.restore(targets, at_most, lambda: vars(self).pop("state", None))
         if restored is None:
             self.step, self.samples, self.bands, self.saved = 0, 0, Bands(), None
             self.state = states.create_state(cfg, mesh, self._initial.load)
@@ -285,9 +285,6 @@ class Run:
         self.step, self.samples, self.bands = run["step"], run["samples"], Bands.from_json(run["bands"])
         self.saved = self.step
         return run
-
-    def _drop_state(self) -> None:
-        self.__dict__.pop("state", None)
 
     def _enter(self, run: Json | None) -> None:
         """Put the config of the next step into effect, and record what differs from the checkpoint of `run`."""

@@ -16,9 +16,9 @@ from glm_jax.config.training import Lora, LossScaleConfig
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
 from glm_jax.model import lora
+from glm_jax.model.groups import Groups, of_params
 from glm_jax.parallel import partition, processes
 from glm_jax.training import optimizer, precision
-from glm_jax.training.groups import Groups, of_params
 from glm_jax.training.optimizer import Optimizer
 from glm_jax.training.precision import LossScale
 from glm_jax.types import Tree

@@ -10,10 +10,10 @@ import numpy as np
 
 from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import passes
+from glm_jax.model.groups import of_params
 from glm_jax.parallel import partition
 from glm_jax.parallel.processes import Jitted
 from glm_jax.training import optimizer, precision
-from glm_jax.training.groups import of_params
 from glm_jax.training.state import StepConfig, TrainState, model_params, state_specs
 from glm_jax.types import Tree
 

@@ -11,20 +11,19 @@ import jax
 import numpy as np
 import optax
 
-from glm_jax.config import Experiment, interventions
+from glm_jax.config import Experiment, interventions, recipe
 from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
 from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.engine import EngineConfig, build, passes
+from glm_jax.engine.heldout import HeldOut
 from glm_jax.engine.meter import Meter
 from glm_jax.engine.passes import Gradients
+from glm_jax.model.groups import Groups
 from glm_jax.parallel import processes
 from glm_jax.parallel.devices import peak_flops
 from glm_jax.parallel.mesh import local_rows, place
-from glm_jax.training import recipe
-from glm_jax.training.evaluation import HeldOut
-from glm_jax.training.groups import Groups
 from glm_jax.training.state import StepConfig, TrainState
 from glm_jax.training.step import Controls, compile_steps, controls
 from glm_jax.types import Tree

@@ -118,7 +118,7 @@ class Checkpoints:
         self._save = _Save(step, time.monotonic() - started, outcome)
 
     def restore(
-        self, targets: Mapping[str, Tree], at_most: int | None = None, make_room: Callable[[], None] = lambda: None
+        self, targets: Mapping[str, Tree], at_most: int | None = None, make_room: Callable[[], object] = lambda: None
     ) -> Restored | None:
         """Restore the newest good step, each device reading its own part.
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from glm_jax.config import Config, default_config, from_json, resolve, source, to_json
+from glm_jax.config import Config, default_config, from_json, recipe, resolve, source, to_json
 from glm_jax.config.interventions import after_spikes, changes, effective, next_step, numbers
 from glm_jax.errors import UserError
-from glm_jax.training import recipe
 from glm_jax.workdir import interventions
 from glm_jax.workdir.interventions import RECORD, Record
 from tests.journal import Journal

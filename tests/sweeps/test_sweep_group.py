@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from glm_jax.cli.train import DONE, go
 from glm_jax.config import Config
 from glm_jax.sweeps import group as sweep_group
 from glm_jax.sweeps import members as sweep_members
 from glm_jax.sweeps.group import Outcome, block_size
 from glm_jax.training.run import Run
-from glm_jax.training.stopping import DONE, go
 from tests.sweeps.sweep_cases import tiny, write_text
 
 pytestmark = pytest.mark.slow

@@ -15,9 +15,9 @@ from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.data.rows.experiment import heldout_answers, training_batches
 from glm_jax.data.rows.rows import Rows
 from glm_jax.data.tokenizers import sentencepiece
+from glm_jax.engine.heldout import HeldOut
 from glm_jax.errors import UserError
 from glm_jax.parallel import mesh
-from glm_jax.training.evaluation import HeldOut
 
 CHATS, SUMS = 60, 80
 ONE_DEVICE: dict[str, int] = dict.fromkeys(mesh.AXES, 1)

@@ -13,9 +13,9 @@ from glm_jax import model
 from glm_jax.config import Experiment, with_changes
 from glm_jax.config.training import Lora, OptimizerConfig
 from glm_jax.errors import UserError
-from glm_jax.model import GLMConfig, parts
-from glm_jax.training import groups, optimizer
-from glm_jax.training.groups import Groups
+from glm_jax.model import GLMConfig, groups, parts
+from glm_jax.model.groups import Groups
+from glm_jax.training import optimizer
 from glm_jax.training.optimizer import transformation
 from tests.training import numpy_adamw
 from tests.training.test_step import CONFIG, LR, MODEL, compiled, make_batch, run

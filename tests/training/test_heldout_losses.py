@@ -10,8 +10,8 @@ import pytest
 from glm_jax.config import default_config, resolve, source
 from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
+from glm_jax.engine.heldout import HeldOut
 from glm_jax.parallel import mesh
-from glm_jax.training.evaluation import HeldOut
 
 ONE_DEVICE: dict[str, int] = dict.fromkeys(mesh.AXES, 1)
 EOS, EOP = 1, 6

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from glm_jax import signals
+from glm_jax.cli import train
 from glm_jax.config import Experiment, default_config, resolve
 from glm_jax.signals import ENDING
 from glm_jax.training import run as running
-from glm_jax.training import stopping
 from glm_jax.training.observers import Observer, Step
 from glm_jax.training.run import Run
 from glm_jax.workdir.interventions import Record
@@ -122,7 +122,7 @@ class Start:
                 self.run = run = Run(config, workdir, self.said.append)
                 run.observers.append(Everywhere(self.reached))
                 run.evaluators = [self.evaluate]
-                return stopping.go(run, lambda: self.reached("afterwards", run.step))
+                return train.go(run, lambda: self.reached("afterwards", run.step))
         except KeyboardInterrupt:
             return signals.INTERRUPTED
         except Left:
@@ -170,7 +170,7 @@ def test_a_request_is_met_within_a_step_and_the_run_resumes_as_if_there_was_none
     kept = Diary([])
     config = experiment(changes)
     whole = start(config, tmp_path / "whole", kept)
-    assert whole.code == stopping.DONE
+    assert whole.code == train.DONE
     last = kept.latest_step()
     assert whole.phases[-1] == ("afterwards", last)
     recorded = Record(tmp_path / "whole", STEPS).lines
@@ -185,14 +185,14 @@ def test_a_request_is_met_within_a_step_and_the_run_resumes_as_if_there_was_none
         saved = book.latest_step()
         assert saved is not None, case
         if saved == last:
-            assert asked.code == stopping.DONE and ("afterwards", last) not in asked.phases, case
+            assert asked.code == train.DONE and ("afterwards", last) not in asked.phases, case
         else:
-            assert asked.code == stopping.STOPPED, case
+            assert asked.code == train.STOPPED, case
             assert asked.said[-1].startswith(f"stopped: step {saved} is saved in {workdir}; the same command"), case
         begun = [at for kind, at in asked.phases[moment + 1 :] if kind == "step"]
         assert len(begun) <= (phase in ("before", "prepare")), case  # the step that is being prepared is taken
         resumed = start(config, workdir, book)
-        assert resumed.code == stopping.DONE and book.latest_step() == last, case
+        assert resumed.code == train.DONE and book.latest_step() == last, case
         if ("restore", SPIKE - 1) in whole.phases[moment:] and changes.get("train.save_every") != 1:
             continue  # it goes back to the step that the request has saved
         assert book.saved[last].run == kept.saved[last].run, case
@@ -227,7 +227,7 @@ def test_the_first_signal_asks_and_the_old_handlers_return(number: int) -> None:
     found = signal.signal(number, signal.default_int_handler)  # SIGHUP may be ignored, as under nohup
     try:
         before = [signal.getsignal(one) for one in ENDING]
-        with pytest.raises(KeyboardInterrupt), stopping.listening(lambda: asked.append("stop")):
+        with pytest.raises(KeyboardInterrupt), signals.listening(lambda: asked.append("stop")):
             os.kill(os.getpid(), number)
             assert asked == ["stop"]
             os.kill(os.getpid(), signal.SIGINT)  # after the first signal it interrupts
@@ -239,7 +239,7 @@ def test_the_first_signal_asks_and_the_old_handlers_return(number: int) -> None:
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with stopping.listening(lambda: pytest.fail("it was heard")):
+        with signals.listening(lambda: pytest.fail("it was heard")):
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -249,23 +249,23 @@ def test_a_signal_while_the_last_step_is_written_does_not_lose_it(start: Any, tm
     config, book = experiment({}), Diary([])
     whole = start(config, tmp_path / "whole")
     asked = start(config, tmp_path / "run", book, moment=whole.phases.index(("close", 0)), numbers=(TERM,))
-    assert asked.code == stopping.DONE and book.latest_step() == STEPS and asked.said[-1:] == whole.said[-1:]
+    assert asked.code == train.DONE and book.latest_step() == STEPS and asked.said[-1:] == whole.said[-1:]
 
 
 def test_ctrl_c_in_a_loop_of_ones_own_waits_for_the_observers_and_the_loop_continues(tmp_path: Path) -> None:
     seen: list[str] = []
-    with pytest.raises(KeyboardInterrupt), stopping.deferred():
+    with pytest.raises(KeyboardInterrupt), signals.deferred():
         os.kill(os.getpid(), INT)
         seen.append("the step and its observers")
     assert seen == ["the step and its observers"]
-    with pytest.raises(KeyboardInterrupt), stopping.deferred():
+    with pytest.raises(KeyboardInterrupt), signals.deferred():
         os.kill(os.getpid(), INT)
         os.kill(os.getpid(), INT)  # nobody wants to wait
         seen.append("never")
-    with pytest.raises(ValueError, match="of its own"), stopping.deferred():
+    with pytest.raises(ValueError, match="of its own"), signals.deferred():
         os.kill(os.getpid(), INT)
         raise ValueError("of its own")
-    with signals.handled(lambda *_: seen.append("of the command")), stopping.deferred():
+    with signals.handled(lambda *_: seen.append("of the command")), signals.deferred():
         os.kill(os.getpid(), INT)  # the command has a handler of its own: nothing is deferred
     assert seen == ["the step and its observers", "of the command"]
 

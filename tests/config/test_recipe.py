@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from glm_jax.config import Config, default_config, resolve, source
+from glm_jax.config import Config, default_config, recipe, resolve, source
 from glm_jax.errors import UserError
-from glm_jax.training import recipe
 
 
 def build(**changes: Any) -> Config:

@@ -55,7 +55,7 @@ def of_params(groups: Groups, model: GLMConfig, params: Tree) -> Tree | None:
         return None
     by_path = multipliers(groups, model)
 
-    def one(keys: jax.tree_util.KeyPath, array: jax.Array) -> np.ndarray:
+    def one(keys: tuple[object, ...], array: jax.Array) -> np.ndarray:
         path = parts.path_of(keys)
         factor = by_path[path] if path in by_path else by_path[path[:-1]]  # an adapter has its kernel's
         if factor.ndim:
