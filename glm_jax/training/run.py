@@ -271,16 +271,15 @@ class Run:
         cfg, mesh, self._previous = self.stretch.cfg, self.stretch.mesh, None
         targets = states.disk_targets(cfg, mesh)
         restored = self.checkpoints.restore(targets, at_most, lambda: vars(self).pop("state", None))
+        if "base" not in self.__dict__:
+            if restored and cfg.lora:
+                self._initial = self._initial.again(restored.run["base"])
+            self.base = states.create_base(cfg, mesh, self._initial.load)
         if restored is None:
             self.step, self.samples, self.bands, self.saved = 0, 0, Bands(), None
             self.state = states.create_state(cfg, mesh, self._initial.load)
-            self.base = states.create_base(cfg, mesh, self._initial.load)
             return None
         run = restored.run
-        if "base" not in self.__dict__:
-            if cfg.lora:
-                self._initial = self._initial.again(run["base"])
-            self.base = states.create_base(cfg, mesh, self._initial.load)
         self.state = states.from_disk(cfg, mesh, restored.items)
         self.step, self.samples, self.bands = run["step"], run["samples"], Bands.from_json(run["bands"])
         self.saved = self.step

@@ -268,3 +268,16 @@ def test_a_list_of_doubles_in_a_page_header_does_not_outrun_the_file():
     with pytest.raises(ValueError, match="cut off"):
         list(pages(io.BytesIO(header), 0, len(header)))
     assert time.process_time() - start < 5
+
+
+def test_long_bytes_in_a_page_header_are_not_read_into_memory(tmp_path: Path):
+    """Field 1 has 2^30 bytes, which a sparse file holds; the struct ends after them, without a page's sizes."""
+    file = tmp_path / "sparse"
+    file.write_bytes(bytes([0x18, 0x80, 0x80, 0x80, 0x80, 0x04]))
+    os.truncate(file, 2**30 + 100)
+    tracemalloc.start()
+    with file.open("rb") as stream, pytest.raises(ValueError, match="damaged"):
+        list(pages(stream, 0, 100))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
