@@ -51,8 +51,6 @@ def run(arguments: Sequence[str]) -> int:
     def train() -> int:
         run = Run(resolved, workdir, say)
         finished = run.step >= resolved.train.steps
-        if not processes.alone():  # the fills need the whole model on one device
-            return go(run)
         return go(run, lambda: _show_fills(run, workdir, log=not finished))
 
     return processes.together(train)
@@ -95,19 +93,21 @@ def go(run: Run, afterwards: Callable[[], None] = lambda: None) -> int:
 
 
 def _show_fills(run: Run, workdir: Path, *, log: bool) -> None:
-    """Fill a few held-out blanks with what was trained, print them, and log them if asked."""
+    """Fill a few held-out blanks with what was trained, print them, and log them if asked. All processes must call."""
     from glm_jax.inference import Model, examples
-    from glm_jax.inference.decode import NotFinite
+    from glm_jax.inference.batch import NotFinite
+    from glm_jax.parallel import processes
     from glm_jax.workdir.events import append
 
-    model = Model.open(workdir)
+    model = Model.open(workdir, run.stretch.mesh)
     documents = {source: splits["heldout"] for source, splits in run.prepared.shards.items()}
     fills: list[examples.Example] = []
     try:
-        for fill in examples.heldout(model.config, model.params, run.prepared.tokenizer, documents):
-            print(fill.lines(run.prepared.languages[fill.source]), flush=True)
+        for fill in examples.heldout(model, documents):
+            if processes.is_first():
+                print(fill.lines(run.prepared.languages[fill.source]), flush=True)
             fills.append(fill)
     except NotFinite as error:
         say(f"no blanks are filled: {error}")
-    if log:
+    if log and processes.is_first():
         append(workdir, [{"event": "fill", "step": run.step, **fill._asdict()} for fill in fills])

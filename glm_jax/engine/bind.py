@@ -73,12 +73,7 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
     Raises:
         UserError: names the axis, the number and the nearest that work.
     """
-    sizes, glm = dict(mesh.shape), cfg.model
-    if glm.num_layers < sizes["pipeline"]:
-        raise UserError(
-            f"mesh.pipeline={sizes['pipeline']} is more stages than model.num_layers ({glm.num_layers}) can fill: "
-            f"at most {glm.num_layers}"
-        )
+    sizes = dict(mesh.shape)
     if cfg.zero == 3 and (sizes["pipeline"] > 1 or cfg.keep == "all"):
         what = f"mesh.pipeline={sizes['pipeline']}" if sizes["pipeline"] > 1 else "pipeline.stash=all"
         raise UserError(
@@ -88,12 +83,27 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
     check_divides(
         sizes,
         [
-            ("tensor", "model.num_heads", glm.num_heads),
-            ("tensor", "model.ffn_size", glm.ffn_size),
             ("tensor", "data.seq_length", length),
             ("data", "rows of a microbatch, train.global_batch / train.microbatches,", global_batch // microbatches),
         ],
     )
+    check_model(cfg.model, mesh)
+
+
+def check_model(glm: GLMConfig, mesh: jax.sharding.Mesh) -> None:
+    """Check that a model fits the mesh.
+
+    Raises:
+        UserError: names the axis, the number and the nearest that work.
+    """
+    sizes = dict(mesh.shape)
+    if glm.num_layers < sizes["pipeline"]:
+        raise UserError(
+            f"mesh.pipeline={sizes['pipeline']} is more stages than model.num_layers ({glm.num_layers}) can fill: "
+            f"at most {glm.num_layers}"
+        )
+    heads_and_features = [("tensor", "model.num_heads", glm.num_heads), ("tensor", "model.ffn_size", glm.ffn_size)]
+    check_divides(sizes, heads_and_features)
     shards = sizes["pipeline"] * sizes["tensor"]
     if glm.vocab_size % shards:
         raise UserError(

@@ -29,11 +29,31 @@ LARGESCALE_TENSOR_PARALLEL = 4  # ranks; the quirk below depends on their slices
 
 
 class LayerCache(NamedTuple):
-    """The keys (rotated) and values of one layer, [B, T, N, K] each, and where the next ones go."""
+    """The keys (rotated) and values of one layer for M groups of rows, and where the new ones of one group go.
 
-    keys: Array
-    values: Array
-    start: Array  # int32 []
+    A head's keys lie side by side, [T, K], so that a product over them reads memory in order.
+    """
+
+    keys: Array  # [M, B, N, T, K]
+    values: Array  # [M, B, N, T, K]
+    group: Array  # int32 []
+    start: Array  # int32 [B], the place of each row's first new token
+
+    def extend(self, keys: Array, values: Array) -> LayerCache:
+        """Put the keys and values of the group's new tokens, [B, N, S, K] each, in their places, and nothing else."""
+
+        def put(held: Array, new: Array, start: Array) -> Array:  # [M, N, T, K], [N, S, K], []
+            return jax.lax.dynamic_update_slice(held, new[None].astype(held.dtype), (self.group, 0, start, 0))
+
+        put_rows = jax.vmap(put, in_axes=(1, 0, 0), out_axes=1)
+        return self._replace(
+            keys=put_rows(self.keys, keys, self.start), values=put_rows(self.values, values, self.start)
+        )
+
+    def read(self) -> tuple[Array, Array]:
+        """Return the group's keys and values, [B, N, T, K] each."""
+        keys, values = (jax.lax.dynamic_index_in_dim(a, self.group, keepdims=False) for a in (self.keys, self.values))
+        return keys, values
 
 
 def qkv_stddev(cfg: GLMConfig) -> np.ndarray:
@@ -97,10 +117,10 @@ class Attention(nn.Module):
         queries, keys, values = qkv  # [B, S, N, K] each
         if terms.rotation is not None:
             queries, keys = rotate(queries, terms.rotation), rotate(keys, terms.rotation)  # [B, S, N, K]
+        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # [B, N, S, K] each
         if cache is not None:
-            keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, keys, cache.start, axis=1)  # [B, T, N, K]
-            values = jax.lax.dynamic_update_slice_in_dim(cache.values, values, cache.start, axis=1)  # [B, T, N, K]
-            cache = LayerCache(keys, values, cache.start)
+            cache = cache.extend(keys, values)
+            keys, values = cache.read()  # [B, N, T, K] each
         scored = (queries, keys, values, allowed, terms.distance, layer, members, dropout_keys)
         mixed = self.core(cfg, *scored)  # [B, S, N, K]
         kernel, bias = Affine(

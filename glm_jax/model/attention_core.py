@@ -27,7 +27,7 @@ class Core(Protocol):
         Args:
             cfg: the model.
             queries: [B, S, N, K], rotated.
-            keys, values: [B, T, N, K], the keys rotated.
+            keys, values: [B, N, T, K], the keys rotated.
             allowed: which of the T keys each query may see.
             distance: for ALiBi, [B, S, T].
             layer: int32 [], the layer's index in the whole model.
@@ -48,7 +48,7 @@ def reference(
     seen = dense(allowed)  # [B, S, T]
     probabilities = attention_probabilities(cfg, queries, keys, seen, distance, layer, heads)  # [B, N, S, T]
     probabilities = dropout(probabilities.astype(values.dtype), cfg.attention_dropout, dropout_keys, heads)
-    return jnp.einsum("bnst,btnk->bsnk", probabilities, values)  # [B, S, N, K]
+    return jnp.einsum("bnst,bntk->bsnk", probabilities, values)  # [B, S, N, K]
 
 
 def attention_probabilities(
@@ -60,7 +60,7 @@ def attention_probabilities(
     layer: Array,
     heads: Array,
 ) -> Array:
-    """Return float32 softmax probabilities [B, N, S, T] for queries [B, S, N, K], keys [B, T, N, K], allowed [B, S, T].
+    """Return float32 softmax probabilities [B, N, S, T] for queries [B, S, N, K], keys [B, N, T, K], allowed [B, S, T].
 
     `heads`, int32 [N], are the indices of these heads.
 
@@ -74,7 +74,7 @@ def attention_probabilities(
     else:
         factor = (layer + 1).astype(queries.dtype) if cfg.score_scaling else 1.0
     queries = (queries / (factor * cfg.head_dim**0.5)).astype(queries.dtype)  # [B, S, N, K]
-    scores = jnp.einsum("bsnk,btnk->bnst", queries, keys)  # [B, N, S, T]
+    scores = jnp.einsum("bsnk,bntk->bnst", queries, keys)  # [B, N, S, T]
     if cfg.pb_relax:
         scores = scores - jax.lax.stop_gradient(jnp.max(jnp.abs(scores), axis=(-2, -1), keepdims=True))
     scores = at_least_float32(scores) * factor  # [B, N, S, T]

@@ -36,7 +36,11 @@ class TensorAxis(Protocol):
         return 1
 
     def part(self, count: int) -> Array:
-        """Return which of `count` heads or tokens this member holds: int32 [count / size]."""
+        """Return which of `count` heads this member holds: int32 [count / size]."""
+        return jnp.arange(count)
+
+    def tokens(self, count: int) -> Array:
+        """Return which of `count` tokens x holds between pairs of matmuls: int32."""
         return jnp.arange(count)
 
     def enter(self, x: Array) -> Array:

@@ -70,22 +70,34 @@ def repeat_ranks(positions: Array) -> tuple[Array, Array]:
     return runs, ranks
 
 
-def alibi_distance(positions: Array) -> Array:
-    """Return ALiBi's distance [B, S, S] from each query to each key, for positions [B, S].
+def alibi_distance(positions: Array, places: Array | None = None) -> Array:
+    """Return ALiBi's distance [B, S, T] from each query to each key.
 
     It is |p_i - p_j|, plus the distance inside a target block, where all p equal the position of the blank and do not
     show the order.
+
+    Args:
+        positions: int32 [B, T], of the keys.
+        places: int32 [B, S], which of the T tokens the queries are; None for all of them.
     """
-    runs, ranks = repeat_ranks(positions)  # [B, S] both
-    apart = jnp.abs(positions[:, :, None] - positions[:, None, :])  # [B, S, S]
-    inside = jnp.abs(ranks[:, :, None] - ranks[:, None, :])  # [B, S, S]
-    return apart + jnp.where(runs[:, :, None] == runs[:, None, :], inside, 0)  # [B, S, S]
+    keys = jnp.stack([positions, *repeat_ranks(positions)])  # [3, B, T]: position, run, place inside the run
+    queries = keys if places is None else jnp.take_along_axis(keys, places[None], axis=2)  # [3, B, S]
+    apart = jnp.abs(queries[:, :, :, None] - keys[:, :, None, :])  # [3, B, S, T]
+    return apart[0] + jnp.where(apart[1] == 0, apart[2], 0)  # [B, S, T]
 
 
-def position_terms(cfg: GLMConfig, positions: Array, dtype: jnp.dtype) -> PositionTerms:
-    """Compute once, for all layers, what attention needs of `positions` ([B, S], or [B, 2, S] for learned_2d)."""
+def position_terms(cfg: GLMConfig, positions: Array, dtype: jnp.dtype, places: Array | None = None) -> PositionTerms:
+    """Compute once, for all layers, what attention needs of the positions.
+
+    Args:
+        cfg: the model.
+        positions: int32 [B, T] of whole rows, or [B, 2, T] for learned_2d.
+        dtype: of the computation.
+        places: int32 [B, S], which of the T tokens are computed, with the others in a cache; None for all of them.
+    """
     if cfg.position == "rope":
-        return PositionTerms(rotation=rotary_tables(cfg, positions, dtype))
+        here = positions if places is None else jnp.take_along_axis(positions, places, axis=1)  # [B, S]
+        return PositionTerms(rotation=rotary_tables(cfg, here, dtype))
     if cfg.position == "alibi":
-        return PositionTerms(distance=alibi_distance(positions))
+        return PositionTerms(distance=alibi_distance(positions, places))
     return PositionTerms()

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from glm_jax.config.model import GLMConfig
 from glm_jax.model.attention import Attention, LayerCache
@@ -24,20 +23,13 @@ from glm_jax.model.layers import (
     run,
     xavier_stddev,
 )
-from glm_jax.model.positions import PositionTerms, alibi_distance, position_terms
+from glm_jax.model.positions import PositionTerms, position_terms
 from glm_jax.model.residual import residual_update
 from glm_jax.model.visibility import Visibility, queries
 from glm_jax.types import Tree
 
 Array = jax.Array
 Params = dict[str, Tree]
-
-
-class Cache(NamedTuple):
-    """Keys (rotated) and values of every layer, [L, B, T, N, K] each, for decoding."""
-
-    keys: Array
-    values: Array
 
 
 def shrink_gradient(x: Array, alpha: Array | float | None) -> Array:
@@ -62,7 +54,7 @@ class Embedding(nn.Module):
         x = self.axis.lookup(word, tokens)  # [B, S, D]
         x = shrink_gradient(x, shrink)  # [B, S, D]
         if cfg.position == "learned_2d":
-            here = jnp.take(positions, self.axis.part(tokens.shape[1]), axis=2)  # [B, 2, S]
+            here = jnp.take(positions, self.axis.tokens(tokens.shape[1]), axis=2)  # [B, 2, S]
             x = x + jnp.take(self._table("position", cfg.max_length, None), here[:, 0], axis=0)  # [B, S, D]
             x = x + jnp.take(self._table("block_position", cfg.max_length, None), here[:, 1], axis=0)  # [B, S, D]
         if cfg.embedding_norm:
@@ -113,7 +105,7 @@ class Block(nn.Module):
     ) -> tuple[Array, LayerCache | None]:
         """x [B, S, D], `allowed` of T keys, dropout keys [B] -> [B, S, D] and the layer's cache, extended."""
         cfg = self.cfg
-        places = self.axis.part(queries(allowed))  # [S]: the tokens of x
+        places = self.axis.tokens(queries(allowed))  # [S]: the tokens of x
         attention = Attention(cfg, self.axis, name="attention")
         feedforward = FeedForward(cfg, self.axis, name="feedforward")
         grown = cache
@@ -187,7 +179,7 @@ def embed(
     the gradient that reaches the word embedding on this path. `keys` [B] are the rows' dropout keys.
     """
     x = run(Embedding(cfg, axis), weights["embedding"], tokens, positions, shrink)
-    return dropout(x, cfg.hidden_dropout, fold_in(keys, 0), axis.part(tokens.shape[1]))  # [B, S, D]
+    return dropout(x, cfg.hidden_dropout, fold_in(keys, 0), axis.tokens(tokens.shape[1]))  # [B, S, D]
 
 
 def block(
@@ -280,55 +272,3 @@ def apply(
     terms = position_terms(cfg, positions, x.dtype)
     x = blocks(cfg, params["blocks"], x, allowed, terms, keys, remat)  # [B, S, D]
     return head(cfg, params, x)  # [B, S, V]
-
-
-def init_cache(cfg: GLMConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> Cache:
-    """Return an empty cache for `batch` rows of up to `length` tokens."""
-    shape = (cfg.num_layers, batch, length, cfg.num_heads, cfg.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-def apply_cached(
-    cfg: GLMConfig,
-    params: Params,
-    tokens: Array,
-    positions: Array,
-    allowed: Array,
-    cache: Cache,
-    start: Array,
-) -> tuple[Array, Cache]:
-    """Run GLM over the S tokens that begin at `start`, which may see what the cache holds.
-
-    Args:
-        cfg, params: as in `apply`.
-        tokens: int32 [B, S], the new tokens.
-        positions: int32 [B, T] (or [B, 2, T]) of the whole row; those of the new tokens begin at `start`.
-        allowed: bool [B, S, T], which of the row's T places each new token may see.
-        cache: of T places; a place that `allowed` shows to no token may hold anything.
-        start: int32 [], the place of the first new token.
-
-    Returns:
-        float32 logits [B, S, V], equal to those of `apply` over the whole row, and the cache with the new keys and
-        values.
-    """
-    length = tokens.shape[1]
-
-    def new(whole: Array, axis: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(whole, start, length, axis)
-
-    new_positions = new(positions, positions.ndim - 1)  # [B, S] or [B, 2, S]
-    x = embed(cfg, params, tokens, new_positions)  # [B, S, D]
-    if cfg.position == "alibi":
-        terms = PositionTerms(distance=new(alibi_distance(positions), 1))  # [B, S, T]
-    else:
-        terms = position_terms(cfg, new_positions, x.dtype)
-
-    def one(x: Array, scanned: tuple[Params, Array, Array, Array]) -> tuple[Array, Cache]:
-        layer_weights, layer, keys, values = scanned
-        x, grown = block(cfg, layer_weights, x, allowed, terms, layer, cache=LayerCache(keys, values, start))
-        assert grown is not None
-        return x, Cache(grown.keys, grown.values)
-
-    layers = jnp.arange(cfg.num_layers)
-    x, cache = jax.lax.scan(one, x, (params["blocks"], layers, cache.keys, cache.values))
-    return head(cfg, params, x), cache

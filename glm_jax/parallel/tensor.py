@@ -31,9 +31,13 @@ class ShardedAxis:
     vocab_shards: int
 
     def part(self, count: int) -> Array:
-        """Return which of `count` heads or tokens this member holds: int32 [count / size]."""
+        """Return which of `count` heads this member holds: int32 [count / size]."""
         share = count // self.size
         return lax.axis_index("tensor") * share + jnp.arange(share)
+
+    def tokens(self, count: int) -> Array:
+        """Return which of `count` tokens this member holds: int32 [count / size]."""
+        return self.part(count)
 
     def enter(self, x: Array) -> Array:
         """Gather the sequence: x [B, S / size, D] -> [B, S, D]."""
@@ -53,6 +57,23 @@ class ShardedAxis:
         here = (row >= 0) & (row < table.shape[0])  # [B, S]
         found = jnp.take(table, jnp.clip(row, 0, table.shape[0] - 1), axis=0)  # [B, S, D]
         return lax.psum(self.leave(jnp.where(here[..., None], found, 0)), "pipeline")  # [B, S / size, D]
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeAxis(ShardedAxis):
+    """The same without splitting the sequence, for decoding, where it has a single token."""
+
+    def tokens(self, count: int) -> Array:
+        """Return which of `count` tokens this member holds: all of them, int32 [count]."""
+        return jnp.arange(count)
+
+    def enter(self, x: Array) -> Array:
+        """Return x [B, S, D], which is whole."""
+        return x
+
+    def leave(self, x: Array) -> Array:
+        """Sum partial results x [B, S, D]."""
+        return lax.psum(x, "tensor")
 
 
 def first_row(rows: int) -> Array:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from glm_jax.inference.decode import NotFinite, generate, row_positions
 
 from glm_jax.inference import decode
-from glm_jax.inference.decode import NotFinite, generate, row_positions
 from glm_jax.inference.strategies import GREEDY, Sampling
 from glm_jax.model import GLMConfig, apply, init
 

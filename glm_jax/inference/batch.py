@@ -1,0 +1,246 @@
+"""Many requests at once on a mesh: rows in batches and groups, and shapes in buckets.
+
+Shapes are powers of two, so that prompts of all lengths and batches of all sizes run a handful of compiled programs.
+What a row gives depends neither on its neighbours nor on its place: attention never crosses rows, and each row draws
+with a key of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax.data.rows.blanks import sample_positions
+from glm_jax.engine import decode
+from glm_jax.engine.strategy import Strategy
+from glm_jax.engine.weights import DecodeConfig, Weights
+from glm_jax.errors import UserError
+from glm_jax.inference import beams, sampling
+from glm_jax.inference.constraints import Vocabulary
+from glm_jax.inference.prompts import Context
+from glm_jax.inference.strategies import Beam, Generated, Request
+from glm_jax.model import GLMConfig
+from glm_jax.types import Tree
+
+Array = jax.Array
+
+ROWS = 32  # of a batch and member of `data`, at most
+SHORTEST = 32  # tokens, the smallest bucket
+
+
+class NotFinite(UserError):
+    """A model whose logits are infinite or not numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A model on a mesh, for decoding."""
+
+    config: DecodeConfig
+    mesh: jax.sharding.Mesh
+    weights: Weights
+    source: str = "the model"  # where the weights come from, for messages
+
+
+class Job(NamedTuple):
+    """A blank to fill."""
+
+    context: Context
+    request: Request
+
+
+def bucket(size: int, smallest: int = SHORTEST) -> int:
+    """Return the smallest power of two that is at least `size`, from `smallest` on."""
+    return max(smallest, 1 << (size - 1).bit_length())
+
+
+def row_positions(cfg: GLMConfig, context: Context, length: int) -> np.ndarray:
+    """Return the positions of a row of `length` tokens: int32 [T], or [2, T] for learned_2d.
+
+    sop is the first token of the target. A fill repeats its blank's position, or continues to count ([gMASK]). The
+    original GLM (learned_2d) always repeats, and counts in the second stream.
+    """
+    before = len(context.tokens) - 1
+    repeat = context.repeats or cfg.position == "learned_2d"
+    streams = sample_positions(before, np.array([context.blank]), np.array([length - before]), repeat=repeat)
+    if cfg.position != "learned_2d":
+        return streams[0]
+    # the padding behind the longest fill may lie beyond the tables, where a look-up gives NaN
+    return np.minimum(np.stack(streams), cfg.max_length - 1)
+
+
+def batch_limit(decoder: Decoder, beam_count: int = 1) -> int:
+    """Return how many prompts are generated together, at most."""
+    return max(1, ROWS // beam_count) * decoder.mesh.shape["data"]
+
+
+class Layout(NamedTuple):
+    """How rows lie in a batch: in groups, so that every stage of the pipeline has one, split over `data`."""
+
+    groups: int  # M
+    rows: int  # of all groups
+
+    @classmethod
+    def of(cls, mesh: jax.sharding.Mesh, count: int) -> Layout:
+        """Return the layout of a batch with room for `count` rows."""
+        groups = min(mesh.shape["pipeline"], bucket(count, 1))
+        share = bucket(-(-count // (groups * mesh.shape["data"])), 1)  # rows of a group and member of `data`
+        return cls(groups, groups * share * mesh.shape["data"])
+
+    def put(self, mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
+        """Put host arrays [rows, ...], the same in all processes, on a mesh as [M, rows / M, ...]."""
+        sharding = jax.NamedSharding(mesh, decode.GROUPS)
+
+        def one(array: np.ndarray) -> Array:
+            grouped = array.reshape(self.groups, len(array) // self.groups, *array.shape[1:])
+            return jax.make_array_from_callback(grouped.shape, sharding, lambda index: grouped[index])
+
+        return jax.tree.map(one, tree)
+
+
+def fetch(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
+    """Return arrays on a mesh as whole host arrays, in all processes."""
+    return jax.tree.map(np.asarray, _replicate(mesh)(tree))
+
+
+@functools.lru_cache(maxsize=8)
+def _replicate(mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
+    return jax.jit(lambda tree: tree, out_shardings=jax.NamedSharding(mesh, jax.P()))
+
+
+class Generation:
+    """Blanks that are filled together. All processes of a mesh must make the same calls, with the same jobs."""
+
+    def __init__(self, decoder: Decoder, jobs: Sequence[Job], vocabulary: Vocabulary) -> None:
+        """Read the contexts.
+
+        Args:
+            decoder: the model.
+            jobs: at most `batch_limit`, with strategies of one kind.
+            vocabulary: of the model.
+
+        Raises:
+            UserError: an option names a token that is not in the vocabulary.
+        """
+        self._decoder, self._jobs = decoder, jobs
+        options = jobs[0].request.options
+        self._beams = options.count if isinstance(options, Beam) else 1
+        self._layout = Layout.of(decoder.mesh, len(jobs))
+        padding = self._layout.rows - len(jobs)
+        requests = [*(job.request for job in jobs), *([jobs[0].request._replace(limit=0)] * padding)]
+        room = bucket(max(request.limit for request in requests), 16)
+        self._strategy: Strategy
+        if isinstance(options, Beam):
+            self._strategy, settings, search = beams.begin(requests, vocabulary, room)
+            self._finish = functools.partial(beams.finish, settings)
+        else:
+            self._strategy, (settings, search) = sampling.Sampler(), sampling.begin(requests, vocabulary, room)
+            finish_rows = functools.partial(sampling.finish, settings)
+            self._finish = lambda search: [[row] for row in finish_rows(search)]
+        self._settings = self._put(settings)
+        self._prefill([*(job.context for job in jobs), *([jobs[0].context] * padding)], requests, search)
+
+    def _put(self, tree: Tree) -> Tree:
+        return self._layout.put(self._decoder.mesh, tree)
+
+    def _prefill(self, contexts: Sequence[Context], requests: Sequence[Request], search: Tree) -> None:
+        config, mesh, weights = self._decoder.config, self._decoder.mesh, self._decoder.weights
+        lengths = np.array([len(context.tokens) - 1 for context in contexts], np.int32)  # without sop
+        tokens = np.zeros((len(contexts), bucket(int(lengths.max()))), np.int32)
+        for row, context in zip(tokens, contexts, strict=True):
+            row[: len(context.tokens) - 1] = context.tokens[:-1]
+        longest = max(len(context.tokens) + one.limit for context, one in zip(contexts, requests, strict=True))
+        positions = np.stack([row_positions(config.model, context, bucket(longest)) for context in contexts])
+        prompts = decode.Prompts(*map(self._put, (tokens, positions, lengths)))
+        cache = decode.prefill(config, mesh, weights, prompts)
+
+        def rows(array: np.ndarray) -> Array:
+            return self._put(np.repeat(array, self._beams, axis=0))
+
+        if self._beams > 1:
+            cache = decode.repeat_rows(mesh, cache, self._beams)
+        last = np.array([context.tokens[-1] for context in contexts], np.int32)
+        idle = np.array([request.limit < 1 for request in requests])
+        self._positions = rows(positions)
+        self._state = decode.begin(mesh, cache, rows(lengths), rows(last), rows(idle), self._put(search))
+
+    def advance(self, turns: int) -> None:
+        """Generate up to `turns` tokens more in every row.
+
+        Raises:
+            NotFinite: the model gives logits that are not finite.
+        """
+        config, mesh, weights = self._decoder.config, self._decoder.mesh, self._decoder.weights
+        settings, count = self._settings, np.int32(turns)
+        self._state = decode.decode(
+            config, mesh, self._strategy, weights, self._state, self._positions, settings, count
+        )
+        if not fetch(mesh, self._state.search.finite).all():
+            raise NotFinite(f"the logits are not finite with the weights of {self._decoder.source}: the run has "
+                            "diverged, use an earlier step")  # fmt: skip
+
+    def done(self) -> np.ndarray:
+        """Return which jobs are done: bool [jobs]."""
+        return fetch(self._decoder.mesh, self._state.search.done).ravel()[: len(self._jobs)]
+
+    def stop(self, jobs: np.ndarray) -> None:
+        """End jobs, bool [jobs], before their time; not with beams."""
+        ended = np.zeros(self._layout.rows, bool)
+        ended[: len(jobs)] = jobs
+        search = self._state.search
+        done = _either(search.done, self._put(ended))
+        self._state = self._state._replace(done=done, search=search._replace(done=jnp.copy(done)))
+
+    def results(self) -> list[list[Generated]]:
+        """Return what each job has generated, best first: one sequence, or as many as there are beams."""
+        search = fetch(self._decoder.mesh, self._state.search)
+        return self._finish(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), search))[: len(self._jobs)]
+
+
+@jax.jit
+def _either(left: Array, right: Array) -> Array:
+    return left | right
+
+
+class Scored(NamedTuple):
+    """The log-probability of a given target."""
+
+    log_probability: float  # in nats, summed over its tokens
+    tokens: int
+
+
+def score(decoder: Decoder, pairs: Sequence[tuple[Context, Sequence[int]]]) -> list[Scored]:
+    """Return the log-probability of targets. All processes must call this with the same pairs.
+
+    Args:
+        decoder: the model.
+        pairs: at most `batch_limit`: a context, and the tokens of its target, at least one.
+    """
+    config, mesh = decoder.config, decoder.mesh
+    layout = Layout.of(mesh, len(pairs))
+    rows = [*pairs, *([pairs[0]] * (layout.rows - len(pairs)))]
+    length = bucket(max(len(context.tokens) + len(target) - 1 for context, target in rows))
+    width = bucket(max(len(target) for _, target in rows), 4)
+    tokens = np.zeros((len(rows), length), np.int32)
+    places, targets = np.zeros((2, len(rows), width), np.int32)
+    for row, (context, target) in enumerate(rows):
+        whole = [*context.tokens, *target[:-1]]
+        tokens[row, : len(whole)] = whole
+        places[row, : len(target)] = np.arange(len(context.tokens) - 1, len(whole))
+        targets[row, : len(target)] = target
+    lengths = np.array([len(context.tokens) - 1 for context, _ in rows], np.int32)  # without sop
+    positions = np.stack([row_positions(config.model, context, length) for context, _ in rows])
+    *contexts, places, targets = layout.put(mesh, (tokens, positions, lengths, places, targets))
+    prompts = decode.Prompts(*contexts)
+    losses = fetch(mesh, decode.token_losses(config, mesh, decoder.weights, prompts, places, targets))
+    losses = losses.reshape(len(rows), width)
+    return [
+        Scored(-float(losses[row, : len(target)].sum(dtype=np.float64)), len(target))
+        for row, (_, target) in enumerate(pairs)
+    ]
