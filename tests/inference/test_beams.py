@@ -1,4 +1,4 @@
-"""Beam search against the released code's results, all sequences of a tiny vocabulary, and the rules in plain Python."""
+"""Beam search against results of the released code, all sequences of a tiny vocabulary, and the rules in loops."""
 
 import functools
 import itertools
@@ -31,7 +31,9 @@ choose = jax.jit(lambda strategy, *arguments: strategy.choose(*arguments), stati
 def search(requests: list[Request], vocabulary: Vocabulary, logits: Logits, room: int) -> list[list[Generated]]:
     """Search as decoding does it: rows follow their parents, and are given the logits of their own tokens."""
     strategy, settings, state = beams.begin(requests, vocabulary, room)
-    rows: list[tuple[int, tuple[int, ...]]] = [(row // strategy.width, ()) for row in range(len(requests) * strategy.width)]
+    rows: list[tuple[int, tuple[int, ...]]] = [
+        (row // strategy.width, ()) for row in range(len(requests) * strategy.width)
+    ]
     done = np.repeat(state.done, strategy.width)
     while not done.all():
         choice, state = choose(strategy, logits(rows), settings, state)
@@ -71,8 +73,8 @@ class GoldenModel:
         @jax.jit
         def last_logits(params: Any, tokens: Any, positions: Any, context: Any, last: Any) -> jax.Array:
             keys, queries = jnp.arange(self.LENGTH), jnp.arange(self.LENGTH)[:, None]
-            allowed = (keys <= queries) | (keys < context[:, None, None] - 1)  # sop is no context
-            logits = apply(self.cfg, params, tokens, positions, allowed & (keys <= queries.clip(context[:, None, None] - 2)))
+            size = context[:, None, None] - 1  # [B, 1, 1], without sop, which later tokens see as what is before them
+            logits = apply(self.cfg, params, tokens, positions, (keys <= queries) | (keys < size))
             return logits[jnp.arange(self.BATCH), last]
 
         self.last_logits = last_logits
@@ -142,3 +144,171 @@ def test_beams_of_the_released_code(name: str, count: int, ngram: int) -> None:
             assert abs(scores[place] - scores[expected.index(actual[place])]) < SWAP
         assert [one.ended for one in results] == [one.tokens[-1] in case["end_tokens"] for one in results]
         assert "ended" not in case or sum(one.ended for one in results) == case["ended"][i]
+
+
+# A vocabulary small enough to write down every sequence
+
+
+def table(seed: int) -> Callable[[tuple[int, ...]], np.ndarray]:
+    """Return made-up logits [V] of each sequence."""
+
+    @functools.cache
+    def logits(sequence: tuple[int, ...]) -> np.ndarray:
+        return np.random.default_rng([seed, len(sequence), *sequence]).normal(0, 1.5, WIDTH).astype(np.float32)
+
+    return logits
+
+
+TABLES = table(1), table(2)
+
+
+def of_tables(rows: Sequence[tuple[int, tuple[int, ...]]]) -> np.ndarray:
+    return np.stack([TABLES[prompt](tokens) for prompt, tokens in rows])
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    return logits - np.log(np.exp(np.float64(logits)).sum())
+
+
+def penalised(total: float, length: int, power: float) -> float:
+    return total / ((5 + length) / 6) ** power
+
+
+def assert_same(found: list[Generated], expected: list[tuple[float, tuple[int, ...]]]) -> None:
+    assert [tuple(one.tokens) for one in found] == [tokens for _, tokens in expected]
+    np.testing.assert_allclose([one.score for one in found], [score for score, _ in expected], rtol=1e-5)
+
+
+def test_enough_beams_find_the_best_of_all_sequences() -> None:
+    context, limit, power = [0, 1, 2], 4, 1.3
+    request = Request(context, limit, Beam(count=64, length_penalty=power, min_tokens=0))
+    found = search([request, request], TINY, of_tables, room=limit)
+    for prompt in range(2):
+        every: list[tuple[float, tuple[int, ...]]] = []
+        for size in range(limit + 1):
+            for words in itertools.product(range(END), repeat=size):
+                whole = words if size == limit else (*words, END)
+                total = sum(log_softmax(TABLES[prompt](whole[:i]))[token] for i, token in enumerate(whole))
+                every.append((penalised(total, len(context) + len(whole), power), whole))
+        every.sort(reverse=True)
+        assert_same(found[prompt][:20], every[:20])
+        for one in found[prompt][:20]:
+            own = [log_softmax(TABLES[prompt](tuple(one.tokens[:i])))[token] for i, token in enumerate(one.tokens)]
+            np.testing.assert_allclose(one.log_probabilities, own, atol=1e-5)
+
+
+def by_the_rules(
+    logits: Callable[[tuple[int, ...]], np.ndarray], context: list[int], limit: int, options: Beam
+) -> list[tuple[float, tuple[int, ...]]]:
+    """Search one prompt with lists and loops, as the rules of the released code read."""
+    n, count, power = options.no_repeat_ngram, options.count, options.length_penalty
+    live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    finished: list[tuple[float, tuple[int, ...]]] = []
+    for step in range(limit):
+        candidates: list[tuple[float, tuple[int, ...]]] = []
+        for total, tokens in live:
+            values = np.float64(logits(tokens))
+            for token, added in options.bias:
+                values[token] += added
+            if step < options.min_tokens:
+                values[END] = -np.inf
+            after: dict[tuple[int, ...], set[int]] = {}
+            for i, token in enumerate(tokens):
+                after.setdefault(tuple([*context, *tokens[:i]][-(n - 1) :]), set()).add(token)
+            if n:
+                values[list(after.get(tuple([*context, *tokens][-(n - 1) :]), set()))] = -np.inf
+            shares = np.full(WIDTH, -np.inf) if np.isneginf(values).all() else log_softmax(values)
+            candidates += [(total + shares[token], (*tokens, token)) for token in range(WIDTH)]
+        candidates = sorted((one for one in candidates if one[0] > -np.inf), reverse=True)[: 2 * count]
+        length, live = len(context) + step + 1, []
+        for total, tokens in candidates:
+            if tokens[-1] == END:
+                finished = sorted([(penalised(total, length, power), tokens), *finished], reverse=True)[:count]
+            elif len(live) < count:
+                live.append((total, tokens))
+            else:
+                break
+        if not live or (len(finished) == count and finished[-1][0] >= penalised(live[0][0], length, power)):
+            return finished
+    pushed = [(penalised(total, len(context) + limit, power), tokens) for total, tokens in live]
+    return sorted([*finished, *pushed], reverse=True)[:count]
+
+
+@pytest.mark.parametrize("count, ngram", [(1, 0), (2, 2), (3, 0), (3, 2), (3, 3)])
+def test_few_beams_follow_the_rules(count: int, ngram: int) -> None:
+    numbers = [(0.7, 0, 7, ()), (1.0, 3, 7, ()), (-1.0, 0, 5, ((END, 2.5),)), (2.0, 1, 6, ((END, 1.5), (2, -1.0)))]
+    contexts = [[1, 2, 3], [3, 1]]
+    early = 0
+    for power, least, limit, bias in numbers:
+        options = Beam(count=count, length_penalty=power, no_repeat_ngram=ngram, min_tokens=least, bias=bias)
+        # two prompts of different limits: each is as it is alone
+        requests = [Request(contexts[0], limit, options), Request(contexts[1], limit - 2, options)]
+        found = search(requests, TINY, of_tables, room=8)
+        for prompt, (context, most, *_) in enumerate(requests):
+            expected = by_the_rules(TABLES[prompt], list(context), most, options)
+            assert_same(found[prompt], expected)
+            early += max(len(tokens) for _, tokens in expected) < most
+    assert early  # the stop rule has been at work
+
+
+def test_the_ban_of_ngrams_reaches_into_the_context_only_with_prefixes() -> None:
+    """With n = 3: after the 1 2 of the context came 3, which is banned when 1 2 comes again."""
+    tokens, logits = jnp.array([3, 1, 2, 0]), jnp.zeros(WIDTH)
+    banned = [
+        np.flatnonzero(np.isneginf(beams.without_repeats(logits, jnp.array(prefix), tokens, jnp.int32(count))))
+        for prefix, count in (([1, 2], 3), ([1, 2], 2), ([0, 2], 3), ([-1, 2], 3))
+    ]
+    assert [one.tolist() for one in banned] == [[3], [], [], []]
+    alone = beams.without_repeats(logits, jnp.zeros(0, jnp.int32), tokens, jnp.int32(2))  # n = 1: no word twice
+    assert np.flatnonzero(np.isneginf(alone)).tolist() == [1, 3]
+
+
+def test_a_search_without_continuations_ends() -> None:
+    """Three words, no word twice, no end token: after three tokens there is nothing left."""
+    options = Beam(count=3, no_repeat_ngram=1, min_tokens=5, banned=(3,))
+    (found,) = search([Request([0], 6, options)], TINY, of_tables, room=6)
+    assert found == []
+
+
+def test_sampled_beams_are_drawn_without_replacement() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], np.float32))
+    number = 4000
+    keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(7), number)))
+    requests = [Request([0], 1, Beam(count=1, deterministic=False, min_tokens=0), key) for key in keys]
+    strategy, settings, state = beams.begin(requests, TINY, room=1)
+    choice, state = choose(strategy, np.tile(logits, (number, 1)), settings, state)
+    p = np.exp(logits)
+    live, ended = np.zeros(WIDTH), 0.0
+    for first, second in itertools.permutations(range(WIDTH), 2):  # two candidates a step: the better word lives
+        chance = p[first] * p[second] / (1 - p[first])
+        live[min(first, second)] += chance
+        ended += chance * (END in (first, second))
+    shares = np.bincount(np.asarray(choice.tokens), minlength=WIDTH) / number
+    assert (np.abs(shares - live) < 4 * np.sqrt(live * (1 - live) / number) + 1e-9).all()
+    assert abs((np.asarray(state.finished.scores) > -np.inf).mean() - ended) < 4 * math.sqrt(ended / number)
+    again, _ = choose(strategy, np.tile(logits, (number, 1)), settings, beams.begin(requests, TINY, room=1)[2])
+    np.testing.assert_array_equal(again.tokens, choice.tokens)
+
+
+def test_done_prompts_stay_and_logits_that_are_not_finite_end_a_prompt() -> None:
+    options = Beam(count=2, min_tokens=3)
+    strategy, settings, state = beams.begin([Request([0, 1], most, options) for most in (3, 0, 3)], TINY, room=3)
+    logits = np.stack([TABLES[0](())] * 6)
+    logits[3] = np.nan  # of a prompt that is done
+    logits[5] = np.nan  # of an empty place: nobody's logits
+    choice, first = choose(strategy, logits, settings, state)
+    assert np.asarray(choice.done).tolist() == [False, False, True, True, False, False]
+    assert np.asarray(choice.parents).tolist() == [0, 0, 2, 3, 4, 4]
+    logits[5] = np.inf
+    _, second = choose(strategy, logits, settings, first)
+    assert np.asarray(second.finite).tolist() == [True, True, False]
+    assert np.asarray(second.done).tolist() == [False, True, True]
+    for prompt, before, after in ((1, state, second), (2, first, second)):
+        old, new = ([array[prompt] for array in (*one.live, *one.finished)] for one in (before, after))
+        jax.tree.map(np.testing.assert_array_equal, old, new)
+
+
+def test_requests_that_cannot_be_searched_together() -> None:
+    for options in (Beam(count=3), Beam(no_repeat_ngram=2), Beam(deterministic=False), Greedy()):
+        with pytest.raises(ValueError, match="one beam search"):
+            beams.begin([Request([0], 1, Beam()), Request([0], 1, options)], TINY, room=1)
