@@ -225,6 +225,7 @@ def by_the_rules(
             values = logits(tokens).astype(np.float64)
             for token, added in options.bias:
                 values[token] += added
+            values[list(options.banned)] = -np.inf
             if step < options.min_tokens:
                 values[END] = -np.inf
             after: dict[tuple[int, ...], set[int]] = {}
@@ -278,11 +279,25 @@ def test_the_ban_of_ngrams_reaches_into_the_context_only_with_prefixes() -> None
     assert np.flatnonzero(np.isneginf(alone)).tolist() == [1, 3]
 
 
-def test_a_search_without_continuations_ends() -> None:
+def test_beams_that_cannot_be_continued_leave_their_places() -> None:
+    """Two words, no two words twice, no end token: a beam has at most four pairs, and some get stuck before."""
+    options = Beam(count=4, no_repeat_ngram=2, min_tokens=9, banned=(2, 3))
+    for limit, left in ((4, 4), (5, 1), (6, 0)):
+        (found,) = search([Request([2], limit, options)], TINY, of_tables, room=8)
+        assert_same(found, by_the_rules(TABLES[0], [2], limit, options))
+        assert len(found) == left
+
+
+def test_a_search_without_continuations_is_done() -> None:
     """Three words, no word twice, no end token: after three tokens there is nothing left."""
     options = Beam(count=3, no_repeat_ngram=1, min_tokens=5, banned=(3,))
-    (found,) = search([Request([0], 6, options)], TINY, of_tables, room=6)
-    assert found == []
+    strategy, settings, state = beams.begin([Request([0], 6, options)], TINY, room=6)
+    done = []
+    for _ in range(4):
+        choice, state = choose(strategy, np.zeros((3, WIDTH), np.float32), settings, state)
+        done.append(np.asarray(choice.done).tolist())
+    assert done == [[False] * 3] * 3 + [[True] * 3]
+    assert beams.finish(settings, state) == [[]]
 
 
 def test_sampled_beams_are_drawn_without_replacement() -> None:

@@ -140,6 +140,14 @@ def test_filters_against_loops() -> None:
     assert len(set(found.sum(1).tolist())) > 1
 
 
+def test_the_edges_of_top_p() -> None:
+    one, none = np.ones(64, np.float32), np.zeros(64, np.int32)
+    logits = np.random.default_rng(0).normal(0, 5, (64, 64)).astype(np.float32)  # some sums are above 1 before the tail
+    assert np.isfinite(filtered(logits, one, none, one)).all()
+    reached = filtered(np.zeros((1, 4), np.float32), one[:1], none[:1], one[:1] / 2)  # 0.25 + 0.25 before the third
+    assert np.isfinite(reached).tolist() == [[True, True, True, False]]
+
+
 def test_sampling_keeps_what_top_k_and_top_p_allow() -> None:
     logits = np.log([0.4, 0.3, 0.2, 0.1]).tolist()
 
@@ -184,11 +192,13 @@ def test_a_row_draws_from_its_own_distribution_wherever_it_is() -> None:
     number = 8000
     settings, search = begin(kinds * (number // 4), seed=5)
     many = np.tile(logits, (number, 1))
+    many[3::4, 2] = 0.5  # as likely as token 1, and behind it
     choice, first = choose(many, settings, search)
     _, second = choose(many, settings, first)
     tokens = np.asarray(second.tokens)[:, :2]
     np.testing.assert_array_equal(tokens[:, 0], choice.tokens)
-    for kind, options in enumerate(kinds):
+    assert set(tokens[3::4].ravel()) == {1}
+    for kind, options in enumerate(kinds[:3]):
         values = logits.astype(np.float64)
         values[[6, 7, *options.banned] + ([END] if options.min_tokens else [])] = -np.inf
         for token, added in options.bias:
@@ -203,7 +213,7 @@ def test_a_row_draws_from_its_own_distribution_wherever_it_is() -> None:
     # the second token is drawn anew
     assert (tokens[0::4, 0] != tokens[0::4, 1]).mean() > 0.5
     order = np.random.default_rng(0).permutation(number)
-    shuffled, _ = choose(many, *jax.tree.map(lambda array: array[order], (settings, search)))
+    shuffled, _ = choose(many[order], *jax.tree.map(lambda array: array[order], (settings, search)))
     np.testing.assert_array_equal(shuffled.tokens, np.asarray(choice.tokens)[order])
 
 
