@@ -96,6 +96,13 @@ def test_options_that_the_vocabulary_does_not_allow(options: Options, message: s
         begin([options])
 
 
+def test_requests_that_are_for_something_else() -> None:
+    with pytest.raises(ValueError, match="^rows are sampled with Greedy or Sample options$"):
+        begin([Greedy(), Beam()])
+    with pytest.raises(ValueError, match="^a limit is above the room for 4 tokens$"):
+        begin([Greedy()], limit=5)
+
+
 # Filters
 
 
@@ -222,7 +229,7 @@ def test_a_row_draws_from_its_own_distribution_wherever_it_is() -> None:
 
 def test_the_repetition_penalty_makes_seen_tokens_less_likely() -> None:
     options = Sample(repetition_penalty=2.0, bias=((2, 0.25),), min_tokens=2)
-    rules = constraints.build([Request([1, 3, END], 9, options)], TINY)
+    rules = constraints.build([Request([1, 3, END], 9, options)], TINY, room=9)
     row = jax.tree.map(lambda array: jnp.asarray(array[0]), rules)
     logits = jnp.array([4.0, 4.0, -4.0, -4.0, 1.0, 3.0, 0.0, jnp.nan])
     tokens = jnp.array([2, 0, 0, 0])
