@@ -122,15 +122,18 @@ def golden_options(setting: str) -> Beam:
     )
 
 
+GROUPS = sorted(
+    {
+        (name, options.count, options.no_repeat_ngram)
+        for name, case in CASES.items()
+        for options in map(golden_options, case["settings"])
+    }
+)
+
+
 @pytest.mark.parametrize(
     "name, count, ngram",
-    sorted(
-        {
-            (name, options.count, options.no_repeat_ngram)
-            for name, case in CASES.items()
-            for options in map(golden_options, case["settings"])
-        }
-    ),
+    [pytest.param(*group, marks=[pytest.mark.slow] if group[1] == 16 else []) for group in GROUPS],
 )
 def test_beams_of_the_released_code(name: str, count: int, ngram: int) -> None:
     case = CASES[name]
