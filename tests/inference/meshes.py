@@ -19,8 +19,7 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiling is most of the work
 
-import jax  # noqa: E402 (reads the environment)
-import numpy as np  # noqa: E402
+import numpy as np  # noqa: E402 (after the environment, as jax reads it)
 
 from glm_jax.engine import decode  # noqa: E402
 from glm_jax.inference.batch import Generation, fetch, score  # noqa: E402

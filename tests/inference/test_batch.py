@@ -34,7 +34,9 @@ def same(found: list[Generated], expected: list[Generated]) -> None:
         assert one.score == pytest.approx(other.score, abs=1e-4)
 
 
-@pytest.mark.parametrize("options", [Greedy(), SAMPLED, Beam(count=3, no_repeat_ngram=2)], ids=["greedy", "sample", "beam"])
+@pytest.mark.parametrize(
+    "options", [Greedy(), SAMPLED, Beam(count=3, no_repeat_ngram=2)], ids=["greedy", "sample", "beam"]
+)
 def test_a_batch_equals_each_row_computed_whole(options: Options) -> None:
     jobs = [job(number, limit=4 + number, options=options) for number in range(4)]
     for found, one in zip(generated(tiny.decoder(CONFIG), jobs, 1, 3, 8), jobs, strict=True):

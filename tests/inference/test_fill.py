@@ -162,7 +162,10 @@ def test_a_budget_shrinks_to_what_fits_and_says_so(monkeypatch: pytest.MonkeyPat
     [
         ("  ", "^the prompt is empty: write some text with a "),
         ("a\ud800[MASK]", "^the prompt is not valid UTF-8: "),
-        ("a" * 62 + "[MASK]", r"^the prompt has 63 tokens and leaves no room for a fill in the model's rows of 64: shor"),
+        (
+            "a" * 62 + "[MASK]",
+            r"^the prompt has 63 tokens and leaves no room for a fill in the model's rows of 64: shor",
+        ),
     ],
 )
 def test_prompts_that_cannot_be_filled(monkeypatch: pytest.MonkeyPatch, text: str, words: str) -> None:
@@ -207,7 +210,9 @@ def test_a_family_has_its_prefix_and_suffix_around_a_context(monkeypatch: pytest
     sop, the, of = [LETTERS.sop], ids("the"), ids("of")
     assert script.jobs[0].context.tokens == [8, 9, *the, M, *of, G, 2, *sop] and script.jobs[0].context.blank == 5
     assert script.jobs[1].context.tokens == [8, 9, *the, *ids("x"), *of, G, 2, *sop]
-    assert script.vocabularies[0].ends == (LETTERS.eop, LETTERS.eos) and LETTERS.eos not in script.vocabularies[0].banned
+    assert (
+        script.vocabularies[0].ends == (LETTERS.eop, LETTERS.eos) and LETTERS.eos not in script.vocabularies[0].banned
+    )
     assert filled.text == "thexofy"
     run(script, monkeypatch, ["the[MASK]of"], family)
     assert script.jobs[2].context.tokens == [8, 9, *the, M, *of, 2, *sop]  # no eos before the suffix

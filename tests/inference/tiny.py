@@ -59,10 +59,10 @@ def recomputed(cfg: GLMConfig, one: Job) -> list[Generated]:
     options = one.request.options
     if isinstance(options, Beam):
         strategy, settings, search = beams.begin([one.request], VOCABULARY, ROOM)
-        finish, count = beams.finish, options.count
+        count = options.count
     else:
         strategy, (settings, search) = sampling.Sampler(), sampling.begin([one.request], VOCABULARY, ROOM)
-        finish, count = (lambda settings, search: [sampling.finish(settings, search)]), 1
+        count = 1
     size = len(one.context.tokens)
     positions = np.repeat(row_positions(cfg, one.context, ROOM)[None], count, axis=0)
     places = np.arange(ROOM)
@@ -77,4 +77,6 @@ def recomputed(cfg: GLMConfig, one: Job) -> list[Generated]:
             tokens = tokens[np.asarray(choice.parents)]
         tokens[:, size], done = np.asarray(choice.tokens), np.asarray(choice.done)
         size += 1
-    return finish(settings, search)[0]
+    if isinstance(settings, beams.Settings):
+        return beams.finish(settings, search)[0]
+    return sampling.finish(settings, search)

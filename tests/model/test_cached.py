@@ -64,7 +64,6 @@ def test_no_logits_are_made_where_none_are_asked_for() -> None:
     arguments = (split, tokens, positions, allowed[:, :LENGTH], cache, jnp.zeros(3, jnp.int32))
     nowhere = jnp.zeros((3, 0), jnp.int32)
     traced = jax.make_jaxpr(lambda *rest: apply_cached(cfg, *rest))(*arguments, nowhere)
-    assert traced.out_avals[0].shape == (3, 0, 40)
     products = [equation.outvars[0].aval.shape for equation in traced.jaxpr.eqns  # pyright: ignore (no type)
                 if equation.primitive.name == "dot_general"]  # fmt: skip
     assert not [shape for shape in products if 40 in shape and 0 not in shape]
