@@ -349,8 +349,8 @@ def _convert_tuple(where: str, value: Sequence[object], kind: object, key: Key) 
             raise UserError(f"{where} is {shown(value)}, it must hold {count} whole numbers, or nothing")
         return tuple(_valid(where, entry, int, _UNBOUNDED) for entry in value)
     inner = typing.get_args(kind)[0]
-    if inner is str:
-        return tuple(_valid(where, entry, str, key) for entry in value)
+    if inner in (str, int):
+        return tuple(_valid(where, entry, inner, key) for entry in value)
     return tuple(_convert_pair(where, entry, inner, key) for entry in value)
 
 
@@ -373,7 +373,8 @@ _UNBOUNDED = Key("a number in a tuple")
 
 def _valid(where: str, value: T, kind: object, key: Key) -> T:
     """Return a value in a tuple, converted to its type and checked."""
-    converted = convert(where, value, kind, key, "a name" if kind is str else 0.0)
+    default = "a name" if kind is str else 0 if kind is int else 0.0
+    converted = convert(where, value, kind, key, default)
     if problem := _problem(converted, kind, key):
         raise UserError(f"{where} holds {shown(value)}, it must {problem}")
     return cast(T, converted)
