@@ -132,3 +132,27 @@ def deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if asked:
         raise KeyboardInterrupt
+
+
+class _Ended(BaseException):
+    """A signal came that ends the command."""
+
+
+@contextlib.contextmanager
+def cancelling() -> Iterator[None]:
+    """Let every SIGINT in the block raise KeyboardInterrupt, which the block may catch to cancel what it does.
+
+    Any other of ENDING raises KeyboardInterrupt when the block has been left. While a module is imported, a signal ends
+    the process, as with `Interrupt`.
+    """
+
+    def act(number: int, frame: FrameType | None) -> None:
+        if _imports(frame):
+            leave()
+        raise KeyboardInterrupt if number == signal.SIGINT else _Ended
+
+    try:
+        with handled(act):
+            yield
+    except _Ended:
+        raise KeyboardInterrupt from None
