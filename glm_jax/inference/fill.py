@@ -278,7 +278,7 @@ def _fill_next(
         left -= turns
         ended = generation.done()
         if settings.beams == 1 and (watch or settings.stop):
-            ended |= _look(generation, entries, ended, watch)
+            ended = ended | _look(generation, entries, ended, watch)  # what comes from a device is read-only
         done = bool(ended.all())
     for (_, prompt), found in zip(entries, generation.results(), strict=True):
         prompt.accept(found)
