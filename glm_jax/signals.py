@@ -142,13 +142,14 @@ class _Ended(BaseException):
 def cancelling() -> Iterator[None]:
     """Let every SIGINT in the block raise KeyboardInterrupt, which the block may catch to cancel what it does.
 
-    Any other of ENDING raises KeyboardInterrupt when the block has been left. While a module is imported, a signal ends
-    the process, as with `Interrupt`.
+    Any other of ENDING raises KeyboardInterrupt when the block has been left. A signal waits while a module is
+    imported, see `Interrupt`.
     """
 
     def act(number: int, frame: FrameType | None) -> None:
         if _imports(frame):
-            leave()
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            return
         raise KeyboardInterrupt if number == signal.SIGINT else _Ended
 
     try:
