@@ -124,5 +124,5 @@ def _difference(found: Mapping[str, Mapping[str, object]], header: Header) -> st
     for group, values in header.items():
         for name, value in values.items():
             if (before := found[group].get(name)) != value:
-                return f"other {group}" if isinstance(value, str) else f"{name} {before}, not {value}"
+                return f"other {group}" if name == "digest" else f"{name} {before}, not {value}"
     return ""
