@@ -132,3 +132,28 @@ def deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if asked:
         raise KeyboardInterrupt
+
+
+class _Ended(BaseException):
+    """A signal came that ends the command."""
+
+
+@contextlib.contextmanager
+def cancelling() -> Iterator[None]:
+    """Let every SIGINT in the block raise KeyboardInterrupt, which the block may catch to cancel what it does.
+
+    Any other of ENDING raises KeyboardInterrupt when the block has been left. A signal waits while a module is
+    imported, see `Interrupt`.
+    """
+
+    def act(number: int, frame: FrameType | None) -> None:
+        if _imports(frame):
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+            return
+        raise KeyboardInterrupt if number == signal.SIGINT else _Ended
+
+    try:
+        with handled(act):
+            yield
+    except _Ended:
+        raise KeyboardInterrupt from None

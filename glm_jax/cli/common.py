@@ -67,6 +67,16 @@ def define_workdir(values: flags.FlagValues) -> None:
     define_path(values, "workdir", "the folder that holds everything a run makes")
 
 
+def define_processes(values: flags.FlagValues) -> None:
+    """Add `--coordinator`, `--processes` and `--process`."""
+    together = "for several processes without a scheduler:"
+    flags.DEFINE_string("coordinator", None, f"{together} HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, f"{together} how many there are", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer(
+        "process", None, f"{together} the number of this one, from 0", lower_bound=0, flag_values=values
+    )
+
+
 def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence[str]) -> bool:
     """Parse a command's flags. If they ask for the help, print it and return False.
 
@@ -79,7 +89,8 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence
             if name not in HIDDEN:
                 default = values[name].default
                 shown = "" if default is None or default is False else f" (default: {default})"
-                print(f"  --{name:14} {values[name].help}{shown}")
+                summary = " ".join(str(values[name].help).split())  # absl adds lines to a flag of several values
+                print(f"  --{name:18} {summary}{shown}")
         return False
     try:
         rest = values(["glm-jax", *joined])

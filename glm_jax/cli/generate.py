@@ -1,62 +1,115 @@
-"""`glm-jax generate`: fill the blanks of a prompt."""
+"""`glm-jax generate`: fill the blanks of prompts."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from glm_jax.cli import common
-from glm_jax.cli.common import say
-from glm_jax.errors import UserError, printable
+from glm_jax.cli import common, generate_entries, generate_flags
+from glm_jax.cli.generate_entries import Entries, Entry
+from glm_jax.config.training import Mesh
+from glm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from glm_jax.inference import Model
+    from glm_jax.inference.fill import Settings
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Fill the blanks of a prompt with the model of a workdir."""
-    values = common.flag_values("generate", "--workdir runs/quickstart --prompt 'Return a new [MASK] of given shape.'")
-    common.define_workdir(values)
-    flags.DEFINE_string("prompt", None, "text with [MASK] or [gMASK] in it", flag_values=values)
-    flags.DEFINE_enum("strategy", "greedy", ["greedy", "sample"], "how tokens are chosen", flag_values=values)
-    flags.DEFINE_integer("max_tokens", 64, "maximum number of tokens in a blank", lower_bound=1, flag_values=values)
-    flags.DEFINE_float("temperature", 1.0, "temperature of sampling", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_integer(
-        "top_k", 0, "sample from this many of the likeliest tokens, 0: all", lower_bound=0, flag_values=values
-    )
-    flags.DEFINE_float(
-        "top_p",
-        0.7,
-        "sample from the likeliest tokens with this much probability in all",
-        lower_bound=0.0,
-        upper_bound=1.0,
-        flag_values=values,
-    )
-    flags.DEFINE_integer("seed", 1234, "seed of sampling", lower_bound=0, upper_bound=2**63 - 1, flag_values=values)
-    if not common.parse(values, arguments, ["workdir", "prompt"]):
+    """Fill the blanks of prompts with the model of a workdir."""
+    values = generate_flags.define()
+    if not common.parse(values, arguments, ["workdir"]):
         return 0
+    common.require(values, [name for name in ("prompt", "input", "output") if values[name].value is not None])
+    _check(values)
+    options = generate_flags.strategy_options(values)
 
+    from glm_jax.parallel import processes
+
+    processes.start(values.coordinator, values.processes, values.process, Mesh().collective_timeout)
+    return processes.together(lambda: _generate(values, options))
+
+
+def _check(values: flags.FlagValues) -> None:
+    """Refuse flags that exclude each other."""
+    if values.prompt is not None and values.input is not None:
+        raise UserError("--prompt and --input are both given: leave one of them out")
+    if values.max_tokens is not None and values.out_seq_length is not None:
+        raise UserError("--max_tokens and --out_seq_length both limit a fill: leave one of them out")
+    if values.output is not None and values.prompt is None and values.input is None and _is_terminal():
+        raise UserError("--output needs prompts: give --input FILE")
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()  # pyright: ignore[reportUnnecessaryComparison]
+
+
+def _generate(values: flags.FlagValues, options: Mapping[str, object]) -> int:
+    from glm_jax.cli import generate_batch, generate_terminal
+    from glm_jax.inference import strategies
+    from glm_jax.inference.fill import Settings
+    from glm_jax.parallel import processes
+
+    settings = Settings(
+        strategies.named(values.strategy, **options),
+        values.max_tokens or generate_flags.MAX_TOKENS,
+        values.seed,
+        tuple(values.stop or ()),
+        values.out_seq_length,
+    )
+    given = _given(values, alone=processes.alone())
+    output = values.output and Path(values.output)
+    if output and processes.is_first():
+        generate_batch.check_output(output)
+    model = _open(values)
+
+    def answer(text: str, repeat: int) -> None:
+        if values.json:
+            _print_json(model, settings, text, repeat)
+        else:
+            generate_terminal.show(model, settings, text, repeat)
+
+    if given is None:
+        return generate_terminal.converse(answer)
+    if values.prompt is not None and output is None:
+        answer(values.prompt, 0)
+        return 0
+    if given.blank and processes.is_first():
+        common.say(f"{given.blank} blank line{'s are' if given.blank > 1 else ' is'} skipped")
+    line = generate_entries.as_json if values.json or given.is_json else generate_entries.as_text
+    work = generate_batch.Work(model, settings, given.entries, line)
+    return generate_batch.write_all(work, output, Path(values.workdir)) if output else generate_batch.print_all(work)
+
+
+def _given(values: flags.FlagValues, *, alone: bool) -> Entries | None:
+    """Return the prompts, or None if a person at a terminal will type them."""
+    if values.prompt is not None:
+        return Entries([Entry(values.prompt)])
+    if not alone and values.input in (None, "-"):
+        raise UserError("several processes cannot read one standard input: give --prompt TEXT or --input FILE")
+    if values.input is None and _is_terminal():
+        return None
+    return generate_entries.read("-" if values.input is None else values.input)
+
+
+def _open(values: flags.FlagValues) -> Model:
     from glm_jax.inference import Model
-    from glm_jax.inference.fill import fill
-    from glm_jax.inference.strategies import GREEDY, Sampling
 
-    model = Model.open(values.workdir)
+    more = {} if values.quantize is None else {"quantize": values.quantize}
+    model = Model.open(values.workdir, values.mesh, values.dtype, values.step, **more)
     if model.tokenizer is None:
         raise UserError(f"{values.workdir} has no tokenizer: convert its weights again, with --tokenizer FILE")
-    sampled = Sampling(values.temperature, values.top_k, values.top_p)
-    sampling = sampled if values.strategy == "sample" else GREEDY
-    pieces = fill(
-        model.config,
-        model.params,
-        model.tokenizer,
-        values.prompt,
-        max_tokens=values.max_tokens,
-        sampling=sampling,
-        seed=values.seed,
-        say=say,
-    )
-    underline, plain = ("\x1b[4m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    for piece in pieces:
-        shown = underline + printable(piece.text, keep="\n\t") + plain
-        print(shown if piece.filled else piece.text, end="")
-    print()
-    return 0
+    return model
+
+
+def _print_json(model: Model, settings: Settings, text: str, repeat: int = 0) -> None:
+    from glm_jax.parallel import processes
+
+    say = common.say if processes.is_first() else None
+    for _, filled in model.fill_each([text], settings, say, repeats=[repeat]):
+        if processes.is_first():
+            print(generate_entries.as_json(Entry(text), filled), end="", flush=True)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import flags
-
 from glm_jax import signals
 from glm_jax.cli import common
 from glm_jax.cli.common import say
@@ -26,12 +24,7 @@ def run(arguments: Sequence[str]) -> int:
     common.define_config(values)
     common.define_workdir(values)
     common.define_path(values, "replay", "an interventions.jsonl: make its changes at its steps")
-    together = "for several processes without a scheduler:"
-    flags.DEFINE_string("coordinator", None, f"{together} HOST:PORT of process 0", flag_values=values)
-    flags.DEFINE_integer("processes", None, f"{together} how many there are", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer(
-        "process", None, f"{together} the number of this one, from 0", lower_bound=0, flag_values=values
-    )
+    common.define_processes(values)
     if not common.parse(values, arguments, ["config", "workdir"]):
         return 0
     resolved = common.load(values)

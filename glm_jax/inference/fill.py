@@ -180,6 +180,9 @@ def fill(
     settings: Settings,
     say: Callable[[str], None] | None = None,
     watch: Watch | None = None,
+    *,
+    repeats: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, Filled]]:
     """Fill every blank of every text; each fill is context for the next.
 
@@ -190,6 +193,9 @@ def fill(
         settings: for all of them.
         say: called with one line if a fill may have fewer than `max_tokens` tokens.
         watch: called with a text's number and its pieces after each token; not with beams.
+        repeats: of each text, how many equal ones come before it; None to count those in `texts`. For texts that are
+            a part of a longer list, so that they draw what they would draw in the whole.
+        names: what messages call the texts.
 
     Yields:
         The number of a text and its result, the longest first. All texts are checked before the first is filled.
@@ -198,7 +204,11 @@ def fill(
         UserError: a text is empty or not valid UTF-8, or leaves no room in the model's longest row; or the logits are
             not finite (`NotFinite`).
     """
-    entries = _check(decoder, tokenizer, texts, settings, say)
+    if repeats is None:
+        repeats = count_repeats(texts)
+    if names is None:
+        names = [f"text {number + 1}" for number in range(len(texts))] if len(texts) > 1 else [""] * len(texts)
+    entries = _check(decoder, tokenizer, texts, settings, say, repeats, names)
     width = batch_limit(decoder, settings.beams)
     for first in range(0, len(entries), width):
         together = entries[first : first + width]
@@ -208,25 +218,35 @@ def fill(
             yield number, prompt.result()
 
 
+def count_repeats(texts: Sequence[str]) -> list[int]:
+    """Return how many equal texts come before each."""
+    seen: Counter[str] = Counter()
+    repeats = list[int]()
+    for text in texts:
+        repeats.append(seen[text])
+        seen[text] += 1
+    return repeats
+
+
 def _check(
     decoder: Decoder,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     settings: Settings,
     say: Callable[[str], None] | None,
+    repeats: Sequence[int],
+    names: Sequence[str],
 ) -> list[tuple[int, _Prompt]]:
     """Return the prompts with their numbers, the longest first."""
-    seen: Counter[str] = Counter()
     entries: list[tuple[int, int, _Prompt]] = []
     longest = decoder.config.model.max_length
     for number, text in enumerate(texts):
-        name = f"text {number + 1}: " if len(texts) > 1 else ""
+        name = names[number] and f"{names[number]}: "
         try:
-            prompt = _Prompt(tokenizer, settings, text, seen[text])
+            prompt = _Prompt(tokenizer, settings, text, repeats[number])
             context, request = prompt.job(longest)
         except UserError as error:
             raise UserError(f"{name}{error}") from None
-        seen[text] += 1
         entries.append((len(context.tokens), number, prompt))
         if say is not None and settings.out_seq_length is None and request.limit < settings.max_tokens:
             blank = prompt.pieces[prompt.place or 0].text
@@ -258,7 +278,7 @@ def _fill_next(
         left -= turns
         ended = generation.done()
         if settings.beams == 1 and (watch or settings.stop):
-            ended |= _look(generation, entries, ended, watch)
+            ended = ended | _look(generation, entries, ended, watch)  # what comes from a device is read-only
         done = bool(ended.all())
     for (_, prompt), found in zip(entries, generation.results(), strict=True):
         prompt.accept(found)

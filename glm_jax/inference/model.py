@@ -137,9 +137,13 @@ class Model:
         settings: Settings,
         say: Callable[[str], None] | None = None,
         watch: fill.Watch | None = None,
+        *,
+        repeats: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, Filled]]:
         """Yield the results as they come, with the numbers of their texts; see `glm_jax.inference.fill.fill`."""
-        return fill.fill(self.decoder, self._known_tokenizer(), texts, settings, say, watch)
+        tokenizer = self._known_tokenizer()
+        return fill.fill(self.decoder, tokenizer, texts, settings, say, watch, repeats=repeats, names=names)
 
     @overload
     def score(self, contexts: str, targets: str) -> Scored: ...

@@ -10,15 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from glm_jax import signals
 from glm_jax.cli import main
-from glm_jax.inference import Model, fill
 from glm_jax.sweeps import run as sweeping
+from tests.cli import scripted
 from tests.end_to_end.runs import in_process
 from tests.end_to_end.test_convert_command import GOLDENS, config
 from tests.patience import HANG
@@ -122,8 +121,7 @@ def test_a_signal_ends_a_command_in_one_line_and_leaves_no_file_half_written(
 def test_generate_is_interrupted(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fill, "fill", lambda *_, **__: os.kill(os.getpid(), number))
-    monkeypatch.setattr(Model, "open", lambda workdir: SimpleNamespace(config=0, params=0, tokenizer=0))
+    scripted.install(monkeypatch, scripted.kill(number, "y"))
     assert main.main(["generate", "--workdir=x", "--prompt=y"]) == signals.INTERRUPTED
     assert capsys.readouterr() == ("", f"{signals.LINE}\n")
 
