@@ -77,6 +77,7 @@ def recomputed(cfg: GLMConfig, one: Job) -> list[Generated]:
             tokens = tokens[np.asarray(choice.parents)]
         tokens[:, size], done = np.asarray(choice.tokens), np.asarray(choice.done)
         size += 1
-    if isinstance(settings, beams.Settings):
+    if isinstance(settings, beams.Settings) and isinstance(search, beams.Search):
         return beams.finish(settings, search)[0]
+    assert isinstance(settings, sampling.Settings) and isinstance(search, sampling.Search)
     return sampling.finish(settings, search)
