@@ -28,6 +28,7 @@ Array = jax.Array
 Rounding = Literal["absmax", "zeropoint"]
 
 WIDTHS = (8, 4)  # bits
+GROUPS = {8: 0, 4: 128}  # of a Scheme, by default: 4 bits a row are too coarse for models smaller than GLM-130B
 ROUNDINGS = ("absmax", "zeropoint")
 # The kernels of a block and how many axes of inputs each has. The others are its outputs.
 INPUTS: Mapping[tuple[str, ...], int] = {
@@ -204,9 +205,11 @@ def _divisor(scales: Array) -> Array:
 def dequantize(kernel: Quantized, dtype: DTypeLike) -> Array:
     """Return the kernel in `dtype`. The product is rounded to float16 first, as in the release."""
     integers = unpack(kernel.values, kernel.axis) if kernel.bits == 4 else kernel.values
-    if kernel.zeros is not None:
-        integers = integers + _spread(kernel.zeros, integers.shape)  # int32: q + z may need more than 8 bits
-    return (integers.astype(jnp.float16) * _spread(kernel.scales, integers.shape)).astype(dtype)
+    scales = _spread(kernel.scales, integers.shape)
+    if kernel.zeros is not None:  # q + z may be too large for float16
+        shifted = integers + _spread(kernel.zeros, integers.shape)
+        return _half(shifted.astype(jnp.float32) * scales.astype(jnp.float32)).astype(dtype)
+    return (integers.astype(jnp.float16) * scales).astype(dtype)
 
 
 def _spread(groups: Array, shape: tuple[int, ...]) -> Array:
