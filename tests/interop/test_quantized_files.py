@@ -196,13 +196,14 @@ def edit(rank: int, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Ca
 
 
 QKV = "attention.query_key_value"
+FLOATS = [edit(rank, "attention.dense.weight", lambda array: array.astype(np.float16)) for rank in (0, 1)]
 DAMAGES = {
     "no scales": (remove_scales, ["mp_rank_01", "layers.1.mlp.dense_4h_to_h.weight_scale is missing", "scales"]),
     "width": (
         edit(0, QKV + ".weight", lambda array: array[:, ::2]),
         ["mp_rank_00", "8 bytes for 32", "neither 8 nor 4"],
     ),
-    "one float": (edit(1, QKV + ".weight", lambda array: array.astype(np.float16)), ["mp_rank_01", "float16", "int8"]),
+    "one float": (lambda root: [of_floats(root) for of_floats in FLOATS], ["mp_rank_00", "is float16", "must be int8"]),
     "a float scale": (edit(0, QKV + ".weight_scale", lambda array: array.astype(np.int8)), ["int8", "of floats"]),
     "short": (edit(1, "mlp.dense_4h_to_h.weight", lambda array: array[:, :-1]), ["mp_rank_01", "[32, 5]", "[32, 6]"]),
     "short scales": (edit(1, "mlp.dense_4h_to_h.weight_scale", lambda array: array[:-1]), ["[31]", "[32]"]),
@@ -315,7 +316,7 @@ split = jax.shard_map(multiply, mesh=mesh, in_specs=(jax.P(None, None, "tensor")
 wanted = jnp.einsum("bsf,fd->bsd", x, quantized.dequantize(kernels[1], jnp.float32)[1])
 print(json.dumps({"scales": kernel.scales.shape, "values": kernel.values.addressable_shards[0].data.shape,
                   "part": kernel.scales.addressable_shards[0].data.shape,
-                  "error": float(jnp.abs(jax.jit(split)(x, kernel) - wanted).max())}))
+                  "error": float(np.abs(np.asarray(jax.jit(split)(x, kernel)) - np.asarray(wanted)).max())}))
 """
 
 

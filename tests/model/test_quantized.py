@@ -71,7 +71,7 @@ def test_packing_puts_the_even_number_in_the_high_half(axis: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("groups", [(2, 1, 1, 5), (2, 3, 1, 5), (2, 3, 2, 5), (2, 1, 8, 5)])
-@pytest.mark.parametrize("scale", [1.0, 2e-4])  # the scales of the second are subnormal in float16
+@pytest.mark.parametrize("scale", [1.0, 2e-4, 3e-7])  # subnormal scales, and so rough that integers are clipped
 def test_groups_are_quantised_one_by_one(bits: int, groups: tuple[int, ...], scale: float) -> None:
     kernel = random(2, 3, 8, 5, scale=scale)
     made = jax.jit(quantize, static_argnums=(1, 2, 3))(kernel, bits, groups, -2)
@@ -108,11 +108,11 @@ def test_zero_points_by_hand(bits: int, weight: list[float], scale: float, zero:
     assert max(abs(left - right) for left, right in zip(wanted, weight, strict=True)) <= scale / 2
 
 
-def test_zero_points_may_be_far_from_the_numbers() -> None:
-    weight = 1000 + np.arange(8, dtype=np.float32)[:, None]
+def test_zero_points_may_be_larger_than_float16_holds() -> None:
+    weight = np.array([[1000], [1000.5], [1001]])
     made = quantize(jnp.asarray(weight), 8, (1, 1), -2, "zeropoint")
-    assert made.zeros is not None and made.zeros[0, 0] > 2**15
-    np.testing.assert_allclose(dequantize(made, jnp.float32), weight, rtol=1e-3)
+    assert made.zeros is not None and made.zeros[0, 0] > 2**17
+    np.testing.assert_allclose(dequantize(made, jnp.float32), weight, rtol=0, atol=0.5)
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
