@@ -184,6 +184,16 @@ _quantize = jax.jit(quantized.quantize, static_argnums=(1, 2, 3, 4))
 _dequantize = jax.jit(quantized.dequantize, static_argnums=1)
 
 
+def flatten(leaves: Iterable[tuple[ParamPath, Array | Quantized]]) -> Iterator[tuple[ParamPath, Source]]:
+    """Yield arrays of params, quantised or not, as sources by path."""
+    for path, leaf in leaves:
+        if isinstance(leaf, Quantized):
+            zeros = None if leaf.zeros is None else Live(leaf.zeros)
+            yield path, QuantizedSource(Live(leaf.values), Live(leaf.scales), zeros, leaf.bits, leaf.axis)
+        else:
+            yield path, Live(leaf)
+
+
 def quantize(parameters: Mapping[ParamPath, Source], scheme: Scheme) -> dict[ParamPath, Source]:
     """Return params whose kernels of blocks are quantised as they are read.
 
@@ -343,13 +353,3 @@ def _unpacked(shape: tuple[int, ...], bits: int, axis: int) -> tuple[int, ...]:
     sizes = list(shape)
     sizes[axis] = sizes[axis] * 8 // bits
     return tuple(sizes)
-
-
-def flatten(leaves: Iterable[tuple[ParamPath, Array | Quantized]]) -> Iterator[tuple[ParamPath, Source]]:
-    """Yield arrays of params, quantised or not, as sources by path."""
-    for path, leaf in leaves:
-        if isinstance(leaf, Quantized):
-            zeros = None if leaf.zeros is None else Live(leaf.zeros)
-            yield path, QuantizedSource(Live(leaf.values), Live(leaf.scales), zeros, leaf.bits, leaf.axis)
-        else:
-            yield path, Live(leaf)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.model import quantized
-from glm_jax.model.quantized import Quantized
 from glm_jax.types import Tree
 
 Array = jax.Array
@@ -153,8 +152,8 @@ class Affine(nn.Module):
         def normal(key: Array, shape: tuple[int, ...]) -> Array:
             return jax.random.normal(key, shape) * jnp.asarray(self.stddev, jnp.float32)
 
-        kernel = self.get_variable("params", "kernel")
-        if not isinstance(kernel, Quantized):
+        kernel = self.get_variable("params", "kernel")  # `param` takes arrays alone; there is none before `init`
+        if not quantized.is_quantized(kernel):
             kernel = param(self, "kernel", normal, self.axes, self.shape)
         bias_axes, bias_shape = self.axes[self.inputs :], self.shape[self.inputs :]
         bias = param(self, "bias", nn.initializers.zeros, bias_axes, bias_shape)
