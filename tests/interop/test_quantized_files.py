@@ -138,6 +138,11 @@ def test_any_region_is_that_of_the_whole(group: int, rounding: Any) -> None:
         for low in itertools.product(*((0, size // 2) for size in part.shape)):
             index = tuple(slice(start, start + (size + 1) // 2) for start, size in zip(low, part.shape, strict=True))
             np.testing.assert_array_equal(part.read(index), full[index])
+        last = tuple(slice(size - 1, size) for size in part.shape)  # its byte may begin in an odd group
+        np.testing.assert_array_equal(part.read(last), full[last])
+    if rounding == "zeropoint" and group == 0:
+        with pytest.raises(UserError, match="no zero points"):
+            sources.official({path: live}, 1)
 
 
 @pytest.mark.parametrize(
