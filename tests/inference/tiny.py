@@ -15,7 +15,7 @@ from glm_jax.inference import beams, sampling
 from glm_jax.inference.batch import Decoder, Job, row_positions
 from glm_jax.inference.constraints import Vocabulary
 from glm_jax.inference.prompts import Context
-from glm_jax.inference.strategies import Beam, Generated, Options, Request
+from glm_jax.inference.strategies import Beam, Generated, Greedy, Options, Request
 from glm_jax.model import GLMConfig, apply, init
 from glm_jax.parallel import mesh as meshes
 
@@ -51,7 +51,7 @@ def job(number: int, limit: int = 9, options: Options | None = None) -> Job:
     repeats = number % 3 > 0
     tokens[blank] = MASK if repeats else GMASK
     key = generator.integers(0, 2**32, 2, np.uint32)
-    return Job(Context([*tokens, SOP], blank, repeats), Request([*tokens, SOP], limit, options or Options(), key))
+    return Job(Context([*tokens, SOP], blank, repeats), Request([*tokens, SOP], limit, options or Greedy(), key))
 
 
 def recomputed(cfg: GLMConfig, one: Job) -> list[Generated]:
