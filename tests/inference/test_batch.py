@@ -14,7 +14,7 @@ from glm_jax.inference.strategies import Beam, Generated, Greedy, Options, Reque
 from tests.inference import tiny
 from tests.inference.tiny import CONFIG, EOP, MASK, SOP, VOCABULARY, job, recomputed
 
-CLOSE = 2e-5  # nats
+CLOSE = 5e-5  # nats
 SAMPLED = Sample(temperature=1.5, top_k=20, top_p=0.9, repetition_penalty=1.3)
 
 
