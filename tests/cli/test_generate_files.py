@@ -50,7 +50,9 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
     def call(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
-        return main.main(["generate", "--workdir=run", *arguments]), *capsys.readouterr()
+        code = main.main(["generate", "--workdir=run", *arguments])
+        output, errors = capsys.readouterr()
+        return code, output, errors
 
     return call
 
