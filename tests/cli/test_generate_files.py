@@ -155,10 +155,15 @@ def test_a_signal_stops_after_the_prompts_that_are_being_filled(number: int, mod
     assert Path("out.part").read_text().split("\n")[1:] == ["1\tlonger <l0>", "0\ta <a0>", ""]
     with open("out.part", "a") as file:
         file.write("2\ta <a")  # killed while it wrote
+    model.before = scripted.kill(number, "a [MASK]")
+    said = "stopped: 4 of 5 results are in out.part; the same command resumes from there\n"
+    assert run("--input=in.txt", "--output=out") == (3, "", said)
+    assert Path("out.part").read_text().split("\n")[3:] == ["2\ta <a1>", "4\ta <a2>", ""]
     model.before = len
     assert run("--input=in.txt", "--output=out", "--mesh=data=2") == (0, "", "written: out\n")
     assert Path("out").read_text() == expected and not Path("out.part").exists()
-    assert [(texts, repeats) for texts, _, repeats in model.asked[1:]] == [(["a [MASK]", "c", "a [MASK]"], [1, 0, 2])]
+    resumed = [(texts, repeats) for texts, _, repeats in model.asked[1:]]
+    assert resumed == [(["a [MASK]", "c", "a [MASK]"], [1, 0, 2]), (["c"], [0])]
 
 
 def test_a_second_interrupt_and_a_bad_start_leave_nothing(model: Scripted, run: Run) -> None:

@@ -1,6 +1,7 @@
 """`glm-jax generate` for a person at a terminal: texts that grow, and the prompt line that stays open."""
 
 import builtins
+import importlib
 import os
 import pty
 import select
@@ -56,8 +57,9 @@ def streamed(rounds: list[list[Piece]], *, stop: tuple[str, ...] = (), styled: b
 
 
 def test_a_fill_grows_and_the_rest_follows_at_the_end() -> None:
-    rounds = [[text("a "), fill(one, len(one)), text(" b")] for one in ("x", "xy", "xyz", "xyz")]
-    assert streamed(rounds) == ["a x", "y", "z", " b\n"]
+    parts = ("x", "xy", "xy", "xyz", "xyz")  # a look may show nothing new
+    rounds = [[text("a "), fill(one, len(one)), text(" b")] for one in parts]
+    assert streamed(rounds) == ["a x", "y", "", "z", " b\n"]
     assert streamed(rounds, styled=True)[1] == "\x1b[4my\x1b[0m"
 
 
@@ -170,7 +172,7 @@ def test_a_history_that_cannot_be_kept_costs_nothing(
 def test_without_prompt_toolkit_input_asks(
     model: Scripted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls: list[tuple[str, ...]] = []
+    calls: list[tuple[str, object]] = []
     lines = iter(["a [MASK]", UnicodeDecodeError("utf-8", b"\xff", 0, 1, ""), "b", EOFError()])
 
     def ask(prompt: str) -> str:
@@ -185,7 +187,7 @@ def test_without_prompt_toolkit_input_asks(
 
     readline = SimpleNamespace(
         read_history_file=read_history_file,
-        set_history_length=lambda length: None,
+        set_history_length=lambda length: calls.append(("keep", length)),
         write_history_file=lambda path: calls.append(("write", path.name)),
     )
     monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
@@ -196,10 +198,32 @@ def test_without_prompt_toolkit_input_asks(
     assert output == "a <a0>\nb\n"
     assert errors.splitlines()[0] == "blanks in colours and a better prompt line: pip install -e '.[prompt]'"
     assert "error: the prompt is not valid UTF-8: check the encoding of the terminal\n" in errors
-    assert calls == [("read", "prompts.readline"), *[("write", "prompts.readline")] * 2]
+    assert calls == [("read", "prompts.readline"), ("keep", 1000), *[("write", "prompts.readline")] * 2]
     monkeypatch.setitem(sys.modules, "readline", None)  # as Python may be built
     lines = iter(["a", EOFError()])
-    assert main.main(["generate", "--workdir=x"]) == 0 and len(calls) == 3
+    assert main.main(["generate", "--workdir=x"]) == 0 and len(calls) == 4
+
+
+@pytest.mark.parametrize("alone, terminal", [(True, True), (False, True), (True, False)])
+def test_tokens_are_shown_one_by_one_on_the_terminal_of_a_single_process(
+    alone: bool, terminal: bool, model: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All processes must look equally often, and only one of them may have a terminal."""
+    monkeypatch.setattr("glm_jax.parallel.processes.alone", lambda: alone)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert main.main(["generate", "--workdir=x", "--prompt=a"]) == 0
+    assert model.watched == [alone and terminal]
+
+
+def test_a_cancelled_fill_waits_for_the_end_of_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KeyboardInterrupt within an import could become another error, or abort the process."""
+    (tmp_path / "imports_slowly.py").write_text("import os\nos.kill(os.getpid(), 2)\nwhole = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with signals.cancelling():
+        imported = importlib.import_module("imports_slowly")
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(HANG)
+    assert imported.whole
 
 
 TERMINAL = """
