@@ -193,6 +193,7 @@ def test_a_file_resumes_only_as_it_was_begun(model: Scripted, run: Run) -> None:
         (["--strategy=sample"], "strategy greedy, not sample"),
         (["--json"], "form as_text, not as_json"),
         (["--ban=3"], "banned [], not [3]"),
+        (["--quantize=int8"], "quantize None, not int8"),
     ):
         code, _, errors = run("--input=in.txt", "--output=out", *flags)
         assert code == 2 and errors.startswith(f"error: out.part was begun with {said}: repeat the command as it was")
@@ -202,6 +203,9 @@ def test_a_file_resumes_only_as_it_was_begun(model: Scripted, run: Run) -> None:
     model.decoder.config.compute = "float16"
     assert "was begun with dtype float32, not float16" in run("--input=in.txt", "--output=out")[2]
     model.decoder.config.compute = "float32"
+    model.tokenizer = SimpleNamespace(digest="another")
+    assert "was begun with other tokens" in run("--input=in.txt", "--output=out")[2]
+    model.tokenizer = SimpleNamespace(digest="a tokenizer")
     weights = Path("run/checkpoints/5/params/weights")
     weights.write_text("2")
     assert "was begun with other weights" in run("--input=in.txt", "--output=out")[2]
@@ -317,6 +321,8 @@ def test_a_file_in_parts_gives_what_the_whole_gives(folder: Path, run: Run, monk
     Path("in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     monkeypatch.setattr(Model, "open", lambda *_: model)
     command = ["--input=in.jsonl", "--output=out", "--strategy=sample", "--max_tokens=3", "--seed=5", "--top_p=1"]
+    Path("bad.txt").write_text("the\n" + "the small " * 40)
+    assert "error: bad.txt line 2: the prompt has " in run("--input=bad.txt")[2]
     fill_each, stop = model.fill_each, [signal.SIGTERM]
 
     def interrupted(*arguments: Any, **named: Any) -> Any:
