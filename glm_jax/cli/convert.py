@@ -24,11 +24,12 @@ DIRECTIONS = {
     "orbax-to-sat": ("workdir", "orbax"),
     "orbax-to-hf": ("workdir", "orbax"),
     "merge": ("workdir",),
+    "quantize": ("workdir", "orbax", "sat", "huggingface"),
 }
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Convert official checkpoints and Hugging Face folders to workdirs and back, and merge adapters into weights."""
+    """Convert official checkpoints and Hugging Face folders to workdirs and back, merge adapters, quantise weights."""
     if not arguments or arguments[0] not in DIRECTIONS:
         usage = f"glm-jax convert {'|'.join(DIRECTIONS)} --path FROM --out TO [flags]"
         if {"-h", "--help"} & set(arguments):
@@ -38,7 +39,8 @@ def run(arguments: Sequence[str]) -> int:
     direction, *rest = arguments
     values = common.flag_values(f"convert {direction}", "--path FROM --out TO")
     common.define_config(values)
-    read = {"sat-to-orbax": "a folder with `latest`", "hf-to-orbax": "a folder with config.json and weights"}
+    read = {"sat-to-orbax": "a folder with `latest`", "hf-to-orbax": "a folder with config.json and weights",
+            "quantize": "a workdir, WORKDIR@STEP, a step, a folder with `latest` or a Hugging Face folder"}  # fmt: skip
     common.define_path(values, "path", "what to read: " + read.get(direction, "a workdir, WORKDIR@STEP, or a step"))
     common.define_path(values, "out", "the folder to write")
     if direction == "orbax-to-sat":
@@ -49,7 +51,9 @@ def run(arguments: Sequence[str]) -> int:
         flags.DEFINE_enum("dtype", "float32", dtypes, "dtype of the files", flag_values=values)
     else:
         common.define_path(values, "tokenizer", "as data.tokenizer.path; by default the folder's own")
-    if not common.parse(values, rest, ["path", "out"]):
+    if direction == "quantize":
+        _define_scheme(values)
+    if not common.parse(values, rest, ["path", "out"] + ["bits"] * (direction == "quantize")):
         return 0
 
     from glm_jax.interop.convert import orbax_to_hf, orbax_to_sat
@@ -67,6 +71,8 @@ def run(arguments: Sequence[str]) -> int:
             orbax_to_sat(weights, values.out, values.tensor_parallel, values.iteration, values.dtype)
         elif direction == "orbax-to-hf":
             orbax_to_hf(weights, values.out, values.dtype)
+        elif direction == "quantize":
+            _quantize(values, weights)
         else:
             _to_workdir(values, weights)
     except (OSError, ValueError, RuntimeError) as error:
@@ -76,6 +82,41 @@ def run(arguments: Sequence[str]) -> int:
                         "name another directory") from error  # fmt: skip
     say(f"written: {values.out}")
     return 0
+
+
+def _define_scheme(values: flags.FlagValues) -> None:
+    """Define the flags of `convert quantize`."""
+    flags.DEFINE_integer("bits", None, "8 or 4: of each weight in the matrices of blocks", flag_values=values)
+    flags.DEFINE_integer(
+        "group", None, "most input features that share a scale, 0 for all; by default 0 for 8 bits and for "
+        "--format=sat, else 128", flag_values=values
+    )  # fmt: skip
+    flags.DEFINE_string("rounding", "absmax", "absmax, as the release, or zeropoint", flag_values=values)
+    flags.DEFINE_enum("format", "workdir", ["workdir", "sat"], "what to write: a workdir, or the official layout",
+                      flag_values=values)  # fmt: skip
+    flags.DEFINE_integer("tensor_parallel", 1, "of --format=sat: number of files, with scales of their own",
+                         lower_bound=1, flag_values=values)  # fmt: skip
+
+
+def _quantize(values: flags.FlagValues, weights: Weights) -> None:
+    """Quantise and write, as the flags say."""
+    from glm_jax.interop.convert import orbax_to_sat, quantize
+    from glm_jax.interop.layout import check_ranks
+    from glm_jax.model.quantized import GROUPS, Scheme
+
+    official = values.format == "sat"
+    if values.tensor_parallel > 1 and not official:
+        raise UserError("--tensor_parallel is for --format=sat: a workdir is for any number of devices")
+    if official and (values.group or values.rounding != "absmax"):
+        raise UserError("--format=sat has one scale a row, rounded by absmax: leave --group and --rounding out")
+    group = GROUPS.get(values.bits, 0) if values.group is None and not official else values.group or 0
+    scheme = Scheme(values.bits, group, values.rounding, values.tensor_parallel)
+    check_ranks(weights.config, scheme.ranks, Path(values.out), scheme.bits)
+    weights = quantize(weights, scheme)
+    if official:
+        orbax_to_sat(weights, values.out, scheme.ranks, weights.step or 0, "float16")
+    else:
+        _to_workdir(values, weights)
 
 
 def _given(values: flags.FlagValues) -> Mapping[str, object]:

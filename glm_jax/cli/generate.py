@@ -99,8 +99,7 @@ def _given(values: flags.FlagValues, *, alone: bool) -> Entries | None:
 def _open(values: flags.FlagValues) -> Model:
     from glm_jax.inference import Model
 
-    more = {} if values.quantize is None else {"quantize": values.quantize}
-    model = Model.open(values.workdir, values.mesh, values.dtype, values.step, **more)
+    model = Model.open(values.workdir, values.mesh, values.dtype, values.quantize, values.step)
     if model.tokenizer is None:
         raise UserError(f"{values.workdir} has no tokenizer: convert its weights again, with --tokenizer FILE")
     return model

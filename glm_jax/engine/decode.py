@@ -138,7 +138,7 @@ def prefill(cfg: DecodeConfig, mesh: jax.sharding.Mesh, weights: Weights, prompt
         x = jnp.zeros((rows, length, cfg.model.hidden_size), cfg.compute)
         return _add_stage(lax.fori_loop(0, groups + stage.stages - 1, tick, (x, cache))[1])
 
-    in_specs = (specs(cfg.model, mesh.shape["pipeline"]), jax.tree.map(lambda _: GROUPS, prompts))
+    in_specs = (specs(cfg.model, weights), jax.tree.map(lambda _: GROUPS, prompts))
     # what is gathered or chosen is alike on all members, which jax cannot know: check_vma would refuse it
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=CACHE, check_vma=False)
     return mapped(weights, prompts)
@@ -215,7 +215,7 @@ def decode(
         cache=jax.tree.map(lambda _: CACHE, decoding.cache), busy=jax.P("pipeline"), ticks=jax.P()
     )
     in_specs = (
-        specs(cfg.model, mesh.shape["pipeline"]),
+        specs(cfg.model, weights),
         state_specs,
         GROUPS,
         jax.tree.map(lambda _: GROUPS, settings),
@@ -287,7 +287,7 @@ def token_losses(
         losses = jnp.zeros(targets.shape, jnp.promote_types(cfg.compute, jnp.float32))
         return lax.fori_loop(0, groups + stage.stages - 1, tick, (x, cache, losses))[2]
 
-    in_specs = (specs(cfg.model, mesh.shape["pipeline"]), jax.tree.map(lambda _: GROUPS, prompts), GROUPS, GROUPS)
+    in_specs = (specs(cfg.model, weights), jax.tree.map(lambda _: GROUPS, prompts), GROUPS, GROUPS)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=GROUPS, check_vma=False)
     return mapped(weights, prompts, places, targets)
 

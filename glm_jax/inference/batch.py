@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.data.rows.blanks import sample_positions
@@ -26,11 +25,13 @@ from glm_jax.inference.constraints import Vocabulary
 from glm_jax.inference.prompts import Context
 from glm_jax.inference.strategies import Beam, Generated, Request
 from glm_jax.model import GLMConfig
+from glm_jax.parallel.processes import compiled_together
 from glm_jax.types import Tree
 
 Array = jax.Array
 
-ROWS = 32  # of a batch and member of `data`, at most
+SHARES = (1, 4, 16, 32)  # how many prompts a group and member of `data` may have
+ROWS = SHARES[-1]
 SHORTEST = 32  # tokens, the smallest bucket
 
 
@@ -76,8 +77,8 @@ def row_positions(cfg: GLMConfig, context: Context, length: int) -> np.ndarray:
 
 
 def batch_limit(decoder: Decoder, beam_count: int = 1) -> int:
-    """Return how many prompts are generated together, at most."""
-    return max(1, ROWS // beam_count) * decoder.mesh.shape["data"]
+    """Return how many prompts are generated together, at most: ROWS rows of a group and member of `data`."""
+    return max(1, ROWS // beam_count) * decoder.mesh.shape["data"] * decoder.mesh.shape["pipeline"]
 
 
 class Layout(NamedTuple):
@@ -90,7 +91,8 @@ class Layout(NamedTuple):
     def of(cls, mesh: jax.sharding.Mesh, count: int) -> Layout:
         """Return the layout of a batch with room for `count` rows."""
         groups = min(mesh.shape["pipeline"], bucket(count, 1))
-        share = bucket(-(-count // (groups * mesh.shape["data"])), 1)  # rows of a group and member of `data`
+        needed = -(-count // (groups * mesh.shape["data"]))  # rows of a group and member of `data`
+        share = min(share for share in SHARES if share >= needed)
         return cls(groups, groups * share * mesh.shape["data"])
 
     def put(self, mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
@@ -106,7 +108,7 @@ class Layout(NamedTuple):
 
 def fetch(mesh: jax.sharding.Mesh, tree: Tree) -> Tree:
     """Return arrays on a mesh as whole host arrays, in all processes."""
-    return jax.tree.map(np.asarray, _replicate(mesh)(tree))
+    return jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), compiled_together(_replicate(mesh))(tree))
 
 
 @functools.lru_cache(maxsize=8)
@@ -134,39 +136,39 @@ class Generation:
         self._layout = Layout.of(decoder.mesh, len(jobs))
         padding = self._layout.rows - len(jobs)
         requests = [*(job.request for job in jobs), *([jobs[0].request._replace(limit=0)] * padding)]
-        room = bucket(max(request.limit for request in requests), 16)
+        contexts = [*(job.context for job in jobs), *([jobs[0].context] * padding)]
+        length = bucket(max(len(context.tokens) + one.limit for context, one in zip(contexts, requests, strict=True)))
         self._strategy: Strategy
         if isinstance(options, Beam):
-            self._strategy, settings, search = beams.begin(requests, vocabulary, room)
+            self._strategy, settings, search = beams.begin(requests, vocabulary, length)
             self._finish = functools.partial(beams.finish, settings)
         else:
-            self._strategy, (settings, search) = sampling.Sampler(), sampling.begin(requests, vocabulary, room)
+            self._strategy, (settings, search) = sampling.Sampler(), sampling.begin(requests, vocabulary, length)
             finish_rows = functools.partial(sampling.finish, settings)
             self._finish = lambda search: [[row] for row in finish_rows(search)]
         self._settings = self._put(settings)
-        self._prefill([*(job.context for job in jobs), *([jobs[0].context] * padding)], requests, search)
+        idle = np.array([request.limit < 1 for request in requests])
+        self._prefill(contexts, length, idle, search)
 
     def _put(self, tree: Tree) -> Tree:
         return self._layout.put(self._decoder.mesh, tree)
 
-    def _prefill(self, contexts: Sequence[Context], requests: Sequence[Request], search: Tree) -> None:
+    def _prefill(self, contexts: Sequence[Context], length: int, idle: np.ndarray, search: Tree) -> None:
         config, mesh, weights = self._decoder.config, self._decoder.mesh, self._decoder.weights
         lengths = np.array([len(context.tokens) - 1 for context in contexts], np.int32)  # without sop
         tokens = np.zeros((len(contexts), bucket(int(lengths.max()))), np.int32)
         for row, context in zip(tokens, contexts, strict=True):
             row[: len(context.tokens) - 1] = context.tokens[:-1]
-        longest = max(len(context.tokens) + one.limit for context, one in zip(contexts, requests, strict=True))
-        positions = np.stack([row_positions(config.model, context, bucket(longest)) for context in contexts])
+        positions = np.stack([row_positions(config.model, context, length) for context in contexts])
         prompts = decode.Prompts(*map(self._put, (tokens, positions, lengths)))
-        cache = decode.prefill(config, mesh, weights, prompts)
+        cache = compiled_together(decode.prefill)(config, mesh, weights, prompts)
 
         def rows(array: np.ndarray) -> Array:
             return self._put(np.repeat(array, self._beams, axis=0))
 
         if self._beams > 1:
-            cache = decode.repeat_rows(mesh, cache, self._beams)
+            cache = compiled_together(decode.repeat_rows)(mesh, cache, self._beams)
         last = np.array([context.tokens[-1] for context in contexts], np.int32)
-        idle = np.array([request.limit < 1 for request in requests])
         self._positions = rows(positions)
         self._state = decode.begin(mesh, cache, rows(lengths), rows(last), rows(idle), self._put(search))
 
@@ -178,7 +180,7 @@ class Generation:
         """
         config, mesh, weights = self._decoder.config, self._decoder.mesh, self._decoder.weights
         settings, count = self._settings, np.int32(turns)
-        self._state = decode.decode(
+        self._state = compiled_together(decode.decode)(
             config, mesh, self._strategy, weights, self._state, self._positions, settings, count
         )
         if not fetch(mesh, self._state.search.finite).all():
@@ -194,8 +196,8 @@ class Generation:
         ended = np.zeros(self._layout.rows, bool)
         ended[: len(jobs)] = jobs
         search = self._state.search
-        done = _either(search.done, self._put(ended))
-        self._state = self._state._replace(done=done, search=search._replace(done=jnp.copy(done)))
+        done, again = compiled_together(_either)(search.done, self._put(ended))
+        self._state = self._state._replace(done=done, search=search._replace(done=again))
 
     def results(self) -> list[list[Generated]]:
         """Return what each job has generated, best first: one sequence, or as many as there are beams."""
@@ -204,8 +206,8 @@ class Generation:
 
 
 @jax.jit
-def _either(left: Array, right: Array) -> Array:
-    return left | right
+def _either(left: Array, right: Array) -> tuple[Array, Array]:
+    return left | right, left | right  # in two places, since decoding takes both over
 
 
 class Scored(NamedTuple):
@@ -238,7 +240,9 @@ def score(decoder: Decoder, pairs: Sequence[tuple[Context, Sequence[int]]]) -> l
     positions = np.stack([row_positions(config.model, context, length) for context, _ in rows])
     *contexts, places, targets = layout.put(mesh, (tokens, positions, lengths, places, targets))
     prompts = decode.Prompts(*contexts)
-    losses = fetch(mesh, decode.token_losses(config, mesh, decoder.weights, prompts, places, targets))
+    losses = fetch(
+        mesh, compiled_together(decode.token_losses)(config, mesh, decoder.weights, prompts, places, targets)
+    )
     losses = losses.reshape(len(rows), width)
     return [
         Scored(-float(losses[row, : len(target)].sum(dtype=np.float64)), len(target))

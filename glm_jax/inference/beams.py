@@ -4,11 +4,13 @@ A step takes the best (end tokens + 1) * W continuations of a prompt's W beams b
 through them, best first. An end token moves its beam to the list of finished beams; any other continuation fills one
 of W places. The walk stops at the first continuation that is no end token and finds no place, so an end token counts
 even if it is not the best continuation of its beam. The list keeps the W best by sum / ((5 + length) / 6)^penalty. A
-prompt is done when its list is full and no live beam would enter it as it is now, or at its limit.
+prompt is done at its limit, or when its list is full and the best live beam, scored by the same formula, would not
+enter it.
 
 `length` counts the whole sequence: context, sop, generated tokens and the end token. That is the official formula; it
-makes the penalty weaker the longer the context is. The official evaluation counts padding, too, and begins the n-gram
-ban with the zeros of padding: both are quirks, and only numbers in `Settings` (`context`, `prefix`) for who needs them.
+makes the penalty weaker the longer the context is. The official evaluation counts padding, too, and takes the zeros of
+the padding for the tokens before the first generated one. Both are quirks; to get them, replace `context` and `prefix`
+in `Settings`.
 
 Every array has a leading axis of Q prompts. Rows of logits are prompt by prompt: row = prompt * W + beam.
 """
@@ -74,12 +76,11 @@ def begin(
 
     Raises:
         UserError: see `constraints.build`.
-        ValueError: requests that cannot be searched together.
+        ValueError: requests that cannot be searched together, or need more room.
     """
     options = [one.options for one in requests if isinstance(one.options, Beam)]
-    strategies = {
-        BeamSearch(one.count, len(vocabulary.ends), one.no_repeat_ngram, one.deterministic) for one in options
-    }
+    ends = len(set(vocabulary.ends))
+    strategies = {BeamSearch(one.count, ends, one.no_repeat_ngram, one.deterministic) for one in options}
     if len(options) != len(requests) or len(strategies) != 1:
         raise ValueError("requests of one beam search need Beam options of one count, n-gram and way of choosing")
     strategy = strategies.pop()
@@ -89,7 +90,7 @@ def begin(
         known = context[max(len(context) - before, 0) :]
         row[before - len(known) :] = known
     settings = Settings(
-        constraints=constraints.build(requests, vocabulary),
+        constraints=constraints.build(requests, vocabulary, room),
         key=np.array([one.key for one in requests], np.uint32).reshape(prompts, 2),
         length_penalty=np.array([one.length_penalty for one in options], np.float32),
         context=np.array([len(one.context) for one in requests], np.int32),
@@ -138,13 +139,13 @@ def _generated(beams: Beams[np.ndarray], ended: bool) -> list[Generated]:
 
 def _penalty(length: N, power: N) -> N:
     """Return what divides the sum of a beam of so many tokens (GNMT, arXiv 1609.08144, equation 14)."""
-    return ((5.0 + length) / 6.0) ** power
+    return ((5.0 + length.astype(np.float32)) / 6.0) ** power
 
 
 def without_repeats(logits: Array, prefix: Array, tokens: Array, count: Array) -> Array:
-    """Return logits with -inf for tokens that would complete an n-gram whose end has been generated before.
+    """Return logits with -inf for every token that would repeat an n-gram.
 
-    The n - 1 tokens before it may reach into the context; n-grams that end in the context are free.
+    An n-gram counts if its last token was generated; the tokens before that one may belong to the context.
 
     Args:
         logits: float32 [V].

@@ -40,14 +40,17 @@ class Constraints(NamedTuple, Generic[A]):
     limit: A  # int32 [B], the largest number of tokens, an end token included
 
 
-def build(requests: Sequence[Request], vocabulary: Vocabulary) -> Constraints[np.ndarray]:
+def build(requests: Sequence[Request], vocabulary: Vocabulary, room: int) -> Constraints[np.ndarray]:
     """Return the constraints of requests, in numpy.
 
     End tokens in a context do not count as seen: a penalty on them would only make fills longer.
 
     Raises:
         UserError: an option names a token that is not in the vocabulary, or no token is left to generate.
+        ValueError: a limit is above `room`, the number of tokens that a row can hold.
     """
+    if any(request.limit > room for request in requests):
+        raise ValueError(f"a limit is above the room for {room} tokens")
     shape = len(requests), vocabulary.width
     bias, ends, seen = np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, bool)
     ends[:, list(vocabulary.ends)] = True

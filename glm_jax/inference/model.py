@@ -16,8 +16,10 @@ from glm_jax.errors import UserError
 from glm_jax.inference import batch, fill, prompts, strategies
 from glm_jax.inference.batch import Decoder, Scored
 from glm_jax.inference.fill import Filled, Settings
+from glm_jax.interop import decoding, sources
 from glm_jax.interop.weights import open_weights
 from glm_jax.model import GLMConfig
+from glm_jax.model.quantized import GROUPS, Scheme
 from glm_jax.parallel import mesh as meshes
 from glm_jax.types import Tree
 from glm_jax.workdir import folder
@@ -25,6 +27,7 @@ from glm_jax.workdir import folder
 Dtype = Literal["float32", "float16", "bfloat16"]
 Mesh = Mapping[str, int] | jax.sharding.Mesh  # the sizes of axes, 1 where not named; or a mesh
 Many = list[str] | tuple[str, ...]
+WIDTHS = {"int8": 8, "int4": 4}  # bits
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -67,7 +70,12 @@ class Model:
 
     @classmethod
     def open(
-        cls, workdir: str | Path, mesh: Mesh | None = None, dtype: Dtype | None = None, step: int | None = None
+        cls,
+        workdir: str | Path,
+        mesh: Mesh | None = None,
+        dtype: Dtype | None = None,
+        quantize: Literal["int8", "int4"] | None = None,
+        step: int | None = None,
     ) -> Model:
         """Open a checkpoint of a workdir, each device reading its own part.
 
@@ -75,11 +83,13 @@ class Model:
             workdir: of a run, or written by `convert`.
             mesh: as for `Model`.
             dtype: of the computation. None is float32 on CPU, and what the run trained with elsewhere.
+            quantize: hold the kernels of blocks as integers, int8 by row or int4 by groups of up to 128 input features.
+                A workdir that `convert quantize` wrote is so without it.
             step: of the checkpoint; None is the newest good one.
 
         Raises:
             UserError: the workdir is a URL, or holds no run, no checkpoint, or none with good params; or the model does
-                not fit the mesh.
+                not fit the mesh, or is quantised already.
         """
         workdir = local_path(workdir, "the workdir")
         experiment = folder.read_config(workdir)
@@ -90,7 +100,10 @@ class Model:
         decode = _decode_config(opened.config, tokenizer, dtype or usual)
         model = cls.__new__(cls)
         model.config, model.tokenizer = opened.config, tokenizer
-        weights = engine_weights.read(decode, on, opened.parameters)
+        parameters = opened.parameters
+        if quantize is not None:
+            parameters = sources.quantize(parameters, _scheme(quantize))
+        weights = decoding.read(decode, on, parameters)
         model.decoder = Decoder(decode, on, weights, f"step {opened.step} of {workdir}")
         return model
 
@@ -187,6 +200,12 @@ class Model:
         if self.tokenizer is None:
             raise UserError("the model has no tokenizer: convert its weights again, with --tokenizer FILE")
         return self.tokenizer
+
+
+def _scheme(name: str) -> Scheme:
+    if name not in WIDTHS:
+        raise UserError(f"quantize is {name!r}: it must be one of {', '.join(WIDTHS)}")
+    return Scheme(WIDTHS[name], GROUPS.get(WIDTHS[name], 0))
 
 
 def _mesh(mesh: Mesh | None) -> jax.sharding.Mesh:

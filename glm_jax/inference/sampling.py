@@ -17,7 +17,7 @@ import numpy as np
 from glm_jax.engine.strategy import Choice
 from glm_jax.inference import constraints
 from glm_jax.inference.constraints import A, Constraints, Vocabulary
-from glm_jax.inference.strategies import LARGEST, SMALLEST, Generated, Request, Sample
+from glm_jax.inference.strategies import LARGEST, SMALLEST, Generated, Greedy, Request, Sample
 
 Array = jax.Array
 
@@ -54,11 +54,14 @@ def begin(
 
     Raises:
         UserError: see `constraints.build`.
+        ValueError: options of beam search, or a limit above the room.
     """
+    if not all(isinstance(one.options, Greedy | Sample) for one in requests):
+        raise ValueError("rows are sampled with Greedy or Sample options")
     rows = len(requests)
     samples = [one.options if isinstance(one.options, Sample) else Sample(temperature=0.0) for one in requests]
     settings = Settings(
-        constraints=constraints.build(requests, vocabulary),
+        constraints=constraints.build(requests, vocabulary, room),
         key=np.array([one.key for one in requests], np.uint32).reshape(rows, 2),
         temperature=np.array([min(one.temperature, LARGEST) for one in samples], np.float32),
         top_k=np.array([one.top_k for one in samples], np.int32),
@@ -105,9 +108,9 @@ def scaled(logits: Array, temperature: Array) -> Array:
 def filtered(logits: Array, top_k: Array, top_p: Array) -> Array:
     """Return logits with -inf for what each row's top-k, and top-p after it, take away: float32 [B, V].
 
-    Top-k keeps every token as likely as the k-th, so ties may keep more than k; 0 keeps all. Top-p keeps a token while
-    the probability of all before it is at most p, the likeliest first, of equally likely ones the first in the
-    vocabulary. If some reach p exactly, that is one token more than the fewest that reach it.
+    Top-k keeps every token as likely as the k-th, so ties may keep more than k; 0 keeps all. Top-p takes the likeliest
+    tokens first, equally likely ones in the order of the vocabulary, and keeps each while the probability of all before
+    it is at most p. These are the fewest tokens that reach p, and one more if they reach it exactly.
 
     The released GLM-130B differs in one value: there, a top_p of 0 keeps all tokens. Here 0 keeps only the likeliest.
 

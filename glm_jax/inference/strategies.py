@@ -86,7 +86,7 @@ class Beam(Options):
         "length counts the context, too",
     )
     no_repeat_ngram: int = field(
-        0, at_least=0, doc="no beam generates so many tokens in a row again that it has generated before; 0 disables"
+        0, at_least=0, at_most=64, doc="no beam repeats a run of this many tokens that it has generated; 0 disables"
     )
     deterministic: bool = field(True, doc="False draws the continuations of beams instead of taking the best")
 

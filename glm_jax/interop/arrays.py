@@ -4,79 +4,41 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.errors import UserError
-from glm_jax.interop.layout import SAT, Layout, Rule, axis_sizes, official_tensors, tile_shape, tiles
+from glm_jax.interop.layout import (
+    SAT,
+    SCALES,
+    VALUES,
+    ZEROS,
+    Layout,
+    Rule,
+    axis_sizes,
+    official_tensors,
+    tile_shape,
+    tiles,
+)
+from glm_jax.interop.sources import QuantizedSource, Repeated, Source, flatten, official, split, summary
 from glm_jax.interop.torch_archive import DTYPES, TensorStream
 from glm_jax.model import GLMConfig, init
+from glm_jax.model.quantized import INPUTS, Quantized, is_quantized, split_groups
 from glm_jax.model.transformer import Params
 from glm_jax.types import Tree
-from glm_jax.workdir.checkpoint_format import Index, ParamPath
+from glm_jax.workdir.checkpoint_format import ParamPath
 
 Array = jax.Array
-
-
-class Source(Protocol):
-    """An array that is read region by region."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the whole array."""
-        ...
-
-    def read(self, index: Index, dtype: np.dtype | None = None, /) -> np.ndarray:
-        """Read a region, one slice an axis, in the stored dtype or another."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Live:
-    """An array in memory or on devices, as a source."""
-
-    array: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def read(self, index: Index, dtype: np.dtype | None = None, /) -> np.ndarray:
-        return np.asarray(self.array[index], dtype)
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """A kernel with its adapter merged into each region as it is read; see `glm_jax.model.lora.merge`."""
-
-    kernel: Source  # [L, inputs, outputs]
-    a: Source  # [L, inputs, r]
-    b: Source  # [L, r, outputs]
-    scale: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the kernel."""
-        return self.kernel.shape
-
-    def read(self, index: Index, dtype: np.dtype | None = None, /) -> np.ndarray:
-        """Read a region, merged in float32."""
-        inputs = len(self.a.shape) - 1  # axes of `a` before r, with L
-        a = self.a.read((*index[:inputs], slice(0, self.a.shape[-1])), np.dtype(np.float32))
-        b = self.b.read((index[0], slice(0, self.b.shape[1]), *index[inputs:]), np.dtype(np.float32))
-        product = np.stack([np.tensordot(of_layer, b[layer], 1) for layer, of_layer in enumerate(a)])
-        merged = self.kernel.read(index, np.dtype(np.float32)) + np.float32(self.scale) * product
-        return merged if dtype is None else merged.astype(dtype, copy=False)
+PARTS = {VALUES: jnp.int8, SCALES: jnp.float16, ZEROS: jnp.int32}  # dtypes of a quantised kernel's parts
 
 
 def sources(params: Params) -> dict[ParamPath, Source]:
     """Return the arrays of params by path, to be written."""
-    return {path: _Live(array) for path, array in leaves(params).items()}
+    return dict(flatten(leaves(params).items()))
 
 
 def load(parameters: Mapping[ParamPath, Source], shardings: Tree | None = None) -> Params:
@@ -86,19 +48,53 @@ def load(parameters: Mapping[ParamPath, Source], shardings: Tree | None = None) 
 
     Args:
         parameters: an opened checkpoint.
-        shardings: a jax Sharding for each array, nested as params; None is the default device.
+        shardings: a jax Sharding for each array, nested as params, with those of the parts of a quantised kernel in a
+            `Quantized`; None is the default device.
 
     Returns:
-        float32 params as `glm_jax.model.init` gives them.
+        float32 params as `glm_jax.model.init` gives them, with a `Quantized` in the place of each quantised kernel. Its
+        scales are repeated where their sharding would not divide them.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arrays = {}
+    arrays: dict[ParamPath, object] = {}
     for param_path, parameter in parameters.items():
         sharding = (
             device if shardings is None else functools.reduce(lambda node, name: node[name], param_path, shardings)
         )
-        arrays[param_path] = fill(jnp.zeros(parameter.shape, jnp.float32, device=sharding), parameter)
+        if not isinstance(parameter, QuantizedSource):
+            arrays[param_path] = fill(jnp.zeros(parameter.shape, jnp.float32, device=sharding), parameter)
+            continue
+        parts = {}
+        for name, part in parameter.parts().items():
+            of_part = device if shardings is None else getattr(sharding, name)
+            if name != VALUES:
+                part = Repeated(part, split_groups(part.shape, _pieces(of_part, len(part.shape))))
+            parts[name] = fill(jnp.zeros(part.shape, PARTS[name], device=of_part), part)
+        arrays[param_path] = Quantized(parts[VALUES], parts[SCALES], parts.get(ZEROS), parameter.bits, parameter.axis)
     return nest(arrays)
+
+
+def abstract(parameters: Mapping[ParamPath, Source]) -> Tree:
+    """Return the shapes and dtypes of what `load` returns on one device."""
+    shapes: dict[ParamPath, object] = {}
+    for param_path, parameter in parameters.items():
+        if isinstance(parameter, QuantizedSource):
+            parts = {name: jax.ShapeDtypeStruct(part.shape, PARTS[name]) for name, part in parameter.parts().items()}
+            shapes[param_path] = Quantized(
+                parts[VALUES], parts[SCALES], parts.get(ZEROS), parameter.bits, parameter.axis
+            )
+        else:
+            shapes[param_path] = jax.ShapeDtypeStruct(parameter.shape, jnp.float32)
+    return nest(shapes)
+
+
+def _pieces(sharding: jax.sharding.Sharding, ndim: int) -> list[int]:
+    """Return into how many pieces a sharding splits each of `ndim` axes."""
+    if not isinstance(sharding, jax.NamedSharding):
+        return [1] * ndim
+    entries = [() if entry is None else (entry,) if isinstance(entry, str) else entry for entry in sharding.spec]
+    counts = [math.prod(sharding.mesh.shape[name] for name in entry) for entry in entries]
+    return counts + [1] * (ndim - len(counts))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -110,7 +106,7 @@ def fill(array: Array, source: Source) -> Array:
     """Overwrite an array, chunk by chunk, with as much of `source` as fits; what lies beyond it stays.
 
     Args:
-        array: float32, on any mesh; it is donated. Devices with the same part share the reading.
+        array: of any dtype, on any mesh; it is donated. Devices with the same part share the reading.
         source: as many axes; each may be longer or shorter than the array's.
     """
     owners = collections.defaultdict(list)
@@ -122,7 +118,7 @@ def fill(array: Array, source: Source) -> Array:
         shape = tuple(max(0, min(stop, size) - start) for (start, stop), size in zip(bounds, source.shape, strict=True))
         for region in tiles(shape, tile_shape(shape)) if all(shape) else ():
             index = tuple(slice(b[0] + r.start, b[0] + r.stop) for b, r in zip(bounds, region, strict=True))
-            chunk = source.read(index, np.dtype(np.float32))
+            chunk = source.read(index, array.dtype)
             start = [np.int32(part.start) for part in region]
             parts = [_update(part, jax.device_put(chunk, part.device), start) for part in parts]
             jax.block_until_ready(parts)  # else the chunks pile up behind the transfers
@@ -138,10 +134,16 @@ def nest(flat: Mapping[ParamPath, object]) -> Tree:
     return tree
 
 
-def leaves(params: Params) -> dict[ParamPath, Array]:
-    """Undo `nest`."""
-    flat = jax.tree_util.tree_leaves_with_path(params)
+def leaves(params: Params) -> Tree:
+    """Undo `nest`: {path: leaf}. A quantised kernel is a leaf."""
+    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
     return {tuple(str(getattr(key, "key", key)) for key in keys): leaf for keys, leaf in flat}
+
+
+def model_shapes(cfg: GLMConfig) -> dict[ParamPath, tuple[int, ...]]:
+    """Return the shapes of the arrays of a model by path."""
+    params = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    return {param_path: tuple(leaf.shape) for param_path, leaf in leaves(params).items()}
 
 
 def check_shapes(cfg: GLMConfig, shapes: Mapping[ParamPath, tuple[int, ...]], where: str) -> None:
@@ -150,8 +152,7 @@ def check_shapes(cfg: GLMConfig, shapes: Mapping[ParamPath, tuple[int, ...]], wh
     Raises:
         UserError: one is missing, unknown or of another shape; the message starts with `where`.
     """
-    params = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
-    wanted = {param_path: tuple(leaf.shape) for param_path, leaf in leaves(params).items()}
+    wanted = model_shapes(cfg)
     for param_path in sorted(wanted.keys() | shapes.keys()):
         name = ".".join(param_path)
         if param_path not in shapes:
@@ -175,18 +176,26 @@ def streams(
 ) -> dict[str, TensorStream]:
     """Return one rank's official tensors, whose chunks are read and turned when they are written.
 
+    Kernels that are quantised stay so in SAT's layout; Hugging Face's has only floats.
+
     Args:
         cfg: the model.
         sources: the arrays of params by path.
-        dtype: of the tensors, a key of `torch_archive.DTYPES`.
+        dtype: of the tensors of floats, a key of `torch_archive.DTYPES`; scales are float16.
         layout, ranks, rank: the names of tensors, the number of tensor-parallel ranks and which of them.
 
     Raises:
-        UserError: the shapes are not cfg's; while chunks are drawn, a value does not fit dtype.
+        UserError: the shapes are not cfg's, or scales are not those that SAT has; while chunks are drawn, a value does
+            not fit dtype.
     """
     check_shapes(cfg, {param_path: tuple(source.shape) for param_path, source in sources.items()}, "params")
-    kind, sizes, tensors = DTYPES[dtype][1], axis_sizes(cfg), {}
-    for name, rule, layer in official_tensors(cfg, layout):
+    found = summary(sources) if layout == SAT else None
+    if found:
+        sources = split(official(sources, ranks))
+    kinds = {VALUES: np.dtype(np.int8), SCALES: np.dtype(np.float16)}
+    sizes, tensors = axis_sizes(cfg, ranks), {}
+    for name, rule, layer in official_tensors(cfg, layout, found.bits if found else 0):
+        kind = kinds.get(rule.path[-1] if rule.path[:-1] in INPUTS else "", DTYPES[dtype][1])
         chunks = _chunks(name, rule, layer, sources[rule.path], rule.view_shape(sizes, ranks), rank, kind)
         tensors[name] = TensorStream(rule.torch_shape(sizes, ranks), kind, chunks)
     return tensors

@@ -36,13 +36,14 @@ class Fact(NamedTuple):
     default: object = None  # the one to take if nobody says; None: somebody must
 
 
-def shapes(file: Path, tensors: Mapping[str, StoredTensor], ranks: int) -> dict[str, Fact]:
+def shapes(file: Path, tensors: Mapping[str, StoredTensor], ranks: int, bits: int = 0) -> dict[str, Fact]:
     """Return what the names and shapes of one rank's tensors show, by key of the model.
 
     Args:
         file: that holds them, for messages.
         tensors: by official name.
         ranks: the number of tensor-parallel ranks.
+        bits: of the kernels, 4 of them two to a byte; 0 for floats.
 
     Raises:
         UserError: the tensors are not those of a GLM.
@@ -57,6 +58,7 @@ def shapes(file: Path, tensors: Mapping[str, StoredTensor], ranks: int) -> dict[
     vocab, hidden = shape("transformer.word_embeddings.weight")
     rows, inner = (shape("transformer.layers.0.mlp." + name)[axis] for name, axis in
                    (("dense_h_to_4h.weight", 0), ("dense_4h_to_h.weight", 1)))  # fmt: skip
+    inner *= 2 if bits == 4 else 1
     known = {"num_layers": 1 + max(layers), "hidden_size": hidden, "ffn_size": inner * ranks,
              "vocab_size": vocab * ranks}  # fmt: skip
     facts = {key: Fact((value,), value) for key, value in known.items()}

@@ -25,11 +25,11 @@ from pathlib import Path
 from glm_jax.config.fields import shown
 from glm_jax.errors import UserError
 from glm_jax.interop import arrays
-from glm_jax.interop.arrays import Source
 from glm_jax.interop.describe import read_json
 from glm_jax.interop.layout import HUGGING_FACE
 from glm_jax.interop.safetensors_file import read_safetensors, write_safetensors
 from glm_jax.interop.shards import Parameter, Rank, check_tensors, gather
+from glm_jax.interop.sources import Source
 from glm_jax.interop.torch_archive import StoredTensor, TensorStream, read_archive
 from glm_jax.model import GLMConfig
 from glm_jax.model.transformer import Params

@@ -15,7 +15,7 @@ from glm_jax.data.tokenizers.load import read
 from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.interop import arrays
-from glm_jax.interop.arrays import Source
+from glm_jax.interop.sources import Source
 from glm_jax.interop.weights import Weights, open_recorded, open_weights
 from glm_jax.parallel import processes
 from glm_jax.types import Json, Tree

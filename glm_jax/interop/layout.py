@@ -8,6 +8,10 @@ G the projections that enter the feed-forward (2 for a GLU, else 1), F feed-forw
 with several of our axes flattened into one of its own: "NCK D" is [3D, D] whose rows are head-major. A rank of k holds
 the same shape with the split axis divided by k, and every rule of the official re-sharding tool follows from that: the
 GLU's "GF D" split on F gives each rank its part of both halves.
+
+A quantised matrix is two tensors: its integers, with d, k or f for half of D, K or F where 4 bits are packed two to a
+byte, and its scales [out]. The official tool quantises what a rank holds, so where ranks split the inputs there are
+scales for each of R ranks; 1 stands for inputs that have one scale.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from glm_jax.workdir.checkpoint_format import Index, ParamPath
 CHUNK_BYTES = 32 * 2**20  # of float32, the most that is read, turned and written at a time
 SAT_NORMS = ("deepnorm", "post", "pre", "sandwich")
 AXIS_NAMES = {"N": "num_heads", "F": "ffn_size", "V": "vocab_size"}  # the axes that ranks split
+KERNEL, VALUES, SCALES, ZEROS = "kernel", "values", "scales", "zeros"  # the last three: of a quantised kernel
 
 
 class Layout(NamedTuple):
@@ -73,14 +78,15 @@ class Rule(NamedTuple):
         return tuple(sizes[axis] for axis in ("L" if self.stacked else "") + self.ours)
 
 
-def axis_sizes(cfg: GLMConfig) -> dict[str, int]:
-    """Return the size of each axis of the table."""
-    return {"L": cfg.num_layers, "V": cfg.vocab_size, "T": cfg.max_length, "D": cfg.hidden_size, "N": cfg.num_heads,
-            "C": 3, "K": cfg.head_dim, "G": cfg.up_projections, "F": cfg.ffn_size}  # fmt: skip
+def axis_sizes(cfg: GLMConfig, ranks: int = 1) -> dict[str, int]:
+    """Return the size of each axis of the table; ranks are those of a quantised checkpoint."""
+    sizes = {"L": cfg.num_layers, "V": cfg.vocab_size, "T": cfg.max_length, "D": cfg.hidden_size, "N": cfg.num_heads,
+             "C": 3, "K": cfg.head_dim, "G": cfg.up_projections, "F": cfg.ffn_size, "R": ranks, "1": 1}  # fmt: skip
+    return sizes | {axis.lower(): sizes[axis] // 2 for axis in "DKF"}
 
 
-def rules(cfg: GLMConfig, layout: Layout = SAT) -> list[Rule]:
-    """Return the table for one model, with the names of one layout.
+def rules(cfg: GLMConfig, layout: Layout = SAT, bits: int = 0) -> list[Rule]:
+    """Return the table for one model, with the names of one layout; of quantised kernels if they have 8 or 4 `bits`.
 
     The original GLM (learned_2d positions) packs q, k and v as three blocks on each rank; GLM-130B's code packs them
     head by head.
@@ -111,7 +117,23 @@ def rules(cfg: GLMConfig, layout: Layout = SAT) -> list[Rule]:
     if cfg.norm == "sandwich":
         table += _norm(block + "third_layernorm", ("blocks", "attention_output_norm"))
         table += _norm(block + "fourth_layernorm", ("blocks", "feedforward_output_norm"))
-    return table + _norm(f"{layout.transformer}.final_layernorm", ("final_norm",))
+    table += _norm(f"{layout.transformer}.final_layernorm", ("final_norm",))
+    if bits == 0:
+        return table
+    return [part for rule in table for part in (_quantised(rule, bits) if rule.path[-1] == KERNEL else [rule])]
+
+
+def _quantised(rule: Rule, bits: int) -> list[Rule]:
+    """Return the rules for the integers and the scales of a kernel."""
+    outputs, inputs = rule.official.split()
+    packed = inputs[-1]
+    half = packed.lower() if bits == 4 else packed
+    values = rule._replace(path=(*rule.path, VALUES), official=f"{outputs} {inputs.replace(packed, half)}",
+                           ours=rule.ours.replace(packed, half), split=rule.split.replace(packed, half))  # fmt: skip
+    groups = "".join("R" if axis == rule.split else "1" for axis in inputs)
+    scales = Rule(f"{rule.name}_scale", (*rule.path, SCALES), groups + outputs, groups + rule.ours[len(inputs) :],
+                  "R" if "R" in groups else rule.split)  # fmt: skip
+    return [values, scales]
 
 
 def _norm(name: str, path: ParamPath) -> list[Rule]:
@@ -123,9 +145,9 @@ def _affine(name: str, path: ParamPath, kernel: tuple[str, str], bias: tuple[str
             Rule(f"{name}.bias", ("blocks", *path, "bias"), *bias)]  # fmt: skip
 
 
-def official_tensors(cfg: GLMConfig, layout: Layout = SAT) -> Iterator[tuple[str, Rule, int | None]]:
+def official_tensors(cfg: GLMConfig, layout: Layout = SAT, bits: int = 0) -> Iterator[tuple[str, Rule, int | None]]:
     """Yield (official name, rule, layer) for every tensor of a checkpoint, layer None outside the blocks."""
-    table = rules(cfg, layout)
+    table = rules(cfg, layout, bits)
     blocks = [rule for rule in table if rule.stacked]
     first = table.index(blocks[0])
     for rule in table[:first]:
@@ -137,11 +159,11 @@ def official_tensors(cfg: GLMConfig, layout: Layout = SAT) -> Iterator[tuple[str
         yield rule.name, rule, None
 
 
-def check_ranks(cfg: GLMConfig, ranks: int, where: Path) -> None:
-    """Check that a tensor-parallel count divides what it splits.
+def check_ranks(cfg: GLMConfig, ranks: int, where: Path, bits: int = 0) -> None:
+    """Check that a tensor-parallel count divides what it splits, and that 4 bits can be packed on each rank.
 
     Raises:
-        UserError: it does not; the message starts with `where`.
+        UserError: it does not, or they cannot; the message starts with `where`.
     """
     if ranks < 1:
         raise UserError(f"{where}: tensor_parallel is {ranks}, it must be at least 1")
@@ -152,6 +174,10 @@ def check_ranks(cfg: GLMConfig, ranks: int, where: Path) -> None:
                 f"{where}: {ranks} tensor-parallel ranks do not divide {AXIS_NAMES[rule.split]} {size}, along which "
                 f"{rule.name.format(layer=0)} is split"
             )
+    for name, size in (("hidden_size", cfg.hidden_size), ("head_dim", cfg.head_dim), ("ffn_size", cfg.ffn_size)):
+        on_rank = size // (ranks if name == "ffn_size" else 1)
+        if bits == 4 and on_rank % 2:
+            raise UserError(f"{where}: 4 bits are packed in pairs, and {name} is {on_rank} on a rank: use 8 bits")
 
 
 def tile_shape(shape: tuple[int, ...], itemsize: int = 4) -> tuple[int, ...]:

@@ -13,9 +13,9 @@ import numpy as np
 from glm_jax.config.fields import build
 from glm_jax.errors import UserError
 from glm_jax.interop import arrays, describe
-from glm_jax.interop.arrays import Source
 from glm_jax.interop.layout import axis_sizes, check_ranks, official_tensors
-from glm_jax.interop.shards import RANK_FILE, Rank, gather, open_parameters, open_ranks
+from glm_jax.interop.shards import RANK_FILE, Rank, bits, gather, open_parameters, open_ranks
+from glm_jax.interop.sources import Source, summary
 from glm_jax.interop.torch_archive import write_archive
 from glm_jax.model import GLMConfig
 from glm_jax.model.transformer import Params
@@ -32,7 +32,7 @@ def load(path: str | Path, cfg: GLMConfig) -> Params:
         cfg: the model that it holds.
 
     Returns:
-        float32 params as `glm_jax.model.init` gives them.
+        float32 params as `glm_jax.model.init` gives them, with a `Quantized` in the place of each quantised kernel.
 
     Raises:
         UserError: a missing or damaged file, a tensor that is missing, unknown or of another shape than cfg's.
@@ -58,17 +58,18 @@ def load_sharded(path: str | Path, cfg: GLMConfig, shardings: Tree) -> Params:
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     """Read an official checkpoint as it is: official names to arrays in the files' dtype, merged to one rank.
 
-    Rotary tables (`inv_freq`) are left out.
+    Rotary tables (`inv_freq`) are left out. Of a quantised matrix whose inputs the ranks split, the scales of the ranks
+    follow one another.
 
     Raises:
         UserError: as in `load`.
     """
     ranks = open_ranks(path)
     cfg = _merged(ranks)
-    sizes = axis_sizes(cfg)
+    sizes = axis_sizes(cfg, len(ranks))
     parameters = gather(ranks, cfg)
     tensors = {}
-    for name, rule, layer in official_tensors(cfg):
+    for name, rule, layer in official_tensors(cfg, bits=bits(ranks)):
         parameter = parameters[rule.path]
         bounds = [slice(0, size) for size in parameter.shape]
         if layer is not None:
@@ -82,7 +83,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
 def _merged(ranks: list[Rank]) -> GLMConfig:
     """Return a config under which the ranks merge as they must; any count of heads that they divide does."""
     file, tensors = ranks[0]
-    facts = describe.shapes(file, tensors, len(ranks))
+    facts = describe.shapes(file, tensors, len(ranks), bits(ranks))
     values: dict[str, object] = {key: fact.default for key, fact in facts.items()}
     values |= {"num_heads": len(ranks), "norm": values["norm"] or "deepnorm"}
     if values["position"] != "learned_2d":
@@ -104,10 +105,10 @@ def save(
     Args:
         path: a directory that does not exist yet (or is empty).
         cfg: the model.
-        params: as `glm_jax.model.init` gives them.
+        params: as `glm_jax.model.init` gives them; kernels that are quantised stay so.
         tensor_parallel: the number of rank files.
         iteration: the number that `latest` names.
-        dtype: "float32" or "float16".
+        dtype: "float32" or "float16", of what is not quantised.
 
     Raises:
         UserError: the path is taken, params do not fit cfg, the ranks do not divide it, or a value does not fit dtype.
@@ -130,7 +131,8 @@ def write(
         raise UserError(f"dtype is {dtype!r}, it must be float32 or float16")
     if iteration < 0:
         raise UserError(f"iteration is {iteration}, it must not be negative")
-    check_ranks(cfg, tensor_parallel, root)
+    found = summary(sources)
+    check_ranks(cfg, tensor_parallel, root, found.bits if found else 0)
     ranks = [arrays.streams(cfg, sources, dtype, ranks=tensor_parallel, rank=rank)
              for rank in range(tensor_parallel)]  # fmt: skip
     with atomic_directory(root) as directory:

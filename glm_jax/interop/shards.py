@@ -15,13 +15,27 @@ import numpy as np
 
 from glm_jax.config.fields import shown
 from glm_jax.errors import UserError
-from glm_jax.interop.layout import SAT, Layout, Rule, axis_sizes, check_ranks, official_tensors, rules
+from glm_jax.interop import sources
+from glm_jax.interop.layout import (
+    SAT,
+    SCALES,
+    VALUES,
+    Layout,
+    Rule,
+    axis_sizes,
+    check_ranks,
+    official_tensors,
+    rules,
+)
+from glm_jax.interop.sources import Source
 from glm_jax.interop.torch_archive import StoredTensor, read_archive
 from glm_jax.model import GLMConfig
+from glm_jax.model.quantized import WIDTHS
 from glm_jax.workdir.checkpoint_format import Index, ParamPath
 
 RANK_FILE = "mp_rank_{:02d}_model_states.pt"
 FLOATS = ("float32", "float16", "bfloat16", "float64")
+FIRST_KERNEL = f"{SAT.transformer}.layers.0.attention.query_key_value.weight"
 # rotary tables, in some files a layer's and in some the model's; they follow from the config
 IGNORED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 
@@ -131,30 +145,63 @@ def check_tensors(file: Path, content: dict[object, object]) -> dict[str, Stored
     return tensors
 
 
-def open_parameters(path: str | Path, cfg: GLMConfig) -> dict[ParamPath, Parameter]:
+def open_parameters(path: str | Path, cfg: GLMConfig) -> dict[ParamPath, Source]:
     """Open a checkpoint as params that are still on disk, by path; everything that can be checked is.
 
     Raises:
         UserError: as in `load`.
     """
-    return gather(open_ranks(path), cfg)
+    return join(open_ranks(path), cfg)
+
+
+def join(ranks: list[Rank], cfg: GLMConfig) -> dict[ParamPath, Source]:
+    """Return what `gather` does, with the arrays of each quantised kernel as one source.
+
+    Raises:
+        UserError: as `gather`.
+    """
+    sizes = axis_sizes(cfg)
+    shapes = {rule.path: rule.our_shape(sizes) for rule in rules(cfg)}
+    return sources.join(gather(ranks, cfg), shapes, str(ranks[0].file))
+
+
+def bits(ranks: list[Rank]) -> int:
+    """Return of how many bits the kernels of a checkpoint are; 0 if they are floats.
+
+    Raises:
+        UserError: the first is of integers of neither 8 nor 4 bits.
+    """
+    file, tensors = ranks[0]
+    first, table = tensors.get(FIRST_KERNEL), tensors.get(f"{SAT.word}.weight")
+    if first is None or table is None or first.dtype != np.int8 or len(first.shape) != 2 or len(table.shape) != 2:
+        return 0
+    hidden, stored = table.shape[1], first.shape[1]
+    for width in WIDTHS:
+        if stored * 8 == hidden * width:
+            return width
+    raise UserError(f"{file}: {FIRST_KERNEL} has {stored} bytes for {hidden} input features, which is neither 8 nor 4 "
+                    "bits each: quantise the model again")  # fmt: skip
 
 
 def gather(ranks: list[Rank], cfg: GLMConfig, layout: Layout = SAT) -> dict[ParamPath, Parameter]:
     """Check each rank's tensors against the table and view them as our params, by path.
 
+    A quantised kernel is two arrays, with `values` and `scales` at the end of their paths.
+
     Raises:
-        UserError: a tensor that is missing, unknown, of another shape than cfg's or not of floats.
+        UserError: a tensor that is missing, unknown, of another shape than cfg's or not of floats, or of int8 where
+            the kernels are quantised.
     """
-    check_ranks(cfg, len(ranks), ranks[-1].file)
-    sizes = axis_sizes(cfg)
-    names = {name for name, _, _ in official_tensors(cfg, layout)}
+    width = bits(ranks)
+    check_ranks(cfg, len(ranks), ranks[-1].file, width)
+    sizes = axis_sizes(cfg, len(ranks))
+    names = {name for name, _, _ in official_tensors(cfg, layout, width)}
     for rank in ranks:
         for name, tensor in rank.tensors.items():
             if name not in names and not IGNORED.fullmatch(name):
                 raise UserError(f"{tensor.file}: {shown(name)} is not a tensor of this model: does the config fit it?")
     layers: dict[ParamPath, list[tuple[StoredTensor, ...]]] = {}
-    for name, rule, _ in official_tensors(cfg, layout):
+    for name, rule, _ in official_tensors(cfg, layout, width):
         dtype = next((rank.tensors[name].dtype for rank in ranks if name in rank.tensors), None)
         views = tuple(_view(rank, name, rule, sizes, len(ranks), dtype) for rank in ranks)
         layers.setdefault(rule.path, []).append(views)
@@ -163,7 +210,7 @@ def gather(ranks: list[Rank], cfg: GLMConfig, layout: Layout = SAT) -> dict[Para
             rule.our_shape(sizes), rule.stacked, rule.ours.index(rule.split) if rule.split else None,
             tuple(layers[rule.path])
         )
-        for rule in rules(cfg, layout)
+        for rule in rules(cfg, layout, width)
     }  # fmt: skip
 
 
@@ -171,15 +218,17 @@ def _view(rank: Rank, name: str, rule: Rule, sizes: dict[str, int], ranks: int, 
     """Check one rank's tensor and view it with our axes."""
     tensor = rank.tensors.get(name)
     if tensor is None:
-        raise UserError(f"{rank.file}: {name} is missing")
+        lost = ": quantise the model again, with its scales" if rule.path[-1] == SCALES else ""
+        raise UserError(f"{rank.file}: {name} is missing{lost}")
     wanted = rule.torch_shape(sizes, ranks)
     if tensor.shape != wanted:
         raise UserError(
             f"{tensor.file}: {name} has shape {list(tensor.shape)}, the config wants {list(wanted)}"
             f"{f' on each of {ranks} ranks' * (ranks > 1)}: is it of another model, or is a file missing?"
         )
-    if tensor.dtype.name not in FLOATS or tensor.dtype != dtype:
-        raise UserError(f"{tensor.file}: {name} is {tensor.dtype.name}, it must be of floats and alike on all ranks")
+    kinds, called = (("int8",), "int8") if rule.path[-1] == VALUES else (FLOATS, "of floats")
+    if tensor.dtype.name not in kinds or tensor.dtype != dtype:
+        raise UserError(f"{tensor.file}: {name} is {tensor.dtype.name}, it must be {called} and alike on all ranks")
     shape = dict(zip(rule.view, rule.view_shape(sizes, ranks), strict=True))
     for axis, group in reversed(list(enumerate(rule.official.split()))):
         tensor = tensor.split(axis, tuple(shape[letter] for letter in group))

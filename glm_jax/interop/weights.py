@@ -23,8 +23,8 @@ from glm_jax.config.fields import build, definitions, local_path
 from glm_jax.data.tokenizers.load import load, read
 from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
-from glm_jax.interop import arrays, describe, huggingface, shards
-from glm_jax.interop.arrays import Adapted, Source
+from glm_jax.interop import arrays, describe, huggingface, shards, sources
+from glm_jax.interop.sources import Adapted, Source
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import processes
 from glm_jax.storage import digests
@@ -48,7 +48,8 @@ class Weights:
         kind: what the path was recognised as.
         path: the workdir, or the folder that the user named.
         config: the model that they are of.
-        parameters: the arrays by path into params, in the shapes of `glm_jax.model.init`.
+        parameters: the arrays by path into params, in the shapes of `glm_jax.model.init`. A quantised kernel is a
+            `QuantizedSource`: `arrays.load` keeps it so, and everything else reads it as floats.
         step: of the run that made them; None if the folder's name is no number.
         tokenizer: the file beside them; None if there is none.
         files: the folder, and the start of the names, of the files that hold the arrays.
@@ -134,10 +135,10 @@ def _split(path: Path) -> tuple[Path, int | None]:
 def _open_sat(root: Path, given: Given) -> Weights:
     ranks = shards.open_ranks(root)
     file, tensors = ranks[0]
-    config = describe.model(root, file, describe.shapes(file, tensors, len(ranks)), given)
+    config = describe.model(root, file, describe.shapes(file, tensors, len(ranks), shards.bits(ranks)), given)
     name = shards.latest_iteration(root)
     step = int(name) if name.isdecimal() else None
-    return Weights("sat", root, config, shards.gather(ranks, config), step, None, (root / name, "mp_rank_"))
+    return Weights("sat", root, config, shards.join(ranks, config), step, None, (root / name, "mp_rank_"))
 
 
 def _open_huggingface(root: Path, given: Given) -> Weights:
@@ -247,7 +248,8 @@ def _rows(where: Path, parameters: Mapping[ParamPath, Source]) -> int:
 
 
 def _checked(weights: Weights) -> Weights:
-    """Compare the arrays' shapes with the config."""
-    shapes = {path: tuple(source.shape) for path, source in weights.parameters.items()}
-    arrays.check_shapes(weights.config, shapes, str(weights.files[0] / PARAMS))
-    return weights
+    """Put the parts of quantised kernels together, and compare the arrays' shapes with the config."""
+    where = str(weights.files[0] / PARAMS)
+    parameters = sources.join(weights.parameters, arrays.model_shapes(weights.config), where)
+    arrays.check_shapes(weights.config, {path: tuple(source.shape) for path, source in parameters.items()}, where)
+    return dataclasses.replace(weights, parameters=parameters)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.config.model import GLMConfig
@@ -110,11 +109,10 @@ class Attention(nn.Module):
         cfg, dim, width = self.cfg, self.cfg.head_dim, self.cfg.hidden_size
         members = self.axis.part(cfg.num_heads)  # [N]: the heads of this member
         heads = members.shape[0]
-        kernel, bias = Affine(
+        qkv, bias = Affine(
             (width, heads, 3, dim), ("hidden", "heads", None, None), qkv_stddev(cfg)[:heads], inputs=1, name="qkv"
-        )()  # [D, N, 3, K], [N, 3, K]
-        qkv = jnp.einsum("bsd,dnck->cbsnk", self.axis.enter(x), kernel) + bias.transpose(1, 0, 2)[:, None, None]
-        queries, keys, values = qkv  # [B, S, N, K] each
+        )("bsd,dnck->cbsnk", self.axis.enter(x))  # [3, B, S, N, K], [N, 3, K]
+        queries, keys, values = qkv + bias.transpose(1, 0, 2)[:, None, None]  # [B, S, N, K] each
         if terms.rotation is not None:
             queries, keys = rotate(queries, terms.rotation), rotate(keys, terms.rotation)  # [B, S, N, K]
         keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # [B, N, S, K] each
@@ -123,7 +121,7 @@ class Attention(nn.Module):
             keys, values = cache.read()  # [B, N, T, K] each
         scored = (queries, keys, values, allowed, terms.distance, layer, members, dropout_keys)
         mixed = self.core(cfg, *scored)  # [B, S, N, K]
-        kernel, bias = Affine(
+        partial, bias = Affine(
             (heads, dim, width), ("heads", None, "hidden"), output_stddev(cfg), inputs=2, name="output"
-        )()  # [N, K, D], [D]
-        return self.axis.leave(jnp.einsum("bsnk,nkd->bsd", mixed, kernel)) + bias, cache  # [B, S, D]
+        )("bsnk,nkd->bsd", mixed)  # [B, S, D], [D]
+        return self.axis.leave(partial) + bias, cache  # [B, S, D]

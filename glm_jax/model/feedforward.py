@@ -57,13 +57,14 @@ class FeedForward(nn.Module):
         """x [B, S, D] -> [B, S, D]."""
         cfg, width, inner = self.cfg, self.cfg.hidden_size, self.cfg.ffn_size // self.axis.size
         up_stddev, down_stddev = feedforward_stddevs(cfg)
-        kernel, bias = Affine(
+        halves, bias = Affine(
             (width, cfg.up_projections, inner), ("hidden", None, "ffn"), up_stddev, inputs=1, name="up"
-        )()  # [D, 2, F], [2, F]; without a gate [D, 1, F], [1, F]
-        halves = jnp.einsum("bsd,dcf->cbsf", self.axis.enter(x), kernel) + bias[:, None, None]  # [2, B, S, F]
+        )("bsd,dcf->cbsf", self.axis.enter(x))  # [2, B, S, F], [2, F]; without a gate 1 in the place of 2
+        halves = halves + bias[:, None, None]  # [2, B, S, F]
         if cfg.activation == "geglu":
             inner_x = halves[0] * gelu(halves[1])  # [B, S, F]
         else:
             inner_x = jax.nn.gelu(halves[0]) if cfg.activation == "gelu_tanh" else gelu(halves[0])  # [B, S, F]
-        kernel, bias = Affine((inner, width), ("ffn", "hidden"), down_stddev, inputs=1, name="down")()  # [F, D], [D]
-        return self.axis.leave(jnp.einsum("bsf,fd->bsd", inner_x, kernel)) + bias  # [B, S, D]
+        down = Affine((inner, width), ("ffn", "hidden"), down_stddev, inputs=1, name="down")
+        partial, bias = down("bsf,fd->bsd", inner_x)  # [B, S, D], [D]
+        return self.axis.leave(partial) + bias  # [B, S, D]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glm_jax.model import quantized
 from glm_jax.types import Tree
 
 Array = jax.Array
@@ -134,7 +135,7 @@ class LayerNorm(nn.Module):
 
 
 class Affine(nn.Module):
-    """The kernel and bias of one projection. The caller multiplies, since a bias may have to wait for a collective.
+    """One projection. The caller adds the bias, since it may have to wait for a collective.
 
     Attributes:
         shape: of the kernel, input axes first.
@@ -149,16 +150,18 @@ class Affine(nn.Module):
     inputs: int
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Array]:
-        """Return the kernel, [*inputs, *outputs], and the bias, [*outputs]."""
+    def __call__(self, equation: str, x: Array) -> tuple[Array, Array]:
+        """Return the product of x and the kernel [*inputs, *outputs], an einsum, and the bias [*outputs]."""
 
         def normal(key: Array, shape: tuple[int, ...]) -> Array:
             return jax.random.normal(key, shape) * jnp.asarray(self.stddev, jnp.float32)
 
-        kernel = param(self, "kernel", normal, self.axes, self.shape)
+        kernel = self.get_variable("params", "kernel")  # `param` takes arrays alone; there is none before `init`
+        if not quantized.is_quantized(kernel):
+            kernel = param(self, "kernel", normal, self.axes, self.shape)
         bias_axes, bias_shape = self.axes[self.inputs :], self.shape[self.inputs :]
         bias = param(self, "bias", nn.initializers.zeros, bias_axes, bias_shape)
-        return kernel, bias
+        return quantized.einsum(equation, x, kernel), bias
 
 
 def xavier_stddev(rows: int, columns: int, gain: float = 1.0) -> float:

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Mapping
 from typing import ParamSpec, Protocol, TypeVar
 
@@ -144,18 +145,22 @@ class Jitted(Protocol[P, R]):
     def lower(self, *arguments: Tree, **named: Tree) -> jax.stages.Lowered: ...
 
 
+_compiled: weakref.WeakKeyDictionary[object, set[tuple[object, ...]]] = weakref.WeakKeyDictionary()
+
+
 def compiled_together(function: Jitted[P, R]) -> Callable[P, R]:
     """Return a jitted function that all processes call alike.
 
-    Before the first call with new shapes it compiles, and waits until all processes have: collectives wait less long
-    (gloo waits half a minute for a connection).
+    Before the first call with new shapes or static arguments it compiles, and waits until all processes have:
+    collectives wait less long (gloo waits half a minute for a connection).
     """
     if alone():
         return function
-    seen: set[tuple[tuple[int, ...], ...]] = set()
+    seen = _compiled.setdefault(function, set())
 
     def call(*arguments: P.args, **named: P.kwargs) -> R:
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves((arguments, named)))
+        leaves = jax.tree.leaves((arguments, named))
+        shapes = tuple(leaf.shape if hasattr(leaf, "dtype") else leaf for leaf in leaves)  # the others are static
         if shapes not in seen:
             function.lower(*arguments, **named).compile()
             wait_for_all()

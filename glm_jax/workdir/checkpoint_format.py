@@ -31,11 +31,12 @@ Index = tuple[slice, ...]
 
 
 class Chunked(NamedTuple):
-    """A float32 array that never is in memory as a whole."""
+    """An array that never is in memory as a whole."""
 
     shape: tuple[int, ...]
     chunk: tuple[int, ...]  # the shape of a chunk on disk
     values: Iterable[tuple[Index, np.ndarray]]  # regions, each read as it is asked for
+    dtype: np.dtype = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def open_params(folder: Path, item: str = PARAMS) -> dict[ParamPath, StoredArray
 
 
 def _write(directory: Path, array: Chunked) -> None:
-    metadata = {"shape": array.shape, "chunks": array.chunk, "dtype": "<f4", "compressor": None}
+    metadata = {"shape": array.shape, "chunks": array.chunk, "dtype": array.dtype.str, "compressor": None}
     specification = {"driver": "zarr", "kvstore": _file_store(directory), "metadata": metadata}
     store = tensorstore.open(specification, create=True).result()
     for region, values in array.values:

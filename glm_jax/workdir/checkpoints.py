@@ -304,30 +304,6 @@ class Checkpoints:
                 )
 
 
-def load_params(workdir: Path, say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> Tree:
-    """Load the newest good params of a workdir onto one device, as generation needs them. Nothing on disk changes.
-
-    Args:
-        workdir: of a run, or written by `convert sat-to-orbax`.
-        say: called with a line about every damaged checkpoint that is skipped.
-
-    Raises:
-        UserError: the workdir holds no checkpoint, or none with good params.
-    """
-    directory = (workdir / "checkpoints").resolve()
-    if not directory.is_dir():
-        raise UserError(f"{workdir} holds no checkpoints: train there first, or name another --workdir")
-    step, _ = newest_good(directory, checkpoint_folders.folders(directory), "params/", say)
-    if step is None:
-        raise UserError(f"{workdir} holds no finished checkpoint yet")
-    item, handler = epath.Path(directory / str(step) / "params"), ocp.StandardCheckpointHandler()
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), handler.metadata(item).tree
-    )
-    return handler.restore(item, args=ocp.args.StandardRestore(target))
-
-
 @functools.cache
 def _hush() -> None:
     """Keep orbax, asyncio and tensorstore from printing what the disk refused: `say` reports it in one line."""

@@ -45,7 +45,10 @@ class Scripted:
     """
 
     def __init__(self, before: Callable[[str], object] = len) -> None:
-        mesh, config = SimpleNamespace(shape={"data": 1}), SimpleNamespace(compute="float32")
+        mesh, config = (
+            SimpleNamespace(shape={"data": 1, "pipeline": 1, "tensor": 1}),
+            SimpleNamespace(compute="float32"),
+        )
         self.decoder = SimpleNamespace(mesh=mesh, config=config, source="step 5 of here")
         self.tokenizer: SimpleNamespace | None = SimpleNamespace(digest="a tokenizer")
         self.asked: list[tuple[list[str], Settings, list[int]]] = []

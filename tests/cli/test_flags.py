@@ -12,6 +12,7 @@ COMMANDS = [
     "generate",
     "convert sat-to-orbax",
     "convert orbax-to-sat",
+    "convert quantize",
     "corpus fetch",
     "corpus build",
     "corpus inspect",

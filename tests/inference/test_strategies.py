@@ -34,10 +34,13 @@ def begin(options: list[Options], limit: int = 4, seed: int = 0) -> tuple[Settin
     return sampling.begin(requests, TINY, room=4)
 
 
-def drawn(options: Options, logits: list[float], number: int = 300) -> np.ndarray:
-    """Draw the first token many times: int32 [number]."""
-    settings, search = begin([options] * number)
-    whole = np.full((number, TINY.width), -1e30, np.float32)
+NUMBER = 400  # of draws; one shape compiles once
+
+
+def drawn(options: Options, logits: list[float]) -> np.ndarray:
+    """Draw the first token many times: int32 [NUMBER]."""
+    settings, search = begin([options] * NUMBER)
+    whole = np.full((NUMBER, TINY.width), -1e30, np.float32)
     whole[:, : len(logits)] = logits
     choice, _ = choose(whole, settings, search)
     return np.asarray(choice.tokens)
@@ -96,6 +99,13 @@ def test_options_that_the_vocabulary_does_not_allow(options: Options, message: s
         begin([options])
 
 
+def test_requests_that_are_for_something_else() -> None:
+    with pytest.raises(ValueError, match="^rows are sampled with Greedy or Sample options$"):
+        begin([Greedy(), Beam()])
+    with pytest.raises(ValueError, match="^a limit is above the room for 4 tokens$"):
+        begin([Greedy()], limit=5)
+
+
 # Filters
 
 
@@ -140,6 +150,14 @@ def test_filters_against_loops() -> None:
     assert len(set(found.sum(1).tolist())) > 1
 
 
+def test_the_edges_of_top_p() -> None:
+    one, none = np.ones(64, np.float32), np.zeros(64, np.int32)
+    logits = np.random.default_rng(0).normal(0, 5, (64, 64)).astype(np.float32)  # some sums are above 1 before the tail
+    assert np.isfinite(filtered(logits, one, none, one)).all()
+    reached = filtered(np.zeros((1, 4), np.float32), one[:1], none[:1], one[:1] / 2)  # 0.25 + 0.25 before the third
+    assert np.isfinite(reached).tolist() == [[True, True, True, False]]
+
+
 def test_sampling_keeps_what_top_k_and_top_p_allow() -> None:
     logits = np.log([0.4, 0.3, 0.2, 0.1]).tolist()
 
@@ -166,29 +184,31 @@ def test_small_temperatures_are_greedy(temperature: float, top_k: int, top_p: fl
 @pytest.mark.parametrize("temperature", [1e10, 3e38, 1e39, 1e308])
 def test_large_temperatures_are_uniform_and_never_choose_what_is_banned(temperature: float) -> None:
     options = Sample(temperature=temperature, banned=(2,))
-    tokens = drawn(options, [-3.0, 8.0, 99.0, 0.0, 1.0, 50.0, 60.0, 70.0], 2000)
-    shares = np.bincount(tokens, minlength=8) / 2000
+    tokens = drawn(options, [-3.0, 8.0, 99.0, 0.0, 1.0, 50.0, 60.0, 70.0])
+    shares = np.bincount(tokens, minlength=8) / NUMBER
     assert set(tokens.tolist()) == {0, 1, 3, 4}  # 5 ends a fill
-    assert (np.abs(shares[[0, 1, 3, 4]] - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 2000)).all()
+    assert (np.abs(shares[[0, 1, 3, 4]] - 0.25) < 4 * np.sqrt(0.25 * 0.75 / NUMBER)).all()
 
 
 def test_a_row_draws_from_its_own_distribution_wherever_it_is() -> None:
     """Rows of four settings, mixed: each row's tokens have its setting's shares, and are those it draws alone."""
     logits = np.array([1.0, 0.5, 0.0, -0.5, -1.0, 0.3, 9.0, 9.0], np.float32)
+    number = 4000
     kinds: list[Options] = [
         Sample(temperature=0.7, min_tokens=0),
         Sample(temperature=2.0, top_k=3),
         Sample(top_p=0.6, bias=((4, 2.0),)),
         Greedy(banned=(0,)),
     ]
-    number = 8000
     settings, search = begin(kinds * (number // 4), seed=5)
     many = np.tile(logits, (number, 1))
+    many[3::4, 2] = 0.5  # as likely as token 1, and behind it
     choice, first = choose(many, settings, search)
     _, second = choose(many, settings, first)
     tokens = np.asarray(second.tokens)[:, :2]
     np.testing.assert_array_equal(tokens[:, 0], choice.tokens)
-    for kind, options in enumerate(kinds):
+    assert set(tokens[3::4].ravel()) == {1}
+    for kind, options in enumerate(kinds[:3]):
         values = logits.astype(np.float64)
         values[[6, 7, *options.banned] + ([END] if options.min_tokens else [])] = -np.inf
         for token, added in options.bias:
@@ -203,7 +223,7 @@ def test_a_row_draws_from_its_own_distribution_wherever_it_is() -> None:
     # the second token is drawn anew
     assert (tokens[0::4, 0] != tokens[0::4, 1]).mean() > 0.5
     order = np.random.default_rng(0).permutation(number)
-    shuffled, _ = choose(many, *jax.tree.map(lambda array: array[order], (settings, search)))
+    shuffled, _ = choose(many[order], *jax.tree.map(lambda array: array[order], (settings, search)))
     np.testing.assert_array_equal(shuffled.tokens, np.asarray(choice.tokens)[order])
 
 
@@ -212,7 +232,7 @@ def test_a_row_draws_from_its_own_distribution_wherever_it_is() -> None:
 
 def test_the_repetition_penalty_makes_seen_tokens_less_likely() -> None:
     options = Sample(repetition_penalty=2.0, bias=((2, 0.25),), min_tokens=2)
-    rules = constraints.build([Request([1, 3, END], 9, options)], TINY)
+    rules = constraints.build([Request([1, 3, END], 9, options)], TINY, room=9)
     row = jax.tree.map(lambda array: jnp.asarray(array[0]), rules)
     logits = jnp.array([4.0, 4.0, -4.0, -4.0, 1.0, 3.0, 0.0, jnp.nan])
     tokens = jnp.array([2, 0, 0, 0])
@@ -254,11 +274,11 @@ def test_a_row_ends_with_an_end_token_at_its_limit_or_where_logits_are_not_finit
 
 def test_the_model_s_log_probabilities_know_nothing_of_options() -> None:
     options = Sample(temperature=9.0, top_k=1, bias=((1, 5.0),), banned=(0,), repetition_penalty=3.0)
-    logits = np.array([[3.0, 1.0, 0.5, 0.0, -1.0, 2.0, 1.5, 8.0]], np.float32)
-    settings, search = begin([options])
-    _, search = choose(logits, settings, search)
-    (found,) = sampling.finish(settings, search)
-    expected = 1.0 - np.log(np.exp(logits[0, :7].astype(np.float64)).sum())
+    logits = np.array([3.0, 1.0, 0.5, 0.0, -1.0, 2.0, 1.5, 8.0], np.float32)
+    settings, search = begin([options] * 6)
+    _, search = choose(np.tile(logits, (6, 1)), settings, search)
+    found = sampling.finish(settings, search)[0]
+    expected = 1.0 - np.log(np.exp(logits[:7].astype(np.float64)).sum())
     assert found.tokens == [1] and found.log_probabilities == pytest.approx([expected])
 
 
@@ -271,9 +291,9 @@ def test_another_number_compiles_nothing() -> None:
         traces += 1
         return Sampler().choose(logits, settings, search)
 
-    logits = np.zeros((2, TINY.width), np.float32)
+    logits = np.zeros((6, TINY.width), np.float32)
     for options in (Greedy(), Sample(temperature=0.3, top_k=4), Sample(top_p=0.2, repetition_penalty=1.5, banned=(1,))):
-        counted(logits, *begin([options, Greedy()], limit=3, seed=8))
+        counted(logits, *begin([options, Greedy()] * 3, limit=3, seed=8))
     assert traces == 1
 
 

@@ -24,6 +24,7 @@ from glm_jax.model import GLMConfig, apply
 from glm_jax.storage import digests
 from glm_jax.workdir import folder
 from glm_jax.workdir.checkpoint_format import open_params
+from tests.stored import stored
 
 
 def to_workdir(path: Path, cfg: GLMConfig, out: Path) -> Path:
@@ -68,7 +69,7 @@ def test_a_converted_workdir_gives_the_official_logits(kind: str, cfg: GLMConfig
         tokens, positions, blocked, valid, expected = (
             arrays[f"gmask/{name}"] for name in ("tokens", "position_ids", "blocked", "valid", "logits")
         )
-    logits = np.asarray(apply(model.config, model.params, tokens, positions, ~blocked))
+    logits = np.asarray(apply(model.config, stored(tmp_path / "ours"), tokens, positions, ~blocked))
     np.testing.assert_allclose(logits[valid], expected[valid], rtol=0, atol=5e-4)
 
 

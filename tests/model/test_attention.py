@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.model import GLMConfig, apply, apply_cached, attention_core, init, init_cache
+from glm_jax.model import GLMConfig, apply, apply_cached, attention_core, init, init_cache, layered
 from glm_jax.model.attention_core import attention_probabilities
 
 CFG = GLMConfig(num_layers=3, hidden_size=16, num_heads=4, ffn_size=24, vocab_size=32)  # K = 4
@@ -30,7 +30,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 def probabilities(cfg: GLMConfig, queries: np.ndarray, keys: np.ndarray, **changes: Any) -> np.ndarray:
     shown = {"allowed": np.ones((len(queries), queries.shape[1], keys.shape[1]), bool), "distance": None}
     shown |= {"layer": jnp.int32(LAYER), "heads": jnp.arange(queries.shape[2])} | changes
-    given = attention_probabilities(cfg, jnp.asarray(queries), jnp.asarray(keys), **shown)
+    given = attention_probabilities(cfg, jnp.asarray(queries), jnp.asarray(keys).swapaxes(1, 2), **shown)
     assert given.dtype == jnp.float32
     return np.asarray(given)
 
@@ -109,5 +109,6 @@ def test_every_layer_is_told_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
     row = tokens, jnp.arange(2)[None], jnp.ones((1, 2, 2), bool)
     with jax.disable_jit():
         apply(CFG, params, *row)
-        apply_cached(CFG, params, *row, init_cache(CFG, 1, 2), jnp.int32(0))
+        place = jnp.zeros((1, 1), jnp.int32)
+        apply_cached(CFG, layered(params), *row, init_cache(CFG, 1, 2), place[0], place)
     assert layers == [0, 1, 2] * 2

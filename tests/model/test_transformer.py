@@ -11,7 +11,7 @@ import pytest
 
 from glm_jax.config.model import Activation, Model, Norm
 from glm_jax.errors import UserError
-from glm_jax.model import GLMConfig, Visibility, apply, apply_cached, init, init_cache, logical_axes, transformer
+from glm_jax.model import GLMConfig, Visibility, apply, init, logical_axes, transformer
 from glm_jax.model.positions import alibi_distance, alibi_slopes
 from glm_jax.training.optimizer import decays
 
@@ -94,24 +94,6 @@ def test_largescale_initialisation_gives_whole_heads_the_gain() -> None:
     kernel = init(cfg, jax.random.key(0))["blocks"]["attention"]["qkv"]["kernel"]  # [L, D, N, 3, K]
     scales = kernel.std(axis=(0, 1, 3, 4)) / (2 / 192) ** 0.5  # [N]
     np.testing.assert_allclose(scales, [1, 1, 0.25] * 4, rtol=0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.oldest
-@pytest.mark.parametrize("position", ["rope", "learned_2d", "alibi"])
-def test_cached_logits_equal_full_logits(position: str) -> None:
-    cfg = dataclasses.replace(SMALL, position=position)
-    params = init(cfg, jax.random.key(0))
-    tokens, positions, allowed = sample(cfg)
-    full = apply(cfg, params, tokens, positions, allowed)
-    step = jax.jit(apply_cached, static_argnums=0)
-    cache = init_cache(cfg, 2, 12)
-    logits, cache = step(cfg, params, tokens[:, :8], positions, allowed[:, :8], cache, jnp.int32(0))
-    np.testing.assert_allclose(logits, full[:, :8], atol=1e-5)
-    for place in range(8, 12):
-        new = slice(place, place + 1)
-        logits, cache = step(cfg, params, tokens[:, new], positions, allowed[:, new], cache, jnp.int32(place))
-        np.testing.assert_allclose(logits, full[:, new], atol=1e-5)
 
 
 def test_visibility_is_the_rule_of_packed_segments() -> None:

@@ -20,6 +20,7 @@ from glm_jax.interop import arrays
 from glm_jax.interop.weights import open_weights
 from glm_jax.training.run import Run
 from glm_jax.types import Tree
+from tests.stored import stored
 from tests.training.test_init_from import begun, config, losses, params, trained
 
 __all__ = ["config", "trained"]  # fixtures
@@ -56,12 +57,12 @@ def test_adapters_begin_as_the_weights_learn_and_are_all_that_is_saved(
     workdir, run = adapted
     assert losses(workdir)[0] == pytest.approx(losses(trained)[4], rel=1e-5)
     assert losses(workdir)[4] != losses(workdir)[0]
-    base = Model.open(trained).params
+    base = stored(trained)
     assert equal(run.base, base)  # bit for bit what they began with
     step = workdir / "checkpoints/4"
     assert sorted(path.name for path in step.iterdir() if path.is_dir()) == ["adapters", "run", "training"]
-    stored = {name for name in json.loads((step / "adapters/_METADATA").read_text())["tree_metadata"]}
-    assert len(stored) == 4 and all("attention" in name for name in stored)
+    saved = {name for name in json.loads((step / "adapters/_METADATA").read_text())["tree_metadata"]}
+    assert len(saved) == 4 and all("attention" in name for name in saved)
     # float32 a [3, in, 2] and b [3, 2, out]: qkv from 16 to 48, output from 16 to 16; two moments of each
     assert sum(leaf.size for leaf in jax.tree.leaves(run.state.moments) if leaf.ndim) == 2 * 3 * 2 * (16 + 48 + 16 + 16)
 
@@ -84,12 +85,12 @@ def test_an_opened_workdir_has_the_adapters_merged(adapted: tuple[Path, Run], tm
     live, opened = params(run), Model.open(workdir)
     expected = model.apply(opened.config, live, tokens, tokens, allowed)
     largest = float(np.abs(expected).max())
-    for found in (opened.params, arrays.load(open_weights(f"{workdir}@4").parameters)):
+    for found in (stored(workdir), arrays.load(open_weights(f"{workdir}@4").parameters)):
         np.testing.assert_allclose(
             model.apply(opened.config, found, tokens, tokens, allowed), expected, atol=1e-5 * largest
         )
     assert main.main(["convert", "merge", "--path", str(workdir), "--out", str(tmp_path / "whole")]) == 0
-    assert equal(Model.open(tmp_path / "whole").params, opened.params)
+    assert equal(stored(tmp_path / "whole"), stored(workdir))
     assert Model.open(tmp_path / "whole").tokenizer.digest == opened.tokenizer.digest  # pyright: ignore
 
 
@@ -137,7 +138,7 @@ def test_frozen_parts_keep_their_bits_through_a_run(
     tmp_path: Path,  # noqa: F811
 ) -> None:
     run = taken(begun(config, tmp_path / "run", trained, train__freeze=("embedding", "blocks/0..1")))
-    before, after = Model.open(trained).params, params(run)
+    before, after = stored(trained), params(run)
     assert equal(after["embedding"], before["embedding"]) and not equal(after["final_norm"], before["final_norm"])
     first = jax.tree.map(lambda leaf: leaf[:2], (after["blocks"], before["blocks"]))
     last = jax.tree.map(lambda leaf: leaf[2], (after["blocks"], before["blocks"]))

@@ -13,12 +13,14 @@ import jax
 import numpy as np
 
 from glm_jax.engine.bind import EngineConfig
+from glm_jax.interop import arrays
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh
 from glm_jax.training.optimizer import OptimizerConfig
 from glm_jax.training.state import StepConfig, TrainState, create_state, disk_targets, from_disk, to_disk, true_layers
 from glm_jax.types import Tree
-from glm_jax.workdir.checkpoints import Checkpoints, load_params
+from glm_jax.workdir.checkpoint_format import open_params
+from glm_jax.workdir.checkpoints import Checkpoints
 
 GLM = GLMConfig(7, 32, 4, 48, 96, max_length=16)  # 7 layers: 3 stages of 3 or 2 of 4, the last one padded
 CONFIG = StepConfig(EngineConfig(GLM, 60, 4), OptimizerConfig(), None, seed=3)
@@ -58,7 +60,7 @@ def main(workdir: Path) -> None:
             assert restored is not None and places(restored.items) == places(disk_targets(CONFIG, build(read)))
             jax.tree.map(np.testing.assert_array_equal, whole(from_disk(CONFIG, build(read), restored.items)), expected)
             assert restored.run == {"step": 5, "samples": 40}
-        params = load_params(folder)
+        params = arrays.load(open_params(folder / "checkpoints/5"))
         assert {leaf.shape[0] for leaf in jax.tree.leaves(params["blocks"])} == {GLM.num_layers}
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), expected.params)
     other = dataclasses.replace(

@@ -26,7 +26,7 @@ def test_an_old_workdir_is_read_and_resumed(tmp_path: Path, monkeypatch: pytest.
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
     model = Model.open("workdir")
-    assert model.config.num_layers == 2 and model.params["embedding"]["word"].shape == (320, 8)
+    assert model.config.num_layers == 2 and model.decoder.weights.outer["embedding"]["word"].shape == (320, 8)
     longer: dict[str, Any] = {"train.steps": 6}
     with glm_jax.load("tiny.py", "workdir", **longer) as run:
         assert (run.step, run.samples) == (4, 16)

@@ -149,7 +149,7 @@ def test_a_checkpoint_without_a_record_of_its_model_is_read(config: Experiment, 
         path.write_text(json.dumps(record))
         digests.seal(path.parents[1], digests.files(path.parents[1]))
     model = Model.open(workdir)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.params))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.decoder.weights))
     assert resumed(config, workdir)[1] == 2
     (workdir / "tokenizer.model").write_bytes(b"")
     with pytest.raises(
