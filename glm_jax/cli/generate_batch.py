@@ -156,7 +156,7 @@ def _header(work: Work, workdir: Path) -> Header:
     step = re.match(r"step (\d+) ", model.decoder.source)
     folder = workdir / "checkpoints" / (step[1] if step else "")
     return {
-        "prompts": {"digest": _digest([[entry.id, entry.text] for entry in work.entries])},
+        "prompts": {"digest": _digest([[entry.id, entry.line, entry.text] for entry in work.entries])},
         "tokens": {"digest": model.tokenizer and model.tokenizer.digest},
         "weights": {"step": step and int(step[1]), "digest": digests.identity(folder)},
         "options": options,

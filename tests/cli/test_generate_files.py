@@ -199,6 +199,8 @@ def test_a_file_resumes_only_as_it_was_begun(model: Scripted, run: Run) -> None:
         assert code == 2 and errors.startswith(f"error: out.part was begun with {said}: repeat the command as it was")
     Path("in.txt").write_text("\n".join([*TEXTS[:-1], "other"]))
     assert "was begun with other prompts" in run("--input=in.txt", "--output=out")[2]
+    Path("in.txt").write_text("\n" + "\n".join(TEXTS))  # their lines are in results without ids
+    assert "was begun with other prompts" in run("--input=in.txt", "--output=out")[2]
     Path("in.txt").write_text("\n".join(TEXTS))
     model.decoder.config.compute = "float16"
     assert "was begun with dtype float32, not float16" in run("--input=in.txt", "--output=out")[2]
