@@ -81,7 +81,7 @@ def _generate(values: flags.FlagValues, options: Mapping[str, object]) -> int:
     if given.blank and processes.is_first():
         common.say(f"{given.blank} blank line{'s are' if given.blank > 1 else ' is'} skipped")
     line = generate_entries.as_json if values.json or given.is_json else generate_entries.as_text
-    work = generate_batch.Work(model, settings, given.entries, line)
+    work = generate_batch.Work(model, settings, given.entries, line, values.quantize)
     return generate_batch.write_all(work, output, Path(values.workdir)) if output else generate_batch.print_all(work)
 
 
@@ -99,8 +99,7 @@ def _given(values: flags.FlagValues, *, alone: bool) -> Entries | None:
 def _open(values: flags.FlagValues) -> Model:
     from glm_jax.inference import Model
 
-    more = {} if values.quantize is None else {"quantize": values.quantize}
-    model = Model.open(values.workdir, values.mesh, values.dtype, values.step, **more)
+    model = Model.open(values.workdir, values.mesh, values.dtype, values.quantize, values.step)
     if model.tokenizer is None:
         raise UserError(f"{values.workdir} has no tokenizer: convert its weights again, with --tokenizer FILE")
     return model

@@ -59,6 +59,7 @@ class Work(NamedTuple):
     settings: Settings
     entries: list[Entry]
     line: Callable[[Entry, Filled], str]  # how a result is written
+    quantize: str | None = None  # what the model was opened with
 
 
 def print_all(work: Work) -> int:
@@ -151,11 +152,12 @@ def _header(work: Work, workdir: Path) -> Header:
     options: dict[str, object] = {"strategy": type(settings.options).__name__.lower()}
     for name, value in dataclasses.asdict(settings).items():
         options |= value if isinstance(value, Mapping) else {name: value}
-    options |= {"dtype": model.decoder.config.compute, "form": work.line.__name__}
+    options |= {"dtype": model.decoder.config.compute, "quantize": work.quantize, "form": work.line.__name__}
     step = re.match(r"step (\d+) ", model.decoder.source)
     folder = workdir / "checkpoints" / (step[1] if step else "")
     return {
-        "prompts": {"digest": _digest([[entry.id, entry.text] for entry in work.entries])},
+        "prompts": {"digest": _digest([[entry.id, entry.line, entry.text] for entry in work.entries])},
+        "tokens": {"digest": model.tokenizer and model.tokenizer.digest},
         "weights": {"step": step and int(step[1]), "digest": digests.identity(folder)},
         "options": options,
     }

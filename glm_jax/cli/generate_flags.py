@@ -87,7 +87,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "no_repeat_ngram": Option(
         "no_repeat_ngram", ("beam",), flags.DEFINE_integer,
-        "of --strategy beam: no fill has so many tokens in a row twice; 0: it may (default: 0)", {"lower_bound": 0},
+        "of --strategy beam: no fill has so many tokens in a row twice; 0: it may (default: 0)",
+        {"lower_bound": 0, "upper_bound": 64},
     ),
     "sampled_beams": Option(
         "deterministic", ("beam",), flags.DEFINE_bool,

@@ -188,7 +188,7 @@ def _session(folder: Path | None) -> Callable[[], str]:
 
     history = FileHistory(folder / "prompts") if folder else InMemoryHistory()
     # the line is drawn on standard error if standard output leads elsewhere
-    output = None if sys.stdout.isatty() else create_output(always_prefer_tty=True)
+    output = None if sys.stdout.isatty() else create_output(sys.stderr)
     session = PromptSession[str]("> ", lexer=Blanks(), history=history, output=output)
     return session.prompt
 

@@ -2,7 +2,7 @@
 
 Commands import the rooms that they need when they run, so that `--help` and `glm-jax config` answer at once.
 Exit codes: 0 done, 1 another process of the run is gone (one line), 2 a usage or configuration error (one line),
-3 stopped early on request with a checkpoint saved, 4 the work itself failed and said why (one line), 130 interrupted
+3 stopped early on request with what was done saved, 4 the work itself failed and said why (one line), 130 interrupted
 before there was anything to save, 141 the reader of its output is gone, as after `| head`.
 """
 

@@ -39,15 +39,21 @@ class Scripted:
 
     Attributes:
         asked: the calls of `fill_each`: texts, settings, numbers of equal texts before.
+        opened: the arguments of `Model.open`.
+        watched: whether each call of `fill_each` shows tokens one by one.
         before: called with a text before it is filled.
     """
 
     def __init__(self, before: Callable[[str], object] = len) -> None:
-        mesh, config = SimpleNamespace(shape={"data": 1}), SimpleNamespace(compute="float32")
+        mesh, config = (
+            SimpleNamespace(shape={"data": 1, "pipeline": 1, "tensor": 1}),
+            SimpleNamespace(compute="float32"),
+        )
         self.decoder = SimpleNamespace(mesh=mesh, config=config, source="step 5 of here")
-        self.tokenizer: object = "a tokenizer"
+        self.tokenizer: SimpleNamespace | None = SimpleNamespace(digest="a tokenizer")
         self.asked: list[tuple[list[str], Settings, list[int]]] = []
         self.opened: list[tuple[Any, ...]] = []
+        self.watched: list[bool] = []
         self.before, self.answer = before, answer
 
     def open(self, *arguments: Any, **named: Any) -> Scripted:
@@ -65,6 +71,7 @@ class Scripted:
         names: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, Filled]]:
         self.asked.append((list(texts), settings, list(repeats)))
+        self.watched.append(watch is not None)
         for number, text in enumerate(texts):
             if not text.strip():
                 raise UserError(f"{names[number] + ': ' if names else ''}the prompt is empty")
@@ -97,5 +104,11 @@ def workdir(folder: Path) -> Path:
 
 
 def kill(number: int, text: str) -> Callable[[str], None]:
-    """Return a `before` that sends a signal when this text's turn comes."""
-    return lambda one: os.kill(os.getpid(), number) if one == text else None
+    """Return a `before` that sends one signal when the turn of this text comes."""
+    left = [number]
+
+    def before(one: str) -> None:
+        if one == text and left:
+            os.kill(os.getpid(), left.pop())
+
+    return before

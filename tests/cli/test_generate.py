@@ -80,7 +80,7 @@ def test_flags_open_the_model(model: Scripted) -> None:
     settings(model)
     settings(model, "--mesh=data=2,tensor=-1", "--dtype=bfloat16", "--step=3", "--quantize=int4")
     mesh = {"data": 2, "tensor": -1}
-    assert model.opened == [("x", None, None, None), ("x", mesh, "bfloat16", 3, ("quantize", "int4"))]
+    assert model.opened == [("x", None, None, None, None), ("x", mesh, "bfloat16", "int4", 3)]
 
 
 @pytest.mark.parametrize("flag", OPTIONS)

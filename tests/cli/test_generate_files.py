@@ -50,7 +50,9 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
     def call(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
-        return main.main(["generate", "--workdir=run", *arguments]), *capsys.readouterr()
+        code = main.main(["generate", "--workdir=run", *arguments])
+        output, errors = capsys.readouterr()
+        return code, output, errors
 
     return call
 
@@ -153,10 +155,15 @@ def test_a_signal_stops_after_the_prompts_that_are_being_filled(number: int, mod
     assert Path("out.part").read_text().split("\n")[1:] == ["1\tlonger <l0>", "0\ta <a0>", ""]
     with open("out.part", "a") as file:
         file.write("2\ta <a")  # killed while it wrote
+    model.before = scripted.kill(number, "a [MASK]")
+    said = "stopped: 4 of 5 results are in out.part; the same command resumes from there\n"
+    assert run("--input=in.txt", "--output=out") == (3, "", said)
+    assert Path("out.part").read_text().split("\n")[3:] == ["2\ta <a1>", "4\ta <a2>", ""]
     model.before = len
     assert run("--input=in.txt", "--output=out", "--mesh=data=2") == (0, "", "written: out\n")
     assert Path("out").read_text() == expected and not Path("out.part").exists()
-    assert [(texts, repeats) for texts, _, repeats in model.asked[1:]] == [(["a [MASK]", "c", "a [MASK]"], [1, 0, 2])]
+    resumed = [(texts, repeats) for texts, _, repeats in model.asked[1:]]
+    assert resumed == [(["a [MASK]", "c", "a [MASK]"], [1, 0, 2]), (["c"], [0])]
 
 
 def test_a_second_interrupt_and_a_bad_start_leave_nothing(model: Scripted, run: Run) -> None:
@@ -186,15 +193,21 @@ def test_a_file_resumes_only_as_it_was_begun(model: Scripted, run: Run) -> None:
         (["--strategy=sample"], "strategy greedy, not sample"),
         (["--json"], "form as_text, not as_json"),
         (["--ban=3"], "banned [], not [3]"),
+        (["--quantize=int8"], "quantize None, not int8"),
     ):
         code, _, errors = run("--input=in.txt", "--output=out", *flags)
         assert code == 2 and errors.startswith(f"error: out.part was begun with {said}: repeat the command as it was")
     Path("in.txt").write_text("\n".join([*TEXTS[:-1], "other"]))
     assert "was begun with other prompts" in run("--input=in.txt", "--output=out")[2]
+    Path("in.txt").write_text("\n" + "\n".join(TEXTS))  # their lines are in results without ids
+    assert "was begun with other prompts" in run("--input=in.txt", "--output=out")[2]
     Path("in.txt").write_text("\n".join(TEXTS))
     model.decoder.config.compute = "float16"
     assert "was begun with dtype float32, not float16" in run("--input=in.txt", "--output=out")[2]
     model.decoder.config.compute = "float32"
+    model.tokenizer = SimpleNamespace(digest="another")
+    assert "was begun with other tokens" in run("--input=in.txt", "--output=out")[2]
+    model.tokenizer = SimpleNamespace(digest="a tokenizer")
     weights = Path("run/checkpoints/5/params/weights")
     weights.write_text("2")
     assert "was begun with other weights" in run("--input=in.txt", "--output=out")[2]
@@ -310,6 +323,8 @@ def test_a_file_in_parts_gives_what_the_whole_gives(folder: Path, run: Run, monk
     Path("in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     monkeypatch.setattr(Model, "open", lambda *_: model)
     command = ["--input=in.jsonl", "--output=out", "--strategy=sample", "--max_tokens=3", "--seed=5", "--top_p=1"]
+    Path("bad.txt").write_text("the\n" + "the small " * 40)
+    assert "error: bad.txt line 2: the prompt has " in run("--input=bad.txt")[2]
     fill_each, stop = model.fill_each, [signal.SIGTERM]
 
     def interrupted(*arguments: Any, **named: Any) -> Any:

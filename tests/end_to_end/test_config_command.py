@@ -119,5 +119,5 @@ def test_flags_may_add_a_source_and_help_has_defaults_choices_and_an_example(glm
     ):
         assert told in glm_jax("config", "show", "--config", experiment, *flags).stderr.splitlines()[-1]
     told = glm_jax("generate", "--help").stdout
-    assert "<greedy|sample>" in told and "(default: greedy)" in told and "0: all (default: 0)" in told
+    assert "<greedy|sample|beam>" in told and "(default: greedy)" in told and "0: all (default: 0)" in told
     assert "glm-jax generate --workdir runs/quickstart --prompt" in told and "--entry" not in told
