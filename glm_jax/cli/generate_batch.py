@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -153,12 +152,11 @@ def _header(work: Work, workdir: Path) -> Header:
     for name, value in dataclasses.asdict(settings).items():
         options |= value if isinstance(value, Mapping) else {name: value}
     options |= {"dtype": model.decoder.config.compute, "quantize": work.quantize, "form": work.line.__name__}
-    step = re.match(r"step (\d+) ", model.decoder.source)
-    folder = workdir / "checkpoints" / (step[1] if step else "")
+    folder = workdir / "checkpoints" / ("" if model.step is None else str(model.step))
     return {
         "prompts": {"digest": _digest([[entry.id, entry.line, entry.text] for entry in work.entries])},
         "tokens": {"digest": model.tokenizer and model.tokenizer.digest},
-        "weights": {"step": step and int(step[1]), "digest": digests.identity(folder)},
+        "weights": {"step": model.step, "digest": digests.identity(folder)},
         "options": options,
     }
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.data.rows.blanks import sample_positions
@@ -25,6 +26,7 @@ from glm_jax.inference.constraints import Vocabulary
 from glm_jax.inference.prompts import Context
 from glm_jax.inference.strategies import Beam, Generated, Request
 from glm_jax.model import GLMConfig
+from glm_jax.parallel.devices import device_memory
 from glm_jax.parallel.processes import compiled_together
 from glm_jax.types import Tree
 
@@ -77,8 +79,18 @@ def row_positions(cfg: GLMConfig, context: Context, length: int) -> np.ndarray:
 
 
 def batch_limit(decoder: Decoder, beam_count: int = 1) -> int:
-    """Return how many prompts are generated together, at most: ROWS rows of a group and member of `data`."""
-    return max(1, ROWS // beam_count) * decoder.mesh.shape["data"] * decoder.mesh.shape["pipeline"]
+    """Return how many prompts are generated together, at most.
+
+    The caches of their rows, at the model's full length, take no more than half of the memory that the weights leave,
+    or there is one prompt; and there are at most ROWS rows in a group and member of `data`.
+    """
+    cfg, sizes, weights = decoder.config.model, decoder.mesh.shape, decoder.weights
+    groups = sizes["pipeline"]
+    held = sum(array.addressable_data(0).nbytes for array in jax.tree.leaves(weights))
+    numbers = 2 * len(weights.layers) * groups * cfg.max_length * cfg.hidden_size // sizes["tensor"]  # of each row
+    rows = (device_memory() - held) // 2 // (numbers * jnp.dtype(decoder.config.compute).itemsize)
+    fitting = [share for share in SHARES if share * beam_count <= min(rows, ROWS)]
+    return max([1, *fitting, *([ROWS // beam_count] if rows >= ROWS else [])]) * sizes["data"] * groups
 
 
 class Layout(NamedTuple):

@@ -122,7 +122,8 @@ class _Prompt:
         """Return how many tokens the next fill may have after `size` tokens of context and sop."""
         whole = self._settings.out_seq_length
         if whole is None:
-            limit, rows = min(self._settings.max_tokens, longest - size), f"the model's rows of {longest}"
+            limit = min(self._settings.max_tokens, longest - size - self._reserved())
+            rows = f"the model's rows of {longest}"
         else:
             limit, rows = max(whole - size, 1 if self._rounds else 0), f"an out_seq_length of {whole}"
             if size - 1 > longest:
@@ -132,6 +133,16 @@ class _Prompt:
                 f"the prompt has {size - 1} tokens and leaves no room for a fill in {rows}: shorten the prompt"
             )
         return limit
+
+    def _reserved(self) -> int:
+        """Return the tokens that a fill leaves free, so that later blanks find room for a token each.
+
+        A token takes the place of its blank. But once a fill ends the prompt, the next context has an eos after it.
+        """
+        if self._tokenizer.suffix or not self.pieces[-1].blank:
+            return 0
+        kinds = [self._kinds.index(piece.text) for piece in self.pieces if piece.blank]
+        return int(kinds[-1] < max(kinds))  # there are blanks that are filled after the one at the end
 
     def _key(self) -> np.ndarray:
         """Return a key that follows from seed, text, its number among equal texts, and the blank: uint32 [2]."""

@@ -38,6 +38,7 @@ class Model:
         config: of the model.
         tokenizer: None if the weights were converted without one; then no text can be filled or scored.
         decoder: the weights on the mesh.
+        step: of the checkpoint that was opened; None if there was none, or it says none.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Model:
         """
         decode = _decode_config(config, tokenizer, dtype)
         on = _mesh(mesh)
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.step = config, tokenizer, None
         self.decoder = Decoder(decode, on, engine_weights.place(decode, on, params), source)
 
     @classmethod
@@ -99,7 +100,7 @@ class Model:
         usual = "float32" if on.devices.flat[0].platform == "cpu" else experiment.train.precision
         decode = _decode_config(opened.config, tokenizer, dtype or usual)
         model = cls.__new__(cls)
-        model.config, model.tokenizer = opened.config, tokenizer
+        model.config, model.tokenizer, model.step = opened.config, tokenizer, opened.step
         parameters = opened.parameters
         if quantize is not None:
             parameters = sources.quantize(parameters, _scheme(quantize))

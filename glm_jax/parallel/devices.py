@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import sys
 import time
@@ -72,3 +73,11 @@ def peak_memory() -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices)
+
+
+def device_memory() -> int:
+    """Return the bytes of memory of a device: an accelerator's own, or an even share of the machine's."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+    return (devices[0].memory_stats() or {})["bytes_limit"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from glm_jax.errors import UserError
-from glm_jax.inference import Model
+from glm_jax.inference import Model, batch
 from glm_jax.inference.fill import Alternative, Filled, Settings
 from glm_jax.inference.prompts import BLANK, Fill, Piece
 
@@ -50,6 +50,7 @@ class Scripted:
             SimpleNamespace(compute="float32"),
         )
         self.decoder = SimpleNamespace(mesh=mesh, config=config, source="step 5 of here")
+        self.step = 5
         self.tokenizer: SimpleNamespace | None = SimpleNamespace(digest="a tokenizer")
         self.asked: list[tuple[list[str], Settings, list[int]]] = []
         self.opened: list[tuple[Any, ...]] = []
@@ -92,6 +93,8 @@ def install(monkeypatch: pytest.MonkeyPatch, before: Callable[[str], object] = l
     """Let `Model.open` return a scripted model, and return that."""
     model = Scripted(before)
     monkeypatch.setattr(Model, "open", model.open)
+    limit = "glm_jax.cli.generate_batch.batch_limit"  # which looks at real weights
+    monkeypatch.setattr(limit, lambda decoder, beams: max(1, batch.ROWS // beams))
     return model
 
 

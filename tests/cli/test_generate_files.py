@@ -212,9 +212,9 @@ def test_a_file_resumes_only_as_it_was_begun(model: Scripted, run: Run) -> None:
     weights.write_text("2")
     assert "was begun with other weights" in run("--input=in.txt", "--output=out")[2]
     weights.write_text("1")
-    model.decoder.source = "step 6 of here"
+    model.step = 6
     assert "was begun with step 5, not 6" in run("--input=in.txt", "--output=out")[2]
-    model.decoder.source = "step 5 of here"
+    model.step = 5
     assert Path("out.part").read_bytes() == part and len(model.asked) == 1
     assert run("--input=in.txt", "--output=out")[0] == 0
 
@@ -316,6 +316,7 @@ def test_a_file_in_parts_gives_what_the_whole_gives(folder: Path, run: Run, monk
     tokenizer = SentencePieceTokenizer(train(["the small array returns a new shape", "天下大势"] * 20, 330))
     cfg = GLMConfig(1, 24, 2, 32, 336, max_length=64)
     model = Model(cfg, init(cfg, jax.random.key(0)), tokenizer, source="step 5 of run")
+    model.step = 5
     monkeypatch.setattr(batch, "ROWS", 2)
     texts = ["the [MASK]", "a new [MASK]", "the [MASK]", "天下[MASK]", "the [MASK]", "a [MASK]"]
     whole = model.fill(texts, "sample", max_tokens=3, seed=5)

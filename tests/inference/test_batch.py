@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from glm_jax.engine import decode
+from glm_jax.inference import batch
 from glm_jax.inference.batch import Decoder, Generation, Job, NotFinite, batch_limit, bucket, row_positions, score
 from glm_jax.inference.prompts import Context
 from glm_jax.inference.strategies import Beam, Generated, Greedy, Options, Request, Sample
@@ -83,7 +84,16 @@ def test_rows_of_all_lengths_compile_a_handful_of_programs() -> None:
 
 def test_sizes_are_powers_of_two() -> None:
     assert [bucket(size) for size in (1, 32, 33, 64, 65, 1000)] == [32, 32, 64, 64, 128, 1024]
-    assert batch_limit(tiny.decoder(CONFIG)) == 32 and batch_limit(tiny.decoder(CONFIG), 12) == 2
+
+
+def test_a_batch_fits_beside_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = tiny.decoder(CONFIG)
+    assert batch_limit(decoder) == 32 and batch_limit(decoder, 12) == 2 and batch_limit(decoder, 40) == 1
+    weights = sum(array.nbytes for array in jax.tree.leaves(decoder.weights))
+    row = 2 * 3 * 128 * 32 * 4  # keys and values of 3 layers, 128 tokens of 32 numbers
+    for rows, expected in ((0, 1), (3, 1), (4, 4), (15, 4), (16, 16), (31, 16), (32, 32)):
+        monkeypatch.setattr(batch, "device_memory", lambda rows=rows: weights + 2 * row * rows)
+        assert batch_limit(decoder) == expected
 
 
 def test_positions_of_a_blank() -> None:

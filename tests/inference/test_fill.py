@@ -97,6 +97,7 @@ def run(
     script: Script, monkeypatch: pytest.MonkeyPatch, texts: list[str], tokenizer: Any = LETTERS, **settings: Any
 ) -> list[Filled]:
     monkeypatch.setattr(fill, "Generation", script)
+    monkeypatch.setattr(fill, "batch_limit", lambda decoder, beams: 32)
     said = settings.pop("say", None)
     watch = settings.pop("watch", None)
     asked = Settings(**{"options": Greedy(), **settings})
@@ -155,6 +156,15 @@ def test_a_budget_shrinks_to_what_fits_and_says_so(monkeypatch: pytest.MonkeyPat
     assert [job.request.limit for job in script.jobs] == [11, 10]  # 51 or 52 tokens, eos, sop
     assert said[0] == "[MASK] gets at most 11 tokens: the prompt has 52, the model's rows hold 64" and len(said) == 2
     assert [run(Script(["x"]), monkeypatch, ["a[MASK]" + "b" * 59], max_tokens=1)[0].fills[0].text] == ["x"]
+
+
+def test_a_fill_leaves_room_for_later_blanks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a blank at the end is filled, an eos follows it, which takes one place of the row more."""
+    script = Script(["x" * 9, "yy", "z"], ends=False)
+    text = "[gMASK]" + "a" * 50 + "[MASK]b[MASK]"  # 55 tokens, with sop
+    (filled,) = run(script, monkeypatch, [text], max_tokens=20)
+    assert [job.request.limit for job in script.jobs] == [8, 1, 1]
+    assert [len(one.tokens) for one in filled.fills] == [1, 8, 1]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
     glm-jax train --config quickstart --workdir runs/quickstart
     python tests/proofs/quantized_heldout.py --workdir runs/quickstart
 
-quantises the quickstart's weights in every way that there is, evaluates each over the same held-out rows and blanks, and
+quantises the quickstart weights in every way that there is, evaluates each over the same held-out rows and blanks and
 prints the loss beside that of float32. It fails if 8 bits cost more than 0.1%, or 4 bits by group more than 3%. The
 quantised kernels are multiplied as floats, after the rounding that they have in inference. Takes two minutes.
 """
