@@ -66,7 +66,8 @@ class Model:
         """
         decode = _decode_config(config, tokenizer, dtype)
         on = _mesh(mesh)
-        self.config, self.tokenizer, self.step = config, tokenizer, None
+        self.config, self.tokenizer = config, tokenizer
+        self.step: int | None = None
         self.decoder = Decoder(decode, on, engine_weights.place(decode, on, params), source)
 
     @classmethod
