@@ -6,6 +6,7 @@ strategies, scores, the idle ticks of the stages, and, with one process, what th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -22,8 +23,12 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402 (after the environment, as jax reads it)
 
 from glm_jax.engine import decode  # noqa: E402
+from glm_jax.engine.weights import place  # noqa: E402
 from glm_jax.inference.batch import Generation, fetch, score  # noqa: E402
 from glm_jax.inference.strategies import Beam, Greedy, Options, Sample  # noqa: E402
+from glm_jax.interop import arrays, decoding, sources  # noqa: E402
+from glm_jax.model import quantized  # noqa: E402
+from glm_jax.model.quantized import Scheme  # noqa: E402
 from glm_jax.parallel import processes  # noqa: E402
 from tests.inference import tiny  # noqa: E402
 
@@ -31,6 +36,7 @@ MESHES = [(1, 1, 1), (2, 2, 2), (1, 4, 2), (8, 1, 1)] if COUNT == 1 else [(2, 2,
 SAMPLED, BEAM = Sample(temperature=1.5, top_p=0.9), Beam(count=2, no_repeat_ngram=2)
 OPTIONS: dict[str, list[Options]] = {"row": [Greedy(), SAMPLED], "beam": [BEAM, BEAM]}  # of even and odd jobs
 JOBS, TURNS = 16, 7
+INT4 = [(1, 1, 1), (2, 2, 2)]
 
 
 def collectives(generation: Any, decoder: Any) -> dict[str, int]:
@@ -50,6 +56,9 @@ def collectives(generation: Any, decoder: Any) -> dict[str, int]:
 def run(sizes: tuple[int, int, int]) -> None:
     """Generate, score, and print what came out."""
     decoder = tiny.decoder(tiny.DEEP, *sizes)
+    if sizes == (1, 4, 2):  # as from the disk
+        stored = arrays.sources(tiny.params(tiny.DEEP))
+        decoder = dataclasses.replace(decoder, weights=decoding.read(decoder.config, decoder.mesh, stored))
     report: dict[str, Any] = {"mesh": sizes, "tokens": {}}
     for name, options in OPTIONS.items():
         jobs = [tiny.job(number, TURNS, options[number % 2]) for number in range(JOBS)]
@@ -61,6 +70,17 @@ def run(sizes: tuple[int, int, int]) -> None:
         if name == "row":
             report["busy"] = fetch(decoder.mesh, generation._state.busy).tolist()
             report["ticks"] = int(fetch(decoder.mesh, generation._state.ticks))
+    if sizes in INT4:
+        params, scheme = tiny.params(tiny.DEEP), Scheme(4, group=8)
+        if sizes == (1, 1, 1):
+            weights = place(decoder.config, decoder.mesh, quantized.quantize_params(params, scheme))
+        else:  # as from the disk
+            parameters = sources.quantize(arrays.sources(params), scheme)
+            weights = decoding.read(decoder.config, decoder.mesh, parameters)
+        jobs = [tiny.job(number, TURNS, OPTIONS["row"][number % 2]) for number in range(JOBS)]
+        generation = Generation(dataclasses.replace(decoder, weights=weights), jobs, tiny.VOCABULARY)
+        generation.advance(TURNS)
+        report["int4"] = [[one.tokens for one in found] for found in generation.results()]
     pairs = [(tiny.job(number).context, [5, 6 + number]) for number in range(JOBS)]
     report["scores"] = [found.log_probability for found in score(decoder, pairs)]
     if INDEX == 0:

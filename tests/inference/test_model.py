@@ -27,9 +27,9 @@ def test_the_score_of_a_target_is_that_of_its_tokens(model: Model) -> None:
     scores = model.score(["1 2 [MASK] 3", "4 5"], [one.text for one in targets])
     for one, score in zip(targets, scores, strict=True):
         assert score.tokens == len(one.tokens)
-        assert score.log_probability == pytest.approx(sum(one.log_probabilities), abs=1e-4)
+        assert score.log_probability == pytest.approx(sum(one.log_probabilities), abs=2e-3)
     alone = model.score("4 5", targets[1].text)
-    assert alone.log_probability == pytest.approx(scores[1].log_probability, abs=1e-4)
+    assert alone.log_probability == pytest.approx(scores[1].log_probability, abs=2e-3)
 
 
 @pytest.mark.parametrize(

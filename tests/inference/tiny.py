@@ -30,8 +30,9 @@ choose = jax.jit(lambda strategy, *arguments: strategy.choose(*arguments), stati
 
 @functools.cache
 def params(cfg: GLMConfig) -> Any:
-    """Return params whose greedy tokens vary, but that do not amplify the noise of float32."""
-    return jax.tree.map(lambda array: array * 1.6, init(cfg, jax.random.key(3)))
+    """Return params whose greedy tokens vary, which those of a fresh model do not."""
+    fresh = init(cfg, jax.random.key(3))
+    return {**fresh, "blocks": jax.tree.map(lambda array: array * 4.5 if array.ndim > 2 else array, fresh["blocks"])}
 
 
 @functools.cache
