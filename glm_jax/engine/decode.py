@@ -165,51 +165,6 @@ def decode(
         settings: of the strategy, arrays [M, ...].
         turns: int32 [].
     """
-    groups = decoding.tokens.shape[0]
-
-    def local(weights: Weights, decoding: Decoding, positions: Array, settings: Tree, turns: Array) -> Decoding:
-        stage = _Stage(cfg, mesh, weights)
-        period = max(groups, stage.stages)  # ticks from one token of a group to its next
-        ticks = jnp.where(turns > 0, (turns - 1) * period + groups + stage.stages - 1, 0)
-
-        def job(time: Array) -> tuple[Array, Array]:
-            """Return the group that has been under way for `time` ticks, and whether there is one."""
-            group = time % period
-            return jnp.minimum(group, groups - 1), (time >= 0) & (group < groups) & (time < turns * period)
-
-        def tick(carry: _Flight) -> _Flight:
-            time, x, state, alive = carry
-            group, _ = job(time)
-            entering = state.tokens[group][:, None], positions[group], state.lengths[group]
-            x = stage.enter(x, *entering)  # [B, 1, D]
-            group, active = job(time - stage.index)
-            lengths = state.lengths[group]  # [B]
-            x, cache = stage.run(x, positions[group], lengths, lengths, state.cache, group, active)
-            state = state._replace(cache=cache, busy=state.busy + active, ticks=state.ticks + 1)
-            group, leaving = job(time - (stage.stages - 1))
-
-            def choose(state: Decoding) -> Decoding:
-                logits = stage.leave(x, jnp.zeros((x.shape[0], 1), jnp.int32))[:, 0]  # [B, V / shards]
-                logits = lax.all_gather(logits, VOCAB_AXES, axis=1, tiled=True)  # [B, V]
-                return _choose(strategy, state, group, logits, at(settings, group))
-
-            if stage.stages == 1:
-                state = choose(state)
-            else:
-                state = lax.fori_loop(0, leaving.astype(jnp.int32), lambda _, state: choose(state), state)
-            alive = lax.pmax((~state.done).any().astype(jnp.int32), "data")
-            return _Flight(time + 1, shift(x, 1), state, alive)
-
-        def unfinished(carry: _Flight) -> Array:
-            return (carry.time < ticks) & (carry.alive > 0)
-
-        rows = decoding.tokens.shape[1]
-        x = jnp.zeros((rows, 1, cfg.model.hidden_size), cfg.compute)
-        state = decoding._replace(cache=jax.tree.map(lambda array: array[0], decoding.cache))
-        alive = lax.pmax((~state.done).any().astype(jnp.int32), "data")
-        state = lax.while_loop(unfinished, tick, _Flight(jnp.int32(0), x, state, alive)).state
-        return state._replace(cache=_add_stage(state.cache))
-
     grouped = jax.tree.map(lambda _: GROUPS, decoding)
     state_specs = grouped._replace(
         cache=jax.tree.map(lambda _: CACHE, decoding.cache), busy=jax.P("pipeline"), ticks=jax.P()
@@ -221,6 +176,7 @@ def decode(
         jax.tree.map(lambda _: GROUPS, settings),
         jax.P(),
     )
+    local = functools.partial(_advance, cfg, mesh, strategy)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=state_specs, check_vma=False)
     return mapped(weights, decoding, positions, settings, turns)
 
@@ -232,6 +188,61 @@ class _Flight(NamedTuple):
     x: Array  # [B, 1, D], from the previous stage
     state: Decoding
     alive: Array  # int32 [], 0 once every row is done
+
+
+def _advance(
+    cfg: DecodeConfig,
+    mesh: jax.sharding.Mesh,
+    strategy: Strategy,
+    weights: Weights,
+    decoding: Decoding,
+    positions: Array,
+    settings: Tree,
+    turns: Array,
+) -> Decoding:
+    """Do one device's part of `decode`."""
+    groups = decoding.tokens.shape[0]
+    stage = _Stage(cfg, mesh, weights)
+    period = max(groups, stage.stages)  # ticks from one token of a group to its next
+    ticks = jnp.where(turns > 0, (turns - 1) * period + groups + stage.stages - 1, 0)
+
+    def job(time: Array) -> tuple[Array, Array]:
+        """Return the group that has been under way for `time` ticks, and whether there is one."""
+        group = time % period
+        return jnp.minimum(group, groups - 1), (time >= 0) & (group < groups) & (time < turns * period)
+
+    def tick(carry: _Flight) -> _Flight:
+        time, x, state, alive = carry
+        group, _ = job(time)
+        entering = state.tokens[group][:, None], positions[group], state.lengths[group]
+        x = stage.enter(x, *entering)  # [B, 1, D]
+        group, active = job(time - stage.index)
+        lengths = state.lengths[group]  # [B]
+        x, cache = stage.run(x, positions[group], lengths, lengths, state.cache, group, active)
+        state = state._replace(cache=cache, busy=state.busy + active, ticks=state.ticks + 1)
+        group, leaving = job(time - (stage.stages - 1))
+
+        def choose(state: Decoding) -> Decoding:
+            logits = stage.leave(x, jnp.zeros((x.shape[0], 1), jnp.int32))[:, 0]  # [B, V / shards]
+            logits = lax.all_gather(logits, VOCAB_AXES, axis=1, tiled=True)  # [B, V]
+            return _choose(strategy, state, group, logits, at(settings, group))
+
+        if stage.stages == 1:
+            state = choose(state)
+        else:
+            state = lax.fori_loop(0, leaving.astype(jnp.int32), lambda _, state: choose(state), state)
+        alive = lax.pmax((~state.done).any().astype(jnp.int32), "data")
+        return _Flight(time + 1, shift(x, 1), state, alive)
+
+    def unfinished(carry: _Flight) -> Array:
+        return (carry.time < ticks) & (carry.alive > 0)
+
+    rows = decoding.tokens.shape[1]
+    x = jnp.zeros((rows, 1, cfg.model.hidden_size), cfg.compute)
+    state = decoding._replace(cache=jax.tree.map(lambda array: array[0], decoding.cache))
+    alive = lax.pmax((~state.done).any().astype(jnp.int32), "data")
+    state = lax.while_loop(unfinished, tick, _Flight(jnp.int32(0), x, state, alive)).state
+    return state._replace(cache=_add_stage(state.cache))
 
 
 def _choose(strategy: Strategy, state: Decoding, group: Array, logits: Array, settings: Tree) -> Decoding:
