@@ -1,12 +1,22 @@
 """What users of `Model` may ask for, and what is refused."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from glm_jax.errors import UserError
 from glm_jax.inference import Model
+from glm_jax.interop import convert
+from glm_jax.interop.weights import open_weights
+from glm_jax.model import GLMConfig
+from glm_jax.model.quantized import Quantized, Scheme
 from tests.inference import tiny
 from tests.inference.numbers_tokenizer import Numbers
 from tests.inference.tiny import CONFIG
+
+GOLDEN = Path(__file__).parent.parent / "goldens/glm130b/ckpt_tp1"
+GLM = GLMConfig(3, 64, 4, 176, 256, max_length=64)
 
 
 class Small(Numbers):
@@ -71,3 +81,47 @@ def test_a_model_without_a_tokenizer_says_so() -> None:
     for ask in (lambda: nameless.fill("1"), lambda: nameless.score("1", "2")):
         with pytest.raises(UserError, match="^the model has no tokenizer: convert its weights again, with --tokenizer"):
             ask()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden GLM-130B, converted."""
+    out = tmp_path_factory.mktemp("converted") / "run"
+    convert.to_workdir(open_weights(GOLDEN, {"num_heads": 4}), out, convert.experiment(GLM))
+    return out
+
+
+def opened(workdir: Path, **arguments: Any) -> Model:
+    """Open the golden model with the tokenizer of its goldens, which no file holds."""
+    model = Model.open(workdir, **arguments)
+    model.tokenizer = Numbers()
+    return model
+
+
+def test_a_workdir_opens_in_fewer_bits_and_as_it_was_quantised(workdir: Path, tmp_path: Path) -> None:
+    whole, by_int8, by_int4 = (opened(workdir, quantize=name) for name in (None, "int8", "int4"))
+    assert (whole.step, by_int4.step, whole.config) == (1000, 1000, GLM)
+    pair = "47 65 [MASK] 160 174", "92 141 230"
+    scores = [model.score(*pair).log_probability for model in (whole, by_int8, by_int4)]
+    assert 0 < abs(scores[1] - scores[0]) < abs(scores[2] - scores[0]) < 5
+    convert.to_workdir(
+        convert.quantize(open_weights(workdir), Scheme(4, 128)), tmp_path / "quantised", convert.experiment(GLM)
+    )
+    stored = opened(tmp_path / "quantised")
+    kernel = stored.decoder.weights.layers[0]["attention"]["qkv"]["kernel"]
+    assert isinstance(kernel, Quantized) and kernel.values.shape == (1, 32, 4, 3, 16)  # 64 inputs, two to a byte
+    assert stored.score(*pair).log_probability == pytest.approx(scores[2], abs=1e-4)
+    with pytest.raises(UserError, match="has 4 bits already: quantise the weights that it came from"):
+        Model.open(tmp_path / "quantised", quantize="int8")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"quantize": "int5"}, "^quantize is 'int5': it must be one of int8, int4"),
+        ({"step": 7}, "has no checkpoint of step 7, but these: 1000"),
+    ],
+)
+def test_what_cannot_be_opened(workdir: Path, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Model.open(workdir, **arguments)
