@@ -56,7 +56,7 @@ class _Softmax:
         import torch
 
         if scores.shape[-2] > 1:
-            scores.masked_fill_(blocked, -10000.0)
+            scores.masked_fill_(blocked.bool(), -10000.0)  # the transformer makes masks float
         return torch.softmax(scores * self.scale, dim=-1)
 
 
