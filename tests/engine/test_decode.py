@@ -34,3 +34,13 @@ def test_a_token_of_an_int4_model_takes_its_packed_bytes_its_cache_and_little_mo
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 1.1 * (packed + embedding + cache)
     assert memory.alias_size_in_bytes >= cache  # donated, and changed in place:
     assert memory.temp_size_in_bytes < keys  # there is no room for a copy of the keys of even one layer
+
+
+def test_a_token_copies_no_kernel() -> None:
+    glm = GLMConfig(num_layers=1, hidden_size=128, num_heads=2, ffn_size=512, vocab_size=256)
+    mesh, cfg = meshes.build(dict.fromkeys(meshes.AXES, 1)), DecodeConfig(glm, glm.vocab_size)
+    shapes = decode_shapes.decode_arguments(
+        cfg, mesh, decode_shapes.param_shapes(glm), decode_shapes.Batch(groups=1, rows=1, room=32)
+    )
+    memory: Any = decode.decode.lower(cfg, mesh, sampling.Sampler(), *shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 3 * 128**2  # the qkv kernel, which is smaller than the feed-forward's
