@@ -129,7 +129,9 @@ def report(times: dict[str, list[Times]], tokens: dict[str, Tokens], base: str) 
         for field in Times._fields:
             pairs = zip(times[name], times[base], strict=True)
             ratios = sorted(getattr(theirs, field) / getattr(held, field) for theirs, held in pairs)
-            print(f"{name} / {base}, {field}: ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+            print(
+                f"{name} / {base}, {field}: ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            )
         pairs = zip(np.ravel(tokens[name]), np.ravel(tokens[base]), strict=True)
         print(f"{name}: {sum(left == right for left, right in pairs)} of {rows * new} tokens as in {base}, "
               f"{len(np.unique(tokens[name]))} different ones")  # fmt: skip

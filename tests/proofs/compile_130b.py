@@ -66,7 +66,8 @@ def lower(options: argparse.Namespace) -> Any:
     config = experiment(options)
     config = resolve(config)
     length = config.data.seq_length
-    engine, grid = build(config, NUM_TOKENS, targets.devices(TOPOLOGIES.get(options.target, options.target), math.prod(SHAPE)))
+    target = TOPOLOGIES.get(options.target, options.target)
+    engine, grid = build(config, NUM_TOKENS, targets.devices(target, math.prod(SHAPE)))
     cfg = stretch.step_config(config, engine)
 
     def describe(shape: tuple[int, ...], dtype: DTypeLike, sharding: jax.sharding.Sharding) -> Tree:
