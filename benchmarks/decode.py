@@ -1,6 +1,6 @@
 """Measure greedy decoding on a CPU: ours in float32, 8 and 4 bits, beside the official torch classes.
 
-    python benchmarks/decode.py [--rounds 9] [--rows 4] [--context 512] [--new 64] [--layers 8] [--hidden 512] [--heads 8]
+    python benchmarks/decode.py [--rounds 9] [--rows 4] [--context 512] [--new 64] [--layers 8] [--hidden 512]
 
 The official side is GLM130B of SwissArmyTransformer 0.4.12 with its own key/value cache (`official_torch.py` says what
 stands in for a GPU); without torch or SwissArmyTransformer only ours are measured. All sides have the same random
@@ -29,8 +29,8 @@ os.environ |= {"NPROC": str(THREADS), "OMP_NUM_THREADS": str(THREADS), "JAX_PLAT
 os.environ["OMP_WAIT_POLICY"] = "passive"  # a thread of torch that waits would count as CPU time
 
 import jax  # noqa: E402 (reads the environment)
-
 import official_torch  # noqa: E402
+
 from glm_jax import model  # noqa: E402
 from glm_jax.engine import weights  # noqa: E402
 from glm_jax.engine.weights import DecodeConfig  # noqa: E402
@@ -164,9 +164,9 @@ def main() -> int:
     try:
         sides["official, float32"] = official(cfg, params, contexts, options.new)
     except ImportError as error:
-        print(f"the official classes are left out: {error} (pip install torch einops SwissArmyTransformer==0.4.12)")
+        print(f"left out: the official classes ({error}: pip install torch einops SwissArmyTransformer==0.4.12)")
     print(f"{cfg.num_parameters / 1e6:.0f} M parameters, {options.rows} rows, {options.context} tokens of context, "
-          f"{options.new} new; {options.rounds} rounds, {THREADS} threads, jax {jax.__version__}", flush=True)  # fmt: skip
+          f"{options.new} new; {options.rounds} rounds, {THREADS} threads, jax {jax.__version__}")  # fmt: skip
     return 0 if report(*measure(sides, options.rounds), base) else 1
 
 

@@ -26,16 +26,16 @@ def load(checkpoint: Path, sizes: Mapping[str, int], threads: int) -> Any:
     Raises:
         ImportError: torch or SwissArmyTransformer is not installed.
     """
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     triton: Any = types.ModuleType("triton")  # imported for kernels that this class does not use
-    triton.language, triton.jit = types.ModuleType("triton.language"), lambda function: function
-    triton.language.constexpr = object
+    language: Any = types.ModuleType("triton.language")
+    triton.language, triton.jit, language.constexpr = language, lambda function: function, object
     sys.modules |= {"triton": triton, "triton.language": triton.language}
     torch.cuda.current_device = lambda: torch.device("cpu")  # where the class puts its tables and scores
     torch.set_num_threads(threads)
 
-    from sat.model.official.glm130B_model import GLM130B
+    from sat.model.official.glm130B_model import GLM130B  # pyright: ignore[reportMissingImports]
 
     flags = {"fp16": False, "model_parallel_size": 1, "layernorm_order": "pre", "skip_init": True}
     model = GLM130B(types.SimpleNamespace(**sizes, **flags, position_encoding_2d=False, no_glu=False))
@@ -53,7 +53,7 @@ class _Softmax:
     scale = 1.0  # set by the class for each layer
 
     def __call__(self, scores: Any, blocked: Any) -> Any:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         if scores.shape[-2] > 1:
             scores.masked_fill_(blocked.bool(), -10000.0)  # the transformer makes masks float
@@ -69,8 +69,8 @@ def greedy(model: Any, contexts: np.ndarray, sop: int, new: int) -> tuple[Callab
         sop: the token after the context.
         new: tokens to generate. The second function returns them, int [B, new].
     """
-    import torch
-    from sat.generation.autoregressive_sampling import update_mems
+    import torch  # pyright: ignore[reportMissingImports]
+    from sat.generation.autoregressive_sampling import update_mems  # pyright: ignore[reportMissingImports]
 
     rows, length = contexts.shape
     tokens = torch.from_numpy(np.concatenate([contexts, np.full((rows, 1), sop)], 1).astype(np.int64))

@@ -1,7 +1,10 @@
-"""The shapes of what decoding takes, on a mesh that need not exist: for compiling without allocating anything."""
+"""The shapes of what decoding takes, on a mesh that need not exist: for compiling without allocating anything.
+
+They stand where functions take arrays, hence `Any`."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +29,7 @@ class Batch(NamedTuple):
     rows: int
     room: int
 
-    def integers(self, mesh: jax.sharding.Mesh, *more: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def integers(self, mesh: jax.sharding.Mesh, *more: int, dtype: Any = jnp.int32) -> Any:
         """Return the shape of an array [M, B, ...]."""
         sharding = jax.NamedSharding(mesh, decode.GROUPS)
         return jax.ShapeDtypeStruct((self.groups, self.rows, *more), dtype, sharding=sharding)
@@ -40,7 +43,7 @@ def param_shapes(cfg: GLMConfig, scheme: Scheme | None = None) -> Any:
         if scheme is None or path not in INPUTS:
             return leaf
         groups, axis = scheme.layout(path, leaf.shape)
-        return jax.eval_shape(lambda kernel: quantized.quantize(kernel, scheme.bits, groups, axis), leaf)
+        return jax.eval_shape(functools.partial(quantized.quantize, bits=scheme.bits, groups=groups, axis=axis), leaf)
 
     return jax.tree.map_with_path(one, jax.eval_shape(lambda: model.init(cfg, jax.random.key(0))))
 
@@ -72,15 +75,15 @@ def decode_arguments(cfg: DecodeConfig, mesh: jax.sharding.Mesh, params: Any, ba
     vocabulary = Vocabulary(glm.vocab_size, cfg.num_tokens, ends=(1,))
     request = sampling.begin([Request([1], 5, Greedy())] * batch.rows, vocabulary, batch.room)
 
-    def grouped(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    def grouped(array: np.ndarray) -> Any:
         return batch.integers(mesh, *array.shape[1:], dtype=array.dtype)
 
-    def number(spec: jax.P, *shape: int) -> jax.ShapeDtypeStruct:
+    def number(spec: jax.P, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, spec))
 
     settings, search = jax.tree.map(grouped, request)
     stages = mesh.shape["pipeline"]
-    held = jax.ShapeDtypeStruct(
+    held: Any = jax.ShapeDtypeStruct(
         (stages, batch.groups, batch.rows, glm.num_heads, batch.room, glm.head_dim),
         cfg.compute,
         sharding=jax.NamedSharding(mesh, decode.CACHE),

@@ -66,7 +66,8 @@ def lower(options: argparse.Namespace) -> Any:
     config = experiment(options)
     config = resolve(config)
     length = config.data.seq_length
-    target = TOPOLOGIES.get(options.target, options.target)
+    target: str = options.target
+    target = TOPOLOGIES.get(target, target)
     engine, grid = build(config, NUM_TOKENS, targets.devices(target, math.prod(SHAPE)))
     cfg = stretch.step_config(config, engine)
 

@@ -1,14 +1,14 @@
 """Compile GLM-130B's prefill and the generation of its tokens, from shapes alone, and report the memory of a device.
 
-    python tests/proofs/decode_130b.py [--target cpu|a100|rtx3090|v5e:4x4] [--tensor 8] [--pipeline 1] [--bound 31.7]
+    python tests/proofs/decode_130b.py [--target cpu|a100|rtx3090|v5e:4x4] [--tensor 8] [--pipeline 1] [--bound 31]
         [--weights float16|bfloat16|int8|int4] [--group 0] [--rows 1] [--room 2048] [--program decode|prefill]
 
-70 layers of 12,288 and 150,528 rows of vocabulary, as in experiments/glm_130b.py, on `tensor` x `pipeline` devices. Each
-stage has a group of `rows` rows, each row has `room` places in the cache, and prefill takes contexts that fill them.
-Quantised weights are absmax by row with a scale for the inputs of each device, as they were released, or by groups of
-`--group` inputs. Nothing runs: the devices exist in name only. GPU targets need XLA's CUDA compiler
-(jax-cuda12-plugin, jax-cuda12-pjrt and the nvidia wheels they require), TPU targets need libtpu. The bound is in GB (1e9
-bytes) a device; for a GPU it is all of the card's memory by default.
+70 layers of 12,288 and 150,528 rows of vocabulary, as in experiments/glm_130b.py, on `tensor` x `pipeline` devices.
+Each stage has a group of `rows` rows, each row has `room` places in the cache, and prefill takes contexts that fill
+them. Quantised weights are absmax by row with a scale for the inputs of each device, as they were released, or by
+groups of `--group` inputs. Nothing runs: the devices exist in name only. GPU targets need XLA's CUDA compiler
+(jax-cuda12-plugin, jax-cuda12-pjrt and the nvidia wheels they require), TPU targets need libtpu. The bound is in GB
+(1e9 bytes) a device; by default it is all of the device's memory.
 """
 
 from __future__ import annotations
