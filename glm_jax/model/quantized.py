@@ -224,25 +224,45 @@ def einsum(equation: str, x: Array, kernel: Array | Quantized) -> Array:
     """Compute jnp.einsum(equation, x, kernel) in the dtype of x, dequantising the kernel for it.
 
     XLA's CPU backend would write out the whole kernel, in float32 eight times the size of 4 bits. So there, some of the
-    output features are dequantised and multiplied at a time.
+    output features are dequantised and multiplied at a time. Which of the two runs follows from the platform that the
+    program is compiled for, whatever this process has.
     """
     if not isinstance(kernel, Quantized):
-        return jnp.einsum(equation, x, kernel)
-    outputs = range(kernel.axis + 1, 0)
-    along = max(outputs, key=lambda axis: math.gcd(kernel.shape[axis], CPU_PARTS))
-    parts = math.gcd(kernel.shape[along], CPU_PARTS) if jax.default_backend() == "cpu" else 1
+        return _contract(equation, x, kernel)
+
+    def whole(x: Array, kernel: Quantized) -> Array:
+        return _contract(equation, x, dequantize(kernel, x.dtype))
+
+    return jax.lax.platform_dependent(x, kernel, cpu=functools.partial(_einsum_in_parts, equation), default=whole)
+
+
+def _einsum_in_parts(equation: str, x: Array, kernel: Quantized) -> Array:
+    """Compute the einsum for some of the output features at a time."""
+    along = max(range(kernel.axis + 1, 0), key=lambda axis: math.gcd(kernel.shape[axis], CPU_PARTS))
+    parts = math.gcd(kernel.shape[along], CPU_PARTS)
     size = kernel.shape[along] // parts
 
     def multiply(part: Array) -> Array:
         of_part = jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, part * size, size, along), kernel)
-        return jnp.einsum(equation, x, dequantize(of_part, x.dtype))
+        return _contract(equation, x, dequantize(of_part, x.dtype))
 
     if parts == 1:
-        return jnp.einsum(equation, x, dequantize(kernel, x.dtype))
+        return multiply(jnp.int32(0))
     _, letters, product = re.split(",|->", equation)
     place = product.index(letters[along])
     products = jnp.moveaxis(jax.lax.map(multiply, jnp.arange(parts)), 0, place)  # the axis `along` in two
     return products.reshape(*products.shape[:place], -1, *products.shape[place + 2 :])
+
+
+def _contract(equation: str, x: Array, kernel: Array) -> Array:
+    """Compute jnp.einsum(equation, x, kernel), with the axes of x before those of the kernel until the end.
+
+    In another order XLA's CPU backend transposes the kernel, for every token, and not the product, which is smaller.
+    """
+    of_x, of_kernel, product = re.split(",|->", equation)
+    plain = [letter for letter in of_x + of_kernel if letter in product]
+    made = jnp.einsum(f"{of_x},{of_kernel}->{''.join(plain)}", x, kernel)
+    return made.transpose([plain.index(letter) for letter in product])
 
 
 def quantize_params(params: Tree, scheme: Scheme) -> Tree:

@@ -16,7 +16,7 @@ fuses less for CPUs.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import math
 import os
 import resource
 import sys
@@ -30,24 +30,12 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "768", "TPU_SKIP_M
 
 from glm_jax.data.rows.rows import Rows  # noqa: E402
 from tests.parallel import hlo  # noqa: E402 (needs the path, and reads the environment)
+from tests.proofs import targets  # noqa: E402
 
 SHAPE = (24, 8, 4)  # data, pipeline, tensor
+TOPOLOGIES = {"v5p": "v5p:8x8x12"}
 NUM_TOKENS = 150_344  # pieces of the official tokenizer
 BOUNDS = {"cpu": 38.0, "a100": 31.75, "v5p": 33.0}  # GB; XLA's pool on an A100-40GB is 31.75 GB by default
-
-# NVIDIA A100-SXM4-40GB, in the form in which XLA takes the description of a GPU that is not present.
-A100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 167936
-  threads_per_core_limit: 2048 core_count: 108 fpus_per_core: 64 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 1555000000000 l2_cache_size: 41943040 clock_rate_ghz: 1.41
-  device_memory_size: 42331013120 shared_memory_per_block_optin: 166912
-  cuda_compute_capability { major: 8 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
-device_description_str: "NVIDIA A100-SXM4-40GB"
-"""
 
 
 def arguments() -> argparse.Namespace:
@@ -61,18 +49,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stash", default="layer")
     parser.add_argument("--precision", default="float16")
     return parser.parse_args()
-
-
-def devices(target: str) -> Any:
-    """Return descriptions of devices, which need not be present."""
-    import jax
-    from jax.experimental import topologies
-
-    if target == "cpu":
-        return jax.devices()
-    if target == "v5p":
-        return topologies.get_topology_desc("v5p:8x8x12", platform="tpu").devices
-    return topologies.get_topology_desc("t", platform="cuda", topology="96x8x1", target_config=A100).devices
 
 
 def lower(options: argparse.Namespace) -> Any:
@@ -90,7 +66,9 @@ def lower(options: argparse.Namespace) -> Any:
     config = experiment(options)
     config = resolve(config)
     length = config.data.seq_length
-    engine, grid = build(config, NUM_TOKENS, devices(options.target))
+    target: str = options.target
+    target = TOPOLOGIES.get(target, target)
+    engine, grid = build(config, NUM_TOKENS, targets.devices(target, math.prod(SHAPE)))
     cfg = stretch.step_config(config, engine)
 
     def describe(shape: tuple[int, ...], dtype: DTypeLike, sharding: jax.sharding.Sharding) -> Tree:
@@ -116,12 +94,7 @@ def lower(options: argparse.Namespace) -> Any:
 
 def experiment(options: argparse.Namespace) -> Any:
     """Return the experiment's config with the changes on the command line; microbatches keep their size."""
-    path = ROOT / "experiments" / "glm_130b.py"
-    spec = importlib.util.spec_from_file_location("glm_130b", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = targets.glm_130b()
     config.train.global_batch = config.train.global_batch // config.train.microbatches * options.microbatches
     config.train.microbatches = options.microbatches
     config.train.precision = options.precision
@@ -132,9 +105,7 @@ def experiment(options: argparse.Namespace) -> Any:
 def report(options: argparse.Namespace, compiled: Any, lowering: float, compiling: float) -> tuple[float, bool]:
     """Print the results; return the peak in GB, and whether a collective runs over `data` in the tick loop."""
     memory = compiled.memory_analysis()
-    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    # The peak that XLA reports for the CPU leaves temporaries out.
-    peak = whole + memory.temp_size_in_bytes if options.target == "cpu" else memory.peak_memory_in_bytes
+    peak = targets.peak_bytes(options.target, memory)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux gives kB
     found = hlo.collectives(compiled.as_text() or "", SHAPE)
     what = f"{options.schedule}, stash {options.stash}, {options.precision}, {options.microbatches} microbatches"
