@@ -73,6 +73,7 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
     Raises:
         UserError: names the axis, the number and the nearest that work.
     """
+    check_model(cfg.model, mesh)
     sizes = dict(mesh.shape)
     if cfg.zero == 3 and (sizes["pipeline"] > 1 or cfg.keep == "all"):
         what = f"mesh.pipeline={sizes['pipeline']}" if sizes["pipeline"] > 1 else "pipeline.stash=all"
@@ -87,7 +88,6 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
             ("data", "rows of a microbatch, train.global_batch / train.microbatches,", global_batch // microbatches),
         ],
     )
-    check_model(cfg.model, mesh)
 
 
 def check_model(glm: GLMConfig, mesh: jax.sharding.Mesh) -> None:

@@ -28,7 +28,8 @@ from glm_jax.config.fields import to_dict
 from glm_jax.interop import convert, huggingface, sat
 from glm_jax.interop.layout import HUGGING_FACE, axis_sizes, official_tensors, tile_shape, tiles
 from glm_jax.interop.safetensors_file import write_safetensors
-from glm_jax.interop.shards import RANK_FILE, Parameter, open_parameters
+from glm_jax.interop.shards import RANK_FILE, open_parameters
+from glm_jax.interop.sources import Source
 from glm_jax.interop.torch_archive import TensorStream, write_archive
 from glm_jax.interop.weights import open_weights
 from glm_jax.model import GLMConfig
@@ -125,7 +126,7 @@ def run(task: str, directory: Path) -> None:
     assert peak - held < LIMIT, f"{task} took more than {LIMIT / 1e9} GB"
 
 
-def compare(left: Mapping[ParamPath, Parameter], right: Mapping[ParamPath, Parameter], parameters: int) -> None:
+def compare(left: Mapping[ParamPath, Source], right: Mapping[ParamPath, Source], parameters: int) -> None:
     """Check that two opened checkpoints of so many parameters are equal."""
     count = 0
     for path, one in left.items():

@@ -14,6 +14,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import glm_jax
 from glm_jax.cli import main as cli
@@ -32,7 +33,8 @@ WAYS = {
 
 def losses(weights: Path) -> dict[str, float]:
     """Return the held-out losses of weights under the quickstart's config, in nats a token."""
-    run = glm_jax.load("quickstart", say=lambda line: None, **{"train.init_from": str(weights)})
+    changes: dict[str, Any] = {"train.init_from": str(weights)}
+    run = glm_jax.load("quickstart", say=lambda line: None, **changes)
     with run:
         return run.evaluate()
 
