@@ -16,7 +16,7 @@ from glm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from glm_jax.inference import Model
-    from glm_jax.inference.fill import Settings
+    from glm_jax.inference.pending import Settings
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -51,7 +51,7 @@ def _is_terminal() -> bool:
 def _generate(values: flags.FlagValues, options: Mapping[str, object]) -> int:
     from glm_jax.cli import generate_batch, generate_terminal
     from glm_jax.inference import strategies
-    from glm_jax.inference.fill import Settings
+    from glm_jax.inference.pending import Settings
     from glm_jax.parallel import processes
 
     settings = Settings(
@@ -59,6 +59,7 @@ def _generate(values: flags.FlagValues, options: Mapping[str, object]) -> int:
         values.max_tokens or generate_flags.MAX_TOKENS,
         values.seed,
         tuple(values.stop or ()),
+        values.one_context,
         values.out_seq_length,
     )
     given = _given(values, alone=processes.alone())

@@ -22,7 +22,8 @@ from glm_jax.cli.generate_journal import Header, Journal, read
 from glm_jax.errors import UserError
 from glm_jax.inference import Model
 from glm_jax.inference.batch import batch_limit
-from glm_jax.inference.fill import Filled, Settings, count_repeats
+from glm_jax.inference.fill import count_repeats
+from glm_jax.inference.pending import Filled, Settings
 from glm_jax.parallel import processes
 from glm_jax.storage import digests
 from glm_jax.storage.files import write_atomic

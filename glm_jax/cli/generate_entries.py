@@ -12,7 +12,7 @@ from glm_jax.errors import UserError, printable
 from glm_jax.storage.files import json_line
 
 if TYPE_CHECKING:
-    from glm_jax.inference.fill import Filled
+    from glm_jax.inference.pending import Filled
 
 STDIN = "standard input"
 

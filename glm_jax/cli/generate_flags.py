@@ -167,6 +167,8 @@ def _define_strategy(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "seed", 1234, "seed of whatever is drawn", lower_bound=0, upper_bound=2**63 - 1, flag_values=values
     )
+    summary = "read a prompt once for all its [MASK]: faster with many of them in a long prompt"
+    flags.DEFINE_bool("one_context", False, summary, flag_values=values)
     summary = "fill by the rules of the official generate.py: prompt and fill together have so many tokens"
     flags.DEFINE_integer("out_seq_length", None, summary, lower_bound=1, flag_values=values)
 

@@ -14,7 +14,7 @@ from glm_jax import signals
 from glm_jax.cli.common import say
 from glm_jax.errors import UserError, printable
 from glm_jax.inference import Model
-from glm_jax.inference.fill import Filled, Settings
+from glm_jax.inference.pending import Filled, Settings
 from glm_jax.inference.prompts import BLANK, Piece
 from glm_jax.parallel import processes
 

@@ -56,6 +56,7 @@ class Job(NamedTuple):
 
     context: Context
     request: Request
+    later: int = 0  # places of the row that other blanks of the same context will need
 
 
 def bucket(size: int, smallest: int = SHORTEST) -> int:
@@ -67,11 +68,14 @@ def row_positions(cfg: GLMConfig, context: Context, length: int) -> np.ndarray:
     """Return the positions of a row of `length` tokens: int32 [T], or [2, T] for learned_2d.
 
     sop is the first token of the target. A fill repeats its blank's position, or continues to count ([gMASK]). The
-    original GLM (learned_2d) always repeats, and counts in the second stream.
+    original GLM (learned_2d) always repeats, and counts in the second stream. Fills of the same context follow one
+    another, as the spans of a sample do in training.
     """
     before = len(context.tokens) - 1
     repeat = context.repeats or cfg.position == "learned_2d"
-    streams = sample_positions(before, np.array([context.blank]), np.array([length - before]), repeat=repeat)
+    blanks, widths = zip(*context.earlier, (context.blank, 0), strict=True)
+    widths = (*widths[:-1], length - before - sum(widths))
+    streams = sample_positions(before, np.array(blanks), np.array(widths), repeat=repeat)
     if cfg.position != "learned_2d":
         return streams[0]
     # the padding behind the longest fill may lie beyond the tables, where a look-up gives NaN
@@ -142,47 +146,87 @@ class Generation:
         Raises:
             UserError: an option names a token that is not in the vocabulary.
         """
-        self._decoder, self._jobs = decoder, jobs
+        self._decoder, self._count, self._vocabulary = decoder, len(jobs), vocabulary
         options = jobs[0].request.options
         self._beams = options.count if isinstance(options, Beam) else 1
         self._layout = Layout.of(decoder.mesh, len(jobs))
-        padding = self._layout.rows - len(jobs)
-        requests = [*(job.request for job in jobs), *([jobs[0].request._replace(limit=0)] * padding)]
-        contexts = [*(job.context for job in jobs), *([jobs[0].context] * padding)]
-        length = bucket(max(len(context.tokens) + one.limit for context, one in zip(contexts, requests, strict=True)))
+        self._length = bucket(max(len(job.context.tokens) + job.request.limit + job.later for job in jobs))
+        whole = self._padded(jobs)
+        search = self._search([job.request for job in whole])
+        self._prefill([job.context for job in whole], np.array([job.request.limit < 1 for job in whole]), search)
+
+    def _padded(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return the jobs and as many idle ones as fill the rows of the batch."""
+        idle = jobs[0]._replace(request=jobs[0].request._replace(limit=0))
+        return [*jobs, *[idle] * (self._layout.rows - len(jobs))]
+
+    def _search(self, requests: Sequence[Request]) -> Tree:
+        """Turn to requests, and return their search before the first token, on the host."""
         self._strategy: Strategy
-        if isinstance(options, Beam):
-            self._strategy, settings, search = beams.begin(requests, vocabulary, length)
+        if isinstance(requests[0].options, Beam):
+            self._strategy, settings, search = beams.begin(requests, self._vocabulary, self._length)
             self._finish = functools.partial(beams.finish, settings)
         else:
-            self._strategy, (settings, search) = sampling.Sampler(), sampling.begin(requests, vocabulary, length)
+            settings, search = sampling.begin(requests, self._vocabulary, self._length)
             finish_rows = functools.partial(sampling.finish, settings)
-            self._finish = lambda search: [[row] for row in finish_rows(search)]
+            self._strategy, self._finish = sampling.Sampler(), lambda search: [[row] for row in finish_rows(search)]
         self._settings = self._put(settings)
-        idle = np.array([request.limit < 1 for request in requests])
-        self._prefill(contexts, length, idle, search)
+        return search
 
     def _put(self, tree: Tree) -> Tree:
         return self._layout.put(self._decoder.mesh, tree)
 
-    def _prefill(self, contexts: Sequence[Context], length: int, idle: np.ndarray, search: Tree) -> None:
+    def _rows(self, array: np.ndarray) -> Array:
+        """Put an array with an entry for each prompt on the mesh, repeated for its beams."""
+        return self._put(np.repeat(array, self._beams, axis=0))
+
+    def _put_positions(self, contexts: Sequence[Context]) -> np.ndarray:
+        """Put the positions of rows on the mesh, and return them."""
+        cfg = self._decoder.config.model
+        positions = np.stack([row_positions(cfg, context, self._length) for context in contexts])
+        self._positions = self._rows(positions)
+        return positions
+
+    def _prefill(self, contexts: Sequence[Context], idle: np.ndarray, search: Tree) -> None:
         config, mesh, weights = self._decoder.config, self._decoder.mesh, self._decoder.weights
         lengths = np.array([len(context.tokens) - 1 for context in contexts], np.int32)  # without sop
         tokens = np.zeros((len(contexts), bucket(int(lengths.max()))), np.int32)
         for row, context in zip(tokens, contexts, strict=True):
             row[: len(context.tokens) - 1] = context.tokens[:-1]
-        positions = np.stack([row_positions(config.model, context, length) for context in contexts])
-        prompts = decode.Prompts(*map(self._put, (tokens, positions, lengths)))
+        prompts = decode.Prompts(*map(self._put, (tokens, self._put_positions(contexts), lengths)))
         cache = compiled_together(decode.prefill)(config, mesh, weights, prompts)
-
-        def rows(array: np.ndarray) -> Array:
-            return self._put(np.repeat(array, self._beams, axis=0))
-
         if self._beams > 1:
             cache = compiled_together(decode.repeat_rows)(mesh, cache, self._beams)
         last = np.array([context.tokens[-1] for context in contexts], np.int32)
-        self._positions = rows(positions)
-        self._state = decode.begin(mesh, cache, rows(lengths), rows(last), rows(idle), self._put(search))
+        state = (self._rows(lengths), self._rows(last), self._rows(idle), self._put(search))
+        self._state = decode.begin(mesh, cache, *state)
+
+    def follow(self, jobs: Sequence[Job], last: Sequence[int]) -> None:
+        """Turn to the next blank of each context, whose fill follows the earlier ones and sees them; not with beams.
+
+        Args:
+            jobs: of the same contexts in the same order, whose `earlier` says what the rows hold by now; a limit of 0
+                is a context without another blank.
+            last: the newest token that stays in each row.
+
+        Raises:
+            NotFinite: the model gives logits that are not finite.
+        """
+        whole = self._padded(jobs)
+        contexts = [job.context for job in whole]
+        ends = np.array([len(one.tokens) - 1 + sum(width for _, width in one.earlier) for one in contexts], np.int32)
+        newest = np.array([*last, *[last[0]] * (len(whole) - len(jobs))], np.int32)
+        sop = np.array([context.tokens[-1] for context in contexts], np.int32)
+        idle, search = np.array([job.request.limit < 1 for job in whole]), self._search([job.request for job in whole])
+        self._put_positions(contexts)
+
+        def stand(lengths: np.ndarray, tokens: np.ndarray) -> None:
+            parts = {"lengths": lengths, "tokens": tokens, "done": idle, "search": search}
+            self._state = self._state._replace(**{name: self._put(part) for name, part in parts.items()})
+
+        stand(ends - 1, newest)
+        self.advance(1)  # the newest token may not be in the cache yet; what is chosen after it does not count
+        stand(ends, sop)
 
     def advance(self, turns: int) -> None:
         """Generate up to `turns` tokens more in every row.
@@ -201,7 +245,7 @@ class Generation:
 
     def done(self) -> np.ndarray:
         """Return which jobs are done: bool [jobs]."""
-        return fetch(self._decoder.mesh, self._state.search.done).ravel()[: len(self._jobs)]
+        return fetch(self._decoder.mesh, self._state.search.done).ravel()[: self._count]
 
     def stop(self, jobs: np.ndarray) -> None:
         """End jobs, bool [jobs], before their time; not with beams."""
@@ -214,7 +258,7 @@ class Generation:
     def results(self) -> list[list[Generated]]:
         """Return what each job has generated, best first: one sequence, or as many as there are beams."""
         search = fetch(self._decoder.mesh, self._state.search)
-        return self._finish(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), search))[: len(self._jobs)]
+        return self._finish(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), search))[: self._count]
 
 
 @jax.jit

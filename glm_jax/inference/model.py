@@ -15,7 +15,7 @@ from glm_jax.engine.weights import DecodeConfig
 from glm_jax.errors import UserError
 from glm_jax.inference import batch, fill, prompts, strategies
 from glm_jax.inference.batch import Decoder, Scored
-from glm_jax.inference.fill import Filled, Settings
+from glm_jax.inference.pending import Filled, Settings
 from glm_jax.interop import decoding, sources
 from glm_jax.interop.weights import open_weights
 from glm_jax.model import GLMConfig
@@ -111,11 +111,11 @@ class Model:
 
     @overload
     def fill(self, texts: str, strategy: str = ..., *, max_tokens: int = ..., seed: int = ...,
-             stop: Sequence[str] = ..., out_seq_length: int | None = ...,
+             stop: Sequence[str] = ..., one_context: bool = ..., out_seq_length: int | None = ...,
              say: Callable[[str], None] | None = ..., **options: object) -> Filled: ...  # fmt: skip
     @overload
     def fill(self, texts: Many, strategy: str = ..., *, max_tokens: int = ..., seed: int = ...,
-             stop: Sequence[str] = ..., out_seq_length: int | None = ...,
+             stop: Sequence[str] = ..., one_context: bool = ..., out_seq_length: int | None = ...,
              say: Callable[[str], None] | None = ..., **options: object) -> list[Filled]: ...  # fmt: skip
     def fill(
         self,
@@ -125,6 +125,7 @@ class Model:
         max_tokens: int = 64,
         seed: int = 1234,
         stop: Sequence[str] = (),
+        one_context: bool = False,
         out_seq_length: int | None = None,
         say: Callable[[str], None] | None = None,
         **options: object,
@@ -134,14 +135,15 @@ class Model:
         Args:
             texts: text with [MASK], [sMASK] or [gMASK]; without any, it is continued.
             strategy: "greedy", "sample" or "beam".
-            max_tokens, seed, stop, out_seq_length: see `glm_jax.inference.fill.Settings`.
+            max_tokens, seed, stop, one_context, out_seq_length: see `glm_jax.inference.pending.Settings`.
             say: called with a line about every text whose first fill may have fewer than `max_tokens` tokens.
             options: of the strategy, see `glm_jax.inference.strategies`.
 
         Raises:
             UserError: a text is empty or too long, or an option is unknown or out of range.
         """
-        settings = Settings(strategies.named(strategy, **options), max_tokens, seed, tuple(stop), out_seq_length)
+        chosen = strategies.named(strategy, **options)
+        settings = Settings(chosen, max_tokens, seed, tuple(stop), one_context, out_seq_length)
         many = [texts] if isinstance(texts, str) else list(texts)
         found = dict(self.fill_each(many, settings, say))
         return found[0] if isinstance(texts, str) else [found[number] for number in range(len(many))]

@@ -40,6 +40,7 @@ class Context(NamedTuple):
     tokens: list[int]  # the whole prompt with its blanks, then sop
     blank: int  # the place of the blank
     repeats: bool  # whether the fill keeps the blank's position ([MASK], [sMASK]), or continues to count ([gMASK])
+    earlier: tuple[tuple[int, int], ...] = ()  # of fills that follow the context: their blanks, their tokens with sop
 
 
 def masks(tokenizer: Tokenizer) -> dict[str, int]:

@@ -12,7 +12,7 @@ import pytest
 
 from glm_jax.errors import UserError
 from glm_jax.inference import Model, batch
-from glm_jax.inference.fill import Alternative, Filled, Settings
+from glm_jax.inference.pending import Alternative, Filled, Settings
 from glm_jax.inference.prompts import BLANK, Fill, Piece
 
 Watch = Callable[[int, list[Piece]], None]

@@ -10,7 +10,7 @@ from glm_jax.cli.generate_flags import OPTIONS, TOP_P, define
 from glm_jax.config.fields import definitions
 from glm_jax.errors import UserError
 from glm_jax.inference import Model
-from glm_jax.inference.fill import Settings
+from glm_jax.inference.pending import Settings
 from glm_jax.inference.strategies import KINDS, Beam, Greedy, Sample
 from tests.cli import scripted
 from tests.cli.scripted import Scripted

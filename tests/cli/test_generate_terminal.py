@@ -21,7 +21,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from glm_jax import signals
 from glm_jax.cli import generate, main
 from glm_jax.cli.generate_terminal import Stream
-from glm_jax.inference.fill import Filled
+from glm_jax.inference.pending import Filled
 from glm_jax.inference.prompts import Fill, Piece
 from tests.cli import scripted
 from tests.cli.scripted import Scripted

@@ -96,10 +96,48 @@ def test_a_batch_fits_beside_the_weights(monkeypatch: pytest.MonkeyPatch) -> Non
         assert batch_limit(decoder) == expected
 
 
+def test_another_blank_of_the_same_context_equals_whole_rows() -> None:
+    """Row 0 has 4 tokens in its first blank, row 1 has 1, and row 2 has no second blank."""
+    decoder, limits, kept = tiny.decoder(CONFIG), (4, 4, 3), (4, 1, 3)
+    first = [job(number, limit=limit) for number, limit in zip((1, 2, 4), limits, strict=True)]
+    first = [one._replace(later=9) for one in first]
+    generation = Generation(decoder, first, VOCABULARY)
+    generation.advance(4)
+    written = [found[0].tokens[:count] for found, count in zip(generation.results(), kept, strict=True)]
+    seconds = []
+    for one, tokens, limit in zip(first, written, (5, 3, 0), strict=True):
+        context = one.context._replace(blank=0, earlier=((one.context.blank, 1 + len(tokens)),))
+        seconds.append(Job(context, one.request._replace(limit=limit)))
+    generation.follow(seconds, [tokens[-1] for tokens in written])
+    generation.advance(9)
+    found = [one.tokens for (one,) in generation.results()]
+    assert [len(tokens) for tokens in found] == [5, 3, 0]
+    for one, before, tokens in zip(first, written, found, strict=True):
+        size, row = len(one.context.tokens) - 1, [*one.context.tokens, *before, SOP]
+        for token in tokens:
+            positions = [
+                *range(size),
+                *[one.context.blank] * (1 + len(before)),
+                *[0] * (len(row) - size - 1 - len(before)),
+            ]
+            places = np.arange(len(row))
+            allowed = (places[:, None] >= places) | (places < size)
+            logits = np.array(
+                tiny.whole(CONFIG, tiny.params(CONFIG), np.array([row]), np.array([positions]), allowed[None])
+            )
+            logits[0, -1, [SOP, MASK, tiny.GMASK, *([EOP] if len(row) == size + 2 + len(before) else [])]] = -np.inf
+            assert token == logits[0, -1].argmax()
+            row.append(token)
+
+
 def test_positions_of_a_blank() -> None:
     repeats, counts = Context([5, MASK, 6, 7, SOP], 1, True), Context([5, 6, 7, 8, SOP], 1, False)
     np.testing.assert_array_equal(row_positions(CONFIG, repeats, 7), [0, 1, 2, 3, 1, 1, 1])
     np.testing.assert_array_equal(row_positions(CONFIG, counts, 7), [0, 1, 2, 3, 4, 5, 6])
+    later = repeats._replace(blank=3, earlier=((1, 3), (2, 1)))  # after fills of two tokens and of none
+    np.testing.assert_array_equal(row_positions(CONFIG, later, 10), [0, 1, 2, 3, 1, 1, 1, 2, 3, 3])
+    two_streams = dataclasses.replace(CONFIG, position="learned_2d")
+    np.testing.assert_array_equal(row_positions(two_streams, later, 10)[1], [0, 0, 0, 0, 1, 2, 3, 1, 1, 2])
     original = dataclasses.replace(CONFIG, position="learned_2d", max_length=4)
     expected = [[0, 1, 2, 3, 1, 1, 1], [0, 0, 0, 0, 1, 2, 3]]
     np.testing.assert_array_equal(row_positions(original, counts, 7), expected)

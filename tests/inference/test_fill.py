@@ -14,7 +14,7 @@ from glm_jax.inference import Model, fill
 from glm_jax.inference.batch import Decoder, Job
 from glm_jax.inference.constraints import Vocabulary
 from glm_jax.inference.examples import heldout
-from glm_jax.inference.fill import Filled, Settings
+from glm_jax.inference.pending import Filled, Settings
 from glm_jax.inference.strategies import Beam, Generated, Greedy
 from glm_jax.model import GLMConfig, init
 from glm_jax.parallel import mesh as meshes
@@ -53,6 +53,7 @@ class Script:
         self.jobs: list[Job] = []
         self.vocabularies: list[Vocabulary] = []
         self.turns: list[int] = []
+        self.lasts: list[list[int]] = []
 
     def __call__(self, decoder: Decoder, jobs: list[Job], vocabulary: Vocabulary) -> "Script":
         self.first, self.made = len(self.jobs), 0
@@ -61,6 +62,10 @@ class Script:
         self.jobs += jobs
         self.vocabularies.append(vocabulary)
         return self
+
+    def follow(self, jobs: list[Job], last: list[int]) -> None:
+        self.lasts.append(last)
+        self(DECODER, jobs, self.vocabularies[-1])
 
     def advance(self, turns: int) -> None:
         self.turns.append(turns)
@@ -167,6 +172,41 @@ def test_a_fill_leaves_room_for_later_blanks(monkeypatch: pytest.MonkeyPatch) ->
     assert [len(one.tokens) for one in filled.fills] == [1, 8, 1]
 
 
+def test_blanks_of_a_kind_may_share_one_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script(["xy", "u", "z", "", "v"])
+    found = run(script, monkeypatch, ["a[MASK]b[MASK]c[gMASK]", "d[MASK]"], one_context=True, max_tokens=5)
+    assert [one.text for one in found] == ["axybzcv", "du"]
+    a, b, c, d, x, y, z = ids("abcdxyz")
+    whole = [a, M, b, M, c, G, LETTERS.sop]
+    assert [job.context for job in script.jobs] == [
+        (whole, 1, True, ()), ([d, M, LETTERS.sop], 1, True, ()),
+        (whole, 3, True, ((1, 3),)), ([d, M, LETTERS.sop], 1, True, ((1, 2),)),
+        ([a, x, y, b, z, c, G, LETTERS.sop], 6, False, ()),
+    ]  # fmt: skip
+    assert [job.request.limit for job in script.jobs] == [5, 5, 5, 0, 5]
+    assert [job.later for job in script.jobs] == [6, 0, 0, 0, 0]
+    assert script.lasts == [[y, ids("u")[0]]]
+    assert len({tuple(job.request.key) for job in script.jobs if job.request.limit}) == 4
+
+
+def test_fills_in_one_context_fit_the_row_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script(["x" * 9, "y" * 9, "z" * 9], ends=False)
+    (filled,) = run(script, monkeypatch, ["[MASK]" * 3 + "a" * 50], one_context=True, max_tokens=20)
+    # 53 tokens, eos and sop leave 9; each later blank has sop and a token
+    assert [job.request.limit for job in script.jobs] == [5, 1, 1]
+    assert [len(one.tokens) for one in filled.fills] == [5, 1, 1]
+    with pytest.raises(
+        UserError, match="^the prompt has 59 tokens and leaves no room for 3 fills in the model's rows of 64"
+    ):
+        run(script, monkeypatch, ["[MASK]" * 3 + "a" * 55], one_context=True)
+
+
+@pytest.mark.parametrize("change", [{"options": Beam(count=2)}, {"out_seq_length": 30}])
+def test_one_context_is_for_rows_of_their_own(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="^one_context and (beams|out_seq_length) do not go together"):
+        Settings(**{"options": Greedy(), "one_context": True, **change})
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -231,7 +271,7 @@ def test_a_family_has_its_prefix_and_suffix_around_a_context(monkeypatch: pytest
 def test_a_prompt_without_a_blank_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script(["xy"])
     (filled,) = run(script, monkeypatch, ["abc"])
-    assert filled.text == "abcxy" and script.jobs[0].context == ([*ids("abc"), G, LETTERS.sop], 3, False)
+    assert filled.text == "abcxy" and script.jobs[0].context == ([*ids("abc"), G, LETTERS.sop], 3, False, ())
 
 
 def test_the_alternatives_are_the_beams_of_the_last_blank(monkeypatch: pytest.MonkeyPatch) -> None:
