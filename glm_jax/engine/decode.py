@@ -80,12 +80,9 @@ class _Stage:
     def run(
         self, x: Array, positions: Array, start: Array, context: Array, cache: Cache, group: Array, active: Array
     ) -> tuple[Array, Cache]:
-        """Run x [B, S, D] of a group through the stage's layers, or do nothing unless `active`.
-
-        Every token sees the first `context` [B] tokens of its row, and those up to itself.
-        """
-        places, keys = places_of(start, x.shape[1]), jnp.arange(positions.shape[-1])  # [B, S], [T]
-        allowed = (keys <= places[..., None]) | (keys < context[:, None, None])  # [B, S, T]
+        """Run x [B, S, D] of a group through the stage's layers, or do nothing unless `active`."""
+        places = places_of(start, x.shape[1])  # [B, S]
+        allowed = visible(places, context, positions.shape[-1])  # [B, S, T]
         terms = position_terms(self.glm, positions, x.dtype, places)
         count = None if self.stages == 1 else jnp.where(active, self.held, 0)
         return blocks_cached(
@@ -97,6 +94,21 @@ class _Stage:
         x = jnp.take_along_axis(x, places[:, :, None], axis=1)  # [B, A, D]
         x = lax.psum(jnp.where(self.index == self.stages - 1, x, 0), "pipeline")  # [B, A, D]
         return head(self.glm, self.outer, x, self.axis)
+
+
+def visible(places: Array, context: Array, length: int) -> Array:
+    """Return which of a row's `length` tokens each token sees: the context, and what is not behind itself.
+
+    Args:
+        places: int32 [B, S], of the tokens.
+        context: int32 [B], the length of the context, without sop.
+        length: T.
+
+    Returns:
+        bool [B, S, T].
+    """
+    keys = jnp.arange(length)  # [T]
+    return (keys <= places[..., None]) | (keys < context[:, None, None])
 
 
 def _empty_cache(cfg: DecodeConfig, mesh: jax.sharding.Mesh, layers: int, groups: int, rows: int, room: int) -> Cache:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm_jax.engine import decode
 from glm_jax.engine.weights import DecodeConfig, place
 from glm_jax.errors import UserError
 from glm_jax.inference import Model, prompts
@@ -54,8 +56,8 @@ def test_greedy_decoding_gives_the_official_tokens_and_logits(kind: str) -> None
     """All prompts of a set in one batch, not stopped at end tokens."""
     cfg = config(kind)
     mesh = meshes.build({"data": 1, "pipeline": 1, "tensor": 1})
-    decode = DecodeConfig(cfg, cfg.vocab_size)
-    decoder = Decoder(decode, mesh, place(decode, mesh, sat.load(GOLDENS / kind / "ckpt_tp1", cfg)))
+    setup = DecodeConfig(cfg, cfg.vocab_size)
+    decoder = Decoder(setup, mesh, place(setup, mesh, sat.load(GOLDENS / kind / "ckpt_tp1", cfg)))
     with np.load(GOLDENS / kind / "decode.npz") as arrays:
         golden = [{name: arrays[f"{case}/{name}"] for name in ("prompt", "blank", "generated", "position_ids")}
                   | {name: arrays[f"{case}/{name}"] for name in ("is_gmask", "first_logits", "last_logits")
@@ -97,6 +99,9 @@ def test_every_prompt_is_filled_as_by_the_released_code() -> None:
             assert context.tokens == arrays[f"{name}/0/seq"].tolist()
             expected = arrays[f"{name}/0/position_ids"]
             np.testing.assert_array_equal(row_positions(config("glm130b"), context, len(expected)), expected)
+            blocked = arrays[f"{name}/0/blocked"]
+            places, size = jnp.arange(len(blocked))[None], jnp.array([len(context.tokens) - 1])
+            np.testing.assert_array_equal(decode.visible(places, size, len(blocked))[0], ~blocked)
 
 
 @pytest.mark.parametrize("name", [name for name, case in PROMPTS["cases"].items() if case["error"]])
