@@ -45,6 +45,7 @@ A100 = Card(
     "NVIDIA A100-SXM4-40GB", 42331013120, (8, 0), cores=108, fpus=64, threads=2048, shared_memory=167936,
     bandwidth=1555000000000, cache=41943040, clock=1.41,
 )  # fmt: skip
+# its memory: 24 GiB less what a driver keeps, which is an assumption
 RTX3090 = Card(
     "NVIDIA GeForce RTX 3090", 25438126080, (8, 6), cores=82, fpus=128, threads=1536, shared_memory=102400,
     bandwidth=936000000000, cache=6291456, clock=1.695,
