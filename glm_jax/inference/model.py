@@ -16,10 +16,11 @@ from glm_jax.errors import UserError
 from glm_jax.inference import batch, fill, prompts, strategies
 from glm_jax.inference.batch import Decoder, Scored
 from glm_jax.inference.pending import Filled, Settings
+from glm_jax.inference.quantize import scheme
 from glm_jax.interop import decoding, sources
 from glm_jax.interop.weights import open_weights
 from glm_jax.model import GLMConfig
-from glm_jax.model.quantized import GROUPS, Scheme
+from glm_jax.model.quantized import Scheme
 from glm_jax.parallel import mesh as meshes
 from glm_jax.types import Tree
 from glm_jax.workdir import folder
@@ -209,7 +210,7 @@ class Model:
 def _scheme(name: str) -> Scheme:
     if name not in WIDTHS:
         raise UserError(f"quantize is {name!r}: it must be one of {', '.join(WIDTHS)}")
-    return Scheme(WIDTHS[name], GROUPS.get(WIDTHS[name], 0))
+    return scheme(WIDTHS[name])
 
 
 def _mesh(mesh: Mesh | None) -> jax.sharding.Mesh:

@@ -6,6 +6,15 @@ from glm_jax.model.quantized import GROUPS, Rounding, Scheme, quantize_params
 from glm_jax.model.transformer import Params
 
 
+def scheme(bits: int, group: int | None = None, rounding: Rounding = "absmax") -> Scheme:
+    """Return a scheme; by default 8 bits have one group a row, and 4 bits groups of up to 128 input features.
+
+    Raises:
+        UserError: a value is not one that there is.
+    """
+    return Scheme(bits, GROUPS.get(bits, 0) if group is None else group, rounding)
+
+
 def quantize(params: Params, bits: int, group: int | None = None, rounding: Rounding = "absmax") -> Params:
     """Return params with the kernels of blocks as integers; embedding, norms and biases stay as they are.
 
@@ -23,4 +32,4 @@ def quantize(params: Params, bits: int, group: int | None = None, rounding: Roun
         UserError: a value is not one of these, params are quantised already, have a number that float16 lacks, or an
             odd number of input features that 4 bits cannot be packed along.
     """
-    return quantize_params(params, Scheme(bits, GROUPS.get(bits, 0) if group is None else group, rounding))
+    return quantize_params(params, scheme(bits, group, rounding))

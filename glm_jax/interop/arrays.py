@@ -68,7 +68,7 @@ def load(parameters: Mapping[ParamPath, Source], shardings: Tree | None = None) 
         for name, part in parameter.parts().items():
             of_part = device if shardings is None else getattr(sharding, name)
             if name != VALUES:
-                part = Repeated(part, split_groups(part.shape, _pieces(of_part, len(part.shape))))
+                part = Repeated(part, split_groups(part.shape, pieces(of_part, len(part.shape))))
             parts[name] = fill(jnp.zeros(part.shape, PARTS[name], device=of_part), part)
         arrays[param_path] = Quantized(parts[VALUES], parts[SCALES], parts.get(ZEROS), parameter.bits, parameter.axis)
     return nest(arrays)
@@ -88,7 +88,7 @@ def abstract(parameters: Mapping[ParamPath, Source]) -> Tree:
     return nest(shapes)
 
 
-def _pieces(sharding: jax.sharding.Sharding, ndim: int) -> list[int]:
+def pieces(sharding: jax.sharding.Sharding, ndim: int) -> list[int]:
     """Return into how many pieces a sharding splits each of `ndim` axes."""
     if not isinstance(sharding, jax.NamedSharding):
         return [1] * ndim

@@ -69,7 +69,8 @@ def _layer(
     parts: dict[str, Array] = {}
     for name, part in source.parts().items():
         part_spec = getattr(spec, name)
-        pieces = _pieces(mesh, part_spec, len(part.shape))
+        sharding = jax.NamedSharding(mesh, part_spec)
+        pieces = [1, *arrays.pieces(sharding, len(part.shape))[1:]]  # layers are whole
         if name != VALUES:
             part = Repeated(part, quantized.split_groups(part.shape, pieces))
         elif part.shape[source.axis] % pieces[source.axis]:
@@ -99,10 +100,3 @@ def _part(
 
 def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index or (), shape, strict=True))
-
-
-def _pieces(mesh: jax.sharding.Mesh, spec: jax.P, ndim: int) -> list[int]:
-    """Return into how many pieces a mesh splits each axis of a part, apart from the layers."""
-    entries = [*spec, *[None] * (ndim - len(spec))]
-    sizes = [1 if entry is None else mesh.shape[entry] for entry in entries[1:]]
-    return [1, *sizes]
