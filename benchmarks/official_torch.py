@@ -37,6 +37,7 @@ def load(checkpoint: Path, sizes: Mapping[str, int], threads: int) -> Any:
 
     from sat.model.official.glm130B_model import GLM130B  # pyright: ignore[reportMissingImports]
 
+    del sys.modules["triton"], sys.modules["triton.language"]  # torch would take them for the real ones
     flags = {"fp16": False, "model_parallel_size": 1, "layernorm_order": "pre", "skip_init": True}
     model = GLM130B(types.SimpleNamespace(**sizes, **flags, position_encoding_2d=False, no_glu=False))
     model.get_mixin("fp32-softmax").scale_mask_softmax = _Softmax()  # apex's in the class
@@ -98,3 +99,36 @@ def greedy(model: Any, contexts: np.ndarray, sop: int, new: int) -> tuple[Callab
         return torch.stack(made, 1).tolist()
 
     return first, rest
+
+
+def trainer(model: Any, rows: Mapping[str, np.ndarray], lr: float) -> Callable[[], dict[str, float]]:
+    """Return a function that takes a training step, AdamW on gradients clipped to norm 1, and returns its loss.
+
+    Args:
+        model: from `load`.
+        rows: the batch's arrays by name, see glm_jax.data.rows.rows.
+        lr: learning rate.
+    """
+    import torch  # pyright: ignore[reportMissingImports]
+
+    tokens, targets, positions = (
+        torch.from_numpy(array.astype(np.int64)) for array in (rows["tokens"], rows["targets"], rows["positions"])
+    )
+    places = np.arange(rows["tokens"].shape[1])
+    same = rows["segments"][:, :, None] == rows["segments"][:, None, :]
+    allowed = same & ((places[:, None] >= places) | rows["context"][:, None, :])
+    blocked = torch.from_numpy(~allowed)[:, None]  # [B, 1, S, S]
+    counted = torch.from_numpy(rows["loss_mask"].reshape(-1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step() -> dict[str, float]:
+        logits = model(input_ids=tokens, position_ids=positions, attention_mask=blocked)[0]
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        loss = (losses * counted).sum() / counted.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return {"loss": float(loss)}
+
+    return step

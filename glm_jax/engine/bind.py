@@ -13,7 +13,7 @@ from glm_jax import model
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.rows.rows import Rows
 from glm_jax.errors import UserError
-from glm_jax.model import GLMConfig, transformer
+from glm_jax.model import GLMConfig, attention_cores, transformer
 from glm_jax.model.layers import row_keys
 from glm_jax.model.positions import PositionTerms, position_terms
 from glm_jax.parallel import partition, tensor, zero
@@ -40,6 +40,7 @@ class EngineConfig:
     keep: Keep = "layer"
     normalization: Normalization = "tokens"
     shrink_logits: bool = False  # apply the embedding gradient shrink on the head's path too
+    attention: attention_cores.Name = "reference"
     zero: Literal[1, 3] = 1  # 3: the blocks' weights also stay split over `data`, gathered one layer at a time
 
 
@@ -129,7 +130,7 @@ def functions(
         key: the step's dropout key; None for no dropout.
         shrink: alpha of the embedding gradient shrink, see `transformer.embed`.
     """
-    glm = cfg.model
+    glm, core = cfg.model, attention_cores.CORES[cfg.attention]
 
     def embed(outer: Tree, batch: Batch) -> Array:
         rows = row_keys(key, batch.number)  # [B]
@@ -144,7 +145,7 @@ def functions(
         allowed, positions, rows = terms
         if cfg.zero == 3:
             weights = zero.gather_layer(weights, specs["blocks"], cfg.compute)
-        return transformer.block(glm, weights, x, allowed, positions, layer, rows, axis=axis)[0]  # [B, S, D]
+        return transformer.block(glm, weights, x, allowed, positions, layer, rows, axis=axis, core=core)[0]  # [B, S, D]
 
     def head(outer: Tree, x: Array, batch: Batch) -> tuple[Array, Sums]:
         losses = token_losses(cfg, axis, outer, x, batch.rows, shrink if cfg.shrink_logits else None)  # [B, S]

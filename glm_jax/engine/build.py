@@ -12,6 +12,7 @@ from glm_jax.config.data import OBJECTIVES
 from glm_jax.engine import bind
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
+from glm_jax.model import attention_cores
 from glm_jax.parallel.mesh import AXES, REST, Device
 from glm_jax.parallel.mesh import build as build_mesh
 
@@ -40,6 +41,7 @@ def build(
     """
     sizes = experiment.mesh.sizes()
     mesh = _abstract(sizes) if abstract else build_mesh(sizes, devices)
+    platform = "" if abstract else mesh.devices.flat[0].platform
     train, glm = experiment.train, experiment.glm(pieces)
     config = EngineConfig(
         model=glm,
@@ -50,6 +52,7 @@ def build(
         keep=experiment.pipeline.stash,
         normalization=train.loss_normalization,
         shrink_logits=train.embedding_shrink.logits,
+        attention=attention_cores.choose(glm, platform, experiment.data.seq_length),
         zero=experiment.mesh.zero,
     )
     bind.check(config, mesh, train.global_batch, train.microbatches, experiment.data.seq_length)

@@ -27,7 +27,7 @@ def rotary_similarity(cfg: GLMConfig, positions: np.ndarray) -> np.ndarray:
 
 def alibi_bias(cfg: GLMConfig, positions: np.ndarray) -> np.ndarray:
     """Return what ALiBi adds to each head's scores at `positions` [S]: [N, S, S]."""
-    distance = np.asarray(alibi_distance(jnp.asarray(positions)[None])[0])  # [S, S]
+    distance = np.asarray(alibi_distance(jnp.asarray(positions)[None]).dense()[0])  # [S, S]
     return -np.array(alibi_slopes(cfg.num_heads))[:, None, None] * distance
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.config.model import GLMConfig
@@ -111,8 +112,8 @@ class Attention(nn.Module):
         heads = members.shape[0]
         qkv, bias = Affine(
             (width, heads, 3, dim), ("hidden", "heads", None, None), qkv_stddev(cfg)[:heads], inputs=1, name="qkv"
-        )("bsd,dnck->cbsnk", self.axis.enter(x))  # [3, B, S, N, K], [N, 3, K]
-        queries, keys, values = qkv + bias.transpose(1, 0, 2)[:, None, None]  # [B, S, N, K] each
+        )("bsd,dnck->bsnck", self.axis.enter(x))  # [B, S, N, 3, K], [N, 3, K]
+        queries, keys, values = jnp.unstack(qkv + bias, axis=3)  # [B, S, N, K] each
         if terms.rotation is not None:
             queries, keys = rotate(queries, terms.rotation), rotate(keys, terms.rotation)  # [B, S, N, K]
         keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # [B, N, S, K] each

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from glm_jax.config.model import GLMConfig
 from glm_jax.model.layers import at_least_float32, dropout
-from glm_jax.model.positions import alibi_slopes
+from glm_jax.model.positions import Distance, alibi_slopes
 from glm_jax.model.visibility import Visibility, dense
 
 Array = jax.Array
@@ -20,7 +20,7 @@ class Core(Protocol):
 
     def __call__(
         self, cfg: GLMConfig, queries: Array, keys: Array, values: Array, allowed: Array | Visibility,
-        distance: Array | None, layer: Array, heads: Array, dropout_keys: Array | None, /,
+        distance: Distance | None, layer: Array, heads: Array, dropout_keys: Array | None, /,
     ) -> Array:  # fmt: skip
         """Mix the values that each query may see.
 
@@ -29,7 +29,7 @@ class Core(Protocol):
             queries: [B, S, N, K], rotated.
             keys, values: [B, N, T, K], the keys rotated.
             allowed: which of the T keys each query may see.
-            distance: for ALiBi, [B, S, T].
+            distance: for ALiBi.
             layer: int32 [], the layer's index in the whole model.
             heads: int32 [N], the indices of these heads.
             dropout_keys: [B], one a row.
@@ -41,14 +41,15 @@ class Core(Protocol):
 
 
 def reference(
-    cfg: GLMConfig, queries: Array, keys: Array, values: Array, allowed: Array | Visibility, distance: Array | None,
+    cfg: GLMConfig, queries: Array, keys: Array, values: Array, allowed: Array | Visibility, distance: Distance | None,
     layer: Array, heads: Array, dropout_keys: Array | None,
 ) -> Array:  # fmt: skip
     """Mix values by a dense softmax over all scores, in any dtype and with every option; see `Core`."""
     seen = dense(allowed)  # [B, S, T]
-    probabilities = attention_probabilities(cfg, queries, keys, seen, distance, layer, heads)  # [B, N, S, T]
+    apart = None if distance is None else distance.dense()  # [B, S, T]
+    probabilities = attention_probabilities(cfg, queries, keys, seen, apart, layer, heads)  # [B, N, S, T]
     probabilities = dropout(probabilities.astype(values.dtype), cfg.attention_dropout, dropout_keys, heads)
-    return jnp.einsum("bnst,bntk->bsnk", probabilities, values)  # [B, S, N, K]
+    return jnp.einsum("bnst,bntk->bnsk", probabilities, values).swapaxes(1, 2)  # [B, S, N, K]
 
 
 def attention_probabilities(

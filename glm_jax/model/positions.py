@@ -13,11 +13,34 @@ from glm_jax.config.model import GLMConfig
 Array = jax.Array
 
 
+class Distance(NamedTuple):
+    """What ALiBi's distances follow from: position, run and place inside the run of each token (see `repeat_ranks`)."""
+
+    queries: Array  # int32 [B, 3, S]
+    keys: Array  # int32 [B, 3, T]
+
+    def dense(self) -> Array:
+        """Return the distance from each query to each key [B, S, T]."""
+        return distance(self.queries[:, :, :, None], self.keys[:, :, None])
+
+
+def distance(queries: Array, keys: Array) -> Array:
+    """Return |p_i - p_j|, plus the distance inside a run of equal positions.
+
+    A target block is such a run: all its positions equal that of the blank, and do not show the order.
+
+    Args:
+        queries, keys: as in `Distance`, with the shapes of the two broadcasting against each other after the axis of 3.
+    """
+    apart = jnp.abs(queries - keys)  # [B, 3, ...]
+    return apart[:, 0] + jnp.where(apart[:, 1] == 0, apart[:, 2], 0)
+
+
 class PositionTerms(NamedTuple):
     """What attention needs to know of the positions; fields that the config does not use are None."""
 
     rotation: tuple[Array, Array] | None = None  # cosines and sines for the queries and new keys, [B, S, 1, K/2]
-    distance: Array | None = None  # ALiBi's [B, S, T], from each query to each of T keys
+    distance: Distance | None = None  # ALiBi's, from each query to each of T keys
 
 
 def rotary_tables(cfg: GLMConfig, positions: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
@@ -70,20 +93,15 @@ def repeat_ranks(positions: Array) -> tuple[Array, Array]:
     return runs, ranks
 
 
-def alibi_distance(positions: Array, places: Array | None = None) -> Array:
-    """Return ALiBi's distance [B, S, T] from each query to each key.
-
-    It is |p_i - p_j|, plus the distance inside a target block, where all p equal the position of the blank and do not
-    show the order.
+def alibi_distance(positions: Array, places: Array | None = None) -> Distance:
+    """Return what ALiBi's distances between queries and keys follow from.
 
     Args:
         positions: int32 [B, T], of the keys.
         places: int32 [B, S], which of the T tokens the queries are; None for all of them.
     """
-    keys = jnp.stack([positions, *repeat_ranks(positions)])  # [3, B, T]: position, run, place inside the run
-    queries = keys if places is None else jnp.take_along_axis(keys, places[None], axis=2)  # [3, B, S]
-    apart = jnp.abs(queries[:, :, :, None] - keys[:, :, None, :])  # [3, B, S, T]
-    return apart[0] + jnp.where(apart[1] == 0, apart[2], 0)  # [B, S, T]
+    keys = jnp.stack([positions, *repeat_ranks(positions)], axis=1)  # [B, 3, T]
+    return Distance(keys if places is None else jnp.take_along_axis(keys, places[:, None], axis=2), keys)
 
 
 def position_terms(cfg: GLMConfig, positions: Array, dtype: jnp.dtype, places: Array | None = None) -> PositionTerms:

@@ -255,14 +255,34 @@ def _einsum_in_parts(equation: str, x: Array, kernel: Quantized) -> Array:
 
 
 def _contract(equation: str, x: Array, kernel: Array) -> Array:
-    """Compute jnp.einsum(equation, x, kernel), with the axes of x before those of the kernel until the end.
-
-    In another order XLA's CPU backend transposes the kernel, for every token, and not the product, which is smaller.
-    """
+    """Compute jnp.einsum(equation, x, kernel), where the last axes of x are the first of the kernel."""
     of_x, of_kernel, product = re.split(",|->", equation)
     plain = [letter for letter in of_x + of_kernel if letter in product]
-    made = jnp.einsum(f"{of_x},{of_kernel}->{''.join(plain)}", x, kernel)
+    made = multiply(x, kernel, sum(letter not in product for letter in of_x))
     return made.transpose([plain.index(letter) for letter in product])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def multiply(x: Array, kernel: Array, inputs: int) -> Array:
+    """Sum over the last `inputs` axes of x, which are the first of the kernel: [..., *I], [*I, *O] -> [..., *O].
+
+    The product and its gradients are those of two matrices: with more axes XLA's CPU backend is slower. What the
+    backward pass needs are x and the kernel as they came, so that one who has the kernel need not keep it.
+    """
+    size = math.prod(kernel.shape[:inputs])
+    made = x.reshape(-1, size) @ kernel.reshape(size, -1)
+    return made.reshape(*x.shape[: x.ndim - inputs], *kernel.shape[inputs:])
+
+
+def _multiply_backward(inputs: int, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    size = math.prod(kernel.shape[:inputs])
+    rows, columns = x.reshape(-1, size), kernel.reshape(size, -1)
+    gradient = gradient.reshape(len(rows), -1)
+    return (gradient @ columns.T).reshape(x.shape), (rows.T @ gradient).reshape(kernel.shape)
+
+
+multiply.defvjp(lambda x, kernel, inputs: (multiply(x, kernel, inputs), (x, kernel)), _multiply_backward)
 
 
 def quantize_params(params: Tree, scheme: Scheme) -> Tree:

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.config.model import GLMConfig
+from glm_jax.model import attention_core
 from glm_jax.model.attention import Attention, LayerCache
+from glm_jax.model.attention_core import Core
 from glm_jax.model.feedforward import FeedForward
 from glm_jax.model.layers import (
     NORMAL_STDDEV,
@@ -92,6 +94,7 @@ class Block(nn.Module):
 
     cfg: GLMConfig
     axis: TensorAxis = ONE_DEVICE
+    core: Core = attention_core.reference
 
     @nn.compact
     def __call__(
@@ -106,7 +109,7 @@ class Block(nn.Module):
         """x [B, S, D], `allowed` of T keys, dropout keys [B] -> [B, S, D] and the layer's cache, extended."""
         cfg = self.cfg
         places = self.axis.tokens(queries(allowed))  # [S]: the tokens of x
-        attention = Attention(cfg, self.axis, name="attention")
+        attention = Attention(cfg, self.axis, self.core, name="attention")
         feedforward = FeedForward(cfg, self.axis, name="feedforward")
         grown = cache
 
@@ -192,13 +195,14 @@ def block(
     keys: Array | None = None,
     cache: LayerCache | None = None,
     axis: TensorAxis = ONE_DEVICE,
+    core: Core = attention_core.reference,
 ) -> tuple[Array, LayerCache | None]:
     """Run one block: x [B, S, D] -> [B, S, D], and the layer's cache.
 
     `layer` is its index in the whole model; `keys` [B] are the rows' dropout keys.
     """
     keys = fold_in(keys, layer + 1)  # 0 is the embedding's
-    return run(Block(cfg, axis), layer_weights, x, allowed, terms, layer, keys, cache)
+    return run(Block(cfg, axis, core), layer_weights, x, allowed, terms, layer, keys, cache)
 
 
 def blocks(
@@ -209,6 +213,7 @@ def blocks(
     terms: PositionTerms,
     keys: Array | None = None,
     remat: bool = False,
+    core: Core = attention_core.reference,
 ) -> Array:
     """Run the blocks of `stacked_weights` (arrays [L, ...]) in one scan: x [B, S, D] -> [B, S, D].
 
@@ -217,7 +222,7 @@ def blocks(
 
     def one(x: Array, scanned: tuple[Params, Array]) -> tuple[Array, None]:
         layer_weights, layer = scanned
-        return block(cfg, layer_weights, x, allowed, terms, layer, keys)[0], None
+        return block(cfg, layer_weights, x, allowed, terms, layer, keys, core=core)[0], None
 
     layers = jax.tree.leaves(stacked_weights)[0].shape[0]
     one = jax.checkpoint(one) if remat else one
@@ -251,6 +256,7 @@ def apply(
     shrink: Array | float | None = None,
     key: Array | None = None,
     remat: bool = False,
+    core: Core = attention_core.reference,
 ) -> Array:
     """Run GLM over whole rows.
 
@@ -263,6 +269,7 @@ def apply(
         shrink: alpha of the embedding gradient shrink, see `embed`.
         key: dropout key; row b of the batch draws by its index. None disables dropout.
         remat: compute the inside of blocks again in the backward pass.
+        core: of the attention; one that supports `cfg` and `allowed`.
 
     Returns:
         float32 logits [B, S, V] (float64 for float64 params).
@@ -270,5 +277,5 @@ def apply(
     keys = row_keys(key, jnp.arange(tokens.shape[0]))  # [B]
     x = embed(cfg, params, tokens, positions, shrink, keys)  # [B, S, D]
     terms = position_terms(cfg, positions, x.dtype)
-    x = blocks(cfg, params["blocks"], x, allowed, terms, keys, remat)  # [B, S, D]
+    x = blocks(cfg, params["blocks"], x, allowed, terms, keys, remat, core)  # [B, S, D]
     return head(cfg, params, x)  # [B, S, V]

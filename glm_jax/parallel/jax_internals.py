@@ -5,6 +5,8 @@ A new version of jax may change any of them. Then only this file and its test ne
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import jax
 
 from glm_jax.types import Tree
@@ -17,16 +19,18 @@ def varying_axes(x: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def without_first_argument(pull: Tree) -> Tree:
-    """Return a vjp function that no longer holds the first argument it was linearised at.
+def without_arguments(pull: Tree, places: Iterable[int]) -> Tree:
+    """Return a vjp function that no longer holds some of the arguments it was linearised at.
 
-    As a pytree it then has only the residuals. `with_first_argument` makes it callable again.
+    As a pytree it then has only the other residuals. `with_arguments` makes it callable again.
     """
-    pull.args_res[0] = None
+    for place in places:
+        pull.args_res[place] = None
     return pull
 
 
-def with_first_argument(pull: Tree, argument: Tree) -> Tree:
-    """Return a vjp function with its first argument put back."""
-    pull.args_res[0] = argument
+def with_arguments(pull: Tree, arguments: Mapping[int, Tree]) -> Tree:
+    """Return a vjp function with arguments put back in their places."""
+    for place, argument in arguments.items():
+        pull.args_res[place] = argument
     return pull

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.parallel import mesh
-from glm_jax.parallel.jax_internals import varying_axes, with_first_argument, without_first_argument
+from glm_jax.parallel.jax_internals import varying_axes, with_arguments, without_arguments
 
 
 def test_arrays_know_the_axes_along_which_they_vary() -> None:
@@ -31,16 +31,18 @@ def test_arrays_know_the_axes_along_which_they_vary() -> None:
     assert varying_axes(jnp.ones(2)) == frozenset()
 
 
-def test_a_vjp_gives_its_first_argument_up_and_takes_it_back() -> None:
-    weights, x = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([0.5, -1.0])
-    y, pull = jax.vjp(lambda weights, x: jnp.sin(weights["kernel"] @ x), {"kernel": weights}, x)
-    held = without_first_argument(pull)
-    assert all(leaf.shape != (2, 2) for leaf in jax.tree.leaves(held))  # nothing of `weights` is kept
+def test_a_vjp_gives_arguments_up_and_takes_them_back() -> None:
+    weights, x, scale = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([0.5, -1.0]), jnp.array([[2.0], [3.0]])
+    y, pull = jax.vjp(
+        lambda weights, x, scale: jnp.sin(weights["kernel"] @ x)[:, None] * scale, {"kernel": weights}, x, scale
+    )
+    held = without_arguments(pull, (0, 2))
+    assert not any(np.array_equal(leaf, given) for leaf in jax.tree.leaves(held) for given in (weights, scale))
     leaves, structure = jax.tree.flatten(held)  # as the stash keeps it
-    other = jnp.array([[5.0, -1.0], [0.5, 2.0]])
-    pull = with_first_argument(jax.tree.unflatten(structure, leaves), {"kernel": other})
-    of_weights, of_x = pull(jnp.array([1.0, 10.0]))
-    slope = np.cos([-1.5, -2.5]) * [1.0, 10.0]  # of the sine where it was linearised, times the cotangent
-    np.testing.assert_allclose(y, np.sin([-1.5, -2.5]), rtol=1e-6)
+    arguments = {0: {"kernel": jnp.array([[5.0, -1.0], [0.5, 2.0]])}, 2: jnp.array([[1.0], [-1.0]])}
+    pull = with_arguments(jax.tree.unflatten(structure, leaves), arguments)
+    of_weights, of_x, _ = pull(jnp.array([[1.0], [10.0]]))
+    slope = np.cos([-1.5, -2.5]) * [1.0, -10.0]  # of the sine where it was linearised, times the new scale
+    np.testing.assert_allclose(y[:, 0], np.sin([-1.5, -2.5]) * [2, 3], rtol=1e-6)
     np.testing.assert_allclose(of_weights["kernel"], np.outer(slope, [0.5, -1.0]), rtol=1e-6)
     np.testing.assert_allclose(of_x, np.array([[5.0, -1.0], [0.5, 2.0]]).T @ slope, rtol=1e-6)

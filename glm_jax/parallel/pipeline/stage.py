@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from glm_jax.parallel.jax_internals import varying_axes, with_first_argument, without_first_argument
+from glm_jax.parallel.jax_internals import varying_axes, with_arguments, without_arguments
 from glm_jax.parallel.mesh import AXES
 from glm_jax.types import Tree
 
@@ -107,7 +107,7 @@ class Stage:
 
     def empty_stash(self, ring: int) -> list[Array]:
         """Return a stash with room for `ring` microbatches."""
-        return zeros(jax.tree.leaves(self.record), (ring if self.keep == "stage" else ring * self.capacity,))
+        return vary(zeros(jax.tree.leaves(self.record), (ring if self.keep == "stage" else ring * self.capacity,)))
 
     def empty_squares(self) -> Array:
         """Return the sums of the blocks' mean squares before the first slot [Q]."""
@@ -117,26 +117,26 @@ class Stage:
         """Return how many blocks a slot runs."""
         return jnp.where(microbatch >= 0, self.layers, 0)
 
-    def _block(self, i: Array | int, terms: Tree) -> tuple[Callable[[Tree, Array], Array], Tree]:
+    def _block(self, i: Array | int) -> tuple[Callable[[Tree, Array, Tree], Array], Tree]:
         layer = self.first_layer + i
-        return lambda weights, x: self.functions.block(weights, x, terms, layer), at(self.weights.blocks, i)
+        return lambda weights, x, terms: self.functions.block(weights, x, terms, layer), at(self.weights.blocks, i)
 
     def _run(self, i: Array | int, x: Array, terms: Tree) -> tuple[Array, Tree]:
-        """Run block i; also return what its backward needs, except the weights, which the stage has."""
-        block, weights = self._block(i, terms)
+        """Run block i; also return what its backward needs, except weights and terms, which the stage has."""
+        block, weights = self._block(i)
         if self.keep != "all":
-            return block(weights, x), x
-        y, pull = jax.vjp(block, weights, x)
-        return y, without_first_argument(pull)
+            return block(weights, x, terms), x
+        y, pull = jax.vjp(block, weights, x, terms)
+        return y, without_arguments(pull, (0, 2))
 
     def _pull(self, i: Array, record: list[Array], terms: Tree, gradient: Array) -> tuple[Tree, Array]:
         """Return the gradients of block i's weights and of its input."""
-        block, weights = self._block(i, terms)
+        block, weights = self._block(i)
         if self.keep != "all":
-            _, pull = jax.vjp(block, weights, record[0])
+            _, pull = jax.vjp(lambda weights, x: block(weights, x, terms), weights, record[0])
             return pull(gradient)
         pull = jax.tree.unflatten(jax.tree.structure(self.record), record)
-        return with_first_argument(pull, weights)(gradient)
+        return with_arguments(pull, {0: weights, 2: terms})(gradient)[:2]
 
     def enter(self, microbatch: Array, x: Array) -> Array:
         """Embed for the first stage, all stages together; the other stages keep the x that has arrived."""

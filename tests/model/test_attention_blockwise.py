@@ -1,0 +1,160 @@
+"""Attention block by block against the dense core, and what it leaves out against the dense mask."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.model import GLMConfig, Visibility, apply, attention_blockwise
+from glm_jax.model.attention_cores import CORES, Name, choose
+from glm_jax.model.positions import position_terms
+from tests.model.test_goldens import LOGITS, golden, loaded
+
+ROWS, LENGTH, HEADS, DIM = 4, 128, 3, 8
+MODELS = {
+    "rope": GLMConfig(2, HEADS * DIM, HEADS, 32, 64),
+    "scaled": GLMConfig(2, HEADS * DIM, HEADS, 32, 64, score_scaling=True),
+    "relaxed": GLMConfig(2, HEADS * DIM, HEADS, 32, 64, pb_relax=32.0),
+    "alibi": GLMConfig(2, HEADS * DIM, HEADS, 32, 64, position="alibi"),
+}
+
+
+def packed(seed: int, rows: int = ROWS, length: int = LENGTH) -> tuple[Visibility, np.ndarray]:
+    """Return rows of packed samples with padding at the end, and positions that repeat inside each target."""
+    random = np.random.default_rng(seed)
+    segments, context = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
+    positions = np.zeros((rows, length), np.int32)
+    for row in range(rows):
+        start, full = 0, length - int(random.integers(0, length // 4))
+        while start < full:
+            size = min(int(random.integers(4, length // 2)), full - start)
+            divide = start + int(size * random.uniform(0.1, 0.9))
+            segments[row, start : start + size] = segments[row].max() + 1
+            context[row, start:divide] = True
+            positions[row, start:divide] = np.arange(divide - start)
+            positions[row, divide : start + size] = random.integers(0, divide - start + 1)
+            start += size
+    return Visibility(jnp.asarray(segments), jnp.asarray(context)), positions
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def mixed_and_gradients(core: Name, cfg: GLMConfig, arrays: Any, visibility: Visibility, positions: Any) -> Any:
+    """Return the mixed values of layer 2 of 4, and the gradients of queries, keys and values."""
+    queries, keys, values, gradient = arrays
+    terms = position_terms(cfg, positions, queries.dtype)
+
+    def mix(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        layer, heads = jnp.int32(2), jnp.arange(HEADS)
+        return CORES[core](cfg, queries, keys, values, visibility, terms.distance, layer, heads, None)
+
+    mixed, pull = jax.vjp(mix, queries, keys, values)
+    return mixed, pull(gradient)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_dense_core_forward_and_backward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_blockwise, "BLOCK", 32)
+    with jax.enable_x64(True):
+        visibility, positions = packed(seed=1)
+        random = np.random.default_rng(2)
+        shapes = [(ROWS, LENGTH, HEADS, DIM), *[(ROWS, HEADS, LENGTH, DIM)] * 2, (ROWS, LENGTH, HEADS, DIM)]
+        arrays = tuple(3 * random.normal(size=shape) for shape in shapes)
+        results = [mixed_and_gradients(core, MODELS[name], arrays, visibility, positions) for core in CORES]
+    for expected, result in zip(*map(jax.tree.leaves, results), strict=True):
+        assert result.dtype == jnp.float64
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1e-12 * float(np.abs(np.asarray(expected)).max()))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float16", 4e-3), ("bfloat16", 3e-2)])
+def test_half_precision_differs_by_rounding_alone(
+    dtype: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_blockwise, "BLOCK", 32)
+    visibility, positions = packed(seed=3)
+    random = np.random.default_rng(4)
+    shapes = [(ROWS, LENGTH, HEADS, DIM), *[(ROWS, HEADS, LENGTH, DIM)] * 2, (ROWS, LENGTH, HEADS, DIM)]
+    arrays = tuple(jnp.asarray(random.normal(size=shape), dtype) for shape in shapes)
+    wide = tuple(array.astype(jnp.float32) for array in arrays)
+    expected = mixed_and_gradients("reference", MODELS["rope"], wide, visibility, positions)
+    result = mixed_and_gradients("blockwise", MODELS["rope"], arrays, visibility, positions)
+    for exact, rounded in zip(*map(jax.tree.leaves, (expected, result)), strict=True):
+        assert rounded.dtype == jnp.dtype(dtype)
+        largest = float(jnp.abs(exact).max())
+        np.testing.assert_allclose(np.asarray(rounded, np.float32), exact, rtol=0, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_only_blocks_that_a_query_may_see_are_taken(seed: int) -> None:
+    visibility, _ = packed(seed, rows=1)
+    tokens = attention_blockwise._Tokens(visibility.segments, visibility.context, None)
+    firsts, stops = map(np.asarray, attention_blockwise.visible_blocks(tokens, 16))
+    dense = np.asarray(visibility.dense())[0].reshape(LENGTH // 16, 16, LENGTH // 16, 16).any((1, 3))
+    np.testing.assert_array_equal(firsts, dense.argmax(1))
+    last = np.array([np.flatnonzero(row)[-1] for row in dense])
+    np.testing.assert_array_equal(stops, last + 1)
+
+
+def test_what_no_query_may_see_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_blockwise, "BLOCK", 32)
+    segments = jnp.repeat(jnp.array([[1, 2]]), 64, axis=1)  # [1, 128]
+    visibility = Visibility(segments, jnp.zeros_like(segments, bool))
+    queries, values = jnp.ones((1, LENGTH, HEADS, DIM)), jnp.ones((1, HEADS, LENGTH, DIM))
+    keys = values.at[:, :, 64:].set(jnp.nan)  # of the second sample
+    rest = (visibility, None, jnp.int32(0), jnp.arange(HEADS), None)
+    mixed = CORES["blockwise"](MODELS["rope"], queries, keys, values, *rest)
+    assert np.isfinite(mixed[:, :64]).all() and np.isnan(mixed[:, 64:]).all()
+
+
+def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
+    def temporaries(core: Name, length: int) -> int:
+        shapes = [(1, length, HEADS, DIM), *[(1, HEADS, length, DIM)] * 2, (1, length, HEADS, DIM)]
+        arrays = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        visibility: Any = Visibility(jnp.ones((1, length), jnp.int32), jnp.zeros((1, length), bool))
+        positions = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        lowered = mixed_and_gradients.lower(core, MODELS["rope"], arrays, visibility, positions)
+        analysis = lowered.compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    at_1024, at_4096 = (temporaries("blockwise", length) for length in (1024, 4096))
+    assert at_4096 < 5 * at_1024
+    assert at_4096 < 0.1 * temporaries("reference", 4096)
+
+
+@pytest.mark.parametrize("checkpoint", ["glm130b/ckpt_tp1", "glm10b_style/ckpt_tp1"])
+def test_the_official_logits_come_out(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, params = loaded(checkpoint)
+    arrays = golden(checkpoint.split("/")[0], "cases")
+    tokens, positions, blocked, valid, expected = (
+        arrays[f"gmask/{name}"] for name in ("tokens", "position_ids", "blocked", "valid", "logits")
+    )
+    length = tokens.shape[1]
+    whole = 64  # tokens of a row, so that it has blocks; those behind are padding, which no other token sees
+    context = (~blocked).all(1) & (~blocked).any(1)  # [B, S]: seen by all
+    segments = np.pad(np.ones_like(tokens), ((0, 0), (0, whole - length)))
+    visibility = Visibility(jnp.asarray(segments), jnp.asarray(np.pad(context, ((0, 0), (0, whole - length)))))
+    np.testing.assert_array_equal(np.asarray(visibility.dense())[:, :length, :length], ~blocked)
+
+    def padded(array: np.ndarray) -> jax.Array:
+        return jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, whole - length)])
+
+    monkeypatch.setattr(attention_blockwise, "BLOCK", 32)
+    logits = apply(cfg, params, padded(tokens), padded(positions), visibility, core=CORES["blockwise"])
+    np.testing.assert_allclose(np.asarray(logits)[:, :length][valid], expected[valid], rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize(
+    "platform, length, dropout, expected",
+    [
+        ("cpu", 512, 0.0, "blockwise"),
+        ("cpu", 128, 0.0, "reference"),  # a single block
+        ("cpu", 250, 0.0, "reference"),  # blocks of 2
+        ("cpu", 512, 0.1, "reference"),
+        ("cuda", 512, 0.0, "reference"),
+    ],
+)
+def test_the_choice(platform: str, length: int, dropout: float, expected: str) -> None:
+    assert choose(GLMConfig(1, 8, 1, 8, 64, attention_dropout=dropout), platform, length) == expected
