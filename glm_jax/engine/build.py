@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -9,7 +10,7 @@ import jax
 
 from glm_jax.config import Experiment
 from glm_jax.config.data import OBJECTIVES
-from glm_jax.engine import bind
+from glm_jax.engine import bind, stash
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
 from glm_jax.model import attention_cores
@@ -49,12 +50,14 @@ def build(
         objectives=len(OBJECTIVES),
         compute=train.precision,
         schedule=experiment.pipeline.schedule,
-        keep=experiment.pipeline.stash,
         normalization=train.loss_normalization,
         shrink_logits=train.embedding_shrink.logits,
         attention=attention_cores.choose(glm, platform, experiment.data.seq_length),
         zero=experiment.mesh.zero,
     )
+    rows, asked, memory = train.global_batch // train.microbatches, experiment.pipeline.stash, 0 if abstract else None
+    keep = stash.choose(config, mesh, asked, rows, experiment.data.seq_length, memory)
+    config = dataclasses.replace(config, keep=keep)
     bind.check(config, mesh, train.global_batch, train.microbatches, experiment.data.seq_length)
     return Engine(config, mesh)
 

@@ -169,6 +169,8 @@ def begin(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tu
 
 def _shared(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tuple[StepConfig, jax.sharding.Mesh]:
     first = configs[0]
+    if first.pipeline.stash == "auto":  # which counts the memory of one member
+        first = dataclasses.replace(first, pipeline=dataclasses.replace(first.pipeline, stash="layer"))
     engine, mesh = build(first, prepared[data_key(first)].tokenizer.size)
     return stretch.step_config(first, engine), mesh
 

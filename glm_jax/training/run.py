@@ -78,6 +78,7 @@ class Run:
         self._initial = initial.begin(config, workdir, self._say)
         prepared = ready(config, workdir, self._say, self._initial.tokenizer)
         self.stretch = Stretch(config, prepared, optimizer)  # checks the rest, before anything is written
+        self.stretch.describe(self._say)
         self.closing = contextlib.ExitStack()  # runs when everything is written
         if processes.is_first():
             self.closing.enter_context(folder.lock(workdir))

@@ -16,7 +16,7 @@ from glm_jax.data.corpora.prepare import Prepared, prepare
 from glm_jax.data.rows.experiment import training_batches
 from glm_jax.data.rows.rows import Rows
 from glm_jax.data.tokenizers.protocol import Tokenizer
-from glm_jax.engine import EngineConfig, build, passes
+from glm_jax.engine import EngineConfig, build, passes, stash
 from glm_jax.engine.heldout import HeldOut
 from glm_jax.engine.meter import Meter
 from glm_jax.engine.passes import Gradients
@@ -77,6 +77,11 @@ class Stretch:
         self._stream: grain.DatasetIterator[Rows[np.ndarray]] | None = None
         self._stands = (-1, 0)  # the first row of the stream's next batch, and its rows
         self.compiled = False
+
+    def describe(self, say: Callable[[str], None]) -> None:
+        """Say what was chosen for this config and these devices."""
+        if self.config.pipeline.stash == "auto" and self.mesh.shape["pipeline"] == 1:
+            say(stash.describe(self.cfg.engine, self.mesh, self._microbatch, self.config.data.seq_length))
 
     def batch(self, samples: int, rows: int) -> Rows[np.ndarray]:
         """Read this process's share of the batch of `rows` rows that begins at row `samples`."""

@@ -1,0 +1,63 @@
+"""What is kept for the backward pass, against the memory that a compiled pass takes."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from glm_jax import model
+from glm_jax.data.rows.rows import Rows
+from glm_jax.engine import EngineConfig, passes, stash
+from glm_jax.model import GLMConfig
+from glm_jax.parallel import mesh as meshes
+
+ROWS, LENGTH = 4, 256
+CONFIG = EngineConfig(GLMConfig(8, 64, 4, 176, 512), 512, 3, attention="blockwise")
+
+
+def temporaries(cfg: EngineConfig) -> int:
+    """Return the temporary bytes of a compiled pass over one microbatch."""
+    mesh = meshes.build(dict.fromkeys(meshes.AXES, 1))
+    params = jax.eval_shape(lambda: model.init(cfg.model, jax.random.key(0)))
+    lowered = jax.jit(passes.value_and_grad, static_argnums=(0, 1)).lower(
+        cfg, mesh, params, Rows.abstract((1, ROWS, LENGTH))
+    )
+    analysis = lowered.compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+
+def test_bytes_of_a_layer_are_those_that_the_program_takes() -> None:
+    more = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=16))
+    at_eight, at_sixteen = (temporaries(dataclasses.replace(cfg, keep="all")) for cfg in (CONFIG, more))
+    blocks = jax.eval_shape(lambda: model.init(CONFIG.model, jax.random.key(0))["blocks"])
+    weights = sum(4 * leaf.size for leaf in jax.tree.leaves(blocks))
+    kept = 8 * stash.layer_bytes(CONFIG, ROWS, LENGTH)
+    assert 0.9 * kept < at_sixteen - at_eight < 1.1 * (kept + 2 * weights)  # sums of gradients, and copies of weights
+
+
+@pytest.mark.parametrize(
+    "sizes, options, asked, share, expected",
+    [
+        ((1, 1, 1), {}, "auto", 1.01, "all"),
+        ((1, 1, 1), {}, "auto", 0.99, "layer"),
+        ((2, 1, 1), {}, "auto", 0.51, "all"),
+        ((1, 1, 2), {}, "auto", 0.51, "all"),
+        ((1, 2, 1), {}, "auto", 9.0, "layer"),
+        ((1, 1, 1), {"zero": 3}, "auto", 9.0, "layer"),
+        ((1, 1, 1), {}, "stage", 9.0, "stage"),
+    ],
+)
+def test_everything_is_kept_where_it_fits(
+    sizes: tuple[int, ...], options: dict[str, int], asked: stash.Stash, share: float, expected: str
+) -> None:
+    mesh: jax.sharding.Mesh = jax.sharding.AbstractMesh(sizes, meshes.AXES)  # type: ignore[assignment]
+    cfg = dataclasses.replace(CONFIG, **options)
+    memory = int(share * 8 * stash.layer_bytes(CONFIG, ROWS, LENGTH) / stash.BUDGET)
+    assert stash.choose(cfg, mesh, asked, ROWS, LENGTH, memory) == expected
+
+
+def test_bytes_of_a_layer_by_hand() -> None:
+    cfg = EngineConfig(GLMConfig(1, 64, 4, 176, 512, position="learned_2d"), 512, 3, attention="blockwise")
+    token = 64 + 64 * 4 + 64 * 2 + 64 * 3 + 176 * 3  # x, queries to mixed values, those again and x, norms, halves
+    assert stash.layer_bytes(cfg, ROWS, LENGTH) == pytest.approx(4 * ROWS * LENGTH * token, rel=0.1)
