@@ -15,20 +15,21 @@ from tests.patience import HANG
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+BLOCKS = {"attention": "blockwise"}
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.2}
 
 # Every factorisation of 8 devices, with schedules, stashes and the options of a model spread over them. For all 40
 # combinations of mesh, schedule and stash see tests/proofs/parity_matrix.py.
 KINDS: list[dict[str, Any]] = [  # each axis alone, and all of them
-    {"mesh": [1, 1, 8], "engine": {"schedule": "gpipe"}},
+    {"mesh": [1, 1, 8], "engine": {"schedule": "gpipe", **BLOCKS}},
     {"mesh": [1, 8, 1], "engine": {"keep": "all"}, "model": {"num_layers": 9, **DROPOUT}, "microbatches": 8},
     {"mesh": [8, 1, 1], "model": DROPOUT},
-    {"mesh": [2, 2, 2], "model": {"norm": "pre", "position": "alibi", "activation": "gelu_tanh"}},
+    {"mesh": [2, 2, 2], "engine": BLOCKS, "model": {"norm": "pre", "position": "alibi", "activation": "gelu_tanh"}},
 ]
 OTHERS: list[dict[str, Any]] = [
     {"mesh": [1, 2, 4], "engine": {"normalization": "microbatch"}, "model": {"position": "learned_2d"}},
     {"mesh": [1, 4, 2], "engine": {"keep": "stage"}, "model": {"num_layers": 7, **DROPOUT}, "microbatches": 4},
-    {"mesh": [2, 1, 4], "engine": {"keep": "stage"}, "model": {"norm": "sandwich", "activation": "gelu"}},
+    {"mesh": [2, 1, 4], "engine": {"keep": "all", **BLOCKS}, "model": {"norm": "sandwich", "activation": "gelu"}},
     {"mesh": [2, 4, 1], "engine": {"schedule": "gpipe", "keep": "stage"}, "model": {"num_layers": 5, "norm": "post"}},
     {"mesh": [4, 1, 2], "engine": {"keep": "all"}, "model": {"embedding_norm": True, **DROPOUT}},
     {"mesh": [4, 2, 1], "engine": {"schedule": "gpipe"}, "model": DROPOUT},
@@ -37,7 +38,7 @@ OTHERS: list[dict[str, Any]] = [
 ]
 FLOAT64: list[dict[str, Any]] = [
     {"mesh": [2, 2, 2], "model": DROPOUT, "x64": True},
-    {"mesh": [1, 4, 2], "model": {"num_layers": 7, "pb_relax": 128.0}, "x64": True},
+    {"mesh": [1, 4, 2], "engine": BLOCKS, "model": {"num_layers": 7, "pb_relax": 128.0}, "x64": True},
 ]
 HALF: list[dict[str, Any]] = [{"mesh": [2, 2, 2], "engine": {"compute": name}} for name in ("float16", "bfloat16")]
 HALF += [{"mesh": [4, 1, 2], "engine": {"compute": "float16", "zero": 3}}]

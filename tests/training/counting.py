@@ -39,6 +39,9 @@ class Counting:
         )
         self.compiled, self.reached = False, reached
 
+    def describe(self, say: Any) -> None:
+        pass
+
     def batch(self, samples: int, rows: int) -> tuple[int, int]:
         return samples, rows
 
