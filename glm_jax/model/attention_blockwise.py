@@ -64,7 +64,7 @@ def blockwise(
     cfg: GLMConfig, queries: Array, keys: Array, values: Array, allowed: Array | Visibility,
     apart: Distance | None, layer: Array, heads: Array, dropout_keys: Array | None,
 ) -> Array:  # fmt: skip
-    """Mix values block by block; see `attention_core.Core`. `attention_core.choose` says when this is possible."""
+    """Mix values block by block; see `attention_core.Core`. `attention_cores.choose` says when this is possible."""
     assert isinstance(allowed, Visibility)
     rows, length, count, dim = queries.shape
     wide = jnp.promote_types(queries.dtype, jnp.float32)

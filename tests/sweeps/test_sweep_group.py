@@ -49,7 +49,8 @@ def check_equal(outcome: Outcome, events: list[dict[str, Any]]) -> None:
     """Check the loss and norms of every step, and the last held-out losses."""
     steps = [event for event in events if event["event"] == "train"]
     assert [event["step"] for event in steps] == outcome.steps.tolist() == list(range(1, len(outcome.losses) + 1))
-    np.testing.assert_allclose(outcome.losses, [event["loss"] for event in steps], rtol=1e-6)
+    # a run alone keeps what a member of a group computes again, which rounds differently
+    np.testing.assert_allclose(outcome.losses, [event["loss"] for event in steps], rtol=1e-5)
     for name in ("grad_norm", "update_norm", "grad_norm/embedding", "lr", "loss_scale"):
         np.testing.assert_allclose(outcome.metrics[name], [event[name] for event in steps], rtol=1e-4, err_msg=name)
     largest = [max(event["activation_rms"]) for event in steps]
@@ -57,7 +58,7 @@ def check_equal(outcome: Outcome, events: list[dict[str, Any]]) -> None:
     heldout = [event for event in events if event["event"] == "evaluation"][-1]
     assert set(outcome.heldout) - {"loss/second_half"} == {"loss", "loss/en", "bits_per_byte/en"}
     for name, value in outcome.heldout.items():
-        assert name == "loss/second_half" or value == pytest.approx(heldout[name], rel=1e-6), name
+        assert name == "loss/second_half" or value == pytest.approx(heldout[name], rel=1e-5), name
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
