@@ -14,6 +14,7 @@ from glm_jax.engine import bind, stash
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.errors import UserError
 from glm_jax.model import attention_cores
+from glm_jax.parallel.devices import device_memory
 from glm_jax.parallel.mesh import AXES, REST, Device
 from glm_jax.parallel.mesh import build as build_mesh
 
@@ -43,22 +44,23 @@ def build(
     sizes = experiment.mesh.sizes()
     mesh = _abstract(sizes) if abstract else build_mesh(sizes, devices)
     platform = "" if abstract else mesh.devices.flat[0].platform
-    train, glm = experiment.train, experiment.glm(pieces)
+    train, glm, asked = experiment.train, experiment.glm(pieces), experiment.pipeline.stash
     config = EngineConfig(
         model=glm,
         num_tokens=pieces,
         objectives=len(OBJECTIVES),
         compute=train.precision,
         schedule=experiment.pipeline.schedule,
+        keep="layer" if asked == "auto" else asked,
         normalization=train.loss_normalization,
         shrink_logits=train.embedding_shrink.logits,
         attention=attention_cores.choose(glm, platform, experiment.data.seq_length),
         zero=experiment.mesh.zero,
     )
-    rows, asked, memory = train.global_batch // train.microbatches, experiment.pipeline.stash, 0 if abstract else None
-    keep = stash.choose(config, mesh, asked, rows, experiment.data.seq_length, memory)
-    config = dataclasses.replace(config, keep=keep)
-    bind.check(config, mesh, train.global_batch, train.microbatches, experiment.data.seq_length)
+    rows, length = train.global_batch // train.microbatches, experiment.data.seq_length
+    bind.check(config, mesh, train.global_batch, train.microbatches, length)
+    if asked == "auto" and not abstract:
+        config = dataclasses.replace(config, keep=stash.choose(config, mesh, rows, length, device_memory()))
     return Engine(config, mesh)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from glm_jax import model
-from glm_jax.config.training import Stash
 from glm_jax.data.rows.rows import Rows
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.model import Visibility, attention_cores, transformer
@@ -19,28 +20,22 @@ from glm_jax.types import Tree
 BUDGET = 0.25  # of a device's memory; the rest is for the state, its gradients, logits and the work of a layer
 
 
-def choose(
-    cfg: EngineConfig, mesh: jax.sharding.Mesh, asked: Stash, rows: int, length: int, memory: int | None = None
-) -> Keep:
-    """Return what to keep for the backward pass.
+def choose(cfg: EngineConfig, mesh: jax.sharding.Mesh, rows: int, length: int, memory: int) -> Keep:
+    """Return what `auto` keeps for the backward pass.
 
-    For `auto` this is everything if the mesh has one stage and everything fits in the budget, else the inputs of
-    layers: in a pipeline each stage would keep it for several microbatches.
+    This is everything if the mesh has one stage and everything fits in the budget, else the inputs of layers: in a
+    pipeline each stage would keep it for several microbatches.
 
     Args:
         cfg: the model and its options; `keep` is not read.
-        mesh: the mesh.
-        asked: the config's `pipeline.stash`.
+        mesh: one that passes `bind.check`.
         rows: of a microbatch on all devices.
         length: S.
-        memory: bytes of a device; None asks the devices here.
+        memory: bytes of a device.
     """
-    if asked != "auto":
-        return asked
     if mesh.shape["pipeline"] > 1 or cfg.zero == 3:
         return "layer"
-    budget = BUDGET * (device_memory() if memory is None else memory)
-    return "all" if whole_bytes(cfg, mesh, rows, length) <= budget else "layer"
+    return "all" if whole_bytes(cfg, mesh, rows, length) <= BUDGET * memory else "layer"
 
 
 def describe(cfg: EngineConfig, mesh: jax.sharding.Mesh, rows: int, length: int) -> str:
@@ -59,6 +54,7 @@ def whole_bytes(cfg: EngineConfig, mesh: jax.sharding.Mesh, rows: int, length: i
     return cfg.model.num_layers * of_layer // mesh.shape["tensor"]
 
 
+@functools.lru_cache(maxsize=8)  # a run builds its engine several times
 def layer_bytes(cfg: EngineConfig, rows: int, length: int) -> int:
     """Return the bytes that `all` keeps of one layer for a microbatch of `rows` rows, if no axis of the mesh splits it.
 

@@ -6,8 +6,10 @@ import jax
 import pytest
 
 from glm_jax import model
+from glm_jax.config import resolve
 from glm_jax.data.rows.rows import Rows
-from glm_jax.engine import EngineConfig, passes, stash
+from glm_jax.engine import EngineConfig, build, passes, stash
+from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import mesh as meshes
 
@@ -37,27 +39,44 @@ def test_bytes_of_a_layer_are_those_that_the_program_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes, options, asked, share, expected",
+    "sizes, options, share, expected",
     [
-        ((1, 1, 1), {}, "auto", 1.01, "all"),
-        ((1, 1, 1), {}, "auto", 0.99, "layer"),
-        ((2, 1, 1), {}, "auto", 0.51, "all"),
-        ((1, 1, 2), {}, "auto", 0.51, "all"),
-        ((1, 2, 1), {}, "auto", 9.0, "layer"),
-        ((1, 1, 1), {"zero": 3}, "auto", 9.0, "layer"),
-        ((1, 1, 1), {}, "stage", 9.0, "stage"),
+        ((1, 1, 1), {}, 1.01, "all"),
+        ((1, 1, 1), {}, 0.99, "layer"),
+        ((2, 1, 1), {}, 0.51, "all"),
+        ((1, 1, 2), {}, 0.51, "all"),
+        ((1, 2, 1), {}, 9.0, "layer"),
+        ((1, 1, 1), {"zero": 3}, 9.0, "layer"),
     ],
 )
 def test_everything_is_kept_where_it_fits(
-    sizes: tuple[int, ...], options: dict[str, int], asked: stash.Stash, share: float, expected: str
+    sizes: tuple[int, ...], options: dict[str, int], share: float, expected: str
 ) -> None:
     mesh: jax.sharding.Mesh = jax.sharding.AbstractMesh(sizes, meshes.AXES)  # type: ignore[assignment]
     cfg = dataclasses.replace(CONFIG, **options)
     memory = int(share * 8 * stash.layer_bytes(CONFIG, ROWS, LENGTH) / stash.BUDGET)
-    assert stash.choose(cfg, mesh, asked, ROWS, LENGTH, memory) == expected
+    assert stash.choose(cfg, mesh, ROWS, LENGTH, memory) == expected
 
 
 def test_bytes_of_a_layer_by_hand() -> None:
     cfg = EngineConfig(GLMConfig(1, 64, 4, 176, 512, position="learned_2d"), 512, 3, attention="blockwise")
     token = 64 + 64 * 4 + 64 * 2 + 64 * 3 + 176 * 3  # x, queries to mixed values, those again and x, norms, halves
     assert stash.layer_bytes(cfg, ROWS, LENGTH) == pytest.approx(4 * ROWS * LENGTH * token, rel=0.1)
+
+
+def test_the_config_decides_and_a_mesh_that_does_not_divide_is_refused_first() -> None:
+    small = {
+        "mesh.data": 1,
+        "model.num_layers": 2,
+        "model.hidden_size": 16,
+        "model.num_heads": 2,
+        "data.seq_length": 32,
+    }
+    config = resolve({}, {**small, "train.global_batch": 4, "train.microbatches": 4})
+    assert build(config).config.keep == "all"
+    staged = dataclasses.replace(config, pipeline=dataclasses.replace(config.pipeline, stash="stage"))
+    assert build(staged).config.keep == "stage"
+    assert build(config, abstract=True).config.keep == "layer"  # no device says how much memory it has
+    wide = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=2))
+    with pytest.raises(UserError, match="mesh.data=2"):
+        build(wide, abstract=True)
