@@ -19,6 +19,17 @@ from glm_jax.types import Tree
 Array = jax.Array
 
 
+def _gather(shard: Array, dimension: int) -> Array:
+    # XLA would copy for an axis of one, and not always leave the order of dimensions as it is.
+    alone = lax.axis_size("data") == 1
+    return shard if alone else lax.all_gather(shard, "data", axis=dimension, tiled=True)
+
+
+def _scatter(total: Array, dimension: int) -> Array:
+    alone = lax.axis_size("data") == 1
+    return total if alone else lax.psum_scatter(total, "data", scatter_dimension=dimension, tiled=True)
+
+
 def gather(params: Tree, specs: Tree, dtype: DTypeLike) -> Tree:
     """Cast this device's shards of master params to the compute dtype and gather them over `data`.
 
@@ -30,20 +41,19 @@ def gather(params: Tree, specs: Tree, dtype: DTypeLike) -> Tree:
 
     def one(param: Array, spec: jax.P) -> Array:
         weight, dimension = param.astype(dtype), partition.dimension(spec, "data")
-        return weight if dimension is None else lax.all_gather(weight, "data", axis=dimension, tiled=True)
+        return weight if dimension is None else _gather(weight, dimension)
 
     return jax.tree.map(one, params, specs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather_layer(shard: Array, dimension: int, dtype: DTypeLike) -> Array:
-    return lax.all_gather(shard.astype(dtype), "data", axis=dimension, tiled=True)
+    return _gather(shard.astype(dtype), dimension)
 
 
 def _scatter_layer(dimension: int, dtype: DTypeLike, shard: Array, gradient: Array) -> tuple[Array]:
     # Autodiff would sum in the compute dtype.
-    wide = gradient.astype(shard.dtype)
-    return (lax.psum_scatter(wide, "data", scatter_dimension=dimension, tiled=True),)
+    return (_scatter(gradient.astype(shard.dtype), dimension),)
 
 
 _gather_layer.defvjp(lambda shard, dimension, dtype: (_gather_layer(shard, dimension, dtype), shard), _scatter_layer)
@@ -80,7 +90,7 @@ def reduce(gradients: Tree, specs: Tree, scattered: bool = False) -> Tree:
         if dimension is None:
             return lax.psum(gradient, ("data", *replicated))
         if not scattered:
-            gradient = lax.psum_scatter(gradient, "data", scatter_dimension=dimension, tiled=True)
+            gradient = _scatter(gradient, dimension)
         return lax.psum(gradient, replicated) if replicated else gradient
 
     return jax.tree.map(one, gradients, specs)
