@@ -9,7 +9,7 @@ from typing import Literal
 from glm_jax.config.fields import Section, definitions, field, section
 
 Schedule = Literal["1f1b", "gpipe"]
-Stash = Literal["auto", "layer", "stage", "all"]
+Stash = Literal["auto", "layer", "stage", "products", "all"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Normalization = Literal["tokens", "microbatch"]
 Decay = Literal["cosine", "linear"]
@@ -47,8 +47,9 @@ class Pipeline(Section):
     schedule: Schedule = field("1f1b", doc="order of forward and backward slots")
     stash: Stash = field(
         "auto",
-        doc="what the backward pass finds: inputs of layers or of stages, or everything (nothing is recomputed); auto: "
-        "everything if there is one stage and a quarter of a device's memory holds it, else inputs of layers",
+        doc="what the backward pass finds: inputs of layers or of stages, results of matrix products, or everything "
+        "(nothing is recomputed); auto: products if there is one stage and a quarter of a device's memory holds them, "
+        "else inputs of layers",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -14,9 +15,9 @@ from glm_jax.config.data import OBJECTIVES
 from glm_jax.data.rows.rows import Rows
 from glm_jax.errors import UserError
 from glm_jax.model import GLMConfig, attention_cores, transformer
-from glm_jax.model.layers import row_keys
+from glm_jax.model.layers import PRODUCT, row_keys
 from glm_jax.model.positions import PositionTerms, position_terms
-from glm_jax.parallel import partition, tensor, zero
+from glm_jax.parallel import cross_entropy, partition, zero
 from glm_jax.parallel.mesh import check_divides, nearest
 from glm_jax.parallel.pipeline import run
 from glm_jax.parallel.pipeline.stage import Keep
@@ -76,8 +77,8 @@ def check(cfg: EngineConfig, mesh: jax.sharding.Mesh, global_batch: int, microba
     """
     check_model(cfg.model, mesh)
     sizes = dict(mesh.shape)
-    if cfg.zero == 3 and (sizes["pipeline"] > 1 or cfg.keep == "all"):
-        what = f"mesh.pipeline={sizes['pipeline']}" if sizes["pipeline"] > 1 else "pipeline.stash=all"
+    if cfg.zero == 3 and (sizes["pipeline"] > 1 or cfg.keep in ("products", "all")):
+        what = f"mesh.pipeline={sizes['pipeline']}" if sizes["pipeline"] > 1 else f"pipeline.stash={cfg.keep}"
         raise UserError(
             f"mesh.zero=3 gathers each layer's weights in every slot and cannot be combined with {what}: use "
             "mesh.zero=1, or mesh.pipeline=1 and pipeline.stash=layer"
@@ -148,20 +149,31 @@ def functions(
         return transformer.block(glm, weights, x, allowed, positions, layer, rows, axis=axis, core=core)[0]  # [B, S, D]
 
     def head(outer: Tree, x: Array, batch: Batch) -> tuple[Array, Sums]:
-        losses = token_losses(cfg, axis, outer, x, batch.rows, shrink if cfg.shrink_logits else None)  # [B, S]
+        mask, counts = batch.rows.loss_mask, batch.rows.loss_mask.sum(-1)  # [B, S], [B]
+        x, word = transformer.before_logits(glm, outer, x, axis, shrink if cfg.shrink_logits else None)
+        weights = mask * row_weights(cfg, counts)[:, None]  # [B, S]
+        loss, losses = cross_entropy.weighted(x, word, batch.rows.targets, weights, cfg.num_tokens)  # [], [B, S]
         of_objective = jax.nn.one_hot(batch.rows.objective, cfg.objectives, dtype=losses.dtype)  # [B, O]
-        rows, counts = losses.sum(-1), batch.rows.loss_mask.sum(-1)  # [B] both
-        return (rows * row_weights(cfg, counts)).sum(), Sums(rows @ of_objective, counts @ of_objective)
+        return loss, Sums((losses * mask).sum(-1) @ of_objective, counts @ of_objective)
 
-    return run.Functions(prepare, embed, block, head)
+    return run.Functions(prepare, embed, remembering(cfg, block), head)
 
 
-def token_losses(
-    cfg: EngineConfig, axis: ShardedAxis, outer: Tree, x: Array, rows: Rows[Array], shrink: Array | None = None
-) -> Array:
+def remembering(cfg: EngineConfig, block: Callable[..., Array]) -> Callable[..., Array]:
+    """Return a block whose vjp keeps what `cfg.keep` says, if the stage is to keep all that the vjp keeps.
+
+    With `products` this is what model/ names so, the results of matrix products and of attention. Elementwise work
+    gives the rest (close to the selective recomputation of arXiv 2205.05198).
+    """
+    if cfg.keep != "products":
+        return block
+    return jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))
+
+
+def token_losses(cfg: EngineConfig, axis: ShardedAxis, outer: Tree, x: Array, rows: Rows[Array]) -> Array:
     """Return the loss in nats of every target token, 0 elsewhere: x [B, S, D] -> float32 [B, S]."""
-    logits = transformer.head(cfg.model, outer, x, axis, shrink)  # [B, S, V / shards]
-    return tensor.token_losses(logits, rows.targets, cfg.num_tokens) * rows.loss_mask  # [B, S]
+    x, word = transformer.before_logits(cfg.model, outer, x, axis)  # [B, S, D], [V / shards, D]
+    return cross_entropy.losses(x, word, rows.targets, cfg.num_tokens) * rows.loss_mask  # [B, S]
 
 
 def row_weights(cfg: EngineConfig, counts: Array) -> Array:

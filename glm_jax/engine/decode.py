@@ -27,7 +27,7 @@ from glm_jax.model import Cache
 from glm_jax.model.cached import blocks_cached, embed_cached, places_of
 from glm_jax.model.positions import position_terms
 from glm_jax.model.transformer import head
-from glm_jax.parallel import tensor
+from glm_jax.parallel import cross_entropy
 from glm_jax.parallel.pipeline.run import shift
 from glm_jax.parallel.pipeline.stage import at, put
 from glm_jax.parallel.tensor import VOCAB_AXES, WholeAxis
@@ -302,7 +302,7 @@ def token_losses(
             x, cache = stage.run(x, prompt.positions, start, prompt.lengths, cache, only, active)
             leaving = jnp.maximum(time - (stage.stages - 1), 0)  # the first ones are overwritten
             logits = stage.leave(x, places[leaving])  # [B, A, V / shards]
-            losses = put(losses, tensor.token_losses(logits, targets[leaving], cfg.num_tokens), leaving)
+            losses = put(losses, cross_entropy.token_losses(logits, targets[leaving], cfg.num_tokens), leaving)
             return shift(x, 1), cache, losses
 
         cache = _empty_cache(cfg, mesh, len(stage.layers), 1, rows, length)

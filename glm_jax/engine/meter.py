@@ -10,7 +10,8 @@ from typing import SupportsInt
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.parallel.devices import peak_memory
 
-RECOMPUTED = {"all": 0, "layer": 1, "stage": 2}  # forward passes that the backward repeats, by what is stashed
+# forward passes whose products the backward repeats, by what is stashed
+RECOMPUTED = {"all": 0, "products": 0, "layer": 1, "stage": 2}
 
 
 class Meter:
@@ -23,7 +24,7 @@ class Meter:
     """
 
     def __init__(self, cfg: EngineConfig, sequence: int, peak: float) -> None:
-        passes = 3 if cfg.keep == "all" else 4
+        passes = 3 if RECOMPUTED[cfg.keep] == 0 else 4
         self._published = [cfg.model.published_flops(sequence, count) for count in (3, passes)]
         self._row_flops = 3 * cfg.model.forward_flops(sequence)  # forward, and a backward of twice its work
         self._hardware = (3 + RECOMPUTED[cfg.keep]) / 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from glm_jax import model
 from glm_jax.data.rows.rows import Rows
-from glm_jax.engine.bind import EngineConfig
+from glm_jax.engine.bind import EngineConfig, remembering
 from glm_jax.model import Visibility, attention_cores, transformer
 from glm_jax.model.positions import position_terms
 from glm_jax.parallel.devices import device_memory
@@ -23,8 +24,9 @@ BUDGET = 0.25  # of a device's memory; the rest is for the state, its gradients,
 def choose(cfg: EngineConfig, mesh: jax.sharding.Mesh, rows: int, length: int, memory: int) -> Keep:
     """Return what `auto` keeps for the backward pass.
 
-    This is everything if the mesh has one stage and everything fits in the budget, else the inputs of layers: in a
-    pipeline each stage would keep it for several microbatches.
+    This is the results of products if the mesh has one stage and they fit in the budget, else the inputs of layers: in
+    a pipeline each stage would keep them for several microbatches. Keeping everything takes more memory and saves
+    little time, see benchmarks/README.md.
 
     Args:
         cfg: the model and its options; `keep` is not read.
@@ -35,30 +37,30 @@ def choose(cfg: EngineConfig, mesh: jax.sharding.Mesh, rows: int, length: int, m
     """
     if mesh.shape["pipeline"] > 1 or cfg.zero == 3:
         return "layer"
-    return "all" if whole_bytes(cfg, mesh, rows, length) <= BUDGET * memory else "layer"
+    return "products" if products_bytes(cfg, mesh, rows, length) <= BUDGET * memory else "layer"
 
 
 def describe(cfg: EngineConfig, mesh: jax.sharding.Mesh, rows: int, length: int) -> str:
-    """Say what one stage keeps for the backward pass, and the memory that everything takes; rows as in `choose`."""
-    gigabytes = [size / 1e9 for size in (whole_bytes(cfg, mesh, rows, length), BUDGET * device_memory())]
-    chosen = "everything" if cfg.keep == "all" else f"the input of each {cfg.keep}"
+    """Say what `auto` chose for a single stage, and the memory that products take; rows as in `choose`."""
+    gigabytes = [size / 1e9 for size in (products_bytes(cfg, mesh, rows, length), BUDGET * device_memory())]
+    chosen = "the results of products" if cfg.keep == "products" else f"the input of each {cfg.keep}"
     return (
         f"the backward pass finds {chosen} (pipeline.stash): "
-        f"everything is {gigabytes[0]:,.2f} GB a device, of {gigabytes[1]:,.2f} GB to be used for it"
+        f"products are {gigabytes[0]:,.2f} GB a device, of {gigabytes[1]:,.2f} GB to be used for them"
     )
 
 
-def whole_bytes(cfg: EngineConfig, mesh: jax.sharding.Mesh, rows: int, length: int) -> int:
-    """Return the bytes on each device of everything for one microbatch, if all layers are on one stage."""
-    of_layer = layer_bytes(cfg, rows // mesh.shape["data"], length)
+def products_bytes(cfg: EngineConfig, mesh: jax.sharding.Mesh, rows: int, length: int) -> int:
+    """Return the bytes on each device of the products for one microbatch, if all layers are on one stage."""
+    of_layer = layer_bytes(dataclasses.replace(cfg, keep="products"), rows // mesh.shape["data"], length)
     return cfg.model.num_layers * of_layer // mesh.shape["tensor"]
 
 
 @functools.lru_cache(maxsize=8)  # a run builds its engine several times
 def layer_bytes(cfg: EngineConfig, rows: int, length: int) -> int:
-    """Return the bytes that `all` keeps of one layer for a microbatch of `rows` rows, if no axis of the mesh splits it.
+    """Return the bytes kept of one layer for a microbatch of `rows` rows, if no axis of the mesh splits it.
 
-    They are read off the vjp of a block, as the pipeline's stage keeps it.
+    `cfg.keep` is `products` or `all`. The bytes are read off the vjp of a block, as the pipeline's stage keeps it.
     """
     glm, dtype = cfg.model, jnp.dtype(cfg.compute)
 
@@ -76,6 +78,6 @@ def layer_bytes(cfg: EngineConfig, rows: int, length: int) -> int:
             return transformer.block(glm, weights, x, *terms, jnp.int32(0), keys, core=core)[0]  # [B, S, D]
 
         x = jnp.zeros((rows, length, glm.hidden_size), dtype)
-        return without_arguments(jax.vjp(block, weights, x, terms)[1], (0, 2))
+        return without_arguments(jax.vjp(remembering(cfg, block), weights, x, terms)[1], (0, 2))
 
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(kept)))

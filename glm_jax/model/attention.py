@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax.config.model import GLMConfig
 from glm_jax.model import attention_core
@@ -15,6 +16,7 @@ from glm_jax.model.attention_core import Core
 from glm_jax.model.layers import (
     NORMAL_STDDEV,
     ONE_DEVICE,
+    PRODUCT,
     Affine,
     TensorAxis,
     xavier_stddev,
@@ -113,7 +115,7 @@ class Attention(nn.Module):
         qkv, bias = Affine(
             (width, heads, 3, dim), ("hidden", "heads", None, None), qkv_stddev(cfg)[:heads], inputs=1, name="qkv"
         )("bsd,dnck->bsnck", self.axis.enter(x))  # [B, S, N, 3, K], [N, 3, K]
-        queries, keys, values = jnp.unstack(qkv + bias, axis=3)  # [B, S, N, K] each
+        queries, keys, values = jnp.unstack(checkpoint_name(qkv, PRODUCT) + bias, axis=3)  # [B, S, N, K] each
         if terms.rotation is not None:
             queries, keys = rotate(queries, terms.rotation), rotate(keys, terms.rotation)  # [B, S, N, K]
         keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # [B, N, S, K] each
@@ -125,4 +127,4 @@ class Attention(nn.Module):
         partial, bias = Affine(
             (heads, dim, width), ("heads", None, "hidden"), output_stddev(cfg), inputs=2, name="output"
         )("bsnk,nkd->bsd", mixed)  # [B, S, D], [D]
-        return self.axis.leave(partial) + bias, cache  # [B, S, D]
+        return checkpoint_name(self.axis.leave(partial), PRODUCT) + bias, cache  # [B, S, D]

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax.config.model import GLMConfig
-from glm_jax.model.layers import at_least_float32
+from glm_jax.model.layers import PRODUCT, at_least_float32
 from glm_jax.model.positions import Distance, alibi_slopes, distance
 from glm_jax.model.visibility import Visibility
 
@@ -122,6 +123,7 @@ def _forward(queries: Array, keys: Array, values: Array, tokens: _Tokens, scale:
 
     mixed, logs = lax.map(block, jnp.arange(queries.shape[2] // size))  # [S / Q, G, N, Q, K], [S / Q, G, N, Q]
     mixed, logs = jnp.moveaxis(mixed, 0, 2).reshape(queries.shape), jnp.moveaxis(logs, 0, 2).reshape(queries.shape[:3])
+    mixed, logs = checkpoint_name(mixed, PRODUCT), checkpoint_name(logs, PRODUCT)
     return mixed, _Kept(queries, keys, values, mixed, logs, tokens, scale)
 
 

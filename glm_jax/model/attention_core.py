@@ -6,9 +6,10 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax.config.model import GLMConfig
-from glm_jax.model.layers import at_least_float32, dropout
+from glm_jax.model.layers import PRODUCT, at_least_float32, dropout
 from glm_jax.model.positions import Distance, alibi_slopes
 from glm_jax.model.visibility import Visibility, dense
 
@@ -49,7 +50,8 @@ def reference(
     apart = None if distance is None else distance.dense()  # [B, S, T]
     probabilities = attention_probabilities(cfg, queries, keys, seen, apart, layer, heads)  # [B, N, S, T]
     probabilities = dropout(probabilities.astype(values.dtype), cfg.attention_dropout, dropout_keys, heads)
-    return jnp.einsum("bnst,bntk->bnsk", probabilities, values).swapaxes(1, 2)  # [B, S, N, K]
+    mixed = jnp.einsum("bnst,bntk->bnsk", probabilities, values).swapaxes(1, 2)  # [B, S, N, K]
+    return checkpoint_name(mixed, PRODUCT)
 
 
 def attention_probabilities(

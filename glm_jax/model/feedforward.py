@@ -7,9 +7,10 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax.config.model import GLMConfig
-from glm_jax.model.layers import NORMAL_STDDEV, ONE_DEVICE, Affine, TensorAxis, xavier_stddev
+from glm_jax.model.layers import NORMAL_STDDEV, ONE_DEVICE, PRODUCT, Affine, TensorAxis, xavier_stddev
 from glm_jax.model.residual import depth_coefficients
 
 Array = jax.Array
@@ -78,7 +79,7 @@ class FeedForward(nn.Module):
         halves, bias = Affine(
             (width, cfg.up_projections, inner), ("hidden", None, "ffn"), up_stddev, inputs=1, name="up"
         )("bsd,dcf->bscf", self.axis.enter(x))  # [B, S, 2, F], [2, F]; without a gate 1 in the place of 2
-        halves = halves + bias  # [B, S, 2, F]
+        halves = checkpoint_name(halves, PRODUCT) + bias  # [B, S, 2, F]
         if cfg.activation == "geglu":
             inner_x = geglu(halves)  # [B, S, F]
         else:
@@ -86,4 +87,4 @@ class FeedForward(nn.Module):
             inner_x = activate(halves[:, :, 0])  # [B, S, F]
         down = Affine((inner, width), ("ffn", "hidden"), down_stddev, inputs=1, name="down")
         partial, bias = down("bsf,fd->bsd", inner_x)  # [B, S, D], [D]
-        return self.axis.leave(partial) + bias  # [B, S, D]
+        return checkpoint_name(self.axis.leave(partial), PRODUCT) + bias  # [B, S, D]

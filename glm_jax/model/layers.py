@@ -62,6 +62,7 @@ class OneDevice(TensorAxis):
 
 
 ONE_DEVICE = OneDevice()
+PRODUCT = "product"  # the checkpoint_name of what is dear to compute again
 
 
 def at_least_float32(x: Array) -> Array:

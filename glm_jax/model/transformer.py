@@ -229,19 +229,24 @@ def blocks(
     return jax.lax.scan(one, x, (stacked_weights, jnp.arange(layers)))[0]
 
 
-def head(
+def before_logits(
     cfg: GLMConfig,
     weights: Params,
     x: Array,
     axis: TensorAxis = ONE_DEVICE,
     shrink: Array | float | None = None,
-) -> Array:
-    """Norm and project with the tied embedding: x [B, S, D] -> float32 logits [B, S, V].
+) -> tuple[Array, Array]:
+    """Return the two factors of the logits: x [B, S, D] after the final norm, and the tied embedding [V, D].
 
     `shrink` multiplies the gradient that reaches the word embedding on this path, as in `embed`.
     """
     x = axis.enter(run(LayerNorm(cfg.norm_epsilon), weights["final_norm"], x))  # [B, S, D]
-    word = shrink_gradient(weights["embedding"]["word"], shrink)  # [V, D]
+    return x, shrink_gradient(weights["embedding"]["word"], shrink)
+
+
+def head(cfg: GLMConfig, weights: Params, x: Array, axis: TensorAxis = ONE_DEVICE) -> Array:
+    """Norm and project with the tied embedding: x [B, S, D] -> float32 logits [B, S, V]."""
+    x, word = before_logits(cfg, weights, x, axis)  # [B, S, D], [V, D]
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.einsum("bsd,vd->bsv", x, word, preferred_element_type=wide)  # [B, S, V]
 

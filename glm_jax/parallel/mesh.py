@@ -8,10 +8,12 @@ from typing import Protocol
 
 import jax
 import numpy as np
+from jax import lax
 from jax.experimental import mesh_utils
 
 from glm_jax.errors import UserError
 from glm_jax.parallel import partition
+from glm_jax.parallel.jax_internals import varying_axes
 from glm_jax.types import Tree
 
 AXES = ("data", "pipeline", "tensor")
@@ -153,3 +155,13 @@ def place(mesh: jax.sharding.Mesh, batch: Tree, microbatches: int) -> Tree:
         return jax.make_array_from_callback(shape, sharding, read)
 
     return jax.tree.map(placed, batch)
+
+
+def vary(tree: Tree, axes: tuple[str, ...] | frozenset[str] = AXES) -> Tree:
+    """Mark arrays as differing along `axes`, so that JAX inserts no reduction before the caller's own."""
+
+    def mark(x: jax.Array) -> jax.Array:
+        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(mark, tree)

@@ -41,11 +41,11 @@ class ShardedAxis:
 
     def enter(self, x: Array) -> Array:
         """Gather the sequence: x [B, S / size, D] -> [B, S, D]."""
-        return lax.all_gather(x, "tensor", axis=SEQUENCE, tiled=True)
+        return x if self.size == 1 else lax.all_gather(x, "tensor", axis=SEQUENCE, tiled=True)
 
     def leave(self, x: Array) -> Array:
         """Sum partial results and keep a slice of the sequence: x [B, S, D] -> [B, S / size, D]."""
-        return lax.psum_scatter(x, "tensor", scatter_dimension=SEQUENCE, tiled=True)
+        return x if self.size == 1 else lax.psum_scatter(x, "tensor", scatter_dimension=SEQUENCE, tiled=True)
 
     def lookup(self, table: Array, tokens: Array) -> Array:
         """Look up tokens [B, S] in the word embedding, of which this device holds `table` [V / shards, D].
@@ -79,20 +79,3 @@ class WholeAxis(ShardedAxis):
 def first_row(rows: int) -> Array:
     """Return the index of the first of the `rows` rows of the vocabulary that this device holds."""
     return lax.axis_index(VOCAB_AXES) * rows
-
-
-def token_losses(logits: Array, targets: Array, num_tokens: int) -> Array:
-    """Return the cross-entropy in nats of each target, float32 [B, S], the same over `pipeline` and `tensor`.
-
-    Args:
-        logits: float32 [B, S, V / shards], for the vocabulary rows that this device holds.
-        targets: int32 [B, S].
-        num_tokens: real rows of the vocabulary; the rest are padding and get no probability.
-    """
-    rows = first_row(logits.shape[-1]) + jnp.arange(logits.shape[-1])  # [V / shards]
-    logits = jnp.where(rows < num_tokens, logits, jnp.finfo(logits.dtype).min)  # [B, S, V / shards]
-    largest = lax.pmax(lax.stop_gradient(logits).max(axis=-1), VOCAB_AXES)  # [B, S]
-    total = lax.psum(jnp.exp(logits - largest[..., None]).sum(axis=-1), VOCAB_AXES)  # [B, S]
-    hit = targets[..., None] == rows  # [B, S, V / shards]
-    chosen = lax.psum(jnp.where(hit, logits, 0).sum(axis=-1), VOCAB_AXES)  # [B, S]
-    return jnp.log(total) + largest - chosen

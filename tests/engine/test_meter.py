@@ -35,7 +35,7 @@ def test_the_formula_reproduces_the_training_log_of_glm_130b() -> None:
     assert GLM_130B.published_flops(2048, passes=4) == pytest.approx(exact, rel=1e-12)
 
 
-@pytest.mark.parametrize(("keep", "ratio"), [("all", 1), ("layer", 4 / 3), ("stage", 4 / 3)])
+@pytest.mark.parametrize(("keep", "ratio"), [("all", 1), ("products", 1), ("layer", 4 / 3), ("stage", 4 / 3)])
 def test_the_meter_also_reads_by_the_formula(keep: Any, ratio: float) -> None:
     meter = Meter(EngineConfig(GLM_130B, 150000, 3, keep=keep), 2048, peak=1e9)
     meter.count(3, 30)

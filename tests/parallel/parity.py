@@ -29,7 +29,7 @@ from glm_jax import model  # noqa: E402
 from glm_jax.data.rows.rows import Rows  # noqa: E402
 from glm_jax.engine import bind, passes  # noqa: E402
 from glm_jax.model import GLMConfig, attention_blockwise  # noqa: E402
-from glm_jax.parallel import mesh, partition  # noqa: E402
+from glm_jax.parallel import cross_entropy, mesh, partition  # noqa: E402
 from glm_jax.training import optimizer  # noqa: E402
 from tests.model import numpy_reference  # noqa: E402
 from tests.training import numpy_adamw  # noqa: E402
@@ -41,6 +41,7 @@ OPTIMIZER = optimizer.OptimizerConfig()
 PAPER = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0}  # GLM-130B's, table 11
 LR = 0.01  # moves the loss
 attention_blockwise.BLOCK, attention_blockwise.SMALLEST = 8, 4  # so that a row has two blocks
+cross_entropy.LOGITS, cross_entropy.SMALLEST = 1, 12  # so that a microbatch has several slices, the last not full
 STEP_SIZE = 1e-5  # of the finite differences, along directions of size about 1 in each entry
 
 

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from glm_jax.parallel.jax_internals import varying_axes, with_arguments, without_arguments
-from glm_jax.parallel.mesh import AXES
+from glm_jax.parallel.mesh import vary
 from glm_jax.types import Tree
 
 Array = jax.Array
 
-# What a forward slot keeps for the backward slot: each block's input, only the stage's input, or all residuals.
-Keep = Literal["layer", "stage", "all"]
+# What a forward slot keeps for the backward slot: each block's input, only the stage's input, or all residuals of a
+# block's vjp; these are few with `products`, for which the caller chose them.
+Keep = Literal["layer", "stage", "products", "all"]
 
 
 class Functions(NamedTuple):
@@ -53,16 +54,6 @@ class Result(NamedTuple):
     metrics: Tree  # sums of the head's metrics
     squares: Array  # [Q], mean square of each block's output, summed over microbatches
     executed: Array  # int32 [2]: block runs in forward and in backward slots, counted as they run
-
-
-def vary(tree: Tree, axes: tuple[str, ...] | frozenset[str] = AXES) -> Tree:
-    """Mark arrays as differing along `axes`, so that JAX inserts no reduction before the caller's own."""
-
-    def mark(x: Array) -> Array:
-        missing = tuple(axis for axis in axes if axis not in varying_axes(x))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(mark, tree)
 
 
 def zeros(shapes: Tree, leading: tuple[int, ...] = ()) -> Tree:
@@ -124,7 +115,7 @@ class Stage:
     def _run(self, i: Array | int, x: Array, terms: Tree) -> tuple[Array, Tree]:
         """Run block i; also return what its backward needs, except weights and terms, which the stage has."""
         block, weights = self._block(i)
-        if self.keep != "all":
+        if self.keep in ("layer", "stage"):
             return block(weights, x, terms), x
         y, pull = jax.vjp(block, weights, x, terms)
         return y, without_arguments(pull, (0, 2))
@@ -132,7 +123,7 @@ class Stage:
     def _pull(self, i: Array, record: list[Array], terms: Tree, gradient: Array) -> tuple[Tree, Array]:
         """Return the gradients of block i's weights and of its input."""
         block, weights = self._block(i)
-        if self.keep != "all":
+        if self.keep in ("layer", "stage"):
             _, pull = jax.vjp(lambda weights, x: block(weights, x, terms), weights, record[0])
             return pull(gradient)
         pull = jax.tree.unflatten(jax.tree.structure(self.record), record)

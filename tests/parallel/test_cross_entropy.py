@@ -1,0 +1,61 @@
+"""Losses and gradients by slices of tokens, against float64 numpy; on larger meshes test_pipeline.py compares them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.parallel import cross_entropy, mesh
+
+ROWS, LENGTH, HIDDEN, VOCABULARY, REAL = 3, 11, 6, 16, 13  # the last 3 entries are padding
+FACTOR = 3.0  # of the sum's gradient, as a loss scale
+
+
+def reference(x: np.ndarray, word: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return losses, and the gradients of their weighted sum times FACTOR for x and word."""
+    logits = x @ word[:REAL].T  # [B, S, V real]
+    shifted = logits - logits.max(-1, keepdims=True)
+    probabilities = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
+    hit = np.eye(REAL)[targets]  # [B, S, V real]
+    of_logits = FACTOR * weights[..., None] * (probabilities - hit)
+    padding = np.zeros((VOCABULARY - REAL, HIDDEN))
+    of_word = np.concatenate([np.einsum("bsv,bsd->vd", of_logits, x), padding])
+    return -np.log((probabilities * hit).sum(-1)), of_logits @ word[:REAL], of_word
+
+
+@pytest.mark.parametrize("tokens", [4, 11, 64])  # of a slice: 33 tokens make 9 slices with padding, 3, or 1
+@pytest.mark.parametrize("dtype, rtol", [("float32", 2e-6), ("bfloat16", 2e-2), ("float16", 2e-3)])
+def test_slices_give_losses_and_gradients_of_numpy(
+    tokens: int, dtype: str, rtol: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "SMALLEST", tokens)
+    monkeypatch.setattr(cross_entropy, "LOGITS", 1)
+    random = np.random.default_rng(0)
+    x, word = random.normal(size=(ROWS, LENGTH, HIDDEN)), random.normal(size=(VOCABULARY, HIDDEN))
+    word[REAL:] = 100  # padding that would win, were it counted
+    targets, weights = random.integers(0, REAL, (ROWS, LENGTH)), random.random((ROWS, LENGTH))
+    weights[0, :5] = 0
+    halves = [jnp.asarray(array, dtype) for array in (x, word)]
+
+    def run(x: jax.Array, word: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+        x, word = mesh.vary((x, word))
+
+        def total(x: jax.Array, word: jax.Array) -> tuple[jax.Array, jax.Array]:
+            loss, losses = cross_entropy.weighted(x, word, targets, weights, REAL)
+            return FACTOR * loss, losses
+
+        (loss, losses), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(x, word)
+        return mesh.vary((loss[None], losses, *gradients, cross_entropy.losses(x, word, targets, REAL)))
+
+    made = mesh.build(dict.fromkeys(mesh.AXES, 1))
+    mapped = jax.jit(jax.shard_map(run, mesh=made, in_specs=jax.P(), out_specs=jax.P(mesh.AXES)))
+    loss, losses, of_x, of_word, alone = mapped(halves[0], halves[1], targets, weights.astype(np.float32))
+    x, word = (np.asarray(half, np.float64) for half in halves)
+    expected = reference(x, word, targets, weights)
+    assert losses.dtype == jnp.float32 and of_x.dtype == of_word.dtype == dtype
+    for got, want in zip((losses, of_x, of_word), expected, strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=rtol, atol=rtol * np.abs(want).max())
+    np.testing.assert_array_equal(losses, alone)
+    np.testing.assert_allclose(loss[0], FACTOR * (expected[0] * weights).sum(), rtol=rtol)
