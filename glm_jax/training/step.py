@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.data.rows.rows import Rows
@@ -51,8 +50,8 @@ def train_step(
     Returns:
         The state after the step, and metrics: `sums` (see `engine.Sums`), `activation_rms` float32 [L] (see
         `passes.Gradients`), and the scalars `lr`, `loss_scale`, `tokens` (row tokens, padding excluded), `skipped`
-        (non-finite steps so far), `requests` and the norms of optimizer.py. If a gradient or an update is not finite,
-        the step changes only the loss scale and the counters.
+        (non-finite steps so far), `requests` and the norms of optimizer.py. A step that `optimizer.update` does not
+        take changes only the loss scale and the counters.
     """
     glm = cfg.engine.model
     samples = state.samples + rows.tokens.shape[0] * rows.tokens.shape[1]
@@ -64,14 +63,8 @@ def train_step(
     passed = passes.value_and_grad(cfg.engine, mesh, whole, rows, key, shrink, scale)
     (gradients,) = to_trained(passed.gradients)
     multipliers = of_params(cfg.groups, glm, state.params)
-    params, moments, norms = optimizer.update(
-        cfg.optimizer, gradients, state.moments, state.params, controls.lr, multipliers
-    )
-    finite = jnp.isfinite(norms["grad_norm"]) & jnp.isfinite(norms["update_norm"])
-    params, moments = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, moments), (state.params, state.moments)
-    )
-    loss_scale = precision.next_loss_scale(cfg.loss_scale, state.loss_scale, finite)
+    updated = optimizer.update(cfg.optimizer, gradients, state.moments, state.params, controls.lr, multipliers)
+    loss_scale = precision.next_loss_scale(cfg.loss_scale, state.loss_scale, updated.finite)
     metrics = {
         "sums": passed.sums,
         "activation_rms": passed.activation_rms[: glm.num_layers],
@@ -80,10 +73,10 @@ def train_step(
         "tokens": (rows.segments > 0).sum(),
         "skipped": loss_scale.skipped,
         "requests": controls.requests.max(),
-        **norms,
+        **updated.norms,
         **optimizer.group_norms(passed.gradients, glm.num_layers),
     }
-    return TrainState(state.step + 1, samples, params, moments, loss_scale), metrics
+    return TrainState(state.step + 1, samples, updated.params, updated.moments, loss_scale), metrics
 
 
 def compile_steps(

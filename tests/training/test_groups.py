@@ -100,7 +100,7 @@ def test_any_optimizer_of_optax_leaves_frozen_parts_alone() -> None:
     multipliers = {"embedding": {"word": np.float32(0)}, "final_norm": {"scale": np.float32(0.5)}}
     sgd = optax.sgd(1.0, momentum=0.9)
     moments = transformation(sgd, multipliers).init(params)
-    new, _, norms = optimizer.update(sgd, params, moments, params, 0.0, multipliers)
+    new, _, norms, _ = optimizer.update(sgd, params, moments, params, 0.0, multipliers)
     assert new["embedding"]["word"].tolist() == [1, 1, 1] and new["final_norm"]["scale"].tolist() == [0.5, 0.5]
     assert norms["grad_norm"] == pytest.approx(2**0.5)
 

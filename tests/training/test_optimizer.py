@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from glm_jax.training import optimizer
@@ -31,7 +32,7 @@ def test_first_update_is_adamws_with_clipped_gradients() -> None:
     params = {"up": {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.5])}}
     gradients = {"up": {"kernel": jnp.array([3.0, 0.0]), "bias": jnp.array([4.0])}}
     moments = optimizer.transformation(cfg).init(params)
-    new, _, norms = optimizer.update(cfg, gradients, moments, params, jnp.float32(0.1))
+    new, _, norms, _ = optimizer.update(cfg, gradients, moments, params, jnp.float32(0.1))
     assert norms["grad_norm"] == pytest.approx(5.0) and norms["param_norm"] == pytest.approx(5.25**0.5)
     moved = [a - b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(new), strict=True)]
     assert norms["update_norm"] == pytest.approx(float(jnp.linalg.norm(jnp.concatenate(moved))))
@@ -66,7 +67,7 @@ def test_six_updates_and_their_moments_are_those_of_the_paper(constants: dict[st
         expected, of_expected = numpy_adamw.update(
             expected, numpy_adamw.flat(gradients), of_expected, lr, clip_norm=2.0, **(glm_130b | constants)
         )
-        params, moments, norms = optimizer.update(cfg, gradients, moments, params, jnp.float32(lr))
+        params, moments, norms, _ = optimizer.update(cfg, gradients, moments, params, jnp.float32(lr))
         assert norms["grad_norm"] == pytest.approx(norm, rel=1e-6)
         for ours, theirs in (
             (params, expected),
@@ -81,7 +82,7 @@ def test_six_updates_and_their_moments_are_those_of_the_paper(constants: dict[st
 def test_small_gradients_are_not_clipped() -> None:
     cfg = OptimizerConfig(clip_norm=10.0, weight_decay=0.0, epsilon=1.0)
     params = {"bias": jnp.array([0.0])}
-    new, _, _ = optimizer.update(
+    new, _, _, _ = optimizer.update(
         cfg, {"bias": jnp.array([3.0])}, optimizer.transformation(cfg).init(params), params, jnp.float32(1.0)
     )
     np.testing.assert_allclose(new["bias"], [-3 / 4], rtol=1e-5)
@@ -93,7 +94,7 @@ def test_the_clipping_factor_is_that_of_torch() -> None:
     cfg, params = OptimizerConfig(clip_norm=3e-6), {"kernel": jnp.zeros(2)}
     moments = optimizer.transformation(cfg).init(params)
     gradients = {"kernel": jnp.array([3e-6, -4e-6])}
-    _, moments, _ = optimizer.update(cfg, gradients, moments, params, jnp.float32(0.1))
+    _, moments, _, _ = optimizer.update(cfg, gradients, moments, params, jnp.float32(0.1))
     np.testing.assert_allclose(moments[0].mu["kernel"], [0.15e-6, -0.2e-6], rtol=1e-5)
 
 
@@ -112,3 +113,27 @@ def test_group_norms_split_the_global_norm_and_leave_padding_out() -> None:
     assert norms["grad_norm/blocks_1_2"] == pytest.approx(float(jnp.linalg.norm(jnp.concatenate(two))))
     whole = sum(float(norm) ** 2 for norm in norms.values()) ** 0.5
     assert whole == pytest.approx(float(optimizer.optax.tree.norm(gradients)))
+
+
+@pytest.mark.parametrize(
+    "cfg, gradient, taken",
+    [
+        (OptimizerConfig(), 1.0, True),
+        (OptimizerConfig(), float("nan"), False),
+        (OptimizerConfig(), float("inf"), False),
+        (optax.adam(1e-3), float("nan"), False),
+        (optax.adam(1e30), 1.0, False),  # the squares of its updates overflow
+    ],
+)
+def test_a_step_that_is_not_finite_changes_no_bit(cfg: optimizer.Optimizer, gradient: float, taken: bool) -> None:
+    before = {"up": {"kernel": jnp.array([1.0, -2.0, 0.0]), "bias": jnp.array([0.5])}}
+    gradients = jax.tree.map(lambda leaf: 0.1 * leaf + 0.01, before)
+    usual = optax.adam(1e-3) if isinstance(cfg, optax.GradientTransformation) else cfg
+    moments = optimizer.transformation(usual).init(before)
+    before, moments, *_ = optimizer.update(usual, gradients, moments, before, jnp.float32(0.1))
+    gradients["up"]["kernel"] = gradients["up"]["kernel"].at[1].set(gradient)
+    params, after, norms, finite = optimizer.update(cfg, gradients, moments, before, jnp.float32(0.1))
+    pairs = zip(jax.tree.leaves((params, after)), jax.tree.leaves((before, moments)), strict=True)
+    same = [bool((new == old).all()) for new, old in pairs]
+    assert not any(same) if taken else all(same)
+    assert bool(finite) == taken and np.isfinite(norms["param_norm"])

@@ -113,7 +113,7 @@ def plain_step(cfg: StepConfig, state: TrainState) -> tuple[jax.Array, Any, Any]
         return (losses * batch.loss_mask).sum() / batch.loss_mask.sum()
 
     loss, gradients = jax.value_and_grad(mean_loss)(state.params)
-    params, _, _ = optimizer.update(cfg.optimizer, gradients, state.moments, state.params, jnp.float32(LR))
+    params, _, _, _ = optimizer.update(cfg.optimizer, gradients, state.moments, state.params, jnp.float32(LR))
     return loss, gradients, params
 
 
@@ -226,19 +226,6 @@ def test_a_batch_without_a_target_decays_and_moves_nothing_else(mesh_sizes: dict
     np.testing.assert_allclose(after, before * (1 - LR * 0.1), rtol=1e-5)
     jax.tree.map(lambda array, sharding: array.sharding.is_equivalent_to(sharding, array.ndim) or pytest.fail(),
                  state, made.shardings)  # fmt: skip
-
-
-def test_an_update_that_is_not_finite_changes_only_the_counters(mesh_sizes: dict[str, int]) -> None:
-    made = compiled(CONFIG, mesh_sizes)
-    # the gradients are finite, but the squares of the updates overflow
-    state, metrics = made.train(
-        made.state(), mesh.place(made.mesh, make_batch(), 4), controls(made.mesh, 1e30, 1.0), ()
-    )
-    assert np.isfinite(metrics["grad_norm"]) and not np.isfinite(metrics["update_norm"]) and metrics["skipped"] == 1
-    after = jax.device_get(state)
-    assert after.step == 1
-    for part in ("params", "moments"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(made.start, part))
 
 
 def test_rows_weigh_alike_or_by_their_targets() -> None:
