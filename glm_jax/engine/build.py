@@ -43,7 +43,7 @@ def build(
     """
     sizes = experiment.mesh.sizes()
     mesh = _abstract(sizes) if abstract else build_mesh(sizes, devices)
-    platform = "" if abstract else mesh.devices.flat[0].platform
+    platform = "" if abstract else attention_cores.platform(mesh.devices.flat[0])
     train, glm, asked = experiment.train, experiment.glm(pieces), experiment.pipeline.stash
     config = EngineConfig(
         model=glm,
@@ -54,7 +54,7 @@ def build(
         keep="layer" if asked == "auto" else asked,
         normalization=train.loss_normalization,
         shrink_logits=train.embedding_shrink.logits,
-        attention=attention_cores.choose(glm, platform, experiment.data.seq_length),
+        attention=attention_cores.choose(glm, platform, experiment.data.seq_length, train.precision),
         zero=experiment.mesh.zero,
     )
     rows, length = train.global_batch // train.microbatches, experiment.data.seq_length

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from glm_jax.config.model import GLMConfig
 from glm_jax.model.layers import PRODUCT, at_least_float32
 from glm_jax.model.positions import Distance, alibi_slopes, distance
-from glm_jax.model.visibility import Visibility
+from glm_jax.model.visibility import Visibility, spans
 
 Array = jax.Array
 
@@ -166,25 +166,8 @@ _attend.defvjp(_forward, _backward)
 
 
 def visible_blocks(tokens: _Tokens, size: int) -> tuple[Array, Array]:
-    """Return the first block of keys that each block of queries needs, and the one after the last: int32 [S / size].
-
-    A block of keys is needed if a row has a query and a key whose segments may be the same. This is read off the
-    smallest and the largest segment of each block, which is exact for segments in order.
-    """
-    segments = jnp.where(tokens.segments > 0, tokens.segments, jnp.iinfo(jnp.int32).max)  # padding stands at the end
-    nothing = jnp.iinfo(jnp.int32).max
-    in_blocks = segments.reshape(len(segments), -1, size)  # [G, S / size, size]
-    low, high = in_blocks.min(-1), in_blocks.max(-1)  # [G, S / size]
-    context = tokens.context.reshape(in_blocks.shape)
-    context_low = jnp.where(context, in_blocks, nothing).min(-1)
-    context_high = jnp.where(context, in_blocks, -1).max(-1)
-
-    def meet(key_low: Array, key_high: Array) -> Array:  # [G, queries' blocks, keys' blocks]
-        return (key_low[:, None] <= high[:, :, None]) & (key_high[:, None] >= low[:, :, None])
-
-    before = jnp.tri(low.shape[1], dtype=bool)  # not after the queries
-    seen = ((meet(low, high) & before) | meet(context_low, context_high)).any(0)  # [queries' blocks, keys' blocks]
-    return jnp.argmax(seen, 1), seen.shape[1] - jnp.argmax(seen[:, ::-1], 1)
+    """Return the first block of keys that each block of queries needs, and the one after the last: int32 [S / size]."""
+    return spans(Visibility(tokens.segments, tokens.context).blocks(size).any(0))
 
 
 def _dot(equation: str, left: Array, right: Array) -> Array:

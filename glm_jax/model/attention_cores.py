@@ -3,20 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 from glm_jax.config.model import GLMConfig
-from glm_jax.model.attention_blockwise import block_size, blockwise
+from glm_jax.model import attention_blockwise, attention_cudnn, attention_pallas
 from glm_jax.model.attention_core import Core, reference
 
-Name = Literal["reference", "blockwise"]
-CORES: Mapping[Name, Core] = {"reference": reference, "blockwise": blockwise}
+Name = Literal["reference", "blockwise", "cudnn", "pallas"]
+CORES: Mapping[Name, Core] = {
+    "reference": reference,
+    "blockwise": attention_blockwise.blockwise,
+    "cudnn": attention_cudnn.cudnn,
+    "pallas": attention_pallas.pallas,
+}
+AMPERE = 8.0  # the compute capability of the oldest GPUs for which cuDNN has fused attention
 
 
-def choose(cfg: GLMConfig, platform: str, length: int) -> Name:
-    """Return the core for training on rows of `length` on a platform of jax, such as `cpu`.
+class Device(Protocol):
+    """What is read of a jax device, whose own class is unknown to type checkers."""
 
-    `blockwise` is for CPUs, where its loops of small products are the fastest; it has no dropout of probabilities.
+    @property
+    def platform(self) -> str: ...  # noqa: D102
+
+
+def platform(device: Device) -> str:
+    """Return the platform that `choose` takes: `cuda` for a GPU with fused attention, else jax's, such as `cpu`."""
+    try:
+        capability = float(getattr(device, "compute_capability", 0))
+    except ValueError:  # that of AMD's is a name
+        capability = 0
+    return "cuda" if capability >= AMPERE else device.platform
+
+
+def choose(cfg: GLMConfig, platform: str, length: int, compute: str = "float32") -> Name:
+    """Return the core for training on rows of `length`.
+
+    `blockwise` is for CPUs, where its loops of small products are the fastest; it has no dropout of probabilities. The
+    fused kernels have neither that nor ALiBi: cuDNN's take half precision, those for TPUs float32 and bfloat16.
+
+    Args:
+        cfg: the model.
+        platform: from `platform`.
+        length: S.
+        compute: the dtype of queries, keys and values.
     """
-    possible = block_size(length) is not None and not cfg.attention_dropout
-    return "blockwise" if platform == "cpu" and possible else "reference"
+    if platform == "cpu":
+        possible = attention_blockwise.block_size(length) is not None and not cfg.attention_dropout
+        return "blockwise" if possible else "reference"
+    if cfg.attention_dropout or cfg.position == "alibi":
+        return "reference"
+    if platform == "tpu":
+        possible = attention_pallas.block_size(length) is not None and compute in ("float32", "bfloat16")
+        return "pallas" if possible else "reference"
+    multiple, largest = attention_cudnn.DIMS
+    fits = cfg.head_dim % multiple == 0 and cfg.head_dim <= largest and length % 2 == 0
+    return "cudnn" if platform == "cuda" and compute in ("float16", "bfloat16") and fits else "reference"
