@@ -43,6 +43,13 @@ class _Scale(NamedTuple):
     slopes: Array | None  # float32 [N], ALiBi's
 
 
+class _Drops(NamedTuple):
+    """Dropout of probabilities."""
+
+    keys: Array  # [G, N], one for each row and head
+    kept: Array  # [], the share of probabilities that are kept
+
+
 class _Kept(NamedTuple):
     """What the backward pass needs; arrays [G, N, S, K] unless noted."""
 
@@ -53,6 +60,7 @@ class _Kept(NamedTuple):
     logs: Array  # float32 [G, N, S], the logarithm of the sum of a query's exponentiated scores
     tokens: _Tokens
     scale: _Scale
+    drops: _Drops | None
 
 
 def block_size(length: int) -> int | None:
@@ -65,7 +73,11 @@ def blockwise(
     cfg: GLMConfig, queries: Array, keys: Array, values: Array, allowed: Array | Visibility,
     apart: Distance | None, layer: Array, heads: Array, dropout_keys: Array | None,
 ) -> Array:  # fmt: skip
-    """Mix values block by block; see `attention_core.Core`. `attention_cores.choose` says when this is possible."""
+    """Mix values block by block; see `attention_core.Core`. `attention_cores.choose` says when this is possible.
+
+    Dropout draws a mask for each block, from the row's key and the indices of head and block. It is the same whatever
+    rows and heads a device holds, but its bits are others than those of `reference`.
+    """
     assert isinstance(allowed, Visibility)
     rows, length, count, dim = queries.shape
     wide = jnp.promote_types(queries.dtype, jnp.float32)
@@ -73,26 +85,36 @@ def blockwise(
     queries = (queries / (factor * dim**0.5).astype(queries.dtype)).astype(queries.dtype)  # [B, S, N, K]
     tokens = _Tokens(allowed.segments, allowed.context, None if apart is None else apart.keys)
     slopes = None if apart is None else jnp.asarray(alibi_slopes(cfg.num_heads), wide)[heads]
+    drop_keys = _head_keys(dropout_keys, heads) if cfg.attention_dropout else None
     together = math.gcd(rows, max(1, HEADS // count))  # G
 
     def grouped(array: Array) -> Array:  # [B, ...] -> [B / G, G, ...]
         return array.reshape(-1, together, *array.shape[1:])
 
-    def group(arrays: tuple[Array, Array, Array, _Tokens]) -> Array:
-        return _attend(*arrays, _Scale(factor, slopes))  # [G, N, S, K]
+    def group(arrays: tuple[Array, Array, Array, _Tokens, Array | None]) -> Array:
+        *rest, drop_keys = arrays
+        drops = None if drop_keys is None else _Drops(drop_keys, jnp.asarray(1 - cfg.attention_dropout, wide))
+        return _attend(*rest, _Scale(factor, slopes), drops)  # [G, N, S, K]
 
-    arrays = (queries.swapaxes(1, 2), keys, values, tokens)
+    arrays = (queries.swapaxes(1, 2), keys, values, tokens, drop_keys)
     mixed = lax.map(group, jax.tree.map(grouped, arrays))  # [B / G, G, N, S, K]
     return mixed.reshape(rows, count, length, dim).swapaxes(1, 2)  # [B, S, N, K]
 
 
+def _head_keys(keys: Array | None, heads: Array) -> Array | None:
+    """Return a key for each row and head, [B, N], from those of the rows, [B]."""
+    return None if keys is None else jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, heads)
+
+
 @jax.custom_vjp
-def _attend(queries: Array, keys: Array, values: Array, tokens: _Tokens, scale: _Scale) -> Array:
+def _attend(queries: Array, keys: Array, values: Array, tokens: _Tokens, scale: _Scale, drops: _Drops | None) -> Array:
     """Mix values [G, N, S, K] for scaled queries [G, N, S, K]."""
-    return _forward(queries, keys, values, tokens, scale)[0]
+    return _forward(queries, keys, values, tokens, scale, drops)[0]
 
 
-def _forward(queries: Array, keys: Array, values: Array, tokens: _Tokens, scale: _Scale) -> tuple[Array, _Kept]:
+def _forward(
+    queries: Array, keys: Array, values: Array, tokens: _Tokens, scale: _Scale, drops: _Drops | None
+) -> tuple[Array, _Kept]:
     size = block_size(queries.shape[2]) or queries.shape[2]
     firsts, stops = visible_blocks(tokens, size)
 
@@ -104,6 +126,7 @@ def _forward(queries: Array, keys: Array, values: Array, tokens: _Tokens, scale:
             return _scores(products, of_queries, _tokens(tokens, j, size), (i - j) * size, scale)
 
         def mix(probabilities: Array, j: Array) -> Array:  # [G, N, Q, K]
+            probabilities = _drop(probabilities.swapaxes(2, 3), drops, i, j).swapaxes(2, 3)
             return _dot("gnqt,gntk->gnqk", probabilities.astype(values.dtype), _slice(values, j, size))
 
         def more(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -124,11 +147,11 @@ def _forward(queries: Array, keys: Array, values: Array, tokens: _Tokens, scale:
     mixed, logs = lax.map(block, jnp.arange(queries.shape[2] // size))  # [S / Q, G, N, Q, K], [S / Q, G, N, Q]
     mixed, logs = jnp.moveaxis(mixed, 0, 2).reshape(queries.shape), jnp.moveaxis(logs, 0, 2).reshape(queries.shape[:3])
     mixed, logs = checkpoint_name(mixed, PRODUCT), checkpoint_name(logs, PRODUCT)
-    return mixed, _Kept(queries, keys, values, mixed, logs, tokens, scale)
+    return mixed, _Kept(queries, keys, values, mixed, logs, tokens, scale, drops)
 
 
 def _backward(kept: _Kept, gradient: Array) -> tuple[Array | None, ...]:
-    queries, keys, values, mixed, logs, tokens, scale = kept
+    queries, keys, values, mixed, logs, tokens, scale, drops = kept
     size = block_size(queries.shape[2]) or queries.shape[2]
     firsts, stops = visible_blocks(tokens, size)
     shift = jnp.sum(at_least_float32(gradient) * mixed, -1)  # [G, N, S]
@@ -145,7 +168,8 @@ def _backward(kept: _Kept, gradient: Array) -> tuple[Array | None, ...]:
             scores = _scores(products, of_queries, _tokens(tokens, j, size), (i - j) * size, scale, turned=True)
             probabilities = jnp.exp(scores - log)
             of_probabilities = _dot("gntk,gnqk->gntq", _slice(values, j, size), of_mixed)
-            of_products = probabilities * (of_probabilities - shifted) * scale.factor
+            of_products = probabilities * (_drop(of_probabilities, drops, i, j) - shifted) * scale.factor
+            probabilities = _drop(probabilities, drops, i, j)
             of_products = of_products.astype(queries.dtype)
             of_values = _add(of_values, _dot("gntq,gnqk->gntk", probabilities.astype(values.dtype), of_mixed), j, size)
             of_keys = _add(of_keys, _dot("gntq,gnqk->gntk", of_products, query), j, size)
@@ -159,7 +183,7 @@ def _backward(kept: _Kept, gradient: Array) -> tuple[Array | None, ...]:
     start = (jnp.zeros_like(keys, shift.dtype), jnp.zeros_like(values, shift.dtype))
     (of_keys, of_values), of_queries = lax.scan(block, start, jnp.arange(queries.shape[2] // size))
     of_queries = jnp.moveaxis(of_queries, 0, 2).reshape(queries.shape)
-    return of_queries, of_keys.astype(keys.dtype), of_values.astype(values.dtype), None, None
+    return of_queries, of_keys.astype(keys.dtype), of_values.astype(values.dtype), None, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -173,6 +197,17 @@ def visible_blocks(tokens: _Tokens, size: int) -> tuple[Array, Array]:
 def _dot(equation: str, left: Array, right: Array) -> Array:
     """Multiply, with sums in float32 or wider."""
     return jnp.einsum(equation, left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
+
+
+def _drop(x: Array, drops: _Drops | None, i: Array, j: Array) -> Array:
+    """Zero what is dropped of x [G, N, T, Q], of block i of queries and block j of keys, and scale the rest."""
+    if drops is None:
+        return x
+
+    def keep(key: Array) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(key, i), j), drops.kept, x.shape[2:])
+
+    return jnp.where(jax.vmap(jax.vmap(keep))(drops.keys), x / drops.kept, 0)
 
 
 def _slice(array: Array, block: Array, size: int) -> Array:

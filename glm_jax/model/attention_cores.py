@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, Protocol
 
+import jax
+
 from glm_jax.config.model import GLMConfig
 from glm_jax.model import attention_blockwise, attention_cudnn, attention_pallas
 from glm_jax.model.attention_core import Core, reference
@@ -27,19 +29,22 @@ class Device(Protocol):
 
 
 def platform(device: Device) -> str:
-    """Return the platform that `choose` takes: `cuda` for a GPU with fused attention, else jax's, such as `cpu`."""
+    """Return the platform that `choose` takes: `cuda` for a GPU with fused attention, else jax's, such as `cpu`.
+
+    jax asks the machine for cuDNN, so that there is no fused attention for a GPU that is only described.
+    """
     try:
         capability = float(getattr(device, "compute_capability", 0))
     except ValueError:  # that of AMD's is a name
         capability = 0
-    return "cuda" if capability >= AMPERE else device.platform
+    return "cuda" if capability >= AMPERE and jax.default_backend() == "gpu" else device.platform
 
 
 def choose(cfg: GLMConfig, platform: str, length: int, compute: str = "float32") -> Name:
-    """Return the core for training on rows of `length`.
+    """Return the core for rows of `length` under a `Visibility`.
 
-    `blockwise` is for CPUs, where its loops of small products are the fastest; it has no dropout of probabilities. The
-    fused kernels have neither that nor ALiBi: cuDNN's take half precision, those for TPUs float32 and bfloat16.
+    `blockwise` is for CPUs, where its loops of small products are the fastest. The fused kernels have neither ALiBi nor
+    dropout of probabilities; cuDNN's take half precision, those for TPUs float32 and bfloat16.
 
     Args:
         cfg: the model.
@@ -48,8 +53,7 @@ def choose(cfg: GLMConfig, platform: str, length: int, compute: str = "float32")
         compute: the dtype of queries, keys and values.
     """
     if platform == "cpu":
-        possible = attention_blockwise.block_size(length) is not None and not cfg.attention_dropout
-        return "blockwise" if possible else "reference"
+        return "reference" if attention_blockwise.block_size(length) is None else "blockwise"
     if cfg.attention_dropout or cfg.position == "alibi":
         return "reference"
     if platform == "tpu":

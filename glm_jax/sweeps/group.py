@@ -172,6 +172,8 @@ def _shared(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> 
     if first.pipeline.stash == "auto":  # which counts the memory of one member
         first = dataclasses.replace(first, pipeline=dataclasses.replace(first.pipeline, stash="layer"))
     engine, mesh = build(first, prepared[data_key(first)].tokenizer.size)
+    if engine.attention == "cudnn":  # under vmap it takes no mask that heads share
+        engine = dataclasses.replace(engine, attention="reference")
     return stretch.step_config(first, engine), mesh
 
 

@@ -36,20 +36,37 @@ def drop(x: np.ndarray, kept: np.ndarray | None, rate: float) -> np.ndarray:
     return x if kept is None else x * kept / (1 - rate)
 
 
-def dropout_masks(cfg: Any, key: jax.Array, batch: int, length: int) -> list[Masks]:
-    """Draw masks by the rule in model/layers.py: keys by row, layer (0 is the embedding), sublayer and place."""
-    drawn = jax.device_get(_draw(cfg, key, batch, length))
+def dropout_masks(cfg: Any, key: jax.Array, batch: int, length: int, block: int | None = None) -> list[Masks]:
+    """Draw masks by the rule in model/layers.py: keys by row, layer (0 is the embedding), sublayer and place.
+
+    With `block`, those of probabilities are drawn by blocks of so many queries and keys, by the rule of the blockwise
+    core: keys by row, layer, sublayer, head, block of queries and block of keys.
+    """
+    drawn = jax.device_get(_draw(cfg, key, batch, length, block))
     return [Masks(*(array[index] for array in drawn)) for index in range(batch)]
 
 
-@partial(jax.jit, static_argnums=(0, 2, 3))
-def _draw(cfg: Any, key: jax.Array, batch: int, length: int) -> tuple[jax.Array, ...]:
+def block_mask(key: jax.Array, rate: float, length: int, block: int) -> jax.Array:
+    """Draw the mask [S, S] of one row and head."""
+    blocks = jnp.arange(length // block)
+
+    def draw(i: jax.Array, j: jax.Array) -> jax.Array:  # [Q, T]
+        return jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(key, i), j), 1 - rate, (block, block)).T
+
+    drawn = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))(blocks, blocks)  # [S / Q, S / T, Q, T]
+    return drawn.swapaxes(1, 2).reshape(length, length)
+
+
+@partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def _draw(cfg: Any, key: jax.Array, batch: int, length: int, block: int | None) -> tuple[jax.Array, ...]:
     width, square, layers = (cfg.hidden_size,), (length, length), np.arange(1, cfg.num_layers + 1)
 
     def draw(key: jax.Array, path: tuple[Any, ...], places: int, rate: float, shape: tuple[int, ...]) -> jax.Array:
         for index in path:
             key = jax.random.fold_in(key, index)
         keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(np.arange(places))
+        if block is not None and shape == square:
+            return jax.vmap(partial(block_mask, rate=rate, length=length, block=block))(keys)
         return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape))(keys)
 
     def row(index: jax.Array) -> tuple[jax.Array, ...]:

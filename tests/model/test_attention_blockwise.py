@@ -1,5 +1,6 @@
 """Attention block by block against the dense core, and what it leaves out against the dense mask."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from glm_jax.model import GLMConfig, Visibility, attention_blockwise
+from glm_jax.model.attention_core import attention_probabilities
 from glm_jax.model.attention_cores import CORES, Name
 from glm_jax.model.positions import position_terms
+from tests.model.numpy_reference import block_mask
 
 ROWS, LENGTH, HEADS, DIM = 4, 128, 3, 8
 MODELS = {
@@ -124,3 +127,73 @@ def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
     at_1024, at_4096 = (temporaries("blockwise", length) for length in (1024, 4096))
     assert at_4096 < 5 * at_1024
     assert at_4096 < 0.1 * temporaries("reference", 4096)
+
+
+def keys_of_rows(seed: int, rows: int) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), rows)
+
+
+def test_dropout_equals_the_dense_core_with_the_same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_blockwise, "BLOCK", 32)
+    cfg, heads = dataclasses.replace(MODELS["alibi"], attention_dropout=0.3), jnp.arange(HEADS)
+    with jax.enable_x64(True):
+        visibility, positions = packed(seed=5)
+        random, row_keys = np.random.default_rng(6), keys_of_rows(0, ROWS)
+        shapes = [(ROWS, LENGTH, HEADS, DIM), *[(ROWS, HEADS, LENGTH, DIM)] * 2, (ROWS, LENGTH, HEADS, DIM)]
+        *arrays, gradient = (jnp.asarray(3 * random.normal(size=shape)) for shape in shapes)
+        apart = position_terms(cfg, jnp.asarray(positions), jnp.dtype("float64")).distance
+        assert apart is not None
+
+        rest = (jnp.int32(0), heads)
+
+        def of_head(key: jax.Array, head: jax.Array) -> jax.Array:
+            return block_mask(jax.random.fold_in(key, head), 0.3, LENGTH, 32)
+
+        def dense(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+            probabilities = attention_probabilities(cfg, queries, keys, visibility.dense(), apart.dense(), *rest)
+            kept = jax.vmap(jax.vmap(of_head, (None, 0)), (0, None))(row_keys, heads)  # [B, N, S, S]
+            return jnp.einsum("bnst,bntk->bsnk", probabilities * kept / 0.7, values)
+
+        def blocks(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+            return CORES["blockwise"](cfg, queries, keys, values, visibility, apart, *rest, row_keys)
+
+        @jax.jit
+        def both() -> Any:
+            results = [jax.vjp(core, *arrays) for core in (dense, blocks)]
+            return [(mixed, pull(gradient)) for mixed, pull in results]
+
+        for exact, found in zip(*map(jax.tree.leaves, both()), strict=True):
+            np.testing.assert_allclose(found, exact, rtol=0, atol=1e-12 * np.abs(np.asarray(exact)).max())
+
+
+def test_dropout_keeps_its_share_and_the_expectation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries of zeros weigh all keys alike, and values of one each show the weights."""
+    monkeypatch.setattr(attention_blockwise, "BLOCK", 32)
+    rows, rate = 3, 0.3
+    cfg = GLMConfig(1, HEADS * LENGTH, HEADS, 8, 64, attention_dropout=rate)
+    visibility = Visibility(jnp.ones((rows, LENGTH), jnp.int32), jnp.ones((rows, LENGTH), bool))
+    values = jnp.broadcast_to(jnp.eye(LENGTH), (rows, HEADS, LENGTH, LENGTH))
+
+    @jax.jit
+    def weights(heads: jax.Array, keys: jax.Array) -> jax.Array:
+        queries = jnp.zeros((rows, LENGTH, HEADS, LENGTH))
+        return CORES["blockwise"](cfg, queries, values, values, visibility, None, jnp.int32(0), heads, keys)
+
+    def kept(seed: int, heads: jax.Array) -> np.ndarray:
+        """Return the weights in units of those without dropout, [B, N, S, T]."""
+        return np.asarray(weights(heads, keys_of_rows(seed, rows))).swapaxes(1, 2) * LENGTH
+
+    found = kept(0, jnp.arange(HEADS))
+    np.testing.assert_allclose(found[found > 0], 1 / (1 - rate), rtol=1e-5)
+    error = (rate * (1 - rate) / found.size) ** 0.5
+    assert (found > 0).mean() == pytest.approx(1 - rate, abs=5 * error)
+    assert found.mean() == pytest.approx(1, abs=5 * error / (1 - rate))
+    blocks = [
+        part.ravel() for head in found.reshape(-1, LENGTH, LENGTH)
+        for half in np.split(head, LENGTH // 32) for part in np.split(half, LENGTH // 32, axis=1)
+    ]  # fmt: skip
+    correlation = np.corrcoef(np.array(blocks)) - np.eye(len(blocks))  # of all rows, heads and blocks
+    assert np.abs(correlation).max() < 6 / 32  # standard errors of 1,024 entries; there are 10,296 pairs
+    np.testing.assert_array_equal(found, kept(0, jnp.arange(HEADS)))
+    assert (found > 0)[kept(1, jnp.arange(HEADS)) > 0].mean() < 0.75  # another key, another mask
+    np.testing.assert_array_equal(found[:, 1], kept(0, jnp.array([1, 0, 2]))[:, 0])  # by a head's index in the model

@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 from glm_jax import model  # noqa: E402
 from glm_jax.data.rows.rows import Rows  # noqa: E402
 from glm_jax.engine import bind, passes  # noqa: E402
-from glm_jax.model import GLMConfig, attention_blockwise  # noqa: E402
+from glm_jax.model import GLMConfig, attention_blockwise, attention_cores  # noqa: E402
 from glm_jax.parallel import cross_entropy, mesh, partition  # noqa: E402
 from glm_jax.training import optimizer  # noqa: E402
 from tests.model import numpy_reference  # noqa: E402
@@ -72,8 +72,10 @@ def make_batch(cfg: GLMConfig, rows: int) -> Rows[np.ndarray]:
 def losses_by_token(cfg: bind.EngineConfig, params: Any, batch: Rows[Any], key: jax.Array | None) -> jax.Array:
     """Return the masked cross-entropy [B, S] on one device."""
     weights = jax.tree.map(lambda param: param.astype(cfg.compute), params)
-    allowed = model.Visibility(jnp.asarray(batch.segments), jnp.asarray(batch.context)).dense()
-    logits = model.apply(cfg.model, weights, batch.tokens, batch.positions, allowed, shrink=SHRINK, key=key)
+    allowed = model.Visibility(jnp.asarray(batch.segments), jnp.asarray(batch.context))
+    # the dense core, unless its masks of dropout are others
+    core = attention_cores.CORES[cfg.attention if cfg.model.attention_dropout else "reference"]
+    logits = model.apply(cfg.model, weights, batch.tokens, batch.positions, allowed, shrink=SHRINK, key=key, core=core)
     real = jax.nn.log_softmax(logits[..., : cfg.num_tokens])
     return -jnp.take_along_axis(real, batch.targets[..., None], -1)[..., 0] * batch.loss_mask
 
@@ -100,7 +102,8 @@ class Independent:
         causal = np.tril(np.ones((LENGTH, LENGTH), bool))
         self.allowed = (segments[:, :, None] == segments[:, None]) & (causal | batch.context[:, None])  # [B, S, S]
         drops = cfg.model.attention_dropout + cfg.model.hidden_dropout > 0
-        self.masks = numpy_reference.dropout_masks(cfg.model, key, len(segments), LENGTH) if drops else None
+        size = attention_blockwise.BLOCK if cfg.attention == "blockwise" else None
+        self.masks = numpy_reference.dropout_masks(cfg.model, key, len(segments), LENGTH, size) if drops else None
 
     def rows(self, params: Any) -> np.ndarray:
         """Return the summed loss of each row [B]."""

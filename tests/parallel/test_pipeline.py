@@ -29,7 +29,7 @@ KINDS: list[dict[str, Any]] = [  # each axis alone, and all of them
 OTHERS: list[dict[str, Any]] = [
     {"mesh": [1, 2, 4], "engine": {"normalization": "microbatch"}, "model": {"position": "learned_2d"}},
     {"mesh": [1, 4, 2], "engine": {"keep": "stage"}, "model": {"num_layers": 7, **DROPOUT}, "microbatches": 4},
-    {"mesh": [2, 1, 4], "engine": {"keep": "products", **BLOCKS}, "model": {"norm": "sandwich", "activation": "gelu"}},
+    {"mesh": [2, 1, 4], "engine": {"keep": "products", **BLOCKS}, "model": {"norm": "sandwich", **DROPOUT}},
     {"mesh": [2, 4, 1], "engine": {"schedule": "gpipe", "keep": "stage"}, "model": {"num_layers": 5, "norm": "post"}},
     {"mesh": [4, 1, 2], "engine": {"keep": "products"}, "model": {"embedding_norm": True, **DROPOUT}},
     {"mesh": [4, 2, 1], "engine": {"schedule": "gpipe"}, "model": DROPOUT},
