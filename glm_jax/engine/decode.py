@@ -13,6 +13,7 @@ The token that a group's row gets after the last stage is what the first stage r
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -23,9 +24,11 @@ from jax import lax
 
 from glm_jax.engine.strategy import Strategy
 from glm_jax.engine.weights import DecodeConfig, Weights, specs
-from glm_jax.model import Cache
+from glm_jax.model import Cache, Visibility
+from glm_jax.model.attention_core import Core, reference
+from glm_jax.model.attention_cores import CORES, choose, platform
 from glm_jax.model.cached import blocks_cached, embed_cached, places_of
-from glm_jax.model.positions import position_terms
+from glm_jax.model.positions import PositionTerms, position_terms
 from glm_jax.model.transformer import head
 from glm_jax.parallel import cross_entropy
 from glm_jax.parallel.pipeline.run import shift
@@ -64,7 +67,8 @@ class _Stage:
 
     def __init__(self, cfg: DecodeConfig, mesh: jax.sharding.Mesh, weights: Weights) -> None:
         sizes = mesh.shape
-        self.glm, self.outer = cfg.model, weights.outer
+        self.glm, self.outer = dataclasses.replace(cfg.model, attention_dropout=0.0), weights.outer
+        self.platform = platform(mesh.devices.flat[0])
         self.stages, self.index = sizes["pipeline"], lax.axis_index("pipeline")
         self.axis = WholeAxis(sizes["tensor"], sizes["pipeline"] * sizes["tensor"])
         self.layers = jax.tree.map(lambda array: array[0], weights.layers)
@@ -80,13 +84,29 @@ class _Stage:
     def run(
         self, x: Array, positions: Array, start: Array, context: Array, cache: Cache, group: Array, active: Array
     ) -> tuple[Array, Cache]:
-        """Run x [B, S, D] of a group through the stage's layers, or do nothing unless `active`."""
+        """Run new tokens x [B, S, D] of a group through the stage's layers, or do nothing unless `active`."""
         places = places_of(start, x.shape[1])  # [B, S]
         allowed = visible(places, context, positions.shape[-1])  # [B, S, T]
         terms = position_terms(self.glm, positions, x.dtype, places)
+        return self._run(x, allowed, terms, start, cache, group, active, reference)
+
+    def run_rows(
+        self, x: Array, positions: Array, context: Array, cache: Cache, group: Array, active: Array
+    ) -> tuple[Array, Cache]:
+        """Run whole rows x [B, S, D], which begin at place 0; they see what `visible` says, and themselves alone."""
+        rows, length = x.shape[:2]
+        allowed = Visibility(jnp.ones((rows, length), jnp.int32), jnp.arange(length) < context[:, None])
+        terms = position_terms(self.glm, positions[..., :length], x.dtype)
+        core = CORES[choose(self.glm, self.platform, length, x.dtype.name)]
+        return self._run(x, allowed, terms, jnp.zeros(rows, jnp.int32), cache, group, active, core)
+
+    def _run(
+        self, x: Array, allowed: Array | Visibility, terms: PositionTerms, start: Array, cache: Cache, group: Array,
+        active: Array, core: Core,
+    ) -> tuple[Array, Cache]:  # fmt: skip
         count = None if self.stages == 1 else jnp.where(active, self.held, 0)
         return blocks_cached(
-            self.glm, self.layers, x, allowed, terms, cache, group, start, self.first, count, self.axis
+            self.glm, self.layers, x, allowed, terms, cache, group, start, self.first, count, self.axis, core
         )
 
     def leave(self, x: Array, places: Array) -> Array:
@@ -142,7 +162,7 @@ def prefill(cfg: DecodeConfig, mesh: jax.sharding.Mesh, weights: Weights, prompt
             group = time - stage.index
             here = jnp.clip(group, 0, groups - 1)
             prompt, active = at(prompts, here), (group >= 0) & (group < groups)
-            x, cache = stage.run(x, prompt.positions, start, prompt.lengths, cache, here, active)
+            x, cache = stage.run_rows(x, prompt.positions, prompt.lengths, cache, here, active)
             return shift(x, 1), cache
 
         room = prompts.positions.shape[-1]
@@ -299,7 +319,7 @@ def token_losses(
             x = stage.enter(x, entering.tokens, entering.positions, start)  # [B, S, D]
             group = time - stage.index
             prompt, active = at(prompts, jnp.clip(group, 0, groups - 1)), (group >= 0) & (group < groups)
-            x, cache = stage.run(x, prompt.positions, start, prompt.lengths, cache, only, active)
+            x, cache = stage.run_rows(x, prompt.positions, prompt.lengths, cache, only, active)
             leaving = jnp.maximum(time - (stage.stages - 1), 0)  # the first ones are overwritten
             logits = stage.leave(x, places[leaving])  # [B, A, V / shards]
             losses = put(losses, cross_entropy.token_losses(logits, targets[leaving], cfg.num_tokens), leaving)

@@ -107,7 +107,8 @@ class Attention(nn.Module):
     ) -> tuple[Array, LayerCache | None]:
         """x [B, S, D], `allowed` of T keys -> [B, S, D] and the cache with the new keys and values.
 
-        Without a cache T = S. `dropout_keys` [B], one a row.
+        Without a cache T = S, and with a `Visibility`: the tokens are whole rows, which a cache only takes in.
+        `dropout_keys` [B], one a row.
         """
         cfg, dim, width = self.cfg, self.cfg.head_dim, self.cfg.hidden_size
         members = self.axis.part(cfg.num_heads)  # [N]: the heads of this member
@@ -121,7 +122,8 @@ class Attention(nn.Module):
         keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # [B, N, S, K] each
         if cache is not None:
             cache = cache.extend(keys, values)
-            keys, values = cache.read()  # [B, N, T, K] each
+            if not isinstance(allowed, Visibility):
+                keys, values = cache.read()  # [B, N, T, K] each
         scored = (queries, keys, values, allowed, terms.distance, layer, members, dropout_keys)
         mixed = self.core(cfg, *scored)  # [B, S, N, K]
         partial, bias = Affine(

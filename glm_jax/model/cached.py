@@ -13,10 +13,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from glm_jax.config.model import GLMConfig
+from glm_jax.model import attention_core
 from glm_jax.model.attention import LayerCache
+from glm_jax.model.attention_core import Core
 from glm_jax.model.layers import ONE_DEVICE, TensorAxis
 from glm_jax.model.positions import PositionTerms, position_terms
 from glm_jax.model.transformer import Params, block, embed, head
+from glm_jax.model.visibility import Visibility
 from glm_jax.types import Tree
 
 Array = jax.Array
@@ -59,7 +62,7 @@ def blocks_cached(
     cfg: GLMConfig,
     layers: tuple[Tree, ...],
     x: Array,
-    allowed: Array,
+    allowed: Array | Visibility,
     terms: PositionTerms,
     cache: Cache,
     group: Array,
@@ -67,6 +70,7 @@ def blocks_cached(
     first: Array,
     count: Array | None = None,
     axis: TensorAxis = ONE_DEVICE,
+    core: Core = attention_core.reference,
 ) -> tuple[Array, Cache]:
     """Run new tokens of one group of rows through layers.
 
@@ -74,7 +78,7 @@ def blocks_cached(
         cfg: the model.
         layers: the params of each, of one stage or of all.
         x: [B, S, D].
-        allowed: bool [B, S, T].
+        allowed: bool [B, S, T]; or, of whole rows, which begin at place 0, a `Visibility` of their S tokens.
         terms: of the new tokens.
         cache: of these layers.
         group: int32 [], which of the cache's groups the rows are.
@@ -82,6 +86,7 @@ def blocks_cached(
         first: int32 [], the index in the whole model of the first of `layers`.
         count: int32 [], how many of `layers` to run; None runs all.
         axis: how the members of a mesh join.
+        core: of the attention; one that supports `cfg` and `allowed`.
 
     Returns:
         x [B, S, D], and the cache with the new keys and values.
@@ -91,7 +96,7 @@ def blocks_cached(
 
         def run(x: Array, keys: Array, values: Array, index: int = index, weights: Tree = weights) -> Layer:
             held = LayerCache(keys, values, group, start)
-            x, grown = block(cfg, weights, x, allowed, terms, first + index, cache=held, axis=axis)
+            x, grown = block(cfg, weights, x, allowed, terms, first + index, cache=held, axis=axis, core=core)
             assert grown is not None
             return x, grown.keys, grown.values
 
