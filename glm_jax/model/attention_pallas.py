@@ -1,7 +1,7 @@
 """Attention as Pallas kernels for TPUs: block by block in fast memory, without keys that no query of a block may see.
 
-The library's splash attention cannot be used inside a `shard_map` that checks which arrays vary over the mesh, and its
-masks do not differ from row to row. These kernels are flash attention (arXiv 2205.14135) with the mask of a
+jax's splash attention cannot be used inside a `shard_map` that checks which arrays vary over the mesh, and is made for
+masks that are known before the data. These kernels are flash attention (arXiv 2205.14135) with the mask of a
 `Visibility`. Scores lie transposed, keys before queries, so that what belongs to a query is a row.
 """
 

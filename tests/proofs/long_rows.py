@@ -77,8 +77,8 @@ def main() -> int:
         print(f"loss {losses[-1]:.4f}, {time.perf_counter() - start:.1f} s")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     scores = 4 * glm.num_heads * options.length**2 / 1e9
-    print(f"{options.attention}, rows of {options.length}: {peak:.2f} GB resident at most, {before:.2f} before the first "
-          f"step; scores of all pairs in one layer would be {scores:.2f} GB")  # fmt: skip
+    print(f"{options.attention}, rows of {options.length}: {peak:.2f} GB resident at most, {before:.2f} before")
+    print(f"the first step; scores of all pairs in one layer would be {scores:.2f} GB")
     return 0 if losses[-1] < losses[0] and peak < options.bound else 1
 
 
