@@ -29,7 +29,7 @@ class Device(Protocol):
 
 
 def platform(device: Device) -> str:
-    """Return the platform that `choose` takes: `cuda` for a GPU with fused attention, else jax's, such as `cpu`.
+    """Return the platform that `choose` takes: `cuda` for a GPU with fused attention, else `gpu`, `tpu` or `cpu`.
 
     jax asks the machine for cuDNN, so that there is no fused attention for a GPU that is only described.
     """
@@ -37,7 +37,8 @@ def platform(device: Device) -> str:
         capability = float(getattr(device, "compute_capability", 0))
     except ValueError:  # that of AMD's is a name
         capability = 0
-    return "cuda" if capability >= AMPERE and jax.default_backend() == "gpu" else device.platform
+    fused = capability >= AMPERE and jax.default_backend() == "gpu"
+    return "cuda" if fused else device.platform.replace("cuda", "gpu")
 
 
 def choose(cfg: GLMConfig, platform: str, length: int, compute: str = "float32") -> Name:

@@ -52,7 +52,8 @@ def test_a_gpu_is_one_with_fused_attention_or_not(
     capability: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device: Any = SimpleNamespace(platform="gpu", compute_capability=capability)
-    assert platform(device) == "gpu"  # described on a machine without
+    described: Any = SimpleNamespace(platform="cuda", compute_capability=capability)
+    assert platform(device) == platform(described) == "gpu"  # on a machine without
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert platform(device) == expected
     assert platform(jax.devices("cpu")[0]) == "cpu"
