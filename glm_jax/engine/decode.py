@@ -97,7 +97,7 @@ class _Stage:
         rows, length = x.shape[:2]
         allowed = Visibility(jnp.ones((rows, length), jnp.int32), jnp.arange(length) < context[:, None])
         terms = position_terms(self.glm, positions[..., :length], x.dtype)
-        core = CORES[choose(self.glm, self.platform, length, x.dtype.name)]
+        core = CORES[choose(self.glm, self.platform, length, x.dtype.name, forward_only=True)]
         return self._run(x, allowed, terms, jnp.zeros(rows, jnp.int32), cache, group, active, core)
 
     def _run(

@@ -18,6 +18,7 @@ CORES: Mapping[Name, Core] = {
     "cudnn": attention_cudnn.cudnn,
     "pallas": attention_pallas.pallas,
 }
+DENSE = 512  # tokens up to which one dense product of all scores is faster on CPUs, in a forward pass alone
 AMPERE = 8.0  # the compute capability of the oldest GPUs for which cuDNN has fused attention
 
 
@@ -41,7 +42,7 @@ def platform(device: Device) -> str:
     return "cuda" if fused else device.platform.replace("cuda", "gpu")
 
 
-def choose(cfg: GLMConfig, platform: str, length: int, compute: str = "float32") -> Name:
+def choose(cfg: GLMConfig, platform: str, length: int, compute: str = "float32", *, forward_only: bool = False) -> Name:
     """Return the core for rows of `length` under a `Visibility`.
 
     `blockwise` is for CPUs, where its loops of small products are the fastest. The fused kernels have neither ALiBi nor
@@ -52,9 +53,11 @@ def choose(cfg: GLMConfig, platform: str, length: int, compute: str = "float32")
         platform: from `platform`.
         length: S.
         compute: the dtype of queries, keys and values.
+        forward_only: whether there is no backward pass.
     """
     if platform == "cpu":
-        return "reference" if attention_blockwise.block_size(length) is None else "blockwise"
+        dense = attention_blockwise.block_size(length) is None or (forward_only and length <= DENSE)
+        return "reference" if dense else "blockwise"
     if cfg.attention_dropout or cfg.position == "alibi":
         return "reference"
     if platform == "tpu":

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax.config.model import GLMConfig
+from glm_jax.model.layers import PRODUCT
 from glm_jax.model.positions import Distance
 from glm_jax.model.visibility import Visibility, dense
 
@@ -29,6 +31,7 @@ def cudnn(
     assert apart is None
     mask, scale = dense(allowed)[:, None], cfg.head_dim**-0.5  # [B, 1, S, T]
     keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # [B, T, N, K]
-    return jax.nn.dot_product_attention(
+    mixed = jax.nn.dot_product_attention(
         queries, keys, values, mask=mask, scale=scale, implementation=IMPLEMENTATION
     )  # [B, S, N, K]
+    return checkpoint_name(mixed, PRODUCT)

@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from glm_jax.config.model import GLMConfig
+from glm_jax.model.layers import PRODUCT
 from glm_jax.model.positions import Distance
 from glm_jax.model.visibility import Visibility, spans
 
@@ -75,6 +77,7 @@ def _forward(
         [queries, logs],
         [(1, size), (1, size), (dim, size)],
     )
+    mixed, logs = checkpoint_name(mixed, PRODUCT), checkpoint_name(logs, PRODUCT)
     return mixed, (queries, keys, values, codes, visibility, mixed, logs)
 
 

@@ -19,9 +19,12 @@ LENGTH, ROOM, LENGTHS = 256, 288, (256, 150, 3)
 
 
 @pytest.mark.parametrize("position", ["rope", "alibi"])
-def test_long_contexts_give_the_cache_and_the_losses_of_dense_attention(position: Position) -> None:
+def test_long_contexts_give_the_cache_and_the_losses_of_dense_attention(
+    position: Position, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_cores, "DENSE", LENGTH - 1)
     cfg = GLMConfig(2, 16, 2, 24, 40, max_length=ROOM, position=position, attention_dropout=0.1)
-    assert attention_cores.choose(cfg, "cpu", LENGTH) == "blockwise"
+    assert attention_cores.choose(cfg, "cpu", LENGTH, forward_only=True) == "blockwise"
     mesh, engine = meshes.build(dict.fromkeys(meshes.AXES, 1)), DecodeConfig(cfg, cfg.vocab_size)
     params = jax.tree.map(lambda array: array * 2, init(cfg, jax.random.key(0)))
     placed = weights.place(engine, mesh, params)

@@ -47,6 +47,12 @@ def test_the_choice(on: str, length: int, compute: str, options: dict[str, Any],
     assert choose(GLMConfig(**(sizes | options)), on, length, compute) == expected
 
 
+def test_short_contexts_are_dense_on_cpus() -> None:
+    cfg = GLMConfig(1, 8, 2, 8, 64)
+    cores = [choose(cfg, "cpu", length, forward_only=True) for length in (256, 512, 1024)]
+    assert cores == ["reference", "reference", "blockwise"]
+
+
 @pytest.mark.parametrize("capability, expected", [("9.0", "cuda"), ("8.0", "cuda"), ("7.5", "gpu"), ("gfx90a", "gpu")])
 def test_a_gpu_is_one_with_fused_attention_or_not(
     capability: str, expected: str, monkeypatch: pytest.MonkeyPatch
