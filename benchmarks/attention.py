@@ -14,29 +14,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import rounds
-from rounds import Measured, Side, interval, ratios
+import shared
+from rounds import Measured, compare, interval
 
 OURS, DENSE, AGAINST = "blockwise", "reference", "reference of the other commit"
 AT = " at "
-
-
-def packed(rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the segments and the context of packed rows, [B, S] each."""
-    random = np.random.default_rng(0)
-    segments, context = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
-    for row in range(rows):
-        start = 0
-        while start < length:
-            size = min(int(random.integers(32, length // 2 + 1)), length - start)
-            segments[row, start : start + size] = segments[row].max() + 1
-            context[row, start : start + int(size * random.uniform(0.1, 0.9))] = True
-            start += size
-    return segments, context
 
 
 def program(core_name: str, options: argparse.Namespace, rows: int, length: int) -> tuple[Any, Any]:
@@ -51,7 +36,8 @@ def program(core_name: str, options: argparse.Namespace, rows: int, length: int)
     if core_name == OURS:
         from glm_jax.model.attention_blockwise import blockwise as core
     cfg = GLMConfig(1, options.heads * options.dim, options.heads, 8, 64, attention_dropout=options.dropout)
-    visibility = Visibility(*map(jnp.asarray, packed(rows, length)))
+    batch = shared.packed_rows(rows, length, cfg.vocab_size)
+    visibility = Visibility(jnp.asarray(batch.segments), jnp.asarray(batch.context))
     by_head = (rows, options.heads, length, options.dim)
     by_token = (rows, length, options.heads, options.dim)
     drops = jax.random.split(jax.random.key(1), rows) if options.dropout else None
@@ -89,14 +75,13 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def report(measured: dict[str, Measured]) -> None:
-    """Print a line for each side, and for ratios to ours at the same length."""
+    """Print a line for each side."""
     for name, side in measured.items():
         milliseconds = [1e3 * seconds for seconds in side.seconds()]
         print(f"{name}: {interval(milliseconds, 1)} ms, {side.about['temporaries'] / 1e6:.1f} MB of temporaries")
-        base = measured[OURS + AT + name.split(AT)[1]]
-        if side is not base:
-            print(f"{name} / {OURS}: {ratios(side.seconds(), base.seconds())} of the seconds, "
-                  f"{ratios(side.cpu_seconds(), base.cpu_seconds())} of the CPU seconds")  # fmt: skip
+        base = OURS + AT + name.split(AT)[1]
+        if name != base:
+            print(compare(measured, name, base))
 
 
 def report_memory(options: argparse.Namespace) -> None:
@@ -108,28 +93,24 @@ def report_memory(options: argparse.Namespace) -> None:
 
 def main(words: Sequence[str]) -> None:
     """Run the benchmark, or one side of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, default in {"rounds": 7, "rows": 4, "heads": 8, "dim": 64}.items():
-        parser.add_argument(f"--{flag}", type=int, default=default)
+    parser = shared.parser(__doc__, {"rows": 4, "heads": 8, "dim": 64, "memory": 0})
     parser.add_argument("--length", type=int, nargs="+", default=[512])
-    parser.add_argument("--memory", type=int)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--against", type=Path, help="a checkout of another commit")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
+    shared.add_against(parser)
     options = parser.parse_args(words)
     if options.side:
         return serve(options)
-    tree = Path(__file__).resolve().parent.parent
-    trees = {OURS: tree, DENSE: tree} | ({AGAINST: options.against.resolve()} if options.against else {})
+    trees = {OURS: rounds.TREE, DENSE: rounds.TREE} | ({AGAINST: options.against} if options.against else {})
     sides = [
-        Side(side, [sys.executable, __file__, *words, "--side", side], {"PYTHONPATH": str(place)})
+        rounds.script(side, __file__, *words, "--side", side, tree=tree)
         for length in options.length
-        for name, place in trees.items()
+        for name, tree in trees.items()
         for side in [f"{name}{AT}{length}"]
     ]
     report(rounds.measure(sides, options.rounds))
     if options.memory:
         report_memory(options)
+    return None
 
 
 if __name__ == "__main__":

@@ -14,16 +14,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import machine
 import numpy as np
 import rounds
-from machine import READ_BYTES
-from machine import sides as machine_sides
-from rounds import CORES, Measured, Side, clock, interval, ratios
+import shared
+from rounds import Measured, Side, clock, compare, interval, ratios
 
 if TYPE_CHECKING:
     from glm_jax.model import GLMConfig
@@ -34,13 +32,6 @@ SOP = 1
 GAIN = 1.0
 OURS, AGAINST, OFFICIAL = "ours, float32", "ours, float32, the other commit", "official, float32"
 Parts = tuple[Callable[[], object], Callable[[], Sequence[Sequence[int]]]]  # the first tokens, the rest
-
-
-def model_config(options: argparse.Namespace) -> GLMConfig:
-    """Return the model."""
-    from glm_jax.model import GLMConfig
-
-    return GLMConfig(options.layers, options.hidden, options.heads, options.ffn, options.vocabulary)
 
 
 def weights(cfg: GLMConfig) -> dict[str, Any]:
@@ -84,7 +75,7 @@ def ours(options: argparse.Namespace) -> None:
     from glm_jax.model.quantized import GROUPS, Scheme, quantize_params
     from glm_jax.parallel import mesh as meshes
 
-    cfg = model_config(options)
+    cfg = shared.config(options)
     params = weights(cfg)
     if options.bits < 32:
         params = quantize_params(params, Scheme(options.bits, GROUPS[options.bits]))
@@ -112,29 +103,20 @@ def official(options: argparse.Namespace) -> None:
     """Be the official side."""
     import official_torch
 
-    sizes = {
-        "num_layers": options.layers, "hidden_size": options.hidden, "inner_hidden_size": options.ffn,
-        "num_attention_heads": options.heads, "vocab_size": options.vocabulary, "max_sequence_length": 2048,
-    }  # fmt: skip
-    (checkpoint,) = options.folder.glob("*/mp_rank_00_model_states.pt")
-    theirs = official_torch.load(checkpoint, sizes, CORES)
+    theirs = shared.official(options, 2048)
     serve(lambda: official_torch.greedy(theirs, contexts(options), SOP, options.new))
 
 
 def sides(options: argparse.Namespace, words: Sequence[str]) -> list[Side]:
     """Return what takes turns."""
-
-    def side(name: str, tree: Path, *more: str, python: str = sys.executable) -> Side:
-        return Side(name, [python, __file__, *words, *more], {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tree)})
-
-    tree = Path(__file__).resolve().parent.parent
-    held = [side(OURS, tree, "--side", "ours")]
-    held += [side(f"ours, int{bits}", tree, "--side", "ours", "--bits", str(bits)) for bits in (8, 4)]
+    mine = (__file__, *words, "--side", "ours")
+    held = [rounds.script(OURS, *mine)]
+    held += [rounds.script(f"ours, int{bits}", *mine, "--bits", str(bits)) for bits in (8, 4)]
     if options.against:
-        held.append(side(AGAINST, options.against.resolve(), "--side", "ours"))
+        held.append(rounds.script(AGAINST, *mine, tree=options.against))
     if options.peer:
-        held.append(side(OFFICIAL, tree, "--side", "official", python=options.peer_python))
-    return [*held, *(side for side in machine_sides() if side.name == "bandwidth")]
+        held.append(rounds.script(OFFICIAL, __file__, *words, "--side", "official", python=options.peer_python))
+    return [*held, machine.side("bandwidth")]
 
 
 def read_bytes(options: argparse.Namespace) -> float:
@@ -146,7 +128,7 @@ def read_bytes(options: argparse.Namespace) -> float:
 
 def report(options: argparse.Namespace, measured: dict[str, Measured]) -> bool:
     """Print medians and ratios; return whether the sides in float32 gave the same tokens."""
-    bandwidth = [READ_BYTES / seconds for seconds in measured.pop("bandwidth").seconds()]
+    bandwidth = [machine.READ_BYTES / seconds for seconds in measured.pop("bandwidth").seconds()]
     print(f"bandwidth: {interval([rate / 1e9 for rate in bandwidth], 1)} GB/s")
     base, count = measured[OURS], options.rows * (options.new - 1)
     for name, side in measured.items():
@@ -157,8 +139,7 @@ def report(options: argparse.Namespace, measured: dict[str, Measured]) -> bool:
         if side is not base:
             same = np.equal(side.about["tokens"], base.about["tokens"]).sum()
             for part in ("first", "rest"):
-                print(f"{name} / {OURS}, {part}: {ratios(side.seconds(part), base.seconds(part))} of the seconds, "
-                      f"{ratios(side.cpu_seconds(part), base.cpu_seconds(part))} of the CPU seconds")  # fmt: skip
+                print(compare(measured, name, OURS, part))
             print(f"{name}: {same} of {options.rows * options.new} tokens as in {OURS}")
     bound = [read_bytes(options) / rate * (options.new - 1) for rate in bandwidth]
     print(f"the bound / {OURS}, rest: {ratios(bound, base.seconds('rest'))} of the seconds")
@@ -167,16 +148,11 @@ def report(options: argparse.Namespace, measured: dict[str, Measured]) -> bool:
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"rounds": 7, "rows": 4, "context": 512, "new": 32, "layers": 8, "hidden": 512, "heads": 8, "ffn": 1408}
-    for flag, default in {**sizes, "vocabulary": 32_000}.items():
-        parser.add_argument(f"--{flag}", type=int, default=default)
-    parser.add_argument("--against", type=Path, help="a checkout of another commit")
-    parser.add_argument("--peer", choices=["torch"])
-    parser.add_argument("--peer-python", default=sys.executable, help="one that has torch")
-    parser.add_argument("--side", choices=["ours", "official"], help=argparse.SUPPRESS)
+    sizes = {"rows": 4, "context": 512, "new": 32, **shared.MODEL, "ffn": 1408, "vocabulary": 32_000}
+    parser = shared.parser(__doc__, sizes)
+    shared.add_against(parser)
+    shared.add_peer(parser)
     parser.add_argument("--bits", type=int, default=32, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
 
@@ -186,13 +162,7 @@ def main(words: Sequence[str]) -> int:
     if options.side:
         {"ours": ours, "official": official}[options.side](options)
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        if options.peer:
-            from glm_jax.interop import sat
-
-            cfg = model_config(options)
-            sat.save(folder, cfg, weights(cfg), tensor_parallel=1, iteration=1, dtype="float32")
-            words = [*words, "--folder", folder]
+    with shared.for_peer(options, words, lambda: weights(shared.config(options))) as words:
         return 0 if report(options, rounds.measure(sides(options, words), options.rounds)) else 1
 
 

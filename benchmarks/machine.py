@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import rounds
@@ -16,13 +17,14 @@ from rounds import CORES, Side
 
 SIZE = 2048
 TIMES = 16  # of a product in a turn
+NUMBERS = 2**26  # of an array
 MATMUL_FLOPS = 2 * SIZE**3 * TIMES
-READ_BYTES = CORES * 2**28
+READ_BYTES = 4 * CORES * NUMBERS
 
 
-def sides() -> list[Side]:
-    """Return both."""
-    return [Side(name, [sys.executable, __file__, name], {"JAX_PLATFORMS": "cpu"}) for name in ("matmul", "bandwidth")]
+def side(name: str) -> Side:
+    """Return the side `matmul` or `bandwidth`."""
+    return rounds.script(name, __file__, name)
 
 
 def matmul() -> None:
@@ -42,10 +44,15 @@ def matmul() -> None:
 
 def bandwidth() -> None:
     """Read arrays that no cache holds."""
-    arrays = [np.ones(2**26, np.float32) for _ in range(CORES)]
+    arrays = [np.ones(NUMBERS, np.float32) for _ in range(CORES)]
     with concurrent.futures.ThreadPoolExecutor(CORES) as pool:
         rounds.serve(lambda: dict(zip("ab", pool.map(lambda array: float(array @ array), arrays), strict=True)))
 
 
+def main(words: Sequence[str]) -> None:
+    """Be one of the sides."""
+    {"matmul": matmul, "bandwidth": bandwidth}[words[0]]()
+
+
 if __name__ == "__main__":
-    {"matmul": matmul, "bandwidth": bandwidth}[sys.argv[1]]()
+    main(sys.argv[1:])

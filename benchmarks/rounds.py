@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+TREE = Path(__file__).resolve().parent.parent  # the checkout that this file is of
 CORES = 2  # that a side may use
 QUIET = 0.05  # of the machine's cores: what everything else may use in a round that counts
 TICK = os.sysconf("SC_CLK_TCK")
@@ -26,6 +30,14 @@ class Side(NamedTuple):
     name: str
     command: Sequence[str]  # a process that calls `serve`
     environment: Mapping[str, str]  # besides this process's own
+
+
+def script(
+    name: str, file: str, *words: str, tree: Path = TREE, python: str = sys.executable,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Side:  # fmt: skip
+    """Return a side that is a script of this folder, which finds the glm_jax of a checkout."""
+    return Side(name, [python, file, *words], {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tree), **environment})
 
 
 class Turn(NamedTuple):
@@ -54,27 +66,43 @@ class Measured(NamedTuple):
 
 def clock(part: str, work: Callable[[], object]) -> dict[str, float]:
     """Do some work; return its wall-clock and CPU seconds as the parts that `Measured` reads."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), cpu_time()
     work()
-    return {part: time.perf_counter() - wall, f"{part}_cpu": time.process_time() - cpu}
+    return {part: time.perf_counter() - wall, f"{part}_cpu": cpu_time() - cpu}
 
 
-def serve(turn: Callable[[], Mapping[str, float]], about: Callable[[], Mapping[str, object]] = dict) -> None:
-    """Be a side: take a turn for every line of stdin, and answer each in JSON; say `about` after a first turn.
+def cpu_time() -> float:
+    """Return the CPU seconds of this process and of the processes that it has started and waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
-    A turn is taken twice, and the second counts. What it prints goes to stderr.
+
+def serve(
+    turn: Callable[[], Mapping[str, float]], about: Callable[[], Mapping[str, object]] = dict, *, warm: bool = True
+) -> None:
+    """Be a side: take a turn for every line of stdin, and answer each in JSON; say `about` before.
+
+    What a turn prints goes to stderr.
+
+    Args:
+        turn: returns what it measured itself, by name.
+        about: returns what the side says of itself.
+        warm: take a first turn before `about`, and then each turn twice, of which the second counts: while a process
+            waits, caches forget it, and a virtual machine may take its memory back. False if turns start processes.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    turn()
+    if warm:
+        turn()
     print(json.dumps(about()), file=answers, flush=True)
     for _ in sys.stdin:
-        whole = time.process_time()
-        turn()  # while a process waits, caches forget it, and a virtual machine may take its memory back
-        wall, cpu = time.perf_counter(), time.process_time()
+        whole = cpu_time()
+        if warm:
+            turn()
+        wall, cpu = time.perf_counter(), cpu_time()
         parts = turn()
-        answer = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "parts": parts}
-        print(json.dumps({**answer, "whole_cpu": time.process_time() - whole}), file=answers, flush=True)
+        answer = {"wall": time.perf_counter() - wall, "cpu": cpu_time() - cpu, "parts": parts}
+        print(json.dumps({**answer, "whole_cpu": cpu_time() - whole}), file=answers, flush=True)
 
 
 class _Process:
@@ -163,3 +191,10 @@ def interval(values: Sequence[float], digits: int = 2) -> str:
 def ratios(above: Sequence[float], below: Sequence[float]) -> str:
     """Return the interval of above / below, round by round."""
     return interval([over / under for over, under in zip(above, below, strict=True)])
+
+
+def compare(measured: Mapping[str, Measured], name: str, base: str, part: str = "") -> str:
+    """Return a line with the ratios of one side, or of a part of its turns, to another."""
+    above, below = measured[name], measured[base]
+    return (f"{name} / {base}{part and f', {part}'}: {ratios(above.seconds(part), below.seconds(part))} of the "
+            f"seconds, {ratios(above.cpu_seconds(part), below.cpu_seconds(part))} of the CPU seconds")  # fmt: skip

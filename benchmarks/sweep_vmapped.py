@@ -1,34 +1,44 @@
 """Measure what training members together saves: a group of 12 tiny members against 12 processes, one at a time.
 
-    python benchmarks/sweep_vmapped.py [--steps 100] [--rounds 2] [--warm-steps 30]
+    python benchmarks/sweep_vmapped.py [--rounds 2] [--steps 100] [--warm-rounds 7]
 
-Cold, both sides start processes of `glm_jax.sweeps.worker` with nothing compiled; the text is prepared before the clock
-starts. One side is one process with all members, which computes on one core as in a sweep. The other is twelve
-processes with one member each, one after the other; each may use all cores. Neither saves a checkpoint. Warm, one
-process has both programs compiled and takes steps with them in turn. The medians of the rounds are compared. The last
-lines are the ratio warm, and the ratio cold, which should be at least 3.
+Cold, both sides start processes of `glm_jax.sweeps.worker` with nothing compiled; the text is prepared before. One side
+is one process with all members, which computes on one core as in a sweep. The other is twelve processes with one member
+each, one after the other; each may use all cores. Neither saves a checkpoint. Warm, each side has its program compiled
+and takes 10 steps a turn; a member's steps alone count twelve times. The lines are medians with the smallest and the
+largest round. The last one is the ratio of the seconds cold, whose median should be at least 3.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import operator
 import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+import rounds
+import shared
+from rounds import compare, interval, ratios
+
+if TYPE_CHECKING:
+    from glm_jax.config import Experiment
 
 GOAL = 3.0
 WORDS = ("the", "a", "small", "large", "array", "model", "returns", "takes", "gives", "shape", "type", "of", "axis")
 AXES = {"optimizer.peak_lr": (1e-3, 3e-3, 1e-2, 3e-2), "seed": (1, 2, 3)}
+TOGETHER, ALONE = "together", "one by one"
+STEPS = 10  # of a warm turn
 
 
-def tiny(folder: Path, steps: int) -> Any:
+def tiny(folder: Path, steps: int) -> Experiment:
     """Write a small corpus into `folder` and return a resolved config for it: 2 layers of 16, rows of 32 tokens."""
     from glm_jax import config as configs
 
@@ -44,90 +54,86 @@ def tiny(folder: Path, steps: int) -> Any:
     return configs.resolve(config)
 
 
-def seconds(jobs: Sequence[str], environment: dict[str, str]) -> float:
-    """Run a worker process for each job, one after the other, and return the total time."""
-    started = time.perf_counter()
-    for job in jobs:
-        command = [sys.executable, "-m", "glm_jax.sweeps.worker"]
-        subprocess.run(command, input=job, text=True, check=True, env=environment, capture_output=True)
-    return time.perf_counter() - started
-
-
-def cold(folder: Path, group: Any, alone: Sequence[Any], rounds: int) -> tuple[float, float]:
-    """Time both sides in turn and return the medians in seconds: together, one by one."""
+def cold(options: argparse.Namespace) -> None:
+    """Be a side that starts a worker process for each job of a file, one after the other."""
+    jobs = [json.loads(line) for line in (options.folder / f"{options.side}.jsonl").read_text().splitlines()]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_COMPILATION_CACHE")}
-    one_core = {**environment, "NPROC": "1"}
-    together, in_turn = [], []
-    for number in range(rounds):
-        together.append(seconds([group.to_json(folder / f"together{number}")], one_core))
-        in_turn.append(seconds([one.to_json(folder / f"alone{number}") for one in alone], environment))
-        print(f"round {number + 1}: together {together[-1]:.1f} s, one by one {in_turn[-1]:.1f} s", flush=True)
-    return statistics.median(together), statistics.median(in_turn)
+    command = [sys.executable, "-m", "glm_jax.sweeps.worker"]
+
+    def turn() -> dict[str, float]:
+        with tempfile.TemporaryDirectory(dir=options.folder) as workdir:
+            for job in jobs:
+                given = json.dumps(job | {"workdir": workdir})
+                subprocess.run(command, input=given, text=True, check=True, env=environment, capture_output=True)
+        return {}
+
+    rounds.serve(turn, warm=False)
 
 
-def stepper(configs: Sequence[Any], prepared: Any) -> Callable[[], None]:
-    """Compile the step of members that are trained together, and return a function that takes one step."""
+def warm(options: argparse.Namespace) -> None:
+    """Be a side that takes steps of all members together, or of one."""
     import jax
     import numpy as np
 
-    from glm_jax.sweeps import group as sweep_group
+    from glm_jax.config import resolve
+    from glm_jax.sweeps import group
 
-    step, states, streams = sweep_group.begin(configs, prepared)
+    (job, *_) = map(json.loads, (options.folder / f"{options.side}.jsonl").read_text().splitlines())
+    configs = [resolve(member["config"]) for member in job["members"]]
+    step, states, streams = group.begin(configs, group.prepare_all(configs, lambda line: None))
     batches = streams.at(1)
     rates, alphas = np.full(len(configs), 1e-3, np.float32), np.ones(len(configs), np.float32)
 
-    def take() -> None:
+    def turn() -> dict[str, float]:
         nonlocal states
-        states, metrics = step(states, batches, rates, alphas)
-        jax.block_until_ready(metrics)
+        for _ in range(STEPS):
+            states, metrics = step(states, batches, rates, alphas)
+            jax.block_until_ready(metrics)
+        return {}
 
-    take()
-    return take
-
-
-def warm(configs: Sequence[Any], steps: int) -> tuple[float, float]:
-    """Time single steps in turn; return the medians in seconds for a step of all members: together, one by one."""
-    from glm_jax.sweeps import group as sweep_group
-
-    prepared = sweep_group.prepare_all(configs, lambda line: None)
-    takes = [stepper(configs, prepared), stepper(configs[:1], prepared)]
-    times: list[list[float]] = [[], []]
-    for _ in range(steps):
-        for take, taken in zip(takes, times, strict=True):
-            started = time.perf_counter()
-            take()
-            taken.append(time.perf_counter() - started)
-    return statistics.median(times[0]), statistics.median(times[1]) * len(configs)
+    rounds.serve(turn)
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100, help="steps of each member, cold")
-    parser.add_argument("--rounds", type=int, default=2, help="how often both sides run, cold")
-    parser.add_argument("--warm-steps", type=int, default=30, help="steps to time on each side, warm")
-    arguments = parser.parse_args()
-    from glm_jax.sweeps import group as sweep_group
-    from glm_jax.sweeps import members as sweep_members
+def write_jobs(folder: Path, steps: int) -> int:
+    """Prepare the text and write each side's jobs; return how many members there are."""
+    from glm_jax.sweeps import group, members
 
+    all_members = members.expand(tiny(folder, steps), members.read_axes(AXES))
+    group.prepare_all([member.config for member in all_members], lambda line: None)
+    for name, together in ((TOGETHER, len(all_members)), (ALONE, 1)):
+        groups = members.group(all_members, together=together)
+        (folder / f"{name}.jsonl").write_text("".join(f"{one.to_json(folder)}\n" for one in groups))
+    return len(all_members)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the benchmark, or one side of it; return 1 if the ratio cold is below the goal."""
+    parser = shared.parser(__doc__, {"rounds": 2, "steps": 100, "warm-rounds": 7})
+    parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(words)
+    if options.side:
+        (warm if options.warm else cold)(options)
+        return 0
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        members = sweep_members.expand(tiny(folder, arguments.steps), sweep_members.read_axes(AXES))
-        (group,) = sweep_members.group(members)
-        alone = sweep_members.group(members, together=1)
-        configs = [member.config for member in members]
-        sweep_group.prepare_all(configs, lambda line: None)
-        whole, parts = cold(folder, group, alone, arguments.rounds)
-        print(
-            f"cold, {len(members)} members, {arguments.steps} steps: together {whole:.1f} s, one by one {parts:.1f} s"
-        )
-        warm_whole, warm_parts = warm(configs, arguments.warm_steps)
-        print(f"warm, a step of all: together {warm_whole * 1e3:.1f} ms, one by one {warm_parts * 1e3:.1f} ms")
-        print(f"ratio warm: {warm_parts / warm_whole:.1f}")
-        print(f"ratio cold: {parts / whole:.1f} (goal: at least {GOAL:.0f})")
-        if parts / whole < GOAL:
-            sys.exit(1)
+        count = write_jobs(Path(name), options.steps)
+
+        def side(kind: str, *more: str, **environment: str) -> rounds.Side:
+            named = ("--folder", name, "--side", kind, *more)
+            return rounds.script(kind, __file__, *words, *named, environment=environment)
+
+        steady = rounds.measure([side(TOGETHER, "--warm", NPROC="1"), side(ALONE, "--warm")], options.warm_rounds)
+        measured = rounds.measure([side(TOGETHER, NPROC="1"), side(ALONE)], options.rounds)
+    whole = [1e3 * seconds / STEPS for seconds in steady[TOGETHER].seconds()]
+    parts = [1e3 * seconds / STEPS * count for seconds in steady[ALONE].seconds()]
+    print(f"warm, a step of {count} members: {TOGETHER} {interval(whole, 1)} ms, {ALONE} {interval(parts, 1)} ms")
+    print(f"warm, {ALONE} / {TOGETHER}: {ratios(parts, whole)} of the seconds")
+    for kind, side_measured in measured.items():
+        print(f"cold, {options.steps} steps, {kind}: {interval(side_measured.seconds(), 1)} s")
+    print(f"cold, {compare(measured, ALONE, TOGETHER)} (goal: at least {GOAL:.0f})")
+    saved = map(operator.truediv, measured[ALONE].seconds(), measured[TOGETHER].seconds())
+    return int(statistics.median(saved) < GOAL)
 
 
 if __name__ == "__main__":
-    main()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.exit(main(sys.argv[1:]))
