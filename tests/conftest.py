@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 CACHE = Path(__file__).parent.parent / ".jax_cache"
@@ -26,8 +27,18 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
-def pytest_configure() -> None:
-    """Let no signal be ignored: a shell starts background jobs so, and tests of signals would fail."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files with many slow tests first: with workers, the last ones to finish are then short."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep that order among workers, and let no signal be ignored.
+
+    A shell starts background jobs so that they ignore signals, and tests of signals would fail.
+    """
+    config.option.loadscopereorder = False  # xdist would take files with many tests first, however short
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

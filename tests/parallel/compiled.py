@@ -11,6 +11,7 @@ import os
 
 if __name__ == "__main__":
     os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # of LLVM, after buffers are assigned
 
 import jax  # noqa: E402 (reads the environment)
 

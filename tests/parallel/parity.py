@@ -167,7 +167,7 @@ def build(case: dict[str, Any]) -> tuple[bind.EngineConfig, jax.sharding.Mesh, i
 
 def start_params(glm: GLMConfig, dtype: str) -> Any:
     """Initialise params, with biases and scales away from 0 and 1, so that they matter."""
-    params = jax.jit(model.init, static_argnums=0)(glm, jax.random.key(0))
+    params = jax.device_get(jax.jit(model.init, static_argnums=0)(glm, jax.random.key(0)))
     generator = np.random.default_rng(1)
     return jax.tree.map(lambda leaf: np.asarray(leaf + 0.1 * generator.normal(size=leaf.shape), dtype), params)
 
@@ -214,7 +214,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     params = start_params(glm, "float64" if case.get("x64") else "float32")
     batch, key = make_batch(glm, rows), jax.random.key(7)
     shardings = partition.shardings(grid, bind.state_specs(glm, grid))
-    placed = jax.device_put(partition.pad_layers(params, axes, stages), shardings)
+    pad = jax.jit(lambda params: partition.pad_layers(params, axes, stages), out_shardings=shardings)
+    placed = pad(params)
     parts = mesh.place(grid, batch, microbatches)
     gradients_of = jax.jit(lambda params: passes.value_and_grad(cfg, grid, params, parts, key, SHRINK, LOSS_SCALE))
     autodiff = jax.jit(lambda params: reference(cfg, params, batch, key))
