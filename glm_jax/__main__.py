@@ -10,6 +10,9 @@ from glm_jax import signals
 def main() -> NoReturn:
     """Run the command line. A signal ends the process at once while nothing has begun, and when all is done."""
     signals.handle(lambda *_: signals.leave())
+    from glm_jax import startup
+
+    startup.prepare()
     from glm_jax.cli.main import main as run
 
     code = run()

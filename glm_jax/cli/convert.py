@@ -56,17 +56,22 @@ def run(arguments: Sequence[str]) -> int:
     if not common.parse(values, rest, ["path", "out"] + ["bits"] * (direction == "quantize")):
         return 0
 
-    from glm_jax.interop.convert import orbax_to_hf, orbax_to_sat
-    from glm_jax.interop.weights import open_weights
+    from glm_jax.interop import places
     from glm_jax.storage.files import check_absent
     from glm_jax.workdir.checkpoint_folders import disk_reason
 
     try:
         check_absent(Path(values.out))
-        weights = open_weights(values.path, _given(values), say)
-        if weights.kind not in DIRECTIONS[direction]:
-            other = next(name for name, kinds in DIRECTIONS.items() if weights.kind in kinds)
+        kind = places.find(values.path).kind
+        if kind not in DIRECTIONS[direction]:
+            other = next(name for name, kinds in DIRECTIONS.items() if kind in kinds)
             raise UserError(f"--path {values.path} is for `convert {other}`, not for {direction}")
+        given = _given(values)
+
+        from glm_jax.interop.convert import orbax_to_hf, orbax_to_sat
+        from glm_jax.interop.weights import open_weights
+
+        weights = open_weights(values.path, given, say)
         if direction == "orbax-to-sat":
             orbax_to_sat(weights, values.out, values.tensor_parallel, values.iteration, values.dtype)
         elif direction == "orbax-to-hf":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,7 @@ from absl import flags
 
 from glm_jax.cli import common, generate_entries, generate_flags
 from glm_jax.cli.generate_entries import Entries, Entry
+from glm_jax.config.fields import local_path
 from glm_jax.config.training import Mesh
 from glm_jax.errors import UserError
 
@@ -28,10 +31,17 @@ def run(arguments: Sequence[str]) -> int:
     _check(values)
     options = generate_flags.strategy_options(values)
 
+    from glm_jax.parallel import schedulers
+
+    given = functools.cache(lambda: _given(values))
+    if not schedulers.joins(values.coordinator):  # before jax is imported; one of several must tell the others
+        _check_files(values)
+        given()
+
     from glm_jax.parallel import processes
 
     processes.start(values.coordinator, values.processes, values.process, Mesh().collective_timeout)
-    return processes.together(lambda: _generate(values, options))
+    return processes.together(lambda: _generate(values, options, given))
 
 
 def _check(values: flags.FlagValues) -> None:
@@ -44,11 +54,38 @@ def _check(values: flags.FlagValues) -> None:
         raise UserError("--output needs prompts: give --input FILE")
 
 
+def _check_files(values: flags.FlagValues) -> None:
+    """Refuse a workdir that cannot be opened, and an output that cannot be written."""
+    from glm_jax.interop import places
+    from glm_jax.workdir import folder
+
+    folder.read_config(local_path(values.workdir, "the workdir"))
+    places.find(values.workdir if values.step is None else f"{values.workdir}@{values.step}")
+    if values.output:
+        _check_output(Path(values.output))
+
+
+def _check_output(path: Path) -> None:
+    """Check that a new file can be written at `path`, and make its folder.
+
+    Raises:
+        UserError: there is a file already, or none can be made.
+    """
+    try:
+        if path.exists() or path.is_symlink():
+            raise UserError(f"--output {path} exists: remove it or name another")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written ({error.strerror}): name another") from error
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"--output {path} cannot be written ({path.parent} is not writable): name another")
+
+
 def _is_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()  # pyright: ignore[reportUnnecessaryComparison]
 
 
-def _generate(values: flags.FlagValues, options: Mapping[str, object]) -> int:
+def _generate(values: flags.FlagValues, options: Mapping[str, object], read: Callable[[], Entries | None]) -> int:
     from glm_jax.cli import generate_batch, generate_terminal
     from glm_jax.inference import strategies
     from glm_jax.inference.pending import Settings
@@ -62,10 +99,10 @@ def _generate(values: flags.FlagValues, options: Mapping[str, object]) -> int:
         values.one_context,
         values.out_seq_length,
     )
-    given = _given(values, alone=processes.alone())
+    given = read()
     output = values.output and Path(values.output)
     if output and processes.is_first():
-        generate_batch.check_output(output)
+        _check_output(output)
     model = _open(values)
 
     def answer(text: str, repeat: int) -> None:
@@ -86,15 +123,26 @@ def _generate(values: flags.FlagValues, options: Mapping[str, object]) -> int:
     return generate_batch.write_all(work, output, Path(values.workdir)) if output else generate_batch.print_all(work)
 
 
-def _given(values: flags.FlagValues, *, alone: bool) -> Entries | None:
+def _given(values: flags.FlagValues) -> Entries | None:
     """Return the prompts, or None if a person at a terminal will type them."""
     if values.prompt is not None:
         return Entries([Entry(values.prompt)])
-    if not alone and values.input in (None, "-"):
+    if values.input in (None, "-") and _has_peers(values):
         raise UserError("several processes cannot read one standard input: give --prompt TEXT or --input FILE")
     if values.input is None and _is_terminal():
         return None
     return generate_entries.read("-" if values.input is None else values.input)
+
+
+def _has_peers(values: flags.FlagValues) -> bool:
+    """Whether there are several processes, which have joined by now."""
+    from glm_jax.parallel import schedulers
+
+    if not schedulers.joins(values.coordinator):
+        return False
+    from glm_jax.parallel import processes
+
+    return not processes.alone()
 
 
 def _open(values: flags.FlagValues) -> Model:

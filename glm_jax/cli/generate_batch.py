@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -34,22 +33,6 @@ PAUSE = 30  # seconds between two lines of progress, without a terminal
 BAR = "{n_fmt}/{total_fmt} {bar} {remaining}{postfix}"
 
 Block = list[tuple[int, str]]  # the numbers of prompts, and their results as lines
-
-
-def check_output(path: Path) -> None:
-    """Check that a new file can be written at `path`, and make its folder.
-
-    Raises:
-        UserError: there is a file already, or none can be made.
-    """
-    try:
-        if path.exists() or path.is_symlink():
-            raise UserError(f"--output {path} exists: remove it or name another")
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written ({error.strerror}): name another") from error
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--output {path} cannot be written ({path.parent} is not writable): name another")
 
 
 class Work(NamedTuple):

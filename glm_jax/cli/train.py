@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from glm_jax import signals
 from glm_jax.cli import common
 from glm_jax.cli.common import say
-from glm_jax.config import with_changes
+from glm_jax.config import Experiment, with_changes
 from glm_jax.errors import UserError, WorkFailed
 
 if TYPE_CHECKING:
@@ -29,12 +29,17 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     resolved = common.load(values)
 
-    from glm_jax.parallel import processes
+    from glm_jax.parallel import schedulers
     from glm_jax.workdir import interventions
 
     if values.replay:
         planned = interventions.plan(interventions.read(Path(values.replay)))
         resolved = with_changes(resolved, {"interventions": planned})
+    if not schedulers.joins(values.coordinator):
+        _check_files(resolved, Path(values.workdir))
+
+    from glm_jax.parallel import processes
+
     processes.start(values.coordinator, values.processes, values.process, resolved.mesh.collective_timeout)
 
     from glm_jax.training.run import Run
@@ -47,6 +52,16 @@ def run(arguments: Sequence[str]) -> int:
         return go(run, lambda: _show_fills(run, workdir, log=not finished))
 
     return processes.together(train)
+
+
+def _check_files(config: Experiment, workdir: Path) -> None:
+    """Refuse what the run would refuse, before jax is imported. One of several processes must tell the others."""
+    from glm_jax.data.corpora.prepare import check_paths
+    from glm_jax.workdir import folder
+
+    config.check_sources()
+    folder.check(workdir, config)
+    check_paths(config)
 
 
 def go(run: Run, afterwards: Callable[[], None] = lambda: None) -> int:

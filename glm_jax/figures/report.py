@@ -66,12 +66,12 @@ def write(workdir: Path, out: Path | None = None) -> Path:
     path = out or workdir / PAGE
     if path.suffix.lower() not in (".html", ".htm", ".png"):
         raise UserError(f"--out {path} is neither a page nor a picture: end its name in .html or .png")
+    record = read(workdir)
+    config = _read_config(workdir)
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError("report needs matplotlib: pip install -e '.[plots]'") from error
-    record = read(workdir)
-    config = _read_config(workdir)
     name = workdir.absolute().name
     made = picture(record, config, name) if path.suffix.lower() == ".png" else page(record, config, name)
     try:

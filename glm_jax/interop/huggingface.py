@@ -27,6 +27,7 @@ from glm_jax.errors import UserError
 from glm_jax.interop import arrays
 from glm_jax.interop.describe import read_json
 from glm_jax.interop.layout import HUGGING_FACE
+from glm_jax.interop.places import CONFIG, WEIGHTS
 from glm_jax.interop.safetensors_file import read_safetensors, write_safetensors
 from glm_jax.interop.shards import Parameter, Rank, check_tensors, gather
 from glm_jax.interop.sources import Source
@@ -37,9 +38,6 @@ from glm_jax.storage.files import atomic_directory, check_absent, write_atomic
 from glm_jax.types import Json, Tree
 from glm_jax.workdir.checkpoint_format import ParamPath
 
-CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for, as transformers does
-FILES = (CONFIG, *WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS))  # by which a folder is known
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "cog-pretrain.model")
 DTYPES = ("float32", "float16", "bfloat16")  # that are written
 MAX_SHARD_BYTES = 5 * 10**9

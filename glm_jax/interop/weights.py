@@ -1,29 +1,21 @@
-"""Weights wherever they are: a path is recognised by what lies there, and its arrays stay on disk until they are read.
-
-WORKDIR, WORKDIR@STEP, WORKDIR/checkpoints/STEP     what a run or `convert` wrote
-a folder with `params`, or with numbered such       checkpoints of orbax without the rest of a workdir
-a folder with `latest`                              an official checkpoint, written by SwissArmyTransformer (SAT)
-a folder with config.json and *.safetensors or *.bin   what Hugging Face's classes of the original GLM write
-"""
+"""Weights wherever they are, see places.py: their arrays stay on disk until they are read."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 from glm_jax.config import Experiment
 from glm_jax.config.fields import build, definitions, local_path
 from glm_jax.data.tokenizers.load import load, read
 from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
-from glm_jax.interop import arrays, describe, huggingface, shards, sources
+from glm_jax.interop import arrays, describe, huggingface, places, shards, sources
 from glm_jax.interop.sources import Adapted, Source
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import processes
@@ -55,7 +47,7 @@ class Weights:
         files: the folder, and the start of the names, of the files that hold the arrays.
     """
 
-    kind: Literal["workdir", "orbax", "sat", "huggingface"]
+    kind: places.Kind
     path: Path
     config: GLMConfig
     parameters: Mapping[ParamPath, Source]
@@ -96,7 +88,7 @@ def open_weights(path: str | Path, given: Given = MappingProxyType({}), say: Say
     """Open weights without reading them. In a run of several processes all must call this.
 
     Args:
-        path: see above. Of a workdir without a step, the newest good checkpoint is taken.
+        path: see places.py. Of a workdir without a step, the newest good checkpoint is taken.
         given: what the user says of the model. It must not contradict what the files show; where they show nothing,
             it decides.
         say: called with a line about every damaged checkpoint that is skipped.
@@ -105,31 +97,14 @@ def open_weights(path: str | Path, given: Given = MappingProxyType({}), say: Say
         UserError: nothing that can be read lies there, it is damaged, is of another model than `given`, or does not
             show a key that `given` lacks.
     """
-    root, step = _split(local_path(path, "the path of the weights"))
-    if (root / "latest").is_file():
-        return _open_sat(root, given)
-    if (root / "checkpoints").is_dir():
-        return _open_workdir(root, step, given, say)
-    found = _find_step(root)
-    if found is not None:
-        return _open_step(root, found, given)
-    if any((root / name).is_file() for name in huggingface.FILES):
-        return _open_huggingface(root, given)
-    missing = "does not exist" if not root.exists() else "holds no weights"
-    raise UserError(f"{root} {missing}: name a workdir with checkpoints, a checkpoint's folder with {PARAMS!r} in it, "
-                    "or an official one with `latest`")  # fmt: skip
-
-
-def _split(path: Path) -> tuple[Path, int | None]:
-    """Return the folder that a path names, and the step if it names one in a workdir."""
-    if not path.exists() and (match := re.fullmatch(r"(.+)@(\d+)", str(path))):
-        return Path(match[1]), int(match[2])
-    whole = path.absolute()
-    if whole.parent.name == "checkpoints" and whole.name.isdecimal() and (whole.parents[1] / folder.CONFIG).is_file():
-        return path.parent.parent, int(path.name)
-    if whole.name == "checkpoints" and (whole.parent / folder.CONFIG).is_file():
-        return path.parent, None
-    return path, None
+    place = places.find(path)
+    if place.kind == "sat":
+        return _open_sat(place.root, given)
+    if place.kind == "huggingface":
+        return _open_huggingface(place.root, given)
+    if place.kind == "workdir":
+        return _open_workdir(place.root, place.step, given, say)
+    return _open_step(place.root, place.step or place.root, given)
 
 
 def _open_sat(root: Path, given: Given) -> Weights:
@@ -159,15 +134,12 @@ def _check_given(root: Path, config: GLMConfig, given: Given) -> None:
             raise describe.differs(root, key, (value,), given[key])
 
 
-def _open_workdir(root: Path, step: int | None, given: Given, say: Say) -> Weights:
+def _open_workdir(root: Path, step: Path | None, given: Given, say: Say) -> Weights:
     experiment, directory = folder.read_config(root), root / "checkpoints"
-    steps = checkpoint_folders.folders(directory)
-    if step is not None and step not in steps:
-        listed = ", ".join(map(str, steps)) or "none"
-        raise UserError(f"{root} has no checkpoint of step {step}, but these: {listed}")
+    steps = checkpoint_folders.folders(directory) if step is None else [int(step.name)]
     adapted = experiment.train.lora.rank > 0
     item = ADAPTERS if adapted else PARAMS
-    good, _ = checkpoint_folders.newest_good(directory, steps if step is None else [step], f"{item}/", say)
+    good, _ = checkpoint_folders.newest_good(directory, steps, f"{item}/", say)
     if good is None:
         raise UserError(f"{root} holds no finished checkpoint yet")
     parameters = (
@@ -194,7 +166,7 @@ def open_recorded(record: Json, named: str, given: Given = MappingProxyType({}),
     """
     root = Path(record["path"])
     if not root.exists():
-        root, _ = _split(local_path(named, "train.init_from"))
+        root, _ = places.split(local_path(named, "train.init_from"))
     weights = open_weights(f"{root}@{record['step']}" if record["kind"] == "workdir" else root, given, say)
     if processes.is_first() and weights.digest != record["digest"]:  # which may read all of an official checkpoint
         raise UserError(f"{root} has changed since the adapters were trained for it: restore it")
@@ -216,14 +188,6 @@ def _merged(root: Path, experiment: Experiment, step: Path, say: Say) -> dict[Pa
         else source
         for path, source in base.parameters.items()
     }
-
-
-def _find_step(root: Path) -> Path | None:
-    """Return `root` if it is the folder of a step, or that of the newest step in it."""
-    if (root / PARAMS).is_dir():
-        return root
-    steps = [step for step in root.iterdir() if step.name.isdecimal()] if root.is_dir() else []
-    return max((step for step in steps if (step / PARAMS).is_dir()), key=lambda step: int(step.name), default=None)
 
 
 def _open_step(root: Path, directory: Path, given: Given) -> Weights:

@@ -12,21 +12,18 @@ import sys
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import ParamSpec, Protocol, TypeVar
 
 import jax
-from orbax.checkpoint import multihost
 
 from glm_jax.errors import UserError
+from glm_jax.parallel.schedulers import joins
 from glm_jax.types import Tree
 
 P = ParamSpec("P")  # what a function takes
 R = TypeVar("R", covariant=True)  # and what it returns
 
-# Variables by which a scheduler tells a process that it is one of several, and those that hold the number of processes.
-# jax reads the rest.
-SCHEDULERS = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}
 LOST = 1  # the exit code when another process is gone
 HOUR = 3600  # seconds to wait for what others may do before they arrive: fetching, tokenising, compiling
 HEARTBEAT = 10  # seconds that a busy machine may take between two signs of life
@@ -38,14 +35,6 @@ _barriers = itertools.count()
 
 class Gone(Exception):
     """Another process has stopped and has said why."""
-
-
-def scheduled(environment: Mapping[str, str]) -> bool:
-    """Whether Slurm's srun, Open MPI's mpirun or a Cloud TPU slice started this process together with others."""
-    for variable, count in SCHEDULERS.items():
-        if variable in environment and int(environment.get(count, "1")) > 1:
-            return True
-    return environment.get("TPU_WORKER_HOSTNAMES", "").count(",") > 0
 
 
 def start(coordinator: str | None, count: int | None, index: int | None, timeout: float) -> None:
@@ -64,7 +53,7 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
     given = [coordinator is not None, count is not None, index is not None]
     if any(given) and not all(given):
         raise UserError("--coordinator, --processes and --process go together: give all three, or none")
-    if not any(given) and not scheduled(os.environ):
+    if not joins(coordinator):
         return
     if count is not None and index is not None and not 0 <= index < count:
         raise UserError(f"--process={index} of --processes={count}: they count from 0 to {count - 1}")
@@ -128,6 +117,8 @@ def wait_for_all() -> None:
         jax.errors.JaxRuntimeError: another process is gone without saying why.
     """
     if not alone():
+        from orbax.checkpoint import multihost
+
         key = f"glm_jax_{next(_barriers)}"
         wait = multihost.get_barrier_sync_fn()
         wait(key=key, timeout_ms=HOUR * 1000)
@@ -201,6 +192,8 @@ def together(run: Callable[[], int]) -> int:
 
 def _tell(reason: str) -> None:
     """Leave the others a message, and meet them at the barrier after which they read it."""
+    from orbax.checkpoint import multihost
+
     client, wait = multihost.get_jax_distributed_client(), multihost.get_barrier_sync_fn()
     key = f"glm_jax_{next(_barriers)}"
     try:

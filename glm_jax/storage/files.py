@@ -18,6 +18,15 @@ from typing import IO
 from glm_jax.errors import UserError
 
 
+def user_cache() -> Path:
+    """Return the folder of glm_jax in the user's cache folder: XDG_CACHE_HOME, else ~/.cache.
+
+    Raises:
+        RuntimeError: the user has no home directory.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "glm_jax"
+
+
 def sync(path: Path) -> None:
     """Sync a file, or the names in a directory, to the disk: a rename survives a crash once its directory is synced."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from glm_jax import startup
 from glm_jax.config import Experiment, resolve
 from glm_jax.errors import UserError
 from glm_jax.sweeps import group
@@ -59,6 +60,7 @@ def result(config: Experiment, outcome: Outcome) -> Row:
 
 def main() -> int:
     """Do the job given on standard input, and return the exit code."""
+    startup.prepare()
     try:
         work(json.load(sys.stdin))
     except UserError as error:

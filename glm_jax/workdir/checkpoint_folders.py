@@ -1,6 +1,7 @@
 """The folders of a workdir's checkpoints: which exist, which are good, and which may be removed.
 
-All processes of a run must come to the same verdict on a folder; the functions by which they agree are here, too.
+All processes of a run must come to the same verdict on a folder; the functions by which they agree are here, too, and
+alone import jax.
 """
 
 from __future__ import annotations
@@ -16,12 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from glm_jax.errors import UserError
-from glm_jax.parallel import processes
 from glm_jax.storage import digests
 from glm_jax.storage.files import sync
 
@@ -111,6 +109,8 @@ def newest_good(
     Raises:
         UserError: there are steps, and all are damaged.
     """
+    import jax
+
     damaged: dict[int, str] = {}
     candidates = list(steps)
     while (step := int(everyone(str(candidates.pop() if candidates else -1))[0])) >= 0:
@@ -134,8 +134,14 @@ def _sentence(damage: str) -> str:
 
 def everyone(text: str) -> list[str]:
     """Return the texts of all processes, in order, cut to MESSAGE_BYTES each. A collective if there are several."""
+    import jax
+
     if jax.process_count() == 1:
         return [text]
+    from jax.experimental import multihost_utils
+
+    from glm_jax.parallel import processes
+
     processes.wait_for_all()  # one may first have many files to read or remove, and a collective times out
     row = np.zeros(MESSAGE_BYTES, np.uint8)
     said = np.frombuffer(text.encode()[:MESSAGE_BYTES], np.uint8)

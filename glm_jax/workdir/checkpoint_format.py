@@ -11,16 +11,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore
 
 from glm_jax.errors import UserError
 from glm_jax.storage import digests
 from glm_jax.storage.files import atomic_directory
 from glm_jax.types import Json
+
+if TYPE_CHECKING:
+    import tensorstore
 
 PARAMS = "params"  # the item of a checkpoint that holds params
 ADAPTERS = "adapters"  # or, with LoRA, the params that are trained, in place of the model's
@@ -58,6 +59,8 @@ class StoredArray:
 
 def describe(folder: Path, items: Iterable[str]) -> None:
     """Write which orbax handler restores each item of a checkpoint."""
+    import orbax.checkpoint as ocp  # takes half a second, and readers need only the rest of this module
+
     handlers = {item: ocp.JsonCheckpointHandler if item == RUN else ocp.StandardCheckpointHandler for item in items}
     names = {item: f"{handler.__module__}.{handler.__qualname__}" for item, handler in handlers.items()}
     (folder / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": names}), "utf-8")
@@ -106,6 +109,8 @@ def open_params(folder: Path, item: str = PARAMS) -> dict[ParamPath, StoredArray
 
 
 def _write(directory: Path, array: Chunked) -> None:
+    import tensorstore
+
     metadata = {"shape": array.shape, "chunks": array.chunk, "dtype": array.dtype.str, "compressor": None}
     specification = {"driver": "zarr", "kvstore": _file_store(directory), "metadata": metadata}
     store = tensorstore.open(specification, create=True).result()
@@ -132,6 +137,8 @@ def _file_store(directory: Path) -> dict[str, str]:
 
 
 def _open(item: Path) -> Iterator[tuple[ParamPath, StoredArray]]:
+    import tensorstore
+
     metadata = json.loads((item / "_METADATA").read_text("utf-8"))
     paths = [tuple(key["key"] for key in leaf["key_metadata"]) for leaf in metadata["tree_metadata"].values()]
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"

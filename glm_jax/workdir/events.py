@@ -17,16 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
-from tensorboardX import summary
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import RecordWriter
-
 from glm_jax.errors import UserError
 from glm_jax.storage.files import json_line, write_atomic
 from glm_jax.types import Json
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
+    from tensorboardX.record_writer import RecordWriter
 
 Event = Json
 
@@ -144,6 +141,8 @@ class TensorBoard:
         self._purge = step + 1
 
     def write(self, event: Event) -> None:
+        from tensorboardX import summary
+
         try:
             writer = self._writer or self._open()
             message = _message(event["step"])
@@ -169,6 +168,8 @@ class TensorBoard:
 
     def _open(self) -> RecordWriter:
         """Open a file that tells TensorBoard to drop the steps from `_purge` on that earlier files hold."""
+        from tensorboardX.record_writer import RecordWriter
+
         self._folder.mkdir(parents=True, exist_ok=True)
         number = len(list(self._folder.iterdir()))  # two files may start in the same second
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{number}"
@@ -193,6 +194,8 @@ class _Message(Protocol):
 
 
 def _message(step: int, **content: object) -> _Message:
+    from tensorboardX.proto import event_pb2
+
     return event_pb2.Event(wall_time=time.time(), step=step, **content)  # pyright: ignore[reportAttributeAccessIssue]
 
 

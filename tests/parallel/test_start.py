@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import pytest
+from orbax.checkpoint import multihost
 
 from glm_jax.errors import UserError
-from glm_jax.parallel import processes
+from glm_jax.parallel import processes, schedulers
 from tests.patience import HANG
 
 SLURM = {"SLURM_STEP_NODELIST": "node[001-004]", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}
@@ -35,7 +36,7 @@ OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:34911", "OMPI_COMM_W
     ],
 )
 def test_the_environment_shows_whether_there_are_others(environment: dict[str, str], several: bool) -> None:
-    assert processes.scheduled(environment) is several
+    assert schedulers.scheduled(environment) is several
 
 
 @pytest.mark.parametrize("count, index", [(1, 0), (2, 0), (2, 1)])
@@ -54,8 +55,8 @@ def test_telling_others_of_a_mistake_works_even_if_they_are_gone(monkeypatch: py
         raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
 
     client = SimpleNamespace(key_value_set=told.__setitem__)
-    monkeypatch.setattr(processes.multihost, "get_jax_distributed_client", lambda: client)
-    monkeypatch.setattr(processes.multihost, "get_barrier_sync_fn", lambda: wait)
+    monkeypatch.setattr(multihost, "get_jax_distributed_client", lambda: client)
+    monkeypatch.setattr(multihost, "get_barrier_sync_fn", lambda: wait)
     processes._tell("no such file")
     assert list(told.values()) == ["process 0: no such file"]
 
@@ -107,7 +108,7 @@ def test_a_process_leaves_as_it_has_decided_even_if_jax_aborts_it_first() -> Non
 SCRIPT = """
 import os, sys, time
 from glm_jax.errors import UserError
-from glm_jax.parallel import processes
+from glm_jax.parallel import processes, schedulers
 
 def run():
     processes.wait_for_all()

@@ -24,7 +24,7 @@ from pathlib import Path
 from glm_jax.data.corpora.build import WorkerDied
 from glm_jax.errors import UserError
 from glm_jax.storage import digests
-from glm_jax.storage.files import sync, write_atomic
+from glm_jax.storage.files import sync, user_cache, write_atomic
 
 Report = Callable[[str], None]
 
@@ -142,12 +142,11 @@ def cache_directory(configured: str) -> Path:
 
     Raises UserError if it cannot be made or written to.
     """
-    named = configured or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        cache = Path(named).expanduser()
+        cache = Path(configured).expanduser() if configured else user_cache()
     except RuntimeError:
+        named = configured or "~/.cache"
         raise UserError(f"the cache {named} has no home directory to be in: set data.cache, or HOME") from None
-    cache = cache if configured else cache / "glm_jax"
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:

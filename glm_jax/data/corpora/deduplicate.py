@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import overload
 
 import numpy as np
-from datasketch import MinHash
 
 PERMUTATIONS = 128  # of a signature
 FOUND = 0.97  # of the pairs at the threshold share a band, in expectation
@@ -80,6 +79,8 @@ def shingles(text: str) -> np.ndarray:
 
 def signature(hashes: np.ndarray) -> np.ndarray:
     """Return the MinHash signature of a text's shingles: uint32 [PERMUTATIONS]."""
+    from datasketch import MinHash  # imports scipy, which cached corpora need not wait for
+
     sketch = MinHash(PERMUTATIONS, hashfunc=int, scheme=SCHEME)
     for start in range(0, len(hashes), BATCH):
         sketch.update_batch(hashes[start : start + BATCH].tolist())

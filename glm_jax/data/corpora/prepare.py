@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -129,6 +130,13 @@ def prepare(
         instructions=prompted,
         instruction_weights=prompted_weights,
     )
+
+
+def check_paths(config: Experiment) -> None:
+    """Raise UserError for a source whose path names nothing, which `prepare` might find only after another source."""
+    for source in config.data.sources.values():
+        if source.path and not os.path.lexists(os.path.expanduser(source.path)):
+            find_files(source.path)
 
 
 def check_undamaged(prepared: Prepared) -> None:
