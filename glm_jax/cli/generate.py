@@ -35,7 +35,9 @@ def run(arguments: Sequence[str]) -> int:
 
     given = functools.cache(lambda: _given(values))
     if not schedulers.joins(values.coordinator):  # before jax is imported; one of several must tell the others
-        _check_files(values)
+        _check_workdir(values)
+        if values.output:
+            _check_output(Path(values.output))
         given()
 
     from glm_jax.parallel import processes
@@ -54,15 +56,13 @@ def _check(values: flags.FlagValues) -> None:
         raise UserError("--output needs prompts: give --input FILE")
 
 
-def _check_files(values: flags.FlagValues) -> None:
-    """Refuse a workdir that cannot be opened, and an output that cannot be written."""
+def _check_workdir(values: flags.FlagValues) -> None:
+    """Refuse a workdir, or a step, that is not there."""
     from glm_jax.interop import places
     from glm_jax.workdir import folder
 
     folder.read_config(local_path(values.workdir, "the workdir"))
     places.find(values.workdir if values.step is None else f"{values.workdir}@{values.step}")
-    if values.output:
-        _check_output(Path(values.output))
 
 
 def _check_output(path: Path) -> None:

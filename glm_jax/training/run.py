@@ -116,6 +116,7 @@ class Run:
         self.stretch.meter.restart()
         try:
             if self.step == 0 and self.current.train.eval_every:
+                self.stretch.compile_ahead(self.state, recipe.batch_rows(self.current, self.samples), self.base)
                 self.evaluate()
             while not self.stopping and not (self._stop.asked and processes.alone()):
                 if self.step >= self._until:
@@ -132,8 +133,7 @@ class Run:
                             break
                 if self.step == step.number:
                     yield step
-            if self.saved != self.step:
-                self.save()
+            self.save()
         finally:
             self._asked, self._stop, self._previous = Request.NOTHING, Stop(), None
             for observer in self.observers:

@@ -83,13 +83,19 @@ def _param_axes(cfg: StepConfig) -> Tree:
     return model.logical_axes(glm) if cfg.lora is None else lora.adapter_axes(glm, cfg.lora)
 
 
+@functools.lru_cache(maxsize=4)  # a run asks for them many times
+def _shapes(cfg: StepConfig) -> TrainState:
+    """Return the shapes and dtypes of the state before the first step, its layers not padded."""
+    return jax.eval_shape(lambda: init_state(cfg))
+
+
 def _axes(cfg: StepConfig) -> TrainState:
     """Return the logical axes of every array of the state: a moment has those of its param, other arrays have none.
 
     A moment is recognised by its path, which ends like its param's, and by its shape. This finds the moments of adam,
     of lion, and of a transformation masked to some params. Anything else that an optimizer keeps is replicated.
     """
-    shapes = jax.eval_shape(lambda: init_state(cfg))
+    shapes = _shapes(cfg)
     axes = jax.tree.leaves(_param_axes(cfg), is_leaf=lambda leaf: isinstance(leaf, tuple))
     leaves = jax.tree_util.tree_leaves_with_path(shapes.params)
     known = {(tuple(path), array.shape): names for (path, array), names in zip(leaves, axes, strict=True)}
@@ -153,7 +159,7 @@ def _disk_shardings(cfg: StepConfig, mesh: Mesh) -> TrainState:
     """
     specs = state_specs(cfg, mesh)
     if _is_padded(cfg, mesh):
-        specs = partition.moved("pipeline", specs, jax.eval_shape(lambda: init_state(cfg)), mesh.shape)
+        specs = partition.moved("pipeline", specs, _shapes(cfg), mesh.shape)
     return partition.shardings(mesh, specs)
 
 
@@ -188,7 +194,7 @@ def disk_targets(cfg: StepConfig, mesh: Mesh) -> Items:
     Raises:
         UserError: the layers are padded to the stages, and the optimizer keeps arrays that cannot be cut to the layers.
     """
-    shapes = jax.eval_shape(lambda: init_state(cfg))
+    shapes = _shapes(cfg)
     if _is_padded(cfg, mesh):
         cut = jax.eval_shape(lambda: true_layers(cfg, init_state(cfg, mesh.shape["pipeline"])))
         if [array.shape for array in jax.tree.leaves(cut)] != [array.shape for array in jax.tree.leaves(shapes)]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,12 +53,7 @@ def step_config(
     )
 
 
-@functools.lru_cache(maxsize=2)  # a change of the learning rate alone, say, compiles nothing again
-def _compiled(cfg: StepConfig, mesh: jax.sharding.Mesh) -> tuple[Train, Evaluate]:
-    train, evaluate = compile_steps(cfg, mesh)
-    return processes.compiled_together(train), processes.compiled_together(evaluate)
-
-
+_jitted = functools.lru_cache(maxsize=2)(compile_steps)  # a change of the learning rate, say, compiles nothing again
 _gradients = jax.jit(passes.value_and_grad, static_argnums=(0, 1))
 
 
@@ -72,10 +68,12 @@ class Stretch:
         self.cfg = step_config(config, engine, optimizer)
         self._heldout = HeldOut(config, prepared, self.mesh)
         self.batches = training_batches(config, prepared)
-        self._train, self._evaluate = _compiled(self.cfg, self.mesh)
+        self._step, evaluate = _jitted(self.cfg, self.mesh)
+        self._train, self._evaluate = processes.compiled_together(self._step), processes.compiled_together(evaluate)
         self._microbatch = config.train.global_batch // config.train.microbatches  # rows
         self._stream: grain.DatasetIterator[Rows[np.ndarray]] | None = None
         self._stands = (-1, 0)  # the first row of the stream's next batch, and its rows
+        self._compiling: Future[object] | None = None
         self.compiled = False
 
     def describe(self, say: Callable[[str], None]) -> None:
@@ -86,7 +84,7 @@ class Stretch:
     def batch(self, samples: int, rows: int) -> Rows[np.ndarray]:
         """Read this process's share of the batch of `rows` rows that begins at row `samples`."""
         if self._stream is None or self._stands != (samples, rows):
-            self.close()
+            self._stop_reading()
             mine = local_rows(self.mesh, rows, rows // self._microbatch).reshape(-1)
             self._stream = self.batches.prefetched(samples, rows, mine)
         self._stands = (samples + rows, rows)
@@ -103,7 +101,24 @@ class Stretch:
     ) -> tuple[TrainState, dict[str, Tree]]:
         """Take a step with a batch of `rows` rows over all processes and the settings that recipe.py has `chosen`."""
         placed = place(self.mesh, batch, rows // self._microbatch)
+        self._await_compiling()
         return self._train(state, placed, controls(self.mesh, chosen["lr"], chosen["embedding_shrink"], request), base)
+
+    def compile_ahead(self, state: TrainState, rows: int, base: Tree = ()) -> None:
+        """Compile the step of `rows` rows in a thread, which `train` waits for; several processes compile together."""
+        if not processes.alone():
+            return
+        two_streams = self.cfg.engine.model.position == "learned_2d"
+        empty = Rows.empty(rows, self.config.data.seq_length, pad=0, two_streams=two_streams)
+        arguments = (state, place(self.mesh, empty, rows // self._microbatch), controls(self.mesh, 0.0, 0.0), base)
+        thread = ThreadPoolExecutor(1, "compile")
+        self._compiling = thread.submit(lambda: self._step.lower(*arguments).compile())
+        thread.shutdown(wait=False)
+
+    def _await_compiling(self) -> None:
+        if self._compiling is not None:
+            wait([self._compiling])  # an error comes again from the call
+            self._compiling = None
 
     def heldout(self, params: Tree, base: Tree = ()) -> dict[str, float]:
         """Return the held-out losses of a state's params, and of the base if they are adapters."""
@@ -121,7 +136,11 @@ class Stretch:
         return Meter(self.cfg.engine, self.config.data.seq_length, peak_flops(self.mesh))
 
     def close(self) -> None:
-        """Stop the threads that read ahead."""
+        """Stop the threads that read and compile ahead."""
+        self._await_compiling()
+        self._stop_reading()
+
+    def _stop_reading(self) -> None:
         if self._stream is not None:
             self._stream.close()
             self._stream = None

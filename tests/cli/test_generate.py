@@ -145,6 +145,7 @@ def test_a_workdir_elsewhere_is_refused_in_python_too(workdir: str) -> None:
 def test_several_processes_read_no_standard_input(
     model: Scripted, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("glm_jax.parallel.schedulers.joins", lambda coordinator: True)
     monkeypatch.setattr("glm_jax.parallel.processes.alone", lambda: False)
     monkeypatch.setattr("glm_jax.parallel.processes.together", lambda run: run())
     for flags in ([], ["--input=-"]):

@@ -323,6 +323,7 @@ def test_a_file_in_parts_gives_what_the_whole_gives(folder: Path, run: Run, monk
     assert len({filled.text for filled in whole}) == 6
     Path("in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     monkeypatch.setattr(Model, "open", lambda *_: model)
+    monkeypatch.setattr("glm_jax.cli.generate._check_workdir", lambda values: None)
     command = ["--input=in.jsonl", "--output=out", "--strategy=sample", "--max_tokens=3", "--seed=5", "--top_p=1"]
     Path("bad.txt").write_text("the\n" + "the small " * 40)
     assert "error: bad.txt line 2: the prompt has " in run("--input=bad.txt")[2]

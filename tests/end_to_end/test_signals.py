@@ -162,7 +162,7 @@ class Finder:
             os.kill(os.getpid(), {number})
 
 sys.meta_path.insert(0, Finder())
-sys.argv = ["glm-jax", "generate", "--workdir=/dev/null", "--prompt=x"]
+sys.argv = ["glm-jax", *{arguments!r}]
 main()
 """
 AT_EXIT = """
@@ -189,9 +189,10 @@ def process(environment: dict[str, str], code: str) -> tuple[int, list[str]]:
     "module, number", [("absl", INT), ("absl.flags", TERM), ("jax", HUP), ("jaxlib._jax", INT), ("orbax", USR1)]
 )
 def test_a_signal_while_modules_are_imported_ends_the_process_in_one_line(
-    module: str, number: int, environment: dict[str, str]
+    module: str, number: int, environment: dict[str, str], experiment: Path, tmp_path: Path
 ) -> None:
-    ended = process(environment, IMPORTS.format(module=module, number=int(number)))
+    arguments = ["train", f"--config={experiment}", f"--workdir={tmp_path / 'run'}"]
+    ended = process(environment, IMPORTS.format(module=module, number=int(number), arguments=arguments))
     assert ended == (signals.INTERRUPTED, [signals.LINE])
 
 

@@ -42,6 +42,9 @@ class Counting:
     def describe(self, say: Any) -> None:
         pass
 
+    def compile_ahead(self, state: int, rows: int, base: Any = ()) -> None:
+        pass
+
     def batch(self, samples: int, rows: int) -> tuple[int, int]:
         return samples, rows
 
