@@ -2,14 +2,18 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
+import glm_jax
 from glm_jax.config import default_config, instructions, resolve, source, with_changes
 from glm_jax.config.data import OBJECTIVES
 from glm_jax.config.fields import flatten
 from glm_jax.data.corpora.prepare import prepare
 from glm_jax.data.rows.experiment import heldout_batches, training_batches
+from glm_jax.training.observers import Observer, Step
+from glm_jax.training.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +76,36 @@ def test_weights_may_follow_sizes_or_a_history(config):
     ):  # fmt: skip
         batch = training_batches(changed(config, blanks=blanks, **more), prepared).at(0, 300)
         assert (batch.source == 0).mean() == pytest.approx(share, abs=0.03)
+
+
+class Compiled(Observer):
+    """Counts what is compiled in a step."""
+
+    def __init__(self) -> None:
+        self.names, self.steps = list[str](), list[list[str]]()
+        jax.monitoring.register_event_duration_secs_listener(self.note)
+
+    def note(self, name: str, duration: float, **more: object) -> None:
+        if name.endswith(("trace_duration", "backend_compile_duration")):
+            self.names.append(str(more.get("fun_name")))
+
+    def before(self, run: Run) -> None:
+        run.stretch._await_compiling()
+        self.names.clear()
+
+    def after(self, step: Step) -> None:
+        self.steps.append([*self.names])
+
+
+@pytest.mark.slow
+def test_the_step_is_compiled_while_the_first_evaluation_runs(config):
+    sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "ffn_size": 32}
+    changes = {f"model.{key}": size for key, size in sizes.items()} | {"train.steps": 1, "train.eval_rows": 4}
+    with glm_jax.load(with_changes(config, changes), say=lambda line: None) as run:
+        compiled = Compiled()
+        run.observers = [compiled, *run.observers]
+        (step,) = run.steps()
+        assert np.isfinite(step.loss) and compiled.steps == [[]]
+        compiled.before(run)
+        jax.jit(lambda x: x + 2)(1.0)
+        assert compiled.names  # it counts
