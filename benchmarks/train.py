@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import machine
 import numpy as np
@@ -36,8 +36,8 @@ def rows_of(options: argparse.Namespace) -> Rows[np.ndarray]:
     return shared.packed_rows(options.rows, options.length, options.vocabulary)
 
 
-def ours(options: argparse.Namespace) -> None:
-    """Be our side, with the glm_jax that this process finds."""
+def build(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
+    """Return a jitted step with the glm_jax that this process finds, and its arguments, of which it replaces the first."""
     from glm_jax.config.data import OBJECTIVES
     from glm_jax.config.training import OptimizerConfig
     from glm_jax.engine import EngineConfig
@@ -55,13 +55,22 @@ def ours(options: argparse.Namespace) -> None:
     chosen |= {"schedule": options.schedule, "keep": options.stash}
     engine = EngineConfig(glm, options.vocabulary, len(OBJECTIVES), **chosen)
     cfg = StepConfig(engine, OptimizerConfig(), None, seed=0)
-    state = create_state(cfg, mesh)
     train, _ = step.compile_steps(cfg, mesh)
     rows = meshes.place(mesh, rows_of(options), options.microbatches)
+    return train, (create_state(cfg, mesh), rows, step.controls(mesh, LR, 1.0), ())
+
+
+def ours(options: argparse.Namespace) -> None:
+    """Be our side."""
+    if importlib.util.find_spec("glm_jax.startup"):  # not in older commits
+        from glm_jax import startup
+
+        startup.keep_memory()  # as the commands do, if `--allocator` says nothing
+    train, (state, *rest) = build(options)
 
     def turn() -> dict[str, float]:
         nonlocal state
-        state, metrics = train(state, rows, step.controls(mesh, LR, 1.0), ())
+        state, metrics = train(state, *rest)
         return {"loss": float(metrics["sums"].loss.sum() / metrics["sums"].targets.sum())}
 
     rounds.serve(turn)

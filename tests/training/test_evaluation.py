@@ -85,9 +85,9 @@ class Compiled(Observer):
         self.names, self.steps = list[str](), list[list[str]]()
         jax.monitoring.register_event_duration_secs_listener(self.note)
 
-    def note(self, name: str, duration: float, **more: object) -> None:
-        if name.endswith(("trace_duration", "backend_compile_duration")):
-            self.names.append(str(more.get("fun_name")))
+    def note(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event.endswith(("trace_duration", "backend_compile_duration")):
+            self.names.append(str(kwargs.get("fun_name")))
 
     def before(self, run: Run) -> None:
         run.stretch._await_compiling()
