@@ -37,7 +37,7 @@ def rows_of(options: argparse.Namespace) -> Rows[np.ndarray]:
 
 
 def build(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
-    """Return a jitted step with the glm_jax that this process finds, and its arguments, of which it replaces the first."""
+    """Return a jitted step of the glm_jax that this process finds, and its arguments; the first it replaces."""
     from glm_jax.config.data import OBJECTIVES
     from glm_jax.config.training import OptimizerConfig
     from glm_jax.engine import EngineConfig
