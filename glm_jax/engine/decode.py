@@ -38,6 +38,7 @@ from glm_jax.types import Tree
 
 Array = jax.Array
 
+SCORED = 64  # tokens of a row whose logits are in memory at a time
 GROUPS = jax.P(None, "data")  # of arrays [M, B, ...]
 CACHE = jax.P("pipeline", None, "data", "tensor")  # of arrays [P, M, B, N, T, K]
 
@@ -48,6 +49,7 @@ class Prompts(NamedTuple):
     tokens: Array  # int32 [M, B, S], padded on the right
     positions: Array  # int32 [M, B, T] or [M, B, 2, T]: of the context, then of what is generated after it
     lengths: Array  # int32 [M, B]: tokens of context
+    blocks: Array | None = None  # int32 [M, B, S]: tokens of different blocks do not see each other, all see those of 0
 
 
 class Decoding(NamedTuple):
@@ -91,14 +93,22 @@ class _Stage:
         return self._run(x, allowed, terms, start, cache, group, active, reference)
 
     def run_rows(
-        self, x: Array, positions: Array, context: Array, cache: Cache, group: Array, active: Array
-    ) -> tuple[Array, Cache]:
-        """Run whole rows x [B, S, D], which begin at place 0; they see what `visible` says, and themselves alone."""
+        self, x: Array, positions: Array, context: Array, cache: Cache, group: Array, active: Array,
+        blocks: Array | None = None,
+    ) -> tuple[Array, Cache]:  # fmt: skip
+        """Run whole rows x [B, S, D], which begin at place 0; they see what `visible` says, and themselves alone.
+
+        With `blocks`, int32 [B, S], they see what `same_block` leaves of that, by the reference core.
+        """
         rows, length = x.shape[:2]
-        allowed = Visibility(jnp.ones((rows, length), jnp.int32), jnp.arange(length) < context[:, None])
+        start = jnp.zeros(rows, jnp.int32)
         terms = position_terms(self.glm, positions[..., :length], x.dtype)
-        core = CORES[choose(self.glm, self.platform, length, x.dtype.name, forward_only=True)]
-        return self._run(x, allowed, terms, jnp.zeros(rows, jnp.int32), cache, group, active, core)
+        if blocks is None:
+            allowed = Visibility(jnp.ones((rows, length), jnp.int32), jnp.arange(length) < context[:, None])
+            core = CORES[choose(self.glm, self.platform, length, x.dtype.name, forward_only=True)]
+        else:
+            allowed, core = visible(places_of(start, length), context, length) & same_block(blocks), reference
+        return self._run(x, allowed, terms, start, cache, group, active, core)
 
     def _run(
         self, x: Array, allowed: Array | Visibility, terms: PositionTerms, start: Array, cache: Cache, group: Array,
@@ -129,6 +139,12 @@ def visible(places: Array, context: Array, length: int) -> Array:
     """
     keys = jnp.arange(length)  # [T]
     return (keys <= places[..., None]) | (keys < context[:, None, None])
+
+
+def same_block(blocks: Array) -> Array:
+    """Return which tokens their blocks [B, S] do not keep apart, as block 0 is open to all: bool [B, S, S]."""
+    keys = blocks[:, None, :]  # [B, 1, S]
+    return (keys == 0) | (keys == blocks[:, :, None])
 
 
 def _empty_cache(cfg: DecodeConfig, mesh: jax.sharding.Mesh, layers: int, groups: int, rows: int, room: int) -> Cache:
@@ -301,12 +317,25 @@ def token_losses(
     Args:
         cfg, mesh: static.
         weights: on the mesh.
-        prompts: whole rows; `lengths` is the number of tokens that all others see, the rest see what is before them.
-            T = S.
-        places: int32 [M, B, A], the tokens whose logits count.
+        prompts: whole rows; `lengths` is the number of tokens that all others see, the rest see what is before them,
+            in their own block if there are several. T = S.
+        places: int32 [M, B, A], the tokens whose logits count; A is at most SCORED, or a multiple of it.
         targets: int32 [M, B, A], what follows each.
     """
     groups = prompts.tokens.shape[0]
+
+    def score(stage: _Stage, x: Array, places: Array, targets: Array) -> Array:
+        """Return the losses [B, A] of a group, SCORED tokens of each row at a time: their logits are large."""
+
+        def part(asked: tuple[Array, Array]) -> Array:
+            logits = stage.leave(x, asked[0])  # [B, A, V / shards]
+            return cross_entropy.token_losses(logits, asked[1], cfg.num_tokens)
+
+        rows, width = targets.shape
+        if width <= SCORED:
+            return part((places, targets))
+        parts = [array.reshape(rows, -1, SCORED).swapaxes(0, 1) for array in (places, targets)]  # [A / 64, B, 64]
+        return lax.map(part, (parts[0], parts[1])).swapaxes(0, 1).reshape(rows, width)
 
     def local(weights: Weights, prompts: Prompts, places: Array, targets: Array) -> Array:
         stage = _Stage(cfg, mesh, weights)
@@ -319,10 +348,9 @@ def token_losses(
             x = stage.enter(x, entering.tokens, entering.positions, start)  # [B, S, D]
             group = time - stage.index
             prompt, active = at(prompts, jnp.clip(group, 0, groups - 1)), (group >= 0) & (group < groups)
-            x, cache = stage.run_rows(x, prompt.positions, prompt.lengths, cache, only, active)
+            x, cache = stage.run_rows(x, prompt.positions, prompt.lengths, cache, only, active, prompt.blocks)
             leaving = jnp.maximum(time - (stage.stages - 1), 0)  # the first ones are overwritten
-            logits = stage.leave(x, places[leaving])  # [B, A, V / shards]
-            losses = put(losses, cross_entropy.token_losses(logits, targets[leaving], cfg.num_tokens), leaving)
+            losses = put(losses, score(stage, x, places[leaving], targets[leaving]), leaving)
             return shift(x, 1), cache, losses
 
         cache = _empty_cache(cfg, mesh, len(stage.layers), 1, rows, length)

@@ -71,7 +71,7 @@ def row_positions(cfg: GLMConfig, context: Context, length: int) -> np.ndarray:
     original GLM (learned_2d) always repeats, and counts in the second stream. Fills of the same context follow one
     another, as the spans of a sample do in training.
     """
-    before = len(context.tokens) - 1
+    before = context.blank + 1 if context.causal else len(context.tokens) - 1
     repeat = context.repeats or cfg.position == "learned_2d"
     blanks, widths = zip(*context.earlier, (context.blank, 0), strict=True)
     widths = (*widths[:-1], length - before - sum(widths))
@@ -193,7 +193,8 @@ class Generation:
         tokens = np.zeros((len(contexts), bucket(int(lengths.max()))), np.int32)
         for row, context in zip(tokens, contexts, strict=True):
             row[: len(context.tokens) - 1] = context.tokens[:-1]
-        prompts = decode.Prompts(*map(self._put, (tokens, self._put_positions(contexts), lengths)))
+        seen = np.array([0 if context.causal else len(context.tokens) - 1 for context in contexts], np.int32)
+        prompts = decode.Prompts(*map(self._put, (tokens, self._put_positions(contexts), seen)))
         cache = compiled_together(decode.prefill)(config, mesh, weights, prompts)
         if self._beams > 1:
             cache = compiled_together(decode.repeat_rows)(mesh, cache, self._beams)
@@ -264,43 +265,3 @@ class Generation:
 @jax.jit
 def _either(left: Array, right: Array) -> tuple[Array, Array]:
     return left | right, left | right  # in two places, since decoding takes both over
-
-
-class Scored(NamedTuple):
-    """The log-probability of a given target."""
-
-    log_probability: float  # in nats, summed over its tokens
-    tokens: int
-
-
-def score(decoder: Decoder, pairs: Sequence[tuple[Context, Sequence[int]]]) -> list[Scored]:
-    """Return the log-probability of targets. All processes must call this with the same pairs.
-
-    Args:
-        decoder: the model.
-        pairs: at most `batch_limit`: a context, and the tokens of its target, at least one.
-    """
-    config, mesh = decoder.config, decoder.mesh
-    layout = Layout.of(mesh, len(pairs))
-    rows = [*pairs, *([pairs[0]] * (layout.rows - len(pairs)))]
-    length = bucket(max(len(context.tokens) + len(target) - 1 for context, target in rows))
-    width = bucket(max(len(target) for _, target in rows), 4)
-    tokens = np.zeros((len(rows), length), np.int32)
-    places, targets = np.zeros((2, len(rows), width), np.int32)
-    for row, (context, target) in enumerate(rows):
-        whole = [*context.tokens, *target[:-1]]
-        tokens[row, : len(whole)] = whole
-        places[row, : len(target)] = np.arange(len(context.tokens) - 1, len(whole))
-        targets[row, : len(target)] = target
-    lengths = np.array([len(context.tokens) - 1 for context, _ in rows], np.int32)  # without sop
-    positions = np.stack([row_positions(config.model, context, length) for context, _ in rows])
-    *contexts, places, targets = layout.put(mesh, (tokens, positions, lengths, places, targets))
-    prompts = decode.Prompts(*contexts)
-    losses = fetch(
-        mesh, compiled_together(decode.token_losses)(config, mesh, decoder.weights, prompts, places, targets)
-    )
-    losses = losses.reshape(len(rows), width)
-    return [
-        Scored(-float(losses[row, : len(target)].sum(dtype=np.float64)), len(target))
-        for row, (_, target) in enumerate(pairs)
-    ]

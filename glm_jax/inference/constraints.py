@@ -38,6 +38,7 @@ class Constraints(NamedTuple, Generic[A]):
     repetition_penalty: A  # float32 [B]
     min_tokens: A  # int32 [B], end tokens are banned while there are fewer
     limit: A  # int32 [B], the largest number of tokens, an end token included
+    starts: A  # int32 [B, Z, W], tokens that the row does not begin with; -1 behind each
 
 
 def build(requests: Sequence[Request], vocabulary: Vocabulary, room: int) -> Constraints[np.ndarray]:
@@ -56,7 +57,11 @@ def build(requests: Sequence[Request], vocabulary: Vocabulary, room: int) -> Con
     ends[:, list(vocabulary.ends)] = True
     bias[:, vocabulary.size :] = -np.inf
     bias[:, list(vocabulary.banned)] = -np.inf
-    for row, (context, _, options, _) in enumerate(requests):
+    widest = max((len(start) for request in requests for start in request.banned_starts), default=0)
+    starts = np.full((len(requests), max(len(request.banned_starts) for request in requests), widest), -1, np.int32)
+    for row, (context, _, options, _, avoided) in enumerate(requests):
+        for place, start in enumerate(avoided):
+            starts[row, place, : len(start)] = start
         for name, tokens in (("bias", [token for token, _ in options.bias]), ("banned", options.banned)):
             for token in tokens:
                 if not 0 <= token < vocabulary.size:
@@ -76,6 +81,7 @@ def build(requests: Sequence[Request], vocabulary: Vocabulary, room: int) -> Con
         repetition_penalty=np.array([one.repetition_penalty for one in options], np.float32),
         min_tokens=np.array([one.min_tokens for one in options], np.int32),
         limit=np.array([request.limit for request in requests], np.int32),
+        starts=starts,
     )
 
 
@@ -112,4 +118,14 @@ def constrained(logits: Array, constraints: Constraints[Array], tokens: Array, c
     logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     early = constraints.ends & (count < constraints.min_tokens)  # [V]
     # not by adding -inf: a logit outside the vocabulary may be anything
-    return jnp.where(early | jnp.isneginf(constraints.bias), -jnp.inf, logits + constraints.bias)
+    allowed = jnp.where(early | jnp.isneginf(constraints.bias), -jnp.inf, logits + constraints.bias)
+    return _without_starts(allowed, constraints.starts, tokens, count) if constraints.starts.size else allowed
+
+
+def _without_starts(logits: Array, starts: Array, tokens: Array, count: Array) -> Array:
+    """Return logits [V] with -inf for every token that would complete one of the starts [Z, W]."""
+    reach = min(starts.shape[1] - 1, tokens.shape[0])
+    agrees = (starts[:, :reach] == tokens[:reach]) | (jnp.arange(reach) >= count)  # [Z, W - 1]
+    ends = (starts >= 0).sum(1) == count + 1  # [Z], those whose last token comes now
+    last = jnp.take_along_axis(starts, jnp.full((len(starts), 1), count), axis=1)[:, 0]  # [Z]
+    return logits.at[jnp.where(ends & agrees.all(1), last, logits.shape[0])].set(-jnp.inf, mode="drop")

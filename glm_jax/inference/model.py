@@ -13,10 +13,11 @@ from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.engine import weights as engine_weights
 from glm_jax.engine.weights import DecodeConfig
 from glm_jax.errors import UserError
-from glm_jax.inference import batch, fill, prompts, strategies
-from glm_jax.inference.batch import Decoder, Scored
+from glm_jax.inference import fill, prompts, scoring, strategies
+from glm_jax.inference.batch import Decoder
 from glm_jax.inference.pending import Filled, Settings
 from glm_jax.inference.quantize import scheme
+from glm_jax.inference.scoring import Scored
 from glm_jax.interop import decoding, sources
 from glm_jax.interop.weights import open_weights
 from glm_jax.model import GLMConfig
@@ -182,10 +183,7 @@ class Model:
         if len(contexts) != len(targets):
             raise UserError(f"there are {len(contexts)} contexts and {len(targets)} targets: give one for each")
         pairs = [self._pair(*both, number) for number, both in enumerate(zip(contexts, targets, strict=True), 1)]
-        width, found = batch.batch_limit(self.decoder), list[Scored]()
-        for first in range(0, len(pairs), width):
-            found += batch.score(self.decoder, pairs[first : first + width])
-        return found
+        return scoring.score(self.decoder, pairs)
 
     def _pair(self, text: str, target: str, number: int) -> tuple[prompts.Context, list[int]]:
         """Return the context and the target's tokens of pair `number`."""

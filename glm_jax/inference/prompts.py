@@ -37,10 +37,11 @@ class Piece(NamedTuple):
 class Context(NamedTuple):
     """What the model reads before it fills a blank."""
 
-    tokens: list[int]  # the whole prompt with its blanks, then sop
+    tokens: list[int]  # the whole prompt with its blanks, then sop; the last one is read when the fill begins
     blank: int  # the place of the blank
     repeats: bool  # whether the fill keeps the blank's position ([MASK], [sMASK]), or continues to count ([gMASK])
     earlier: tuple[tuple[int, int], ...] = ()  # of fills that follow the context: their blanks, their tokens with sop
+    causal: bool = False  # whether sop stands right after the blank and the text follows it, seen from left to right
 
 
 def masks(tokenizer: Tokenizer) -> dict[str, int]:
@@ -58,17 +59,20 @@ def parse(tokenizer: Tokenizer, prompt: str) -> list[Piece]:
         raise UserError("the prompt is empty: write some text with a [MASK] in it")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("the prompt is not valid UTF-8: check its encoding, or that of the terminal")
-    if not BLANK.search(prompt):
-        prompt += "[gMASK]"
+    return pieces(tokenizer, prompt if BLANK.search(prompt) else f"{prompt}[gMASK]")
+
+
+def pieces(tokenizer: Tokenizer, text: str) -> list[Piece]:
+    """Split a text at its blanks."""
     if tokenizer.strips_before_blanks:
-        prompt = re.sub(rf"\s+({BLANK.pattern})", r"\1", prompt)
-    ids, pieces = masks(tokenizer), list[Piece]()
-    for text in re.split(f"({BLANK.pattern})", prompt):
-        if text in ids:
-            pieces.append(Piece(text, (ids[text],), blank=True))
-        elif text:
-            pieces.append(Piece(text, tuple(tokenizer.encode(text).tolist())))
-    return pieces
+        text = re.sub(rf"\s+({BLANK.pattern})", r"\1", text)
+    ids, found = masks(tokenizer), list[Piece]()
+    for part in re.split(f"({BLANK.pattern})", text):
+        if part in ids:
+            found.append(Piece(part, (ids[part],), blank=True))
+        elif part:
+            found.append(Piece(part, tuple(tokenizer.encode(part).tolist())))
+    return found
 
 
 def first_kind(pieces: Sequence[Piece]) -> tuple[str, ...]:

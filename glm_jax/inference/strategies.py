@@ -118,6 +118,7 @@ class Request(NamedTuple):
     limit: int  # the largest number of tokens to generate, an end token included; 0: none, a row of padding
     options: Options = Greedy()
     key: Sequence[int] | np.ndarray = (0, 0)  # raw data of a threefry key, uint32 [2]
+    banned_starts: Sequence[Sequence[int]] = ()  # what the fill does not begin with
 
 
 class Generated(NamedTuple):

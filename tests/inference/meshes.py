@@ -24,7 +24,8 @@ import numpy as np  # noqa: E402 (after the environment, as jax reads it)
 
 from glm_jax.engine import decode  # noqa: E402
 from glm_jax.engine.weights import place  # noqa: E402
-from glm_jax.inference.batch import Generation, fetch, score  # noqa: E402
+from glm_jax.inference.batch import Generation, fetch  # noqa: E402
+from glm_jax.inference.scoring import score  # noqa: E402
 from glm_jax.inference.strategies import Beam, Greedy, Options, Sample  # noqa: E402
 from glm_jax.interop import arrays, decoding, sources  # noqa: E402
 from glm_jax.model import quantized  # noqa: E402

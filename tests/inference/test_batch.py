@@ -9,8 +9,9 @@ import pytest
 
 from glm_jax.engine import decode
 from glm_jax.inference import batch
-from glm_jax.inference.batch import Decoder, Generation, Job, NotFinite, batch_limit, bucket, row_positions, score
+from glm_jax.inference.batch import Decoder, Generation, Job, NotFinite, batch_limit, bucket, row_positions
 from glm_jax.inference.prompts import Context
+from glm_jax.inference.scoring import score
 from glm_jax.inference.strategies import Beam, Generated, Greedy, Options, Request, Sample
 from tests.inference import tiny
 from tests.inference.tiny import CONFIG, EOP, MASK, SOP, VOCABULARY, job, recomputed

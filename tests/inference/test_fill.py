@@ -15,6 +15,7 @@ from glm_jax.inference.batch import Decoder, Job
 from glm_jax.inference.constraints import Vocabulary
 from glm_jax.inference.examples import heldout
 from glm_jax.inference.pending import Filled, Settings
+from glm_jax.inference.prompts import Context
 from glm_jax.inference.strategies import Beam, Generated, Greedy
 from glm_jax.model import GLMConfig, init
 from glm_jax.parallel import mesh as meshes
@@ -179,9 +180,9 @@ def test_blanks_of_a_kind_may_share_one_context(monkeypatch: pytest.MonkeyPatch)
     a, b, c, d, x, y, z = ids("abcdxyz")
     whole = [a, M, b, M, c, G, LETTERS.sop]
     assert [job.context for job in script.jobs] == [
-        (whole, 1, True, ()), ([d, M, LETTERS.sop], 1, True, ()),
-        (whole, 3, True, ((1, 3),)), ([d, M, LETTERS.sop], 1, True, ((1, 2),)),
-        ([a, x, y, b, z, c, G, LETTERS.sop], 6, False, ()),
+        Context(whole, 1, True), Context([d, M, LETTERS.sop], 1, True),
+        Context(whole, 3, True, ((1, 3),)), Context([d, M, LETTERS.sop], 1, True, ((1, 2),)),
+        Context([a, x, y, b, z, c, G, LETTERS.sop], 6, False),
     ]  # fmt: skip
     assert [job.request.limit for job in script.jobs] == [5, 5, 5, 0, 5]
     assert [job.later for job in script.jobs] == [6, 0, 0, 0, 0]
@@ -271,7 +272,7 @@ def test_a_family_has_its_prefix_and_suffix_around_a_context(monkeypatch: pytest
 def test_a_prompt_without_a_blank_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script(["xy"])
     (filled,) = run(script, monkeypatch, ["abc"])
-    assert filled.text == "abcxy" and script.jobs[0].context == ([*ids("abc"), G, LETTERS.sop], 3, False, ())
+    assert filled.text == "abcxy" and script.jobs[0].context == Context([*ids("abc"), G, LETTERS.sop], 3, False)
 
 
 def test_the_alternatives_are_the_beams_of_the_last_blank(monkeypatch: pytest.MonkeyPatch) -> None:
