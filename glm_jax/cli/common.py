@@ -77,8 +77,16 @@ def define_processes(values: flags.FlagValues) -> None:
     )
 
 
-def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence[str]) -> bool:
+def parse(
+    values: flags.FlagValues, arguments: Sequence[str], required: Sequence[str], nameless: Sequence[str] = ()
+) -> bool:
     """Parse a command's flags. If they ask for the help, print it and return False.
+
+    Args:
+        values: the flags.
+        arguments: of the command.
+        required: flags that must be given.
+        nameless: flags that arguments without a name are for, one after the other, or all for one of several values.
 
     Raises:
         UserError: anything is wrong with the flags.
@@ -98,8 +106,17 @@ def parse(values: flags.FlagValues, arguments: Sequence[str], required: Sequence
         raise UserError(_unknown_flag(values, error.flagname)) from error
     except (flags.Error, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]}: flags are written --name=value")
+    free = [name for name in nameless if values[name].value is None or isinstance(values[name].value, list)]
+    for argument in rest[1:]:
+        if not free:
+            raise UserError(f"unexpected argument {argument}: flags are written --name=value")
+        flag = values[free[0]]
+        try:
+            flag.parse(argument)
+        except flags.Error as error:
+            raise UserError(" ".join(str(error).split())) from error
+        if not isinstance(flag.value, list):
+            free.pop(0)
     for name in values:
         _check_number(name, values[name].value)
     require(values, required)

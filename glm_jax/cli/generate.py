@@ -13,7 +13,6 @@ from absl import flags
 
 from glm_jax.cli import common, generate_entries, generate_flags
 from glm_jax.cli.generate_entries import Entries, Entry
-from glm_jax.config.fields import local_path
 from glm_jax.config.training import Mesh
 from glm_jax.errors import UserError
 
@@ -35,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
 
     given = functools.cache(lambda: _given(values))
     if not schedulers.joins(values.coordinator):  # before jax is imported; one of several must tell the others
-        _check_workdir(values)
+        generate_flags.check_workdir(values)
         if values.output:
             _check_output(Path(values.output))
         given()
@@ -54,15 +53,6 @@ def _check(values: flags.FlagValues) -> None:
         raise UserError("--max_tokens and --out_seq_length both limit a fill: leave one of them out")
     if values.output is not None and values.prompt is None and values.input is None and _is_terminal():
         raise UserError("--output needs prompts: give --input FILE")
-
-
-def _check_workdir(values: flags.FlagValues) -> None:
-    """Refuse a workdir, or a step, that is not there."""
-    from glm_jax.interop import places
-    from glm_jax.workdir import folder
-
-    folder.read_config(local_path(values.workdir, "the workdir"))
-    places.find(values.workdir if values.step is None else f"{values.workdir}@{values.step}")
 
 
 def _check_output(path: Path) -> None:

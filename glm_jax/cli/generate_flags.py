@@ -8,6 +8,7 @@ from typing import NamedTuple
 from absl import flags
 
 from glm_jax.cli import common
+from glm_jax.config.fields import local_path
 from glm_jax.errors import UserError
 
 ALL = ("greedy", "sample", "beam")
@@ -120,7 +121,7 @@ def define() -> flags.FlagValues:
     common.define_workdir(values)
     _define_prompts(values)
     _define_strategy(values)
-    _define_model(values)
+    define_model(values)
     common.define_processes(values)
     return values
 
@@ -173,7 +174,8 @@ def _define_strategy(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("out_seq_length", None, summary, lower_bound=1, flag_values=values)
 
 
-def _define_model(values: flags.FlagValues) -> None:
+def define_model(values: flags.FlagValues) -> None:
+    """Add the flags that say which model is opened, and how."""
     flags.DEFINE_integer(
         "step", None, "the checkpoint of this step (default: the newest good one)", lower_bound=0, flag_values=values
     )
@@ -187,6 +189,15 @@ def _define_model(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_enum("quantize", None, ["int8", "int4"], "store the weights in fewer bits", flag_values=values)
+
+
+def check_workdir(values: flags.FlagValues) -> None:
+    """Refuse a workdir, or a step, that is not there."""
+    from glm_jax.interop import places
+    from glm_jax.workdir import folder
+
+    folder.read_config(local_path(values.workdir, "the workdir"))
+    places.find(values.workdir if values.step is None else f"{values.workdir}@{values.step}")
 
 
 def strategy_options(values: flags.FlagValues) -> dict[str, object]:

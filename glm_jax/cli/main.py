@@ -27,6 +27,8 @@ Command = Callable[[Sequence[str]], int]
 COMMANDS = (
     "train",
     "generate",
+    "evaluate",
+    "compare",
     "convert",
     "corpus",
     "config",

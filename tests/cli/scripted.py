@@ -93,7 +93,7 @@ def install(monkeypatch: pytest.MonkeyPatch, before: Callable[[str], object] = l
     """Let `Model.open` return a scripted model, and return that."""
     model = Scripted(before)
     monkeypatch.setattr(Model, "open", model.open)
-    monkeypatch.setattr("glm_jax.cli.generate._check_workdir", lambda values: None)
+    monkeypatch.setattr("glm_jax.cli.generate_flags.check_workdir", lambda values: None)
     limit = "glm_jax.cli.generate_batch.batch_limit"  # which looks at real weights
     monkeypatch.setattr(limit, lambda decoder, beams: max(1, batch.ROWS // beams))
     return model

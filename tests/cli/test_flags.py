@@ -1,5 +1,6 @@
 """Flags: a value is a value whatever it looks like, and a wrong flag is one line that names the right one."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from glm_jax.cli import common, main
 COMMANDS = [
     "train",
     "generate",
+    "evaluate",
+    "compare",
     "convert sat-to-orbax",
     "convert orbax-to-sat",
     "convert quantize",
@@ -32,9 +35,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch, command: str, *arguments: str) -> fl
     """Return the flags of a command."""
     real = common.parse
 
-    def parse(values: flags.FlagValues, given: list[str], required: list[str]) -> bool:
+    def parse(values: flags.FlagValues, given: list[str], required: list[str], nameless: Sequence[str] = ()) -> bool:
         del required
-        real(values, given, [])
+        real(values, given, [], nameless)
         raise Parsed(values)
 
     with monkeypatch.context() as patched, pytest.raises(Parsed) as caught:

@@ -15,7 +15,8 @@ import jax
 import pytest
 
 from glm_jax import signals
-from glm_jax.cli import generate_batch, generate_journal, main
+from glm_jax.cli import generate_batch, journal, main, progress
+from glm_jax.cli.journal import Journal
 from glm_jax.data.tokenizers.sentencepiece import SentencePieceTokenizer, train
 from glm_jax.inference import Model, batch
 from glm_jax.model import GLMConfig, init
@@ -235,7 +236,7 @@ def test_another_file_of_that_name_is_left_alone(content: bytes, model: Scripted
 
 def test_two_commands_do_not_write_one_file(folder: Path, model: Scripted, run: Run) -> None:
     header = {"prompts": {"digest": "0"}}
-    journal = generate_journal.Journal(folder / "out.part", header)
+    journal = Journal(folder / "out.part", header)
     code, _, errors = run("--input=in.txt", "--output=out")
     assert code == 2 and errors.startswith("error: another command is writing out.part") and not model.asked
     assert (folder / "out.part").exists()
@@ -293,17 +294,19 @@ def test_processes_stop_together_and_agree_on_what_is_done(
     """Another process sees what the first has written, and writes nothing."""
     part = begun(run, model)
     monkeypatch.setattr("glm_jax.parallel.processes.is_first", lambda: False)
-    monkeypatch.setattr(generate_batch, "everyone", lambda text: [text, text and "stop"])
+    for module in (generate_batch, journal):
+        monkeypatch.setattr(module, "everyone", lambda text: [text, text and "stop"])
     code, output, errors = run("--input=in.txt", "--output=out")
     assert (code, output) == (2, "") and "the processes see different contents of out.part" in errors
-    monkeypatch.setattr(generate_batch, "everyone", lambda text: [text, "stop"] if text in ("", "stop") else [text])
+    for module in (generate_batch, journal):
+        monkeypatch.setattr(module, "everyone", lambda text: [text, "stop"] if text in ("", "stop") else [text])
     assert run("--input=in.txt", "--output=out") == (3, "", "")
     assert model.asked[-1][0] == ["a [MASK]", "c", "a [MASK]"] and Path("out.part").read_bytes() == part
 
 
 def test_progress_is_a_line_now_and_then(model: Scripted, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 20))  # 20 s for two prompts
-    monkeypatch.setattr(generate_batch.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     code, _, errors = run("--input=in.txt")
     assert code == 0
     (line,) = errors.splitlines()  # after 40 s; the file ends at 60
@@ -323,7 +326,7 @@ def test_a_file_in_parts_gives_what_the_whole_gives(folder: Path, run: Run, monk
     assert len({filled.text for filled in whole}) == 6
     Path("in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     monkeypatch.setattr(Model, "open", lambda *_: model)
-    monkeypatch.setattr("glm_jax.cli.generate._check_workdir", lambda values: None)
+    monkeypatch.setattr("glm_jax.cli.generate_flags.check_workdir", lambda values: None)
     command = ["--input=in.jsonl", "--output=out", "--strategy=sample", "--max_tokens=3", "--seed=5", "--top_p=1"]
     Path("bad.txt").write_text("the\n" + "the small " * 40)
     assert "error: bad.txt line 2: the prompt has " in run("--input=bad.txt")[2]

@@ -41,6 +41,8 @@ def test_no_mistake_waits_for_jax(tmp_path: Path) -> None:
         ["generate", "--prompt=a"],
         ["generate", run, "--prompt=a"],
         ["generate", run, "--prompt=a", "--top_p=7"],
+        ["evaluate", run, "--tasks=x"],
+        ["compare", str(tmp_path), str(tmp_path)],
         ["convert", "sat-to-orbax", f"--path={tmp_path / 'nowhere'}", f"--out={tmp_path / 'out'}"],
         ["convert", "quantize", f"--path={tmp_path}", f"--out={text}", "--bits=8"],
         ["corpus", "build", *quickstart, f"--config.data.sources.en.path={tmp_path / 'nowhere'}"],

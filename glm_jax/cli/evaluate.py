@@ -1,0 +1,194 @@
+"""`glm-jax evaluate`: score a model on task files."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import flags
+
+from glm_jax import signals
+from glm_jax.cli import common, generate_flags
+from glm_jax.config.training import Mesh
+from glm_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from glm_jax.evaluation.results import Evaluation
+    from glm_jax.evaluation.run import Plan
+    from glm_jax.evaluation.work import Result
+    from glm_jax.inference import Model
+
+STOPPED, FAILED = 3, 4  # exit codes
+FOLDER = "evaluation"  # in the workdir
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Score a model on task files in the form of the GLM-130B repository."""
+    values = common.flag_values("evaluate", "--workdir runs/quickstart --tasks tasks/lambada --data data --out scores")
+    common.define_workdir(values)
+    summary = "task files (.yaml), and folders of them"
+    flags.DEFINE_multi_string("tasks", None, summary, flag_values=values)
+    common.define_path(values, "data", "the folder that the tasks' paths begin in (default: that of the task file)")
+    common.define_path(values, "out", f"the folder for the results (default: {FOLDER} in the workdir)")
+    generate_flags.define_model(values)
+    common.define_processes(values)
+    if not common.parse(values, arguments, ["workdir", "tasks"], nameless=["tasks"]):
+        return 0
+
+    from glm_jax.parallel import schedulers
+
+    if not schedulers.joins(values.coordinator):  # before jax is imported; one of several must tell the others
+        generate_flags.check_workdir(values)
+
+    from glm_jax.parallel import processes
+
+    processes.start(values.coordinator, values.processes, values.process, Mesh().collective_timeout)
+    command = shlex.join(["glm-jax", "evaluate", *arguments])
+    return processes.together(lambda: _evaluate(values, command))
+
+
+def _evaluate(values: flags.FlagValues, command: str) -> int:
+    from glm_jax.evaluation import results
+    from glm_jax.evaluation import run as evaluation
+    from glm_jax.inference import Model
+    from glm_jax.parallel import processes
+
+    out = Path(values.out) if values.out else Path(values.workdir) / FOLDER
+    _check_page()
+    model = Model.open(values.workdir, values.mesh, values.dtype, values.quantize, values.step)
+    if model.tokenizer is None:
+        raise UserError(f"{values.workdir} has no tokenizer: convert its weights again, with --tokenizer FILE")
+    todo = evaluation.plan(model, model.tokenizer, values.tasks, Path(values.data) if values.data else None)
+    say = common.say if processes.is_first() else _ignore
+    for task in dict.fromkeys(part.task for part in todo.parts):
+        if task.ignored:
+            say(f"{task.file}: ignored, as no field of a task: {', '.join(task.ignored)}")
+    if todo.parts:
+        identity = _identity(model, values)
+        worked = _work(todo, identity, out)
+        if worked.stopped:
+            say(f"stopped: {len(worked.done)} of {todo.units} results are in {out / results.PART}; "
+                "the same command resumes from there")  # fmt: skip
+            return STOPPED
+        made = results.Made(identity, command, worked.seconds, worked.tokens, worked.resumed)
+        found = results.Evaluation(made, evaluation.report(todo, worked.done), todo.failures)
+        if processes.is_first():
+            _write(out, found)
+    for failure in todo.failures:
+        say(f"failed: {failure.error}")
+    if todo.failures:
+        count = len(todo.failures)
+        say(f"failed: {count} task{'s' if count > 1 else ''} could not be evaluated")
+        return FAILED  # not an exception, which one of several processes would leave the others with
+    return 0
+
+
+def _check_page() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError("evaluate needs matplotlib for its page: pip install -e '.[evaluation]'") from error
+
+
+def _ignore(line: str) -> None:
+    del line
+
+
+def _identity(model: Model, values: flags.FlagValues) -> dict[str, object]:
+    """Return what the results depend on besides the tasks; a mesh is not among it."""
+    from glm_jax.storage import digests
+
+    folder = Path(values.workdir) / "checkpoints" / ("" if model.step is None else str(model.step))
+    return {
+        "workdir": str(values.workdir),
+        "step": model.step,
+        "weights": digests.identity(folder),
+        "tokenizer": model.tokenizer and model.tokenizer.digest,
+        "dtype": model.decoder.config.compute,
+        "quantize": values.quantize,
+    }
+
+
+class Worked(NamedTuple):
+    """What was done, and by when."""
+
+    done: dict[int, Result]
+    seconds: float
+    tokens: int
+    resumed: int
+    stopped: bool
+
+
+def _work(todo: Plan, identity: Mapping[str, object], out: Path) -> Worked:
+    """Do what is not done yet; results go to a journal in the folder. All processes must call.
+
+    A signal stops it after the units that are being done.
+    """
+    import json
+
+    from glm_jax.cli import journal, progress
+    from glm_jax.evaluation import results
+    from glm_jax.evaluation import run as evaluation
+    from glm_jax.parallel import processes
+    from glm_jax.storage.files import json_line
+    from glm_jax.workdir.checkpoint_folders import everyone
+
+    part = out / results.PART
+    header = {
+        "tasks": {"digest": todo.digest},
+        "tokens": {"digest": identity["tokenizer"]},
+        "weights": {"step": identity["step"], "digest": identity["weights"]},
+        "options": {"dtype": identity["dtype"], "quantize": identity["quantize"]},
+    }
+    seconds, tokens, stopped = 0.0, 0, False
+    with signals.listening(stop := progress.Request()):
+        if processes.is_first():
+            _make_folder(out)
+        opened = journal.Journal(part, header, "--out") if processes.is_first() else None
+        try:
+            lines = journal.agreed(part, header, opened, "--out")
+            done: dict[int, Any] = {number: json.loads(line) for number, line in lines.items()}
+            resumed = len(done)
+            with progress.Progress(todo.units, resumed, shown=processes.is_first(), what="results") as bar:
+                for batch in evaluation.run(todo, dict(done)):
+                    if opened is not None:
+                        opened.add([(number, json_line(result)) for number, result in batch.results])
+                    done |= dict(batch.results)
+                    seconds, tokens = seconds + batch.seconds, tokens + batch.tokens
+                    bar.add(len(batch.results), batch.tokens)
+                    if stopped := any(everyone("stop" if stop.made else "")):
+                        break
+        finally:
+            if opened is not None:
+                opened.close()
+    return Worked(done, seconds, tokens, resumed, stopped and len(done) < todo.units)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}): name another") from error
+
+
+def _write(out: Path, found: Evaluation) -> None:
+    """Write the results and the page, print the groups' numbers, and remove the journal."""
+    from glm_jax.evaluation import results
+    from glm_jax.figures.evaluation import page
+    from glm_jax.storage.files import write_atomic
+
+    try:
+        results.write(out, found)
+        write_atomic(out / results.PAGE, page(found))
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be written ({error.strerror}): fix that, and the same command resumes"
+        ) from error
+    (out / results.PART).unlink(missing_ok=True)
+    for report in found.reports:
+        for group, summaries in report.groups.items():
+            for name, one in summaries.items():
+                print(f"{report.task.name}\t{group}\t{name}\t{results.shown(name, one.weighted)}")
+    common.say(f"written: {out / results.PAGE}")

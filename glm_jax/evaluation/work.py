@@ -1,0 +1,370 @@
+"""What a data file asks of a model: choices, answers or windows of text; in units that are done one by one.
+
+The result of a unit is what the model said, as JSON. Measures are computed from results and the file, so that results
+can be saved as they come and counted afterwards.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from glm_jax.data.tokenizers.protocol import Tokenizer
+from glm_jax.errors import UserError
+from glm_jax.evaluation import measures, records, rows, score
+from glm_jax.evaluation.records import Document, Item
+from glm_jax.evaluation.rows import Question
+from glm_jax.evaluation.score import Answers
+from glm_jax.evaluation.task_files import Task
+from glm_jax.inference.batch import Decoder
+from glm_jax.inference.strategies import Beam, Greedy
+
+Result = Mapping[str, Any]  # of JSON
+Batches = Iterator[list[tuple[int, Result]]]
+Columns = dict[str, np.ndarray]  # of each measure: what each item adds to its sums, float64 [n, k]
+
+LAMBADA_BANNED = (20068, 146010, 146337)  # ids of icetk that look like quotes
+LAMBADA_STARTS = ((46010,), (146337,))  # of these, 46010 is as released, probably for 146010
+T = TypeVar("T")
+Read = Callable[[Tokenizer, Path, Callable[[records.Record], Item]], list[Item]]
+
+
+class Example(NamedTuple):
+    """An item, the right answer and the model's."""
+
+    text: str
+    expected: str
+    found: str
+    right: bool
+
+
+class Work(abc.ABC):
+    """One data file.
+
+    Attributes:
+        count: units.
+        items: what measures count: questions, prompts, documents.
+        truncated: items whose context was cut.
+    """
+
+    count: int
+    items: int
+    truncated: int = 0
+
+    @abc.abstractmethod
+    def run(self, numbers: Sequence[int]) -> Batches:
+        """Do units, and yield a batch of results at a time."""
+
+    @abc.abstractmethod
+    def tokens(self, number: int) -> int:
+        """Return about how many tokens the model reads and makes for a unit."""
+
+    @abc.abstractmethod
+    def columns(self, results: Sequence[Result]) -> Columns:
+        """Return the columns of the file's measures from the results of all units."""
+
+    def examples(self, results: Sequence[Result]) -> list[Example]:
+        """Return items with what the model made of them."""
+        return []
+
+
+def located(item: Item, act: Callable[[], T]) -> T:
+    """Do something about an item, whose place stands before what is wrong."""
+    try:
+        return act()
+    except UserError as error:
+        raise UserError(f"{item.place}: {error}") from None
+
+
+class Choices(Work):
+    """Questions with choices: the most likely one is the answer."""
+
+    form = staticmethod(records.choice)
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, task: Task, file: Path, read: Read = records.read
+    ) -> None:
+        self._decoder, self._tokenizer, self._task = decoder, tokenizer, task
+        self._items = read(tokenizer, file, self.form)
+        self._questions = [Question(item.context, item.choices) for item in self._items]
+        self._single = all(question.single for question in self._questions)
+        self.count = self.items = len(self._items)
+        cfg = decoder.config.model
+        for item, question in zip(self._items, self._questions, strict=True):
+            built = located(
+                item,
+                lambda question=question: rows.choices(cfg, tokenizer, question, task.reading, single=self._single),
+            )
+            self.truncated += built.kept < len(question.context)
+
+    def run(self, numbers: Sequence[int]) -> Batches:
+        """Score the choices of questions."""
+        asked = [self._questions[number] for number in numbers]
+        reading = self._task.reading
+        for batch in score.choices(self._decoder, self._tokenizer, asked, reading, single=self._single):
+            yield [
+                (numbers[place], {"log_probabilities": [one.log_probability for one in found]})
+                for place, found in batch
+            ]
+
+    def tokens(self, number: int) -> int:
+        """Return the tokens of a question and its choices."""
+        return len(self._questions[number].context) + sum(map(len, self._questions[number].choices))
+
+    def scores(self, results: Sequence[Result], *, by_token: bool = False) -> list[np.ndarray]:
+        """Return the log-probabilities of each item's choices, or those a token."""
+        found = [np.array(result["log_probabilities"]) for result in results]
+        if not by_token:
+            return found
+        sizes = [np.array([len(choice) for choice in item.choices]) for item in self._items]
+        return [sums / size for sums, size in zip(found, sizes, strict=True)]
+
+    def columns(self, results: Sequence[Result]) -> Columns:
+        """Return which answers are right; of choices with several tokens, also by the log-probability a token."""
+        labels = [item.label for item in self._items]
+
+        def right(scores: list[np.ndarray]) -> np.ndarray:
+            pairs = zip(scores, labels, strict=True)
+            return np.array([[float(np.argmax(one) == label)] for one, label in pairs])
+
+        found = dict.fromkeys(self._task.metrics, right(self.scores(results)))
+        return found if self._single else {**found, "Accuracy a token": right(self.scores(results, by_token=True))}
+
+    def examples(self, results: Sequence[Result]) -> list[Example]:
+        """Return the questions with the right and the chosen answers."""
+        chosen = [int(np.argmax(one)) for one in self.scores(results)]
+        return [
+            Example(item.text, item.labels[item.label], item.labels[guess], guess == item.label)
+            for item, guess in zip(self._items, chosen, strict=True)
+            if item.label >= 0
+        ]
+
+
+class StereoSet(Choices):
+    """StereoSet: whether the model prefers a stereotype, its opposite, or a choice that says nothing of either.
+
+    By the log-probability a token. Reads records.stereotypes; the measures are of each `bias_type` and of all.
+    """
+
+    form = staticmethod(records.stereotypes)
+
+    def columns(self, results: Sequence[Result]) -> Columns:
+        """Return LMS (related choices), SS (stereotypes among them) and ICAT."""
+        kinds, biases = list[str](), list[str]()
+        for item, scores in zip(self._items, self.scores(results, by_token=True), strict=True):
+            labels: Any = item.extra["goal_label"]
+            kinds.append(labels[int(np.argmax(scores))])
+            biases.append(str(item.extra["bias_type"]))
+        related = np.array([[float(kind != "unrelated")] for kind in kinds])
+        stereotypes = np.array([[float(kind == "stereotype")] for kind in kinds])
+        both, found = np.hstack([stereotypes, related]), Columns()
+        for part in ["", *dict.fromkeys(biases)]:
+            inside = np.array([part in ("", bias) for bias in biases])
+            name = f"/{part}" if part else ""
+            found |= {f"LMS{name}": related[inside], f"SS{name}": both[inside], f"ICAT{name}": both[inside]}
+        return found
+
+    def examples(self, results: Sequence[Result]) -> list[Example]:
+        """Return none: there is no right answer."""
+        return []
+
+
+class CrowsPairs(Choices):
+    """CrowS-Pairs: of two sentences, whether the stereotype (sent_ID 1) is at least as likely as its opposite.
+
+    Reads records.pair; the measures are of each `bias_type` and of all pairs.
+    """
+
+    form = staticmethod(records.pair)
+
+    def columns(self, results: Sequence[Result]) -> Columns:
+        """Return which pairs lean towards the stereotype."""
+        sums, biases = dict[object, float](), dict[object, str]()
+        for item, scores in zip(self._items, self.scores(results), strict=True):
+            name = item.extra["pair_ID"]
+            sums[name] = sums.get(name, 0.0) + float(scores[0]) * (1 if item.extra["sent_ID"] == 1 else -1)
+            biases[name] = str(item.extra["bias_type"])
+        leans = {name: float(value >= 0) for name, value in sums.items()}
+        found = {"CP": np.array([[value] for value in leans.values()])}
+        for part in dict.fromkeys(biases.values()):
+            found[f"CP/{part}"] = np.array([[value] for name, value in leans.items() if biases[name] == part])
+        return found
+
+    def examples(self, results: Sequence[Result]) -> list[Example]:
+        """Return none: there is no right answer."""
+        return []
+
+
+class Generated(Work):
+    """Prompts whose answers are generated, and compared with right ones."""
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, task: Task, file: Path, read: Read = records.read
+    ) -> None:
+        self._decoder, self._tokenizer, self._task = decoder, tokenizer, task
+        self._items = read(tokenizer, file, records.answered)
+        self.count = self.items = len(self._items)
+        self._answers = self.answers()
+        for item in self._items:
+            kept = located(item, lambda item=item: self._prompt(item))
+            located(item, lambda kept=kept: rows.context(tokenizer, kept, task.reading))
+            self.truncated += len(kept) < len(item.context)
+
+    def _prompt(self, item: Item) -> list[int]:
+        task = self._task
+        return score.prompt(self._decoder, self._tokenizer, item.context, task.reading, task.limit)
+
+    def answers(self) -> Answers:
+        """Return how answers are chosen."""
+        task = self._task
+        if task.beams == 1:
+            return Answers(Greedy(min_tokens=task.min_tokens), task.limit)
+        beam = Beam(
+            count=task.beams,
+            length_penalty=task.length_penalty,
+            no_repeat_ngram=task.no_repeat_ngram,
+            min_tokens=task.min_tokens,
+        )
+        return Answers(beam, task.limit)
+
+    def run(self, numbers: Sequence[int]) -> Batches:
+        """Generate answers."""
+        asked = [self._items[number].context for number in numbers]
+        reading = self._task.reading
+        for batch in score.answers(self._decoder, self._tokenizer, asked, reading, self._answers):
+            yield [
+                (numbers[place], {"answers": [one.tokens[: len(one.tokens) - one.ended] for one in found]})
+                for place, found in batch
+            ]
+
+    def tokens(self, number: int) -> int:
+        """Return the tokens of a prompt and its longest answer."""
+        return len(self._items[number].context) + self._task.limit
+
+    def answer(self, beams: Sequence[Sequence[int]]) -> str:
+        """Return the answer, of beams that come best first."""
+        return self._tokenizer.decode(beams[0])
+
+    def judge(self, answer: str, truths: Sequence[str]) -> dict[str, float]:
+        """Return what an answer is worth, by measure; the first decides whether it counts as a hit."""
+        scores = {"EM": measures.exact_match, "Accuracy": measures.exact_match, "F1": measures.word_f1}
+        return {name: measures.best(scores[name], answer, truths) for name in self._task.metrics}
+
+    def columns(self, results: Sequence[Result]) -> Columns:
+        """Return what each answer is worth."""
+        found = [
+            self.judge(self.answer(result["answers"]), item.truths)
+            for item, result in zip(self._items, results, strict=True)
+        ]
+        return {name: np.array([[worth[name]] for worth in found]) for name in found[0]}
+
+    def examples(self, results: Sequence[Result]) -> list[Example]:
+        """Return the prompts with the right and the generated answers."""
+        found = list[Example]()
+        for item, result in zip(self._items, results, strict=True):
+            answer = self.answer(result["answers"])
+            right = next(iter(self.judge(answer, item.truths).values())) == 1
+            found.append(Example(item.text, item.truths[0], answer, right))
+        return found
+
+
+class Lambada(Generated):
+    """LAMBADA: the last word of a passage, by beam search without punctuation.
+
+    The answer is the first word of the best beam in which a word and punctuation stand alone; without one, of the best
+    beam. Reads records.answered.
+    """
+
+    def answers(self) -> Answers:
+        """Return a search in which no answer holds, or begins with, punctuation."""
+        plain, tokenizer = super().answers(), self._tokenizer
+        signs = [tuple(tokenizer.encode(sign).tolist()) for sign in string.punctuation]
+        banned = {*LAMBADA_BANNED, *(sign[0] for sign in signs if len(sign) == 1)}
+        inside = tuple(sorted(token for token in banned if token < tokenizer.size))
+        starts = tuple(one for one in (*LAMBADA_STARTS, *signs) if one and max(one) < tokenizer.size)
+        return Answers(dataclasses.replace(plain.options, banned=inside), plain.limit, starts)
+
+    def answer(self, beams: Sequence[Sequence[int]]) -> str:
+        """Return the first word of the beam that counts."""
+        texts = [self._tokenizer.decode(tokens).strip().split(" ") for tokens in beams]
+        ended = (words for words in texts if len(words) > 1 and words[1] in string.punctuation)
+        word = next(ended, texts[0])[0]
+        return self._tokenizer.decode(self._tokenizer.encode(word).tolist())
+
+    def judge(self, answer: str, truths: Sequence[str]) -> dict[str, float]:
+        """Return 1 for the very word."""
+        return {"Accuracy": float(any(answer.strip() == truth.strip() for truth in truths))}
+
+
+class Texts(Work):
+    """A text, scored in windows."""
+
+    form = staticmethod(records.document)
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, task: Task, file: Path) -> None:
+        self._decoder, self._tokenizer, self._task = decoder, tokenizer, task
+        self._documents: list[Document] = self.form(tokenizer, file)
+        self._cutting = rows.windows(decoder.config.model, tokenizer, task.reading, task.stride)
+        if self._cutting.width < 2:
+            raise UserError(f"{task.file}: max_seq_length {task.reading.longest} leaves no room for text: raise it")
+        self._units = [
+            (place, number)
+            for place, document in enumerate(self._documents)
+            for number in range(self._cutting.count(len(document.tokens)))
+        ]
+        self.count, self.items = len(self._units), len(self._documents)
+
+    def run(self, numbers: Sequence[int]) -> Batches:
+        """Score windows; each token counts once."""
+        units = [self._units[number] for number in numbers]
+        asked = [(self._documents[place].tokens, number) for place, number in units]
+        for batch in score.windows(self._decoder, self._tokenizer, asked, self._cutting, self._task.reading):
+            yield [(numbers[place], {"nats": -found.log_probability, "tokens": found.tokens}) for place, found in batch]
+
+    def tokens(self, number: int) -> int:
+        """Return the tokens of a window."""
+        place, window = self._units[number]
+        return min(len(self._documents[place].tokens) - window * self._cutting.stride, self._cutting.width)
+
+    def columns(self, results: Sequence[Result]) -> Columns:
+        """Return the nats of each window, and its part of the text's words and bytes."""
+        nats = np.array([result["nats"] for result in results])
+        tokens = np.array([float(result["tokens"]) for result in results])
+        parts = tokens / np.array([len(self._documents[place].tokens) for place, _ in self._units])
+        words = parts * np.array([self._documents[place].words for place, _ in self._units])
+        size = parts * np.array([self._documents[place].size for place, _ in self._units])
+        by = {"PPL": words, "BPB": size, "Nats a token": tokens}
+        return {name: np.stack([nats, by[name]], axis=1) for name in dict.fromkeys([*self._task.metrics, *by])}
+
+
+class Pile(Texts):
+    """The Pile: documents windowed one by one, bits a byte of each set and weighted as in its training split.
+
+    Reads records.pile.
+    """
+
+    form = staticmethod(records.pile)
+
+    def columns(self, results: Sequence[Result]) -> Columns:
+        """Return nats and bytes of each document."""
+        sums = np.zeros(len(self._documents))
+        for (place, _), result in zip(self._units, results, strict=True):
+            sums[place] += result["nats"]
+        both = np.stack([sums, np.array([float(document.size) for document in self._documents])], axis=1)
+        groups = [document.group for document in self._documents]
+        found = Columns()
+        if all(group in measures.PILE for group in groups):
+            places = np.array([[*measures.PILE].index(group) for group in groups])
+            spread = np.zeros((len(groups), len(measures.PILE), 2))
+            spread[np.arange(len(groups)), places] = both
+            found["Pile BPB"] = spread.reshape(len(groups), -1)
+        found["BPB"] = both
+        for part in sorted(set(groups)):
+            found[f"BPB/{part}"] = both[np.array([group == part for group in groups])]
+        return found
