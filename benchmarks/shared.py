@@ -41,6 +41,14 @@ def add_peer(made: argparse.ArgumentParser) -> None:
     made.add_argument("--peer-python", default=sys.executable, help="a Python that has torch and SwissArmyTransformer")
 
 
+def has(module: str) -> bool:
+    """Whether the glm_jax of this process, which may be an older commit's, has a module."""
+    import glm_jax
+
+    # An editable installation of another checkout would find what is missing here.
+    return (Path(glm_jax.__path__[0]) / f"{module.replace('.', '/')}.py").exists()
+
+
 def config(options: argparse.Namespace) -> GLMConfig:
     """Return the model."""
     from glm_jax.model import GLMConfig

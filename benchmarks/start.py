@@ -36,7 +36,7 @@ MISTAKES = {
 
 def start(*arguments: str, until: str = "", code: int = 0) -> None:
     """Run a command to its end, or until a line has `until`; then it is killed. Its exit code must be `code`."""
-    command = [sys.executable, "-u", "-m", "glm_jax", *arguments]
+    command = [sys.executable, "-P", "-u", "-m", "glm_jax", *arguments]  # -P: not the glm_jax of the current directory
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         said = list[str]()
@@ -66,6 +66,7 @@ def serve(options: argparse.Namespace) -> None:
                 parts |= clock(f"mistake of {command}", work)
         return parts
 
+    turn()  # fills the cache of compiled programs
     rounds.serve(turn, warm=False)
 
 

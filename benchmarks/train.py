@@ -11,7 +11,6 @@ rounds, and ratios of wall-clock and CPU seconds: medians with the smallest and 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import statistics
 import sys
@@ -48,7 +47,7 @@ def build(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
     mesh = meshes.build(dict(zip(meshes.AXES, map(int, options.mesh.split(",")), strict=True)))
     glm = shared.config(options)
     chosen = {}
-    if importlib.util.find_spec("glm_jax.model.attention_cores"):  # not in older commits
+    if shared.has("model.attention_cores"):  # not in older commits
         from glm_jax.model.attention_cores import choose
 
         chosen["attention"] = choose(glm, "cpu", options.length)
@@ -62,7 +61,7 @@ def build(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
 
 def ours(options: argparse.Namespace) -> None:
     """Be our side."""
-    if importlib.util.find_spec("glm_jax.startup"):  # not in older commits
+    if shared.has("startup"):  # not in older commits
         from glm_jax import startup
 
         startup.keep_memory()  # as the commands do, if `--allocator` says nothing
