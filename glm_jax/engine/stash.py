@@ -25,8 +25,8 @@ def choose(cfg: EngineConfig, mesh: jax.sharding.Mesh, rows: int, length: int, m
     """Return what `auto` keeps for the backward pass.
 
     This is the results of products if the mesh has one stage and they fit in the budget, else the inputs of layers: in
-    a pipeline each stage would keep them for several microbatches. Keeping everything takes more memory and saves
-    little time, see benchmarks/README.md.
+    a pipeline each stage would keep them for several microbatches. Everything takes more memory, and the elementwise
+    work that it saves is little.
 
     Args:
         cfg: the model and its options; `keep` is not read.

@@ -78,15 +78,16 @@ def _forward(
     wide = jnp.promote_types(x.dtype, jnp.float32)
     start = vary(jnp.zeros(word.shape[::-1], wide))  # [D, V / shards]
     of_word, (each, of_x) = _by_slices(one, start, (x, targets, weights), word.shape[0])
-    return ((each * weights).sum(), each), (of_x, of_word.T.astype(word.dtype))
+    return ((each * weights).sum(), each), (of_x, of_word)
 
 
 def _backward(
     num_tokens: int, gradients: tuple[Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, None, None]:
-    of_x, of_word = gradients
+    of_x, of_word = gradients  # [B, S, D], float32 [D, V / shards]
     scale = cotangents[0]  # float32 []
-    return (scale * of_x).astype(of_x.dtype), (scale * of_word).astype(of_word.dtype), None, None
+    # Scaled before the cast: the sum over many tokens may not fit in float16.
+    return (scale * of_x).astype(of_x.dtype), (scale * of_word.T).astype(of_x.dtype), None, None
 
 
 weighted.defvjp(_forward, _backward)

@@ -59,3 +59,17 @@ def test_slices_give_losses_and_gradients_of_numpy(
         np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=rtol, atol=rtol * np.abs(want).max())
     np.testing.assert_array_equal(losses, alone)
     np.testing.assert_allclose(loss[0], FACTOR * (expected[0] * weights).sum(), rtol=rtol)
+
+
+def test_many_tokens_do_not_overflow_before_the_loss_is_scaled() -> None:
+    """In float16 the sum over 4,096 tokens of one target passes 65,504; times a small scale it is in range."""
+    x, word = jnp.full((1, 4096, 1), 64, jnp.float16), jnp.zeros((2, 1), jnp.float16)
+    targets, weights = jnp.zeros((1, 4096), jnp.int32), jnp.ones((1, 4096))
+
+    def run(x: jax.Array, word: jax.Array) -> jax.Array:
+        x, word = mesh.vary((x, word))
+        return jax.grad(lambda word: 2.0**-10 * cross_entropy.weighted(x, word, targets, weights, 2)[0])(word)
+
+    made = mesh.build(dict.fromkeys(mesh.AXES, 1))
+    gradient = jax.jit(jax.shard_map(run, mesh=made, in_specs=jax.P(), out_specs=jax.P(mesh.AXES)))(x, word)
+    np.testing.assert_allclose(gradient[:, 0], [-128, 128])  # 4,096 x 64 x (1/2 - 1) / 1,024, and the other's
