@@ -11,11 +11,11 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from glm_jax.errors import UserError
-from glm_jax.storage.files import json_line
+from glm_jax.storage.files import appending, json_line
 from glm_jax.workdir.checkpoint_folders import everyone
 
 Header = Mapping[str, Mapping[str, object]]  # what results depend on, by group and name; values of JSON
@@ -43,7 +43,7 @@ class Journal:
             self._lock()
             self.lines, size = read(path, header, flag)
             self._holds_results = bool(self.lines)
-            with self._writing():
+            with appending(self._path):
                 self._file.truncate(size)  # a line that was cut off
                 if size == 0:
                     self._write(json_line(header))
@@ -67,7 +67,7 @@ class Journal:
         Raises:
             UserError: the disk refuses them.
         """
-        with self._writing():
+        with appending(self._path):
             self._write("".join(f"{number}\t{line}" for number, line in results))
         self._holds_results = True
 
@@ -75,15 +75,6 @@ class Journal:
         self._file.write(text.encode())
         self._file.flush()
         os.fsync(self._file.fileno())
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self._path} cannot be written ({error.strerror}): make room, and the same command resumes"
-            ) from error
 
     def close(self) -> None:
         """Close it; one without results is removed."""

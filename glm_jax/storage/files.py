@@ -54,6 +54,21 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 @contextlib.contextmanager
+def appending(path: Path) -> Iterator[None]:
+    """Report, as one line, a disk that refuses what a resumable command appends to a file inside the block.
+
+    Raises:
+        UserError: names the file and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): make room, and the same command resumes"
+        ) from error
+
+
+@contextlib.contextmanager
 def open_atomic(path: Path) -> Iterator[IO[bytes]]:
     """Yield a file, open for writing and reading, that becomes `path` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,14 +5,13 @@ A config may hold the same changes from the start, as `interventions`, so a reco
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from glm_jax.errors import UserError
-from glm_jax.storage.files import json_line, write_atomic
+from glm_jax.storage.files import appending, json_line, write_atomic
 from glm_jax.types import Json
 
 RECORD = "interventions.jsonl"
@@ -44,7 +43,7 @@ class Record:
         self.lines = [line for line in self.lines if line["step"] < step + (line["cause"] in ("spike", "init_from"))]
         text = "".join(map(json_line, self.lines))
         if self._primary and self._path.exists() and self._path.read_text(encoding="utf-8") != text:
-            with self._writing():
+            with appending(self._path):
                 write_atomic(self._path, text)
 
     def add(self, step: int, samples: int, cause: str, changes: Changes, **more: object) -> Json:
@@ -59,20 +58,11 @@ class Record:
         }
         self.lines.append(line)
         if self._primary:
-            with self._writing(), open(self._path, "a", encoding="utf-8") as file:
+            with appending(self._path), open(self._path, "a", encoding="utf-8") as file:
                 file.write(json_line(line))
                 file.flush()
                 os.fsync(file.fileno())
         return line
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"{self._path} cannot be written ({error.strerror}): make room, then the same command resumes"
-            ) from error
 
     def spikes(self) -> list[Json]:
         """Return the lines of the spikes that made the run go back."""
