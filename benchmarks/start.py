@@ -59,7 +59,7 @@ def serve(options: argparse.Namespace) -> None:
                 parts |= clock("first step", lambda: start(*TRAIN, f"--workdir={workdir}", until=" step 1/"))
         if options.generate:
             fill = ("generate", f"--workdir={options.folder / 'run'}", "--prompt=The [gMASK]", "--max_tokens=1")
-            parts |= clock("first token", lambda: start(*fill))
+            parts |= clock("first token", lambda: start(*fill, until="The"))
         if options.mistakes:
             for command, arguments in MISTAKES.items():
                 work = lambda command=command, arguments=arguments: start(command, *arguments, code=2)  # noqa: E731

@@ -26,7 +26,7 @@ from glm_jax.interop.layout import (
 )
 from glm_jax.interop.sources import QuantizedSource, Repeated, Source, flatten, official, split, summary
 from glm_jax.interop.torch_archive import DTYPES, TensorStream
-from glm_jax.model import GLMConfig, init
+from glm_jax.model import GLMConfig, shapes
 from glm_jax.model.quantized import INPUTS, Quantized, is_quantized, split_groups
 from glm_jax.model.transformer import Params
 from glm_jax.types import Tree
@@ -142,8 +142,7 @@ def leaves(params: Params) -> Tree:
 
 def model_shapes(cfg: GLMConfig) -> dict[ParamPath, tuple[int, ...]]:
     """Return the shapes of the arrays of a model by path."""
-    params = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
-    return {param_path: tuple(leaf.shape) for param_path, leaf in leaves(params).items()}
+    return {param_path: tuple(leaf.shape) for param_path, leaf in leaves(shapes(cfg)).items()}
 
 
 def check_shapes(cfg: GLMConfig, shapes: Mapping[ParamPath, tuple[int, ...]], where: str) -> None:

@@ -2,7 +2,7 @@
 
 from glm_jax.config.model import GLMConfig
 from glm_jax.model.cached import Cache, apply_cached, init_cache, layered
-from glm_jax.model.transformer import apply, init, logical_axes
+from glm_jax.model.transformer import apply, init, logical_axes, shapes
 from glm_jax.model.visibility import Visibility
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "init_cache",
     "layered",
     "logical_axes",
+    "shapes",
 ]

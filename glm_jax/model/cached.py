@@ -6,6 +6,7 @@ of them for every token, which takes several times as long as the token's arithm
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -91,20 +92,22 @@ def blocks_cached(
     Returns:
         x [B, S, D], and the cache with the new keys and values.
     """
+
+    @jax.jit  # traced once for all layers
+    def run(weights: Tree, index: Array, x: Array, keys: Array, values: Array) -> Layer:
+        held = LayerCache(keys, values, group, start)
+        x, grown = block(cfg, weights, x, allowed, terms, index, cache=held, axis=axis, core=core)
+        assert grown is not None
+        return x, grown.keys, grown.values
+
     keys, values = list(cache.keys), list(cache.values)
     for index, weights in enumerate(layers):
-
-        def run(x: Array, keys: Array, values: Array, index: int = index, weights: Tree = weights) -> Layer:
-            held = LayerCache(keys, values, group, start)
-            x, grown = block(cfg, weights, x, allowed, terms, first + index, cache=held, axis=axis, core=core)
-            assert grown is not None
-            return x, grown.keys, grown.values
-
+        turn = functools.partial(run, weights, first + index)
         layer = (x, keys[index], values[index])
         if count is None:
-            layer = run(*layer)
+            layer = turn(*layer)
         else:  # a loop of one turn or none: a conditional would copy the cache
-            layer = jax.lax.fori_loop(0, (index < count).astype(jnp.int32), lambda _, layer: run(*layer), layer)  # noqa: B023
+            layer = jax.lax.fori_loop(0, (index < count).astype(jnp.int32), lambda _, layer: turn(*layer), layer)  # noqa: B023
         x, keys[index], values[index] = layer
     return x, Cache(tuple(keys), tuple(values))
 

@@ -18,7 +18,7 @@ from glm_jax.config.model import GLMConfig
 from glm_jax.config.training import Lora
 from glm_jax.errors import UserError
 from glm_jax.model import parts
-from glm_jax.model.transformer import logical_axes
+from glm_jax.model.transformer import logical_axes, shapes
 from glm_jax.types import Tree
 
 Array = jax.Array
@@ -50,7 +50,7 @@ def init(cfg: GLMConfig, lora: Lora, key: Array) -> Tree:
         a = jax.random.normal(own, (layers, *inputs, lora.rank), jnp.float32) / math.sqrt(math.prod(inputs))
         return {"a": a, "b": jnp.zeros((layers, lora.rank, *outputs), jnp.float32)}
 
-    return _adapted(lora, cfg, parts.shapes(cfg), adapter)
+    return _adapted(lora, cfg, shapes(cfg), adapter)
 
 
 def adapter_axes(cfg: GLMConfig, lora: Lora) -> Tree:

@@ -16,8 +16,7 @@ import numpy as np
 
 from glm_jax.config.model import GLMConfig
 from glm_jax.errors import UserError
-from glm_jax.model.transformer import init
-from glm_jax.types import Tree
+from glm_jax.model.transformer import shapes
 
 Path = tuple[str, ...]  # of a param, such as ("blocks", "attention", "qkv", "kernel")
 
@@ -27,11 +26,6 @@ BLOCKS = "blocks"
 def path_of(keys: Sequence[object]) -> Path:
     """Return jax's path of a leaf (`KeyPath`) as plain names."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-
-
-def shapes(cfg: GLMConfig) -> Tree:
-    """Return the shapes and dtypes of the params, in their tree."""
-    return jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
 
 
 def select(patterns: Sequence[str], cfg: GLMConfig, key: str) -> dict[Path, np.ndarray]:

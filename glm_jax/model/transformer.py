@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -154,13 +155,22 @@ def init(cfg: GLMConfig, key: Array) -> Params:
     return nn.unbox(_init_boxed(cfg, key))
 
 
+@functools.cache  # tracing a model's initialisation takes 50 ms
+def _shapes_boxed(cfg: GLMConfig) -> Params:
+    return jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))
+
+
+def shapes(cfg: GLMConfig) -> Params:
+    """Return the shapes and dtypes of the params, in the tree of `init`."""
+    return nn.unbox(_shapes_boxed(cfg))
+
+
 def logical_axes(cfg: GLMConfig) -> Params:
     """Return the tree of `init` with a tuple of logical axis names (or None) in place of each array.
 
     parallel/partition.py turns the names, `layers`, `vocab`, `hidden`, `heads` and `ffn`, into mesh axes.
     """
-    boxed = jax.eval_shape(lambda: _init_boxed(cfg, jax.random.key(0)))
-    specs = nn.get_partition_spec(boxed)
+    specs = nn.get_partition_spec(_shapes_boxed(cfg))
     specs["blocks"] = jax.tree.map(
         lambda spec: ("layers", *spec), specs["blocks"], is_leaf=lambda leaf: isinstance(leaf, jax.P)
     )

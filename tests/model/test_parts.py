@@ -25,7 +25,7 @@ def test_a_pattern_is_the_beginning_of_a_path() -> None:
     assert chosen("final_norm/bias", "embedding/word") == {"final_norm/bias": [], "embedding/word": []}
     assert chosen("blocks/attention/qkv/") == {f"blocks/attention/qkv/{name}": [0, 1, 2] for name in ("kernel", "bias")}
     assert chosen("blocks/*/*/kernel") == {f"blocks/{one}/{two}/kernel": [0, 1, 2] for one, two in KERNELS}
-    assert len(chosen("*")) == len(jax.tree.leaves(parts.shapes(MODEL)))
+    assert len(chosen("*")) == len(jax.tree.leaves(model.shapes(MODEL)))
 
 
 def test_layers_are_counted_from_0_and_include_the_last() -> None:

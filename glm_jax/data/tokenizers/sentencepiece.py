@@ -138,8 +138,9 @@ def lacking(processor: sentencepiece.SentencePieceProcessor) -> str:
 @functools.cache
 def _every_character() -> str:
     """Return spaces in front, in a run and at the end, and all characters but half pairs and WORD_START."""
-    codes = [*range(ord(WORD_START)), *range(ord(WORD_START) + 1, 0xD800), *range(0xE000, 0x110000)]
-    return f"  a  {''.join(map(chr, codes))}  "
+    codes = np.arange(0x110000, dtype="<u4")
+    halves = (codes >= 0xD800) & (codes < 0xE000)
+    return f"  a  {codes[~halves & (codes != ord(WORD_START))].tobytes().decode('utf-32-le')}  "
 
 
 class SentencePieceTokenizer:
