@@ -35,8 +35,11 @@ def rows_of(options: argparse.Namespace) -> Rows[np.ndarray]:
     return shared.packed_rows(options.rows, options.length, options.vocabulary)
 
 
-def build(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
-    """Return a jitted step of the glm_jax that this process finds, and its arguments; the first it replaces."""
+def build(options: argparse.Namespace, **engine: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return a jitted step of the glm_jax that this process finds, and its arguments; the first it replaces.
+
+    `engine` are fields of its EngineConfig; without `attention` the core is a CPU's.
+    """
     from glm_jax.config.data import OBJECTIVES
     from glm_jax.config.training import OptimizerConfig
     from glm_jax.engine import EngineConfig
@@ -46,14 +49,12 @@ def build(options: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
 
     mesh = meshes.build(dict(zip(meshes.AXES, map(int, options.mesh.split(",")), strict=True)))
     glm = shared.config(options)
-    chosen = {}
-    if shared.has("model.attention_cores"):  # not in older commits
+    chosen = {"schedule": options.schedule, "keep": options.stash, **engine}
+    if "attention" not in chosen and shared.has("model.attention_cores"):  # not in older commits
         from glm_jax.model.attention_cores import choose
 
         chosen["attention"] = choose(glm, "cpu", options.length)
-    chosen |= {"schedule": options.schedule, "keep": options.stash}
-    engine = EngineConfig(glm, options.vocabulary, len(OBJECTIVES), **chosen)
-    cfg = StepConfig(engine, OptimizerConfig(), None, seed=0)
+    cfg = StepConfig(EngineConfig(glm, options.vocabulary, len(OBJECTIVES), **chosen), OptimizerConfig(), None, seed=0)
     train, _ = step.compile_steps(cfg, mesh)
     rows = meshes.place(mesh, rows_of(options), options.microbatches)
     return train, (create_state(cfg, mesh), rows, step.controls(mesh, LR, 1.0), ())

@@ -1,5 +1,6 @@
 """Every benchmark runs, and compares what it says: tiny, its sides one after another in this process."""
 
+import argparse
 import importlib
 import json
 import math
@@ -83,8 +84,33 @@ def test_runs(name: str, load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert not any("nan" in line or "inf " in line for line in lines)
 
 
+@pytest.mark.slow
+def test_accelerator(load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load("accelerator")
+    monkeypatch.setitem(benchmark.MODELS, "350m", {"layers": 1, "hidden": 32, "heads": 2, "ffn": 40, "vocabulary": 64})
+    benchmark.main(["--rounds=1", "--rows=2", "--length=256", "--compute=float32"])
+    _, first, second, ratio = capsys.readouterr().out.splitlines()
+    assert first.startswith("attention blockwise: ") and "MFU" in first and second.startswith("attention reference: ")
+    assert ratio.startswith("reference / blockwise: ")
+
+
+def test_slots_are_what_a_microbatch_more_takes(
+    load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = load("accelerator")
+    # one step of 2 microbatches takes 5 s and of 4 takes 8 s: 1.5 s each, and 2 s of 5 are no microbatch's
+    seconds = {2: 5.0, 4: 8.0}
+    monkeypatch.setattr(benchmark, "stepper", lambda options, core: lambda: seconds[options.microbatches])
+    monkeypatch.setattr(benchmark, "cores", lambda options: ["reference"])
+    benchmark.report_slots(argparse.Namespace(mesh="1,2,1", schedule="1f1b", microbatches=2, rows=2, rounds=1))
+    assert capsys.readouterr().out == (
+        "2 stages, 2 microbatches: 1500.0 (1500.0 to 1500.0) ms a microbatch forward and backward, "
+        "the rest 40.0 (40.0 to 40.0)% of a step; idle by the schedule 33.3%\n"
+    )
+
+
 def test_all_are_here() -> None:
-    others = {"rounds", "machine", "shared", "official_torch", "start"}
+    others = {"rounds", "machine", "shared", "official_torch", "start", "accelerator"}
     assert {path.stem for path in BENCHMARKS.glob("*.py")} <= {*COMMANDS} | others
 
 
