@@ -1,4 +1,4 @@
-"""The peak rates of accelerators, and how much memory is in use."""
+"""The devices of this process: what they are, their peak rate, and the memory in use."""
 
 from __future__ import annotations
 
@@ -12,16 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-# Dense half-precision peaks in FLOP/s a device, from the vendors' data sheets, by the start of jax's device_kind.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # v5p; after the lighter ones, whose names start the same
-}
+from glm_jax.parallel import device_sheet
 
 
 def facts() -> dict[str, str | int]:
@@ -52,14 +43,14 @@ def matmul_rate(size: int = 1024, repeats: int = 8) -> float:
 
 
 def peak_flops(mesh: jax.sharding.Mesh) -> float:
-    """Return the peak FLOP/s of the whole mesh: from the data sheet, or measured now if the device is not in it.
+    """Return the peak FLOP/s of the whole mesh: from the sheet of devices, or measured now if the device is not in it.
 
     Emulated devices share one CPU, so the measured rate counts once there.
     """
     device = mesh.devices.flat[0]
-    for kind, peak in PEAK_FLOPS.items():
-        if device.device_kind.startswith(kind):
-            return peak * mesh.size
+    known = device_sheet.of_kind(device.device_kind)
+    if known:
+        return known.peak * mesh.size
     return matmul_rate() * (1 if device.platform == "cpu" else mesh.size)
 
 
