@@ -55,6 +55,9 @@ class Experiment(Section):
     seed: int = field(
         1234, at_least=0, at_most=2**63 - 1, role="frozen", doc="seed of the initial params, dropout and data"
     )
+    model_seed: int = field(
+        -1, at_least=-1, at_most=2**63 - 1, role="frozen", doc="seed of the initial params and dropout; -1: `seed`"
+    )
     model: Model = section(Model, role="frozen")
     data: Data = section(Data)
     mesh: Mesh = section(Mesh, role="operational")
@@ -67,6 +70,11 @@ class Experiment(Section):
         example=(33_600, {"train.embedding_shrink.alpha": 0.5}),
         doc='changes during the run: ((33_600, {"train.embedding_shrink.alpha": 0.5}),) holds after step 33,600',
     )
+
+    @property
+    def params_seed(self) -> int:
+        """Return the seed of the initial params and of dropout."""
+        return self.seed if self.model_seed < 0 else self.model_seed
 
     def __post_init__(self) -> None:
         super().__post_init__()

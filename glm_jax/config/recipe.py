@@ -41,7 +41,8 @@ def learning_rate(config: Experiment, step: int, samples: int) -> float:
 
     It rises linearly from 0 at the start to the peak at `warmup_samples`, then falls to `min_lr` at `decay_samples`,
     as half a cosine or linearly, and stays there. In the window (first, steps) of a re-warming it is multiplied by
-    (step - first) / steps: a warm restart after loading.
+    (step - first) / steps: a warm restart after loading. Stairs (first, steps, factor) multiply it by the factor after
+    `first`, and again every `steps` steps.
     """
     cfg = config.optimizer
     if samples < cfg.warmup_samples:
@@ -54,6 +55,9 @@ def learning_rate(config: Experiment, step: int, samples: int) -> float:
     for first, steps in cfg.rewarm:
         if first < step <= first + steps:
             lr *= (step - first) / steps
+    if cfg.stairs and step > cfg.stairs[0]:
+        first, steps, factor = cfg.stairs
+        lr *= factor ** (1 + (step - first - 1) // steps)
     return lr
 
 

@@ -241,6 +241,11 @@ class Optimizer(OptimizerConfig):
     rewarm: tuple[tuple[int, int], ...] = field(
         (), example=(22_800, 500), doc="(step, steps): after this step, the rate climbs again from 0 over so many steps"
     )
+    stairs: tuple[int, int, int] | tuple[()] = field(
+        (),
+        doc="(step, steps, factor): after this step the rate is multiplied by the factor every so many steps, to find "
+        "the rate at which a trained model breaks",
+    )
     decay: Decay = field("cosine", doc="the curve from peak_lr to min_lr")
     decay_samples: int = field(
         0,
@@ -265,6 +270,12 @@ class Optimizer(OptimizerConfig):
         for first, steps in self.rewarm:
             if first < 0 or steps < 1:
                 raise ValueError(f"rewarm holds ({first}, {steps}): give the step it begins at, and how many")
+        if self.stairs:
+            first, steps, factor = self.stairs
+            if first < 0 or steps < 1 or factor < 2:
+                raise ValueError(
+                    f"stairs {self.stairs}: give the step they begin at, the steps of each, and a factor of 2 or more"
+                )
 
     def constants(self) -> OptimizerConfig:
         """Return the constants of an update, without the learning rate."""

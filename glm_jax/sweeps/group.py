@@ -26,6 +26,7 @@ from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import build, loss_metrics, passes
 from glm_jax.engine.heldout import HeldOut
 from glm_jax.sweeps import second_half
+from glm_jax.sweeps.unfinished import Steps, Unfinished
 from glm_jax.training import stretch
 from glm_jax.training.state import StepConfig, TrainState, init_state
 from glm_jax.training.step import Controls, train_step
@@ -164,7 +165,7 @@ def begin(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tu
     streams = Streams(configs, prepared)
     block = block_size(len(configs), _member_bytes(cfg, configs[0]))
     step = compile_group(cfg, mesh, streams.of_member, block)
-    return step, init_states(cfg, [config.seed for config in configs]), streams
+    return step, init_states(cfg, [config.params_seed for config in configs]), streams
 
 
 def _shared(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> tuple[StepConfig, jax.sharding.Mesh]:
@@ -178,7 +179,10 @@ def _shared(configs: Sequence[Experiment], prepared: Mapping[str, Prepared]) -> 
 
 
 def train(
-    configs: Sequence[Experiment], prepared: Mapping[str, Prepared], progress: Callable[[int], None]
+    configs: Sequence[Experiment],
+    prepared: Mapping[str, Prepared],
+    progress: Callable[[int], None],
+    unfinished: Unfinished | None = None,
 ) -> list[Outcome]:
     """Train members that share a program to their last step.
 
@@ -186,6 +190,7 @@ def train(
         configs: resolved, with equal `members.program`.
         prepared: by `data_key`.
         progress: called with the number of steps done, after each step.
+        unfinished: where steps are kept from time to time, and found again.
 
     Raises:
         UserError: a model or a batch does not fit.
@@ -194,19 +199,32 @@ def train(
     step, states, streams = begin(configs, prepared)
     counts = np.zeros((streams.of_member.max() + 1, states.params["embedding"]["word"].shape[1]))  # [streams, V]
     taken: list[Metrics] = []
-    for number in range(1, first.train.steps + 1):
-        batches = streams.at(number)
-        for stream, targets in enumerate(batches.targets):
-            np.add.at(counts[stream], targets, batches.loss_mask[stream])
+
+    def arguments(number: int) -> tuple[Rows[np.ndarray], np.ndarray, np.ndarray]:
         chosen = [recipe.describe(config, number, (number - 1) * first.train.global_batch) for config in configs]
         lrs, shrinks = (np.array([c[key] for c in chosen], np.float32) for key in ("lr", "embedding_shrink"))
+        return streams.at(number), lrs, shrinks
+
+    if unfinished and (kept := unfinished.load(states, lambda: jax.eval_shape(step, states, *arguments(1))[1])):
+        states, taken, counts = kept
+    done = len(taken)
+    for number in range(1, done + 1):
+        progress(number)
+    for number in range(done + 1, first.train.steps + 1):
+        batches, lrs, shrinks = arguments(number)
+        for stream, targets in enumerate(batches.targets):
+            np.add.at(counts[stream], targets, batches.loss_mask[stream])
         states, metrics = step(states, batches, lrs, shrinks)
-        if taken:  # at most one step ahead of the device
+        if number > done + 1:  # at most one step ahead of the device
             taken[-1] = jax.device_get(taken[-1])
             progress(number - 1)
         taken.append(metrics)
-    taken[-1] = jax.device_get(taken[-1])
-    progress(first.train.steps)
+        if unfinished and unfinished.due():
+            taken[-1] = jax.device_get(taken[-1])
+            unfinished.save(Steps(states, taken, counts))
+    if done < first.train.steps:
+        taken[-1] = jax.device_get(taken[-1])
+        progress(first.train.steps)
     heldout = _evaluate(configs, prepared, states)
     uniform = math.log(prepared[data_key(first)].tokenizer.size)
     return [

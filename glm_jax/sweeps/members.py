@@ -30,10 +30,10 @@ from glm_jax.config.fields import in_section, to_dict
 from glm_jax.errors import UserError
 
 # Keys that a program takes as arrays: the key of the initialisation, the batches, the learning rate, alpha.
-ARRAY_KEYS = ("seed", "optimizer.peak_lr", "optimizer.min_lr", "optimizer.warmup_samples", "optimizer.decay",
-              "optimizer.decay_samples", "optimizer.rewarm", "train.embedding_shrink.alpha",
-              "train.embedding_shrink.history", "data.seed", "data.weights", "data.temperature", "data.instructions",
-              "data.blanks")  # fmt: skip
+ARRAY_KEYS = ("seed", "model_seed", "optimizer.peak_lr", "optimizer.min_lr", "optimizer.warmup_samples",
+              "optimizer.decay", "optimizer.decay_samples", "optimizer.rewarm", "optimizer.stairs",
+              "train.embedding_shrink.alpha", "train.embedding_shrink.history", "data.seed", "data.weights",
+              "data.temperature", "data.instructions", "data.blanks")  # fmt: skip
 
 # Members do without these: a member has one device, no operator, and steps of one size.
 PLAIN_KEYS = {"mesh.data": 1, "mesh.pipeline": 1, "mesh.tensor": 1, "train.batch_ramp": (), "train.skip_steps": (),
@@ -181,15 +181,11 @@ def _check_plain(name: str, config: Experiment) -> None:
 def program(config: Experiment) -> str:
     """Return all that a member's program depends on, as text; members with equal texts share a program.
 
-    With dropout, the seed is part of the program, because dropout draws from it.
+    With dropout, its seed is part of the program.
     """
     drops = config.model.attention_dropout or config.model.hidden_dropout
-    keys = {
-        key: value
-        for key, value in by_key(config).items()
-        if not in_section(key, ARRAY_KEYS) or (key == "seed" and drops)
-    }
-    return json.dumps([keys, recipe.shrinks(config)], sort_keys=True)
+    keys = {key: value for key, value in by_key(config).items() if not in_section(key, ARRAY_KEYS)}
+    return json.dumps([keys, recipe.shrinks(config), config.params_seed if drops else None], sort_keys=True)
 
 
 def group(members: Sequence[Member], together: int = TOGETHER) -> list[Group]:

@@ -25,7 +25,7 @@ from glm_jax.sweeps import verdict as sweep_verdict
 from glm_jax.sweeps.members import Member
 from glm_jax.types import Json
 
-DESCRIPTION, MEMBERS, LOGS = "sweep.json", "members", "logs"
+DESCRIPTION, MEMBERS, LOGS, UNFINISHED = "sweep.json", "members", "logs", "unfinished"
 RESULTS, TABLE = "results.json", "results.md"
 DIGITS = 9  # significant digits of a saved number: enough to read a float32 back exactly
 

@@ -2,8 +2,8 @@
 
 Each process trains one group on one core: small models gain nothing from a second core, and results then do not depend
 on the number of processes. A group is done when all its members have a result. A sweep that was interrupted or killed
-resumes with the groups that are not done, each with the same members as before, so that its numbers are those of a
-sweep that was never stopped.
+resumes with the groups that are not done, each with the same members as before and from the steps that it has kept
+(unfinished.py), so that its numbers are those of a sweep that was never stopped.
 """
 
 from __future__ import annotations
@@ -82,13 +82,13 @@ def _run(workdir: Path, description: Json, groups: Sequence[Group], parallel: in
         write_atomic(workdir / results.DESCRIPTION, json.dumps(description, indent=1) + "\n")
     waiting = [group for group in groups if results.missing(workdir, group.members)]
     for member in (member for group in waiting for member in group.members):
-        results.member_path(workdir, member.name).unlink(missing_ok=True)  # its group is trained again as a whole
+        results.member_path(workdir, member.name).unlink(missing_ok=True)  # its group is not done
     results.write_tables(workdir)
     if len(waiting) < len(groups):
         say(f"{len(groups) - len(waiting)} of {len(groups)} groups are done; resuming with the others")
     failed = _Pool(workdir, waiting, parallel, say).go()
     if failed is None:
-        say(f"stopped: the groups that are done are kept in {workdir}; the same command resumes from there")
+        say(f"stopped: what is done is kept in {workdir}; the same command resumes from there")
         return STOPPED
     if failed:
         raise UserError(f"{len(failed)} of {len(waiting)} groups failed, the first is {failed[0]}: fix what its log "

@@ -7,6 +7,7 @@ Each step done is a line on standard output; when nobody reads it any more, the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -20,7 +21,8 @@ from glm_jax.errors import UserError
 from glm_jax.sweeps import group
 from glm_jax.sweeps import verdict as sweep_verdict
 from glm_jax.sweeps.group import Outcome
-from glm_jax.sweeps.results import Row, number, save_member
+from glm_jax.sweeps.results import UNFINISHED, Row, number, save_member
+from glm_jax.sweeps.unfinished import Unfinished
 from glm_jax.types import Json
 
 
@@ -29,11 +31,15 @@ def work(job: Json) -> None:
     started = time.monotonic()
     resolved = [resolve(member["config"]) for member in job["members"]]
     prepared = group.prepare_all(resolved, lambda line: print(line, file=sys.stderr, flush=True))
-    outcomes = group.train(resolved, prepared, lambda step: print(step, flush=True))
+    workdir = Path(job["workdir"])
+    digest = hashlib.sha256(json.dumps(job["members"], sort_keys=True).encode()).hexdigest()
+    unfinished = Unfinished(workdir / UNFINISHED / f"{job['group'].replace(' ', '-')}.npz", digest)
+    outcomes = group.train(resolved, prepared, lambda step: print(step, flush=True), unfinished)
     run = {"group": job["group"], "members": len(resolved), "seconds": round(time.monotonic() - started, 1)}
     for member, config, outcome in zip(job["members"], resolved, outcomes, strict=True):
         named = {key: member[key] for key in ("name", "labels", "changes")}
-        save_member(Path(job["workdir"]), {**named, **result(config, outcome), "run": run})
+        save_member(workdir, {**named, **result(config, outcome), "run": run})
+    unfinished.remove()
 
 
 def result(config: Experiment, outcome: Outcome) -> Row:
@@ -66,7 +72,7 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the sweep is gone; when it resumes, it trains this group again
+    except BrokenPipeError:  # the sweep is gone; when it resumes, so does this group
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

@@ -47,7 +47,7 @@ def step_config(
         optimizer=optimizer or config.optimizer.constants(),
         loss_scale=config.train.scaling(),
         shrinks=recipe.shrinks(config),
-        seed=config.seed,
+        seed=config.params_seed,
         groups=Groups.of(config),
         lora=config.train.lora if config.train.lora.rank else None,
     )

@@ -59,6 +59,12 @@ def test_rewarming_multiplies_within_its_window() -> None:
     assert factors == [1, 1, 0.25, 0.5, 1, 1]
 
 
+def test_stairs_multiply_the_rate_again_and_again() -> None:
+    config = build(**COSINE, optimizer__stairs=(20, 4, 3))
+    factors = [recipe.learning_rate(config, step, 100) for step in (19, 20, 21, 24, 25, 28, 29)]
+    assert factors == [1, 1, 3, 3, 9, 9, 27]
+
+
 def test_the_batch_grows_as_glm_130bs_did() -> None:
     """192 to 4,224 by 24 over 5,493,164 samples: 168 increments of 32,697.4 samples, about 4,294 steps (facts 3.1)."""
     config = build(train__global_batch=4224, train__microbatches=176, train__batch_ramp=(192, 24, 5_493_164))

@@ -1,5 +1,6 @@
 """Members trained together, compared with the same members trained one by one by the loop of `glm-jax train`."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ from glm_jax.config import Config
 from glm_jax.sweeps import group as sweep_group
 from glm_jax.sweeps import members as sweep_members
 from glm_jax.sweeps.group import Outcome, block_size
+from glm_jax.sweeps.unfinished import Steps, Unfinished
 from glm_jax.training.run import Run
 from tests.sweeps.sweep_cases import tiny, write_text
 
@@ -140,3 +142,59 @@ def test_progress_counts_the_steps(folder: Path) -> None:
     told: list[int] = []
     sweep_group.train(configs, sweep_group.prepare_all(configs, quiet), told.append)
     assert told == [1, 2, 3, 4, 5]
+
+
+class Killed(Exception):
+    """In place of a kill."""
+
+
+def test_an_interrupted_group_ends_as_one_that_was_not(folder: Path, tmp_path: Path) -> None:
+    axes = {"seed": (1, 2), "optimizer.peak_lr": (1e-3, 1e-2)}
+    configs = members(tiny(folder, **{"train.steps": 6, "train.eval_every": 0}), axes)
+    prepared = sweep_group.prepare_all(configs, quiet)
+    undisturbed = sweep_group.train(configs, prepared, lambda step: None)
+    times = itertools.count(0, 100)  # each look at the clock is later than the time between two savings
+
+    def kept(digest: str = "these members") -> Unfinished:
+        return Unfinished(tmp_path / "unfinished" / "group.npz", digest, lambda: float(next(times)))
+
+    def kill(step: int) -> None:
+        if step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sweep_group.train(configs, prepared, kill, kept())
+    told: list[int] = []
+    resumed = sweep_group.train(configs, prepared, told.append, kept())
+    assert told == [1, 2, 3, 4, 5, 6]
+    for before, after in zip(undisturbed, resumed, strict=True):
+        assert before.losses.tobytes() == after.losses.tobytes() and before.unigram == after.unigram
+        assert {name: array.tobytes() for name, array in before.metrics.items()} == {
+            name: array.tobytes() for name, array in after.metrics.items()
+        }
+
+
+def test_steps_of_others_and_damaged_files_are_not_used(folder: Path, tmp_path: Path) -> None:
+    (config,) = members(tiny(folder, **{"train.steps": 2, "train.eval_every": 0}), {"seed": (1,)})
+    step, states, streams = sweep_group.begin([config], sweep_group.prepare_all([config], quiet))
+    path = tmp_path / "group.npz"
+    metrics = {"lr": np.array([0.1])}
+    assert Unfinished(path, "mine").load(states, lambda: metrics) is None
+    Unfinished(path, "mine").save(Steps(states, [metrics, {"lr": np.array([0.2])}], np.array([[3.0]])))
+    found = Unfinished(path, "mine").load(states, lambda: metrics)
+    assert found and found.counts.item() == 3 and [one["lr"].item() for one in found.metrics] == [0.1, 0.2]
+    assert Unfinished(path, "another's").load(states, lambda: metrics) is None
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", content[:200] + bytes(200) + content[400:]):
+        path.write_bytes(damaged)
+        assert Unfinished(path, "mine").load(states, lambda: metrics) is None
+
+
+def test_data_and_params_have_seeds_of_their_own(folder: Path) -> None:
+    configs = members(tiny(folder), {"seed": (1, 2), "model_seed": (5, 6)})
+    _, states, streams = sweep_group.begin(configs, sweep_group.prepare_all(configs, quiet))
+    assert streams.of_member.tolist() == [0, 0, 1, 1]
+    words = np.asarray(states.params["embedding"]["word"])  # [members, V, D]
+    assert (words[0] == words[2]).all() and (words[1] == words[3]).all() and (words[0] != words[1]).any()
+    (alone,) = members(tiny(folder), {"seed": (5,)})  # without a seed of its own, the model takes this one
+    assert alone.params_seed == configs[0].params_seed == 5 and alone.model_seed == -1
