@@ -65,3 +65,15 @@ def _cell(rows: Sequence[Row]) -> str:
     diverged = sum(row["status"] == "diverged" for row in rows)
     parts = [f"{diverged} diverged"] if diverged else []
     return "; ".join(parts + [spread(losses)] * bool(losses))
+
+
+def breaking_table(rows: Sequence[Row]) -> str:
+    """Return a table of the rates at which trained members broke on their stairs, by setting, a column a seed."""
+    seeds = list(dict.fromkeys(row["labels"]["seed"] for row in rows))
+    axes = [axis for axis in rows[0]["labels"] if axis != "seed"]
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        rate = "not broken" if row["broke"] is None else f"{row['broke']['lr']:.3g}"
+        found.setdefault(tuple(row["labels"][axis] for axis in axes), {})[row["labels"]["seed"]] = rate
+    lines = [[*setting, *(rates.get(seed, "") for seed in seeds)] for setting, rates in found.items()]
+    return table([*axes, *(f"seed {seed}" for seed in seeds)], lines)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from glm_jax.errors import UserError
 from glm_jax.storage.files import write_atomic
-from glm_jax.sweeps.frontier import frontier_table
+from glm_jax.sweeps.frontier import breaking_table, frontier_table
 from glm_jax.sweeps.results import RESULTS, Row, provenance, read_description, summary
 
 
@@ -36,6 +36,8 @@ def section(workdir: Path) -> str:
 def _table(rows: list[Row]) -> str:
     if not rows:
         return ""
+    if "broke" in rows[0]:
+        return breaking_table(rows)
     return frontier_table(rows) if "lr" in rows[0]["labels"] else summary(rows) + _second_half(rows)
 
 

@@ -17,6 +17,10 @@ LEARNT was 0 when the norm grid began. Its members of 4 layers showed that those
 nats of that cost, on either side by chance, and all others at least 0.2 below it. The margin is between the two, for
 all members. Deeper members, trained later, fill that gap: the verdicts of some depend on the margin, and notebook 02
 names them.
+
+With `optimizer.stairs` a member is first trained and then given higher and higher rates. It breaks at the first step
+after the stairs begin at which m is more than RISE above its own lowest value until then, or at the first of NOT_FINITE
+losses in a row that are not finite. The rate of that step is the rate at which the trained model breaks.
 """
 
 from __future__ import annotations
@@ -70,11 +74,8 @@ def judge(losses: Sequence[float] | np.ndarray, warmup: int, uniform: float, uni
         uniform: nats a target token that guessing uniformly among all pieces costs, the log of their number.
         unigram: nats a target token that guessing by the targets' own frequencies costs, their entropy.
     """
-    run = 0
-    for step, loss in enumerate(losses, 1):
-        run = 0 if math.isfinite(loss) else run + 1
-        if run == NOT_FINITE:
-            return Verdict(step - run + 1, "not finite")
+    if step := _not_finite(losses):
+        return Verdict(step, "not finite")
     averages = smooth(losses)
     above = np.flatnonzero(averages[warmup:] > uniform + RISE)
     if len(above):
@@ -86,3 +87,24 @@ def judge(losses: Sequence[float] | np.ndarray, warmup: int, uniform: float, uni
     if averages[-1] > unigram - LEARNT:
         return Verdict(lowest + 1, "learnt nothing")
     return Verdict()
+
+
+def breaks(losses: Sequence[float] | np.ndarray, first: int) -> int | None:
+    """Return the step at which a member breaks on stairs that begin after step `first`; None if it does not."""
+    averages = smooth(losses)
+    lowest = np.fmin.accumulate(averages)
+    risen = np.flatnonzero(averages[first:] > lowest[first:] + RISE)
+    steps = [first + int(risen[0]) + 1] if len(risen) else []
+    if step := _not_finite(losses):
+        steps.append(step)
+    return min(steps, default=None)
+
+
+def _not_finite(losses: Sequence[float] | np.ndarray) -> int | None:
+    """Return the first step of NOT_FINITE in a row whose loss is not finite."""
+    run = 0
+    for step, loss in enumerate(losses, 1):
+        run = 0 if math.isfinite(loss) else run + 1
+        if run == NOT_FINITE:
+            return step - run + 1
+    return None

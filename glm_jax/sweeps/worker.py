@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from glm_jax import startup
-from glm_jax.config import Experiment, resolve
+from glm_jax.config import Experiment, recipe, resolve
 from glm_jax.errors import UserError
 from glm_jax.sweeps import group
 from glm_jax.sweeps import verdict as sweep_verdict
@@ -50,6 +50,8 @@ def result(config: Experiment, outcome: Outcome) -> Row:
     uniform, unigram = float(f"{outcome.uniform:.9g}"), float(f"{outcome.unigram:.9g}")
     verdict = sweep_verdict.judge(saved, warmup, uniform, unigram)
     metrics = {name: [number(value) for value in values] for name, values in outcome.metrics.items()}
+    stairs = config.optimizer.stairs
+    broke = {"broke": _broke(config, sweep_verdict.breaks(saved, stairs[0]))} if stairs else {}
     return {
         "status": verdict.status,
         "step": verdict.step,
@@ -60,8 +62,16 @@ def result(config: Experiment, outcome: Outcome) -> Row:
         "warmup": warmup,
         "uniform": uniform,
         "unigram": unigram,
+        **broke,
         "curves": {"loss": losses, "step": [int(step) for step in outcome.steps], **metrics},
     }
+
+
+def _broke(config: Experiment, step: int | None) -> Json | None:
+    """Return the step at which a member broke on its stairs and the rate of that step; None if it did not break."""
+    if step is None:
+        return None
+    return {"step": step, "lr": number(recipe.learning_rate(config, step, step * config.train.global_batch))}
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from glm_jax.errors import UserError
-from glm_jax.sweeps.frontier import frontier, frontier_table
+from glm_jax.sweeps.frontier import breaking_table, frontier, frontier_table
 from glm_jax.sweeps.page import section, write_page
 
 
@@ -82,3 +82,18 @@ def test_a_page_without_a_place(results: Path) -> None:
     (results / "norms" / "results.json").unlink()
     with pytest.raises(UserError, match=r"results\.json cannot be read"):
         section(results / "norms")
+
+
+def test_rates_at_which_members_broke() -> None:
+    labels = [("8", "pre", "1"), ("8", "pre", "2"), ("8", "post", "1")]
+    broke = [{"step": 814, "lr": 0.0135}, None, {"step": 801, "lr": 0.0015}]
+    rows = [
+        {"labels": dict(zip(("num_layers", "arm", "seed"), each, strict=True)), "broke": found}
+        for each, found in zip(labels, broke, strict=True)
+    ]
+    assert breaking_table(rows).splitlines() == [
+        "| num_layers | arm | seed 1 | seed 2 |",
+        "| --- | --- | --- | --- |",
+        "| 8 | pre | 0.0135 | not broken |",
+        "| 8 | post | 0.0015 |  |",
+    ]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from glm_jax.sweeps.verdict import Verdict, judge, smooth
+from glm_jax.sweeps.verdict import Verdict, breaks, judge, smooth
 
 UNIFORM, UNIGRAM, WARMUP = 7.6, 6.0, 10
 NAN, INF = float("nan"), float("inf")
@@ -65,3 +65,19 @@ def test_no_better_than_the_frequencies() -> None:
     assert verdict(losses) == Verdict(lowest, "learnt nothing")
     assert verdict(falling(100, 6.3) + [5.95] * 100).reason == "learnt nothing"
     assert verdict(falling(100, 6.3) + [5.85] * 100) == Verdict()
+
+
+def test_a_trained_member_breaks_where_its_average_has_risen() -> None:
+    """m after k losses of 2 beyond a long run of 1 is 2 - 0.95**k: above 1.5 first at k = 14, as 0.95**14 = 0.488."""
+    losses = [1.0] * 200 + [2.0] * 30
+    assert breaks(losses, 150) == 214
+    assert breaks(losses, 214) == 215  # it had risen before
+    assert breaks([1.0] * 230, 150) is None
+    assert breaks([1.0] * 200 + [1.4] * 100, 150) is None
+    assert breaks([1.0] * 200 + [math.nan] * 5 + [1.0] * 20, 150) == 201
+    assert breaks([1.0] * 200 + [math.inf] * 4 + [1.0] * 20, 150) is None
+
+
+def test_a_fall_during_the_stairs_counts() -> None:
+    """The lowest average so far counts: what falls from 3 to 1 and rises to 2 has risen."""
+    assert breaks([3.0] * 100 + [1.0] * 200 + [2.0] * 30, 100) == pytest.approx(314, abs=1)

@@ -1,0 +1,72 @@
+"""Whether one treatment differs from another: the differences of members that share all else, with their interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from glm_jax.sweeps.results import Row
+
+CONFIDENCE = 0.95
+
+
+class Difference(NamedTuple):
+    """The mean difference of pairs, its interval by Student's t, and the p-value of no difference (two-sided)."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] (n = {self.pairs}, p = {self.p:.2g})"
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval excludes no difference."""
+        return self.low > 0 or self.high < 0
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Compare paired values [n] by the t-test for pairs: of second - first.
+
+    Raises:
+        ValueError: there are fewer than two pairs, or values that are not finite.
+    """
+    before, after = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if before.shape != after.shape or before.size < 2 or not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise ValueError("a paired comparison takes two or more pairs of finite values")
+    change = after - before
+    if not change.any() or np.ptp(change) == 0:  # no spread: Student's t has no value
+        mean = float(change[0])
+        return Difference(mean, mean, mean, float(mean == 0), change.size)
+    tested = stats.ttest_rel(after, before)
+    interval = tested.confidence_interval(CONFIDENCE)
+    return Difference(
+        float(change.mean()), float(interval.low), float(interval.high), float(tested.pvalue), change.size
+    )
+
+
+def compare(
+    rows: Sequence[Row], axis: str, first: str, second: str, value: Callable[[Row], float | None]
+) -> Difference:
+    """Compare two labels of an axis over the members that are alike in all other labels.
+
+    Args:
+        rows: of results.json.
+        value: what to compare; a pair of which one has None is left out.
+
+    Raises:
+        ValueError: fewer than two pairs have both values.
+    """
+    found: dict[tuple[str, ...], dict[str, float | None]] = {}
+    for row in rows:
+        rest = tuple(label for name, label in row["labels"].items() if name != axis)
+        found.setdefault(rest, {})[row["labels"][axis]] = value(row)
+    pairs = [(pair.get(first), pair.get(second)) for pair in found.values()]
+    both = [(before, after) for before, after in pairs if before is not None and after is not None]
+    return difference(*zip(*both, strict=True)) if len(both) > 1 else difference((), ())
