@@ -311,8 +311,8 @@ def _choose(strategy: Strategy, state: Decoding, group: Array, logits: Array, se
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def token_losses(
     cfg: DecodeConfig, mesh: jax.sharding.Mesh, weights: Weights, prompts: Prompts, places: Array, targets: Array
-) -> Array:
-    """Return the loss in nats of given targets: float32 [M, B, A].
+) -> tuple[Array, Array]:
+    """Return the loss in nats of given targets, and whether no token is likelier: float32 [M, B, A], bool [M, B, A].
 
     Args:
         cfg, mesh: static.
@@ -324,39 +324,41 @@ def token_losses(
     """
     groups = prompts.tokens.shape[0]
 
-    def score(stage: _Stage, x: Array, places: Array, targets: Array) -> Array:
-        """Return the losses [B, A] of a group, SCORED tokens of each row at a time: their logits are large."""
+    def score(stage: _Stage, x: Array, places: Array, targets: Array) -> tuple[Array, Array]:
+        """Score a group, [B, A], SCORED tokens of each row at a time: their logits are large."""
 
-        def part(asked: tuple[Array, Array]) -> Array:
+        def part(asked: tuple[Array, Array]) -> tuple[Array, Array]:
             logits = stage.leave(x, asked[0])  # [B, A, V / shards]
-            return cross_entropy.token_losses(logits, asked[1], cfg.num_tokens)
+            return cross_entropy.scores(logits, asked[1], cfg.num_tokens)
 
         rows, width = targets.shape
         if width <= SCORED:
             return part((places, targets))
         parts = [array.reshape(rows, -1, SCORED).swapaxes(0, 1) for array in (places, targets)]  # [A / 64, B, 64]
-        return lax.map(part, (parts[0], parts[1])).swapaxes(0, 1).reshape(rows, width)
+        found = lax.map(part, (parts[0], parts[1]))  # of arrays [A / 64, B, 64]
+        return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(rows, width), found)
 
-    def local(weights: Weights, prompts: Prompts, places: Array, targets: Array) -> Array:
+    def local(weights: Weights, prompts: Prompts, places: Array, targets: Array) -> tuple[Array, Array]:
         stage = _Stage(cfg, mesh, weights)
         rows, length = prompts.tokens.shape[1:]
         start, only = jnp.zeros(rows, jnp.int32), jnp.int32(0)
 
-        def tick(time: Array, carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
-            x, cache, losses = carry
+        def tick(time: Array, carry: tuple[Array, Cache, Tree]) -> tuple[Array, Cache, Tree]:
+            x, cache, found = carry
             entering = at(prompts, jnp.minimum(time, groups - 1))
             x = stage.enter(x, entering.tokens, entering.positions, start)  # [B, S, D]
             group = time - stage.index
             prompt, active = at(prompts, jnp.clip(group, 0, groups - 1)), (group >= 0) & (group < groups)
             x, cache = stage.run_rows(x, prompt.positions, prompt.lengths, cache, only, active, prompt.blocks)
             leaving = jnp.maximum(time - (stage.stages - 1), 0)  # the first ones are overwritten
-            losses = put(losses, score(stage, x, places[leaving], targets[leaving]), leaving)
-            return shift(x, 1), cache, losses
+            found = put(found, score(stage, x, places[leaving], targets[leaving]), leaving)
+            return shift(x, 1), cache, found
 
         cache = _empty_cache(cfg, mesh, len(stage.layers), 1, rows, length)
         x = jnp.zeros((rows, length, cfg.model.hidden_size), cfg.compute)
         losses = jnp.zeros(targets.shape, jnp.promote_types(cfg.compute, jnp.float32))
-        return lax.fori_loop(0, groups + stage.stages - 1, tick, (x, cache, losses))[2]
+        found = losses, jnp.zeros(targets.shape, bool)
+        return lax.fori_loop(0, groups + stage.stages - 1, tick, (x, cache, found))[2]
 
     in_specs = (specs(cfg.model, weights), jax.tree.map(lambda _: GROUPS, prompts), GROUPS, GROUPS)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=GROUPS, check_vma=False)

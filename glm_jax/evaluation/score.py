@@ -6,17 +6,22 @@ a run of several processes all must make the same calls.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.evaluation import rows
 from glm_jax.evaluation.rows import Choices, Question, Reading, Windows
 from glm_jax.inference import scoring
-from glm_jax.inference.batch import Decoder, Generation, Job, batch_limit, bucket
+from glm_jax.inference.batch import Decoder, Generation, Job, batch_limit, bucket, generate
 from glm_jax.inference.constraints import Vocabulary
-from glm_jax.inference.scoring import Row, Scored
+from glm_jax.inference.fill import TURNS
+from glm_jax.inference.prompts import find_stop
+from glm_jax.inference.scoring import Losses, Row, Scored
 from glm_jax.inference.strategies import Beam, Generated, Options, Request
 
 TILE = 32  # the released code pads contexts to a multiple of this many tokens, and its beam search counts the padding
@@ -50,9 +55,9 @@ def choices(
     def build(number: int) -> Choices:
         return rows.choices(decoder.config.model, tokenizer, questions[number], reading, single=alone)
 
-    def finish(number: int, losses: list[float]) -> list[Scored]:
-        waiting = iter(losses)
-        return [_scored(itertools.islice(waiting, len(choice))) for choice in questions[number].choices]
+    def finish(number: int, found: Losses) -> list[Scored]:
+        ends = [*itertools.accumulate(map(len, questions[number].choices), initial=0)]
+        return [Scored.of(Losses(found.nats[a:b], found.likeliest[a:b])) for a, b in itertools.pairwise(ends)]
 
     sizes = [len(question.context) + sum(map(len, question.choices)) for question in questions]
     return _batches(decoder, sizes, lambda number: build(number).rows, finish)
@@ -85,7 +90,7 @@ def windows(
         return [rows.window(decoder.config.model, tokenizer, tokens, place, cutting, reading, once=once)]
 
     sizes = [min(len(tokens) - place * cutting.stride, cutting.width) for tokens, place in asked]
-    return _batches(decoder, sizes, build, lambda _, losses: _scored(losses))
+    return _batches(decoder, sizes, build, lambda _, found: Scored.of(found))
 
 
 class Answers(NamedTuple):
@@ -94,6 +99,7 @@ class Answers(NamedTuple):
     options: Options
     limit: int  # tokens
     starts: Sequence[Sequence[int]] = ()  # what no answer begins with
+    stops: Sequence[str] = ()  # an answer ends soon after one of these strings; beams go on
 
     @property
     def beams(self) -> int:
@@ -108,12 +114,25 @@ def prompt(decoder: Decoder, tokenizer: Tokenizer, tokens: Sequence[int], readin
 
 
 def answers(
-    decoder: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], reading: Reading, how: Answers
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    reading: Reading,
+    how: Answers,
+    keys: Sequence[np.ndarray] | None = None,
 ) -> Batches[list[Generated]]:
     """Generate answers, best first: one, or as many as there are beams.
 
     The length that divides a beam's score counts padding to a multiple of 32 tokens, and the n-gram ban takes it for
     the first tokens before the answer, as in the released evaluation.
+
+    Args:
+        decoder: the model.
+        tokenizer: of the model.
+        prompts: tokens.
+        reading: of the task.
+        how: to generate.
+        keys: of what is drawn, from `row_key`, one for each prompt.
 
     Raises:
         UserError: see `prompt` and `rows.context`; or NotFinite.
@@ -122,29 +141,34 @@ def answers(
     width = decoder.config.model.vocab_size
     vocabulary = Vocabulary(width, min(tokenizer.size, width), ends)
     jobs = list[Job]()
-    for tokens in prompts:
+    for number, tokens in enumerate(prompts):
         read = rows.context(tokenizer, prompt(decoder, tokenizer, tokens, reading, how.limit), reading)
         padded = [*read.tokens, *[0] * (-len(read.tokens) % TILE)]
-        jobs.append(Job(read, Request(padded, how.limit, how.options, banned_starts=how.starts)))
+        key = (0, 0) if keys is None else keys[number]
+        jobs.append(Job(read, Request(padded, how.limit, how.options, key, how.starts)))
     order = sorted(range(len(jobs)), key=lambda number: -len(jobs[number].context.tokens))
     together = batch_limit(decoder, how.beams)
     for first in range(0, len(order), together):
         numbers = order[first : first + together]
         generation = Generation(decoder, [jobs[number] for number in numbers], vocabulary)
-        generation.advance(how.limit)
+        if how.stops and how.beams == 1:
+            generate(generation, how.limit, TURNS, functools.partial(_stopped, generation, tokenizer, how.stops))
+        else:
+            generation.advance(how.limit)
         yield [*zip(numbers, generation.results(), strict=True)]
 
 
-def _scored(losses: Iterator[float] | Sequence[float]) -> Scored:
-    found = [*losses]
-    return Scored(-sum(found), len(found))
+def _stopped(generation: Generation, tokenizer: Tokenizer, stops: Sequence[str], ended: np.ndarray) -> np.ndarray:
+    """Return which other answers have a stop string in them: bool [jobs]."""
+    texts = (tokenizer.decode(found[0].tokens) for found in generation.results())
+    return np.array([find_stop(text, stops) is not None for text in texts]) & ~ended
 
 
 def _batches(
     decoder: Decoder,
     sizes: Sequence[int],
     build: Callable[[int], list[Row]],
-    finish: Callable[[int, list[float]], T],
+    finish: Callable[[int, Losses], T],
 ) -> Batches[T]:
     """Yield results of questions of about `sizes` tokens, whose rows are built when their turn comes."""
     order = sorted(range(len(sizes)), key=lambda number: -bucket(sizes[number]))
@@ -157,7 +181,7 @@ def _batches(
         places = itertools.count()
         results = list[tuple[int, T]]()
         for number, some in zip(numbers, built, strict=True):
-            losses = [float(loss) for _ in some for loss in found[next(places)]]
-            results.append((number, finish(number, losses)))
+            nats, likeliest = zip(*(found[next(places)] for _ in some), strict=True)
+            results.append((number, finish(number, Losses(np.concatenate(nats), np.concatenate(likeliest)))))
         yield results
         first += together

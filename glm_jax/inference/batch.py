@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -260,6 +260,33 @@ class Generation:
         """Return what each job has generated, best first: one sequence, or as many as there are beams."""
         search = fetch(self._decoder.mesh, self._state.search)
         return self._finish(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), search))[: self._count]
+
+
+def generate(
+    generation: Generation, limit: int, turns: int, look: Callable[[np.ndarray], np.ndarray] | None = None
+) -> None:
+    """Generate up to `limit` tokens in every row, until all jobs are done.
+
+    Args:
+        generation: what to advance.
+        limit: tokens, at most.
+        turns: tokens between two looks.
+        look: called with the jobs that are done, bool [jobs]; returns which others to end. Not with beams.
+
+    Raises:
+        NotFinite: the model gives logits that are not finite.
+    """
+    while limit > 0:
+        generation.advance(min(limit, turns))
+        limit -= turns
+        ended = generation.done()
+        if look is not None:
+            stopped = look(ended)
+            if stopped.any():
+                generation.stop(stopped)
+            ended = ended | stopped  # what comes from a device is read-only
+        if ended.all():
+            return
 
 
 @jax.jit

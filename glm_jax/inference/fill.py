@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.inference import prompts
-from glm_jax.inference.batch import Decoder, Generation, batch_limit
+from glm_jax.inference.batch import Decoder, Generation, batch_limit, generate
 from glm_jax.inference.constraints import Vocabulary
 from glm_jax.inference.pending import Filled, Pending, Settings, SharedContext
 from glm_jax.inference.prompts import Piece
@@ -66,9 +67,9 @@ def fill(
             yield number, prompt.result()
 
 
-def count_repeats(texts: Sequence[str]) -> list[int]:
+def count_repeats(texts: Sequence[Hashable]) -> list[int]:
     """Return how many equal texts come before each."""
-    seen: Counter[str] = Counter()
+    seen = Counter[Hashable]()
     repeats = list[int]()
     for text in texts:
         repeats.append(seen[text])
@@ -105,11 +106,16 @@ def _check(
     return [(number, prompt) for _, number, prompt in entries]
 
 
+def specials(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the tokens that no fill has: blanks, sop and pad, but those that end it."""
+    every = {*prompts.masks(tokenizer).values(), tokenizer.sop, tokenizer.pad}
+    return tuple(sorted(every - {tokenizer.eop, tokenizer.eos}))  # a pad may be an eos
+
+
 def vocabulary(decoder: Decoder, tokenizer: Tokenizer, settings: Settings) -> Vocabulary:
     """Return which tokens fills may have: no masks, except by the rules of the released code."""
     ends = (tokenizer.eop, tokenizer.eos)
-    specials = {*prompts.masks(tokenizer).values(), tokenizer.sop, tokenizer.pad} - {*ends}  # a pad may be an eos
-    banned = () if settings.out_seq_length is not None else tuple(sorted(specials))
+    banned = () if settings.out_seq_length is not None else specials(tokenizer)
     width = decoder.config.model.vocab_size
     return Vocabulary(width, min(tokenizer.size, width), tuple(dict.fromkeys(ends)), banned)
 
@@ -157,26 +163,18 @@ def _run(
         settings: for all of them.
         watch: see `fill`.
     """
-    done = False
-    while left > 0 and not done:
-        turns = min(left, 1 if watch else TURNS)
-        generation.advance(turns)
-        left -= turns
-        ended = generation.done()
-        if settings.beams == 1 and (watch or settings.stop):
-            ended = ended | _look(generation, rows, ended, watch)  # what comes from a device is read-only
-        done = bool(ended.all())
+    looks = settings.beams == 1 and bool(watch or settings.stop)
+    look = functools.partial(_look, generation, rows, watch) if looks else None
+    generate(generation, left, 1 if watch else TURNS, look)
 
 
 def _look(
-    generation: Generation, rows: Mapping[int, tuple[int, Pending]], ended: np.ndarray, watch: Watch | None
+    generation: Generation, rows: Mapping[int, tuple[int, Pending]], watch: Watch | None, ended: np.ndarray
 ) -> np.ndarray:
-    """Show what was generated so far, and stop prompts with a stop string in their fill; return which, bool [jobs]."""
+    """Show what was generated so far, and return which prompts have a stop string in their fill, bool [jobs]."""
     stopped, found = np.zeros_like(ended), generation.results()
     for row, (number, prompt) in rows.items():
         if watch:
             watch(number, prompt.shown(found[row][0]))
         stopped[row] = not ended[row] and prompt.fill(found[row][0]).finish_reason == "stop"
-    if stopped.any():
-        generation.stop(stopped)
     return stopped

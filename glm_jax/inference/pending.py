@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from glm_jax.errors import UserError
 from glm_jax.inference import prompts
 from glm_jax.inference.batch import Job
 from glm_jax.inference.prompts import Fill, Piece
-from glm_jax.inference.strategies import Beam, Generated, Options, Request
+from glm_jax.inference.strategies import Beam, Generated, Options, Request, row_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +148,7 @@ class Pending:
 
     def _key(self) -> np.ndarray:
         """Return a key that follows from seed, text, its number among equal texts, and the blank: uint32 [2]."""
-        what = f"{self._settings.seed} {self._number} {self._rounds} {self._text}"
-        return np.frombuffer(hashlib.sha256(what.encode()).digest()[:8], "<u4")
+        return row_key(self._settings.seed, self._number, self._rounds, self._text)
 
     def shown(self, generated: Generated) -> list[Piece]:
         """Return the pieces with what was generated for the next blank so far."""
@@ -166,13 +164,12 @@ class Pending:
         """Return what was generated as a fill, without its end token or stop string."""
         tokens, decode = tuple(generated.tokens[: len(generated.tokens) - generated.ended]), self._tokenizer.decode
         text, stops = decode(tokens), self._settings.stop
-        cuts = [text.find(stop) for stop in stops if stop in text]
-        if not cuts:
+        if (cut := prompts.find_stop(text, stops)) is None:
             reason = "end" if generated.ended else "length"
             return Fill(text, tokens, tuple(generated.log_probabilities[: len(tokens)]), reason)
         while any(stop in decode(tokens[:-1]) for stop in stops):
             tokens = tokens[:-1]
-        return Fill(text[: min(cuts)], tokens, tuple(generated.log_probabilities[: len(tokens)]), "stop")
+        return Fill(text[:cut], tokens, tuple(generated.log_probabilities[: len(tokens)]), "stop")
 
     def accept(self, found: list[Generated]) -> Fill:
         """Fill the next blank with the first sequence, remember the others, and return the fill."""

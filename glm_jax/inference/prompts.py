@@ -101,6 +101,11 @@ def context(tokenizer: Tokenizer, pieces: Sequence[Piece], place: int) -> Contex
     return Context([*tokens, tokenizer.sop], blank, pieces[place].text != "[gMASK]")
 
 
+def find_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Return where the first stop string of a text begins, or None if it has none."""
+    return min((text.find(stop) for stop in stops if stop in text), default=None)
+
+
 def refill(tokenizer: Tokenizer, fill: Fill) -> list[Piece]:
     """Return a fill as pieces, with a blank for each mask in it: the released code fills masks that a model makes."""
     ids = {token: kind for kind, token in reversed(masks(tokenizer).items())}

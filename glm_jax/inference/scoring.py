@@ -29,11 +29,24 @@ class Row(NamedTuple):
     targets: list[int]  # what follows each of them
 
 
+class Losses(NamedTuple):
+    """What a row says about its targets."""
+
+    nats: np.ndarray  # float32 [A], the loss of each
+    likeliest: np.ndarray  # bool [A], whether no token is likelier
+
+
 class Scored(NamedTuple):
     """The log-probability of a given target."""
 
     log_probability: float  # in nats, summed over its tokens
     tokens: int
+    greedy: bool  # whether none of its tokens has a likelier one in its place
+
+    @classmethod
+    def of(cls, found: Losses) -> Scored:
+        """Return the sum of a target's losses."""
+        return cls(-float(found.nats.sum(dtype=np.float64)), len(found.nats), bool(found.likeliest.all()))
 
 
 def row(cfg: GLMConfig, context: Context, target: Sequence[int]) -> Row:
@@ -56,10 +69,10 @@ def score(decoder: Decoder, pairs: Sequence[tuple[Context, Sequence[int]]]) -> l
         NotFinite: the model gives logits that are not finite.
     """
     found = dict(losses(decoder, [row(decoder.config.model, *pair) for pair in pairs]))
-    return [Scored(-float(found[number].sum(dtype=np.float64)), len(found[number])) for number in range(len(pairs))]
+    return [Scored.of(found[number]) for number in range(len(pairs))]
 
 
-def losses(decoder: Decoder, rows: Sequence[Row]) -> Iterator[tuple[int, np.ndarray]]:
+def losses(decoder: Decoder, rows: Sequence[Row]) -> Iterator[tuple[int, Losses]]:
     """Score rows, the longest first. All processes must call this with the same rows.
 
     Args:
@@ -67,7 +80,7 @@ def losses(decoder: Decoder, rows: Sequence[Row]) -> Iterator[tuple[int, np.ndar
         rows: any number of them.
 
     Yields:
-        The number of a row, and the loss in nats of each of its targets: float32 [A].
+        The number of a row, and the losses of its targets.
 
     Raises:
         NotFinite: the model gives logits that are not finite.
@@ -89,7 +102,7 @@ def rows_together(decoder: Decoder, length: int) -> int:
     return min(batch_limit(decoder), share * sizes["data"] * sizes["pipeline"])
 
 
-def _losses(decoder: Decoder, rows: Sequence[Row]) -> list[np.ndarray]:
+def _losses(decoder: Decoder, rows: Sequence[Row]) -> list[Losses]:
     config, mesh = decoder.config, decoder.mesh
     layout = Layout.of(mesh, len(rows))
     whole = [*rows, *[rows[0]] * (layout.rows - len(rows))]
@@ -107,9 +120,10 @@ def _losses(decoder: Decoder, rows: Sequence[Row]) -> list[np.ndarray]:
     *parts, places, targets = layout.put(mesh, (tokens, positions, context, blocks, places, targets))
     prompts = decode.Prompts(*(parts if blocks.any() else parts[:-1]))
     found = compiled_together(decode.token_losses)(config, mesh, decoder.weights, prompts, places, targets)
-    found = fetch(mesh, found).reshape(len(whole), width)
-    kept = [found[number, : len(one.targets)] for number, one in enumerate(rows)]
-    if not all(np.isfinite(one).all() for one in kept):
+    nats, likeliest = (array.reshape(len(whole), width) for array in fetch(mesh, found))
+    sizes = [len(one.targets) for one in rows]
+    kept = [Losses(nats[number, :size], likeliest[number, :size]) for number, size in enumerate(sizes)]
+    if not all(np.isfinite(one.nats).all() for one in kept):
         raise NotFinite(f"the logits are not finite with the weights of {decoder.source}: the run has "
                         "diverged, use an earlier step")  # fmt: skip
     return kept

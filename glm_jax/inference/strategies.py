@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -109,6 +110,11 @@ def named(name: str, **options: object) -> Options:
             hint = f"it is one of {' and '.join(others)}" if others else closest(option, known[name], "generate --help")
             raise UserError(f"strategy {name} has no option {option}: {hint}")
     return KINDS[name](**options)  # pyright: ignore[reportArgumentType] (values are checked as they arrive)
+
+
+def row_key(*parts: object) -> np.ndarray:
+    """Return the key that follows from what a row is, for `Request`: uint32 [2]."""
+    return np.frombuffer(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:8], "<u4")
 
 
 class Request(NamedTuple):

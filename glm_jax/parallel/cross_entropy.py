@@ -35,6 +35,13 @@ def token_losses(logits: Array, targets: Array, num_tokens: int) -> Array:
     return _with_gradient(logits, targets, num_tokens)[0]
 
 
+def scores(logits: Array, targets: Array, num_tokens: int) -> tuple[Array, Array]:
+    """Return the `token_losses`, and whether no token is likelier than each target: float32 [...], bool [...]."""
+    logits, _, largest, chosen = _found(logits, targets, num_tokens)
+    total = lax.psum(jnp.exp(logits - largest[..., None]).sum(axis=-1), VOCAB_AXES)  # [...]
+    return jnp.log(total) + largest - chosen, chosen >= largest
+
+
 def losses(x: Array, word: Array, targets: Array, num_tokens: int) -> Array:
     """Return the cross-entropy in nats of each target under the logits x word^T, float32 [B, S].
 
@@ -98,16 +105,26 @@ def _project(x: Array, word: Array) -> Array:
     return jnp.einsum("td,vd->tv", x, word, preferred_element_type=wide)  # [T, V / shards]
 
 
-def _with_gradient(logits: Array, targets: Array, num_tokens: int) -> tuple[Array, Array]:
-    """Return `token_losses`, and the gradient of each with respect to its logits [..., V / shards]."""
+def _found(logits: Array, targets: Array, num_tokens: int) -> tuple[Array, Array, Array, Array]:
+    """Return the logits without padding, where the targets are, the largest logits and those of the targets.
+
+    Returns:
+        float32 [..., V / shards], bool [..., V / shards], float32 [...], float32 [...].
+    """
     rows = first_row(logits.shape[-1]) + jnp.arange(logits.shape[-1])  # [V / shards]
     if num_tokens < logits.shape[-1] * math.prod(lax.axis_size(axis) for axis in VOCAB_AXES):
         logits = jnp.where(rows < num_tokens, logits, jnp.finfo(logits.dtype).min)  # [..., V / shards]
     largest = lax.pmax(logits.max(axis=-1), VOCAB_AXES)  # [...]
-    exponentials = jnp.exp(logits - largest[..., None])  # [..., V / shards]
-    total = lax.psum(exponentials.sum(axis=-1), VOCAB_AXES)  # [...]
     hit = targets[..., None] == rows  # [..., V / shards]
     chosen = lax.psum(jnp.where(hit, logits, 0).sum(axis=-1), VOCAB_AXES)  # [...]
+    return logits, hit, largest, chosen
+
+
+def _with_gradient(logits: Array, targets: Array, num_tokens: int) -> tuple[Array, Array]:
+    """Return `token_losses`, and the gradient of each with respect to its logits [..., V / shards]."""
+    logits, hit, largest, chosen = _found(logits, targets, num_tokens)
+    exponentials = jnp.exp(logits - largest[..., None])  # [..., V / shards]
+    total = lax.psum(exponentials.sum(axis=-1), VOCAB_AXES)  # [...]
     return jnp.log(total) + largest - chosen, exponentials / total[..., None] - hit
 
 

@@ -47,10 +47,12 @@ def test_long_contexts_give_the_cache_and_the_losses_of_dense_attention(
 
     everywhere = np.broadcast_to(places[:LENGTH], (3, LENGTH))
     prompts = Prompts(*grouped(tokens, positions[:, :LENGTH], lengths[:, 0]))
-    losses = decode.token_losses(engine, mesh, placed, prompts, *grouped(everywhere, targets))[0]
     logits = jax.jit(apply, static_argnums=0)(cfg, params, tokens, positions[:, :LENGTH], allowed[:, :LENGTH, :LENGTH])
+    targets[0] = jnp.argmax(logits[0], -1)
+    losses, likeliest = decode.token_losses(engine, mesh, placed, prompts, *grouped(everywhere, targets))
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(targets)[..., None], -1)[..., 0]
-    np.testing.assert_allclose(losses, -chosen, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(losses[0], -chosen, rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(likeliest[0], targets == jnp.argmax(logits, -1))
 
 
 def test_a_long_context_needs_no_scores_of_all_pairs() -> None:

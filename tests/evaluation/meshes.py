@@ -57,7 +57,7 @@ def questions() -> list[Question]:
 
 
 def scores(decoder: Decoder) -> tuple[list[float], list[list[int]]]:
-    """Return log-probabilities of choices and windows, and generated answers."""
+    """Return log-probabilities of choices and windows, which answers are greedy, and generated answers."""
     numbers, steady = list[float](), fresh(decoder)
     for reading in READINGS[:3]:
         found = dict(one for some in score.choices(steady, TOKENIZER, questions(), reading) for one in some)
@@ -75,7 +75,11 @@ def scores(decoder: Decoder) -> tuple[list[float], list[list[int]]]:
     answers = dict(
         one for some in score.answers(decoder, TOKENIZER, prompts, GCAUSAL, Answers(Greedy(), 5)) for one in some
     )
-    return numbers, [answers[number][0].tokens for number in range(len(prompts))]
+    made = [answers[number][0].tokens for number in range(len(prompts))]
+    other = [[*tokens[:-1], (tokens[-1] + 1) % 58] for tokens in made]
+    pairs = [Question(prompt, [*both]) for prompt, *both in zip(prompts, made, other, strict=True)]
+    found = dict(one for some in score.choices(decoder, TOKENIZER, pairs, GCAUSAL, single=False) for one in some)
+    return numbers + [float(choice.greedy) for number in range(len(pairs)) for choice in found[number]], made
 
 
 if __name__ == "__main__":

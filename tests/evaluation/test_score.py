@@ -138,4 +138,5 @@ def test_a_mesh_changes_nothing() -> None:
         np.testing.assert_allclose(one["scores"], reports[0]["scores"], rtol=1e-5)
         assert one["answers"] == reports[0]["answers"]
     here = scores(tiny.decoder(tiny.DEEP))
+    assert here[0][-12:] == [1.0, 0.0] * 6  # what was generated is greedy, with another last token it is not
     np.testing.assert_allclose(here[0], reports[0]["scores"], rtol=1e-5)
