@@ -1,7 +1,8 @@
-"""`glm-jax evaluate`: score a model on task files."""
+"""`glm-jax evaluate`: score a model on task files, or on tasks of lm-eval."""
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,17 +26,23 @@ FOLDER = "evaluation"  # in the workdir
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Score a model on task files in the form of the GLM-130B repository."""
+    """Score a model on task files in the form of the GLM-130B repository, or on tasks of lm-eval."""
     values = common.flag_values("evaluate", "--workdir runs/quickstart --tasks tasks/lambada --data data --out scores")
     common.define_workdir(values)
-    summary = "task files (.yaml), and folders of them"
+    summary = "task files (.yaml), and folders of them; with --harness also names, such as hellaswag,arc_easy"
     flags.DEFINE_multi_string("tasks", None, summary, flag_values=values)
+    summary = "the tasks are those of EleutherAI's lm-evaluation-harness (pip install -e '.[harness]')"
+    flags.DEFINE_bool("harness", False, summary, flag_values=values)
+    common.define_path(values, "include", "with --harness: a folder of task files, whose names --tasks may have")
+    summary = "with --harness: read contexts from left to right, not in both directions"
+    flags.DEFINE_bool("unidirectional", False, summary, flag_values=values)
     common.define_path(values, "data", "the folder that the tasks' paths begin in (default: that of the task file)")
     common.define_path(values, "out", f"the folder for the results (default: {FOLDER} in the workdir)")
     generate_flags.define_model(values)
     common.define_processes(values)
     if not common.parse(values, arguments, ["workdir", "tasks"], nameless=["tasks"]):
         return 0
+    _check_flags(values)
 
     from glm_jax.parallel import schedulers
 
@@ -49,6 +56,35 @@ def run(arguments: Sequence[str]) -> int:
     return processes.together(lambda: _evaluate(values, command))
 
 
+def _check_flags(values: flags.FlagValues) -> None:
+    """Refuse flags that do not go together, a folder that is not there, and packages that are missing."""
+    for name in ("include", "unidirectional"):
+        if values[name].value and not values.harness:
+            raise UserError(f"--{name} is for tasks of lm-eval: add --harness, or leave it out")
+    if values.data and values.harness:
+        raise UserError("--data is not for tasks of lm-eval, which name their own data: leave it out")
+    if values.include and not Path(values.include).is_dir():
+        raise UserError(f"--include {values.include} is no folder: name one with task files")
+    if values.harness and importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--harness needs the package lm-eval: pip install -e '.[harness]'")
+
+
+def _plan(values: flags.FlagValues, model: Model) -> Plan:
+    from glm_jax.evaluation import run as evaluation
+
+    if model.tokenizer is None:
+        raise UserError(f"{values.workdir} has no tokenizer: convert its weights again, with --tokenizer FILE")
+    if not values.harness:
+        return evaluation.plan(model, model.tokenizer, values.tasks, Path(values.data) if values.data else None)
+
+    from glm_jax.evaluation import lm_eval_tasks
+    from glm_jax.evaluation.lm_eval_requests import Reader
+
+    names = dict.fromkeys(name.strip() for given in values.tasks for name in given.split(","))
+    reader = Reader.of(model, causal=values.unidirectional)
+    return lm_eval_tasks.plan(reader, [*filter(None, names)], Path(values.include) if values.include else None)
+
+
 def _evaluate(values: flags.FlagValues, command: str) -> int:
     from glm_jax.evaluation import results
     from glm_jax.evaluation import run as evaluation
@@ -58,13 +94,14 @@ def _evaluate(values: flags.FlagValues, command: str) -> int:
     out = Path(values.out) if values.out else Path(values.workdir) / FOLDER
     _check_page()
     model = Model.open(values.workdir, values.mesh, values.dtype, values.quantize, values.step)
-    if model.tokenizer is None:
-        raise UserError(f"{values.workdir} has no tokenizer: convert its weights again, with --tokenizer FILE")
-    todo = evaluation.plan(model, model.tokenizer, values.tasks, Path(values.data) if values.data else None)
+    todo = _plan(values, model)
     say = common.say if processes.is_first() else _ignore
     for task in dict.fromkeys(part.task for part in todo.parts):
         if task.ignored:
             say(f"{task.file}: ignored, as no field of a task: {', '.join(task.ignored)}")
+    for part in todo.parts:
+        for note in part.work.notes:
+            say(f"{part.name}: {note}")
     if todo.parts:
         identity = _identity(model, values)
         worked = _work(todo, identity, out)

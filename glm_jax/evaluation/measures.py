@@ -76,6 +76,15 @@ def _normalised(sums: np.ndarray, count: int) -> np.ndarray:
     return 100 * np.divide(worth - chance, best - chance, out=np.zeros_like(worth), where=best != chance)
 
 
+def _mean(sums: np.ndarray, count: int) -> np.ndarray:
+    return sums[..., 0] / count
+
+
+def _exponential(numbers: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # inf
+        return np.exp(numbers)
+
+
 MEASURES: dict[str, Measure] = {
     "Accuracy": Measure(_share, percent=True),  # right answers
     "Accuracy a token": Measure(_share, percent=True),  # of the choice with the highest log-probability a token
@@ -92,6 +101,12 @@ MEASURES: dict[str, Measure] = {
     "LMS": Measure(_share, percent=True),  # related choices; arXiv 2004.09456
     "SS": Measure(lambda sums, count: 100 * _ratio(sums, count), None, True),  # stereotypes, related choices
     "ICAT": Measure(_icat, percent=True),  # stereotypes, related choices
+    # of lm-eval's tasks, such as mean/acc, by how values of items become one; log-probabilities in nats
+    "mean": Measure(_mean, None),
+    "perplexity": Measure(lambda sums, count: _exponential(-_mean(sums, count)), higher=False),
+    "weighted_perplexity": Measure(lambda sums, count: _exponential(-_ratio(sums, count)), higher=False),  # and units
+    "bits_per_byte": Measure(lambda sums, count: -_ratio(sums, count) / math.log(2), higher=False),  # and UTF-8 bytes
+    "whole": Measure(_mean, None),  # computed by lm-eval from all items at once
     "CP": Measure(_share, None, True),  # pairs whose stereotype is as likely, or more likely; arXiv 2010.00133
 }
 

@@ -149,12 +149,19 @@ class Summary(NamedTuple):
 
 
 def report(todo: Plan, done: Mapping[int, Result], *, resamples: int = measures.RESAMPLES) -> list[TaskReport]:
-    """Return what came out of all tasks that did not fail."""
+    """Return what came out of all tasks that did not fail; one that fails now joins the plan's failures."""
     failed = {failure.file for failure in todo.failures}
     found = dict[Path, tuple[Task, list[FileReport]]]()
     for part in todo.parts:
-        if part.task.file not in failed:
-            found.setdefault(part.task.file, (part.task, []))[1].append(_file(part, done, resamples))
+        file = part.task.file
+        if file in failed:
+            continue
+        try:
+            found.setdefault(file, (part.task, []))[1].append(_file(part, done, resamples))
+        except UserError as error:
+            todo.failures.append(Failure(part.task.name, f"{part.name}: {error}", file))
+            failed.add(file)
+            del found[file]
     return [TaskReport(task, files, _groups(files), PAPER.get(task.name, "")) for task, files in found.values()]
 
 
@@ -163,6 +170,8 @@ def _file(part: Part, done: Mapping[int, Result], resamples: int) -> FileReport:
     results = [done[part.first + number] for number in range(work.count)]
     columns = work.columns(results)
     estimates = {name: measures.estimate(name, values, resamples=resamples) for name, values in columns.items()}
+    totals = work.totals(results)
+    estimates |= {name: Estimate(value, math.nan, math.nan, work.items) for name, value in totals.items()}
     examples = work.examples(results)
     hits = [one for one in examples if one.right][:EXAMPLES]
     misses = [one for one in examples if not one.right][:EXAMPLES]

@@ -51,11 +51,13 @@ class Work(abc.ABC):
         count: units.
         items: what measures count: questions, prompts, documents.
         truncated: items whose context was cut.
+        notes: what else a user should know, a line each.
     """
 
     count: int
     items: int
     truncated: int = 0
+    notes: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def run(self, numbers: Sequence[int]) -> Batches:
@@ -68,6 +70,10 @@ class Work(abc.ABC):
     @abc.abstractmethod
     def columns(self, results: Sequence[Result]) -> Columns:
         """Return the columns of the file's measures from the results of all units."""
+
+    def totals(self, results: Sequence[Result]) -> dict[str, float]:
+        """Return measures that are no functions of sums over items; they have no interval."""
+        return {}
 
     def examples(self, results: Sequence[Result]) -> list[Example]:
         """Return items with what the model made of them."""

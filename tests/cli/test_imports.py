@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"jax", "flax", "optax", "orbax", "grain", "scipy", "datasketch", "tensorstore", "tensorboardX", "matplotlib"}
+HEAVY = {"jax", "flax", "optax", "orbax", "grain", "scipy", "datasketch", "tensorstore", "tensorboardX", "matplotlib",
+         "lm_eval", "datasets"}  # fmt: skip
 
 MISTAKES = """
 import json, sys
@@ -42,6 +43,7 @@ def test_no_mistake_waits_for_jax(tmp_path: Path) -> None:
         ["generate", run, "--prompt=a"],
         ["generate", run, "--prompt=a", "--top_p=7"],
         ["evaluate", run, "--tasks=x"],
+        ["evaluate", run, "--tasks=x", "--harness", f"--include={tmp_path / 'nowhere'}"],
         ["compare", str(tmp_path), str(tmp_path)],
         ["convert", "sat-to-orbax", f"--path={tmp_path / 'nowhere'}", f"--out={tmp_path / 'out'}"],
         ["convert", "quantize", f"--path={tmp_path}", f"--out={text}", "--bits=8"],
