@@ -16,6 +16,7 @@ from glm_jax.config.training import Mesh
 from glm_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from glm_jax.evaluation.few_shot import Shots
     from glm_jax.evaluation.results import Evaluation
     from glm_jax.evaluation.run import Plan
     from glm_jax.evaluation.work import Result
@@ -38,6 +39,9 @@ def run(arguments: Sequence[str]) -> int:
     flags.DEFINE_bool("unidirectional", False, summary, flag_values=values)
     common.define_path(values, "data", "the folder that the tasks' paths begin in (default: that of the task file)")
     common.define_path(values, "out", f"the folder for the results (default: {FOLDER} in the workdir)")
+    summary = "examples before each question, where items have a right answer; those without room are dropped whole"
+    flags.DEFINE_integer("shots", 0, summary, lower_bound=0, upper_bound=1000, flag_values=values)
+    flags.DEFINE_integer("seed", 1234, "seed of the choice of examples", lower_bound=0, flag_values=values)
     generate_flags.define_model(values)
     common.define_processes(values)
     if not common.parse(values, arguments, ["workdir", "tasks"], nameless=["tasks"]):
@@ -69,36 +73,41 @@ def _check_flags(values: flags.FlagValues) -> None:
         raise UserError("--harness needs the package lm-eval: pip install -e '.[harness]'")
 
 
-def _plan(values: flags.FlagValues, model: Model) -> Plan:
+def _plan(values: flags.FlagValues, model: Model, shots: Shots) -> Plan:
     from glm_jax.evaluation import run as evaluation
 
     if model.tokenizer is None:
         raise UserError(f"{values.workdir} has no tokenizer: convert its weights again, with --tokenizer FILE")
     if not values.harness:
-        return evaluation.plan(model, model.tokenizer, values.tasks, Path(values.data) if values.data else None)
+        data = Path(values.data) if values.data else None
+        return evaluation.plan(model, model.tokenizer, values.tasks, data, shots)
 
     from glm_jax.evaluation import lm_eval_tasks
     from glm_jax.evaluation.lm_eval_requests import Reader
 
     names = dict.fromkeys(name.strip() for given in values.tasks for name in given.split(","))
     reader = Reader.of(model, causal=values.unidirectional)
-    return lm_eval_tasks.plan(reader, [*filter(None, names)], Path(values.include) if values.include else None)
+    return lm_eval_tasks.plan(reader, [*filter(None, names)], Path(values.include) if values.include else None, shots)
 
 
 def _evaluate(values: flags.FlagValues, command: str) -> int:
     from glm_jax.evaluation import results
     from glm_jax.evaluation import run as evaluation
+    from glm_jax.evaluation.few_shot import Shots
     from glm_jax.inference import Model
     from glm_jax.parallel import processes
 
     out = Path(values.out) if values.out else Path(values.workdir) / FOLDER
     _check_page()
     model = Model.open(values.workdir, values.mesh, values.dtype, values.quantize, values.step)
-    todo = _plan(values, model)
+    shots = Shots(values.shots, values.seed)
+    todo = _plan(values, model, shots)
     say = common.say if processes.is_first() else _ignore
     for task in dict.fromkeys(part.task for part in todo.parts):
         if task.ignored:
             say(f"{task.file}: ignored, as no field of a task: {', '.join(task.ignored)}")
+        if shots.count and not any(part.work.shots for part in todo.parts if part.task == task):
+            say(f"{task.file}: --shots does not apply, as its items have no right answer to show")
     for part in todo.parts:
         for note in part.work.notes:
             say(f"{part.name}: {note}")
@@ -145,6 +154,8 @@ def _identity(model: Model, values: flags.FlagValues) -> dict[str, object]:
         "tokenizer": model.tokenizer and model.tokenizer.digest,
         "dtype": model.decoder.config.compute,
         "quantize": values.quantize,
+        "shots": values.shots,
+        "seed": values.seed if values.shots else None,
     }
 
 
@@ -177,7 +188,7 @@ def _work(todo: Plan, identity: Mapping[str, object], out: Path) -> Worked:
         "tasks": {"digest": todo.digest},
         "tokens": {"digest": identity["tokenizer"]},
         "weights": {"step": identity["step"], "digest": identity["weights"]},
-        "options": {"dtype": identity["dtype"], "quantize": identity["quantize"]},
+        "options": {name: identity[name] for name in ("dtype", "quantize", "shots", "seed")},
     }
     seconds, tokens, stopped = 0.0, 0, False
     with signals.listening(stop := progress.Request()):

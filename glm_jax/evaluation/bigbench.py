@@ -1,4 +1,9 @@
-"""Tasks of BIG-bench (arXiv 2206.04615), whose file is a task.json: its examples are choices or answers, zero-shot."""
+"""Tasks of BIG-bench (arXiv 2206.04615), whose file is a task.json: its examples are choices or answers.
+
+Prompts, the order in which they list choices, what counts of an answer, and scores are those of BIG-bench's own code
+(release 1.0.0; see `tests/proofs/bigbench_reference.py`). Its metrics other than these two are not there: a task that
+it scores by ROUGE is scored by exact matches.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +24,24 @@ from glm_jax.inference.batch import Decoder
 
 # what a task.json says, and its value where it does not
 DEFAULTS = {"task_prefix": "", "example_input_prefix": "\nQ: ", "example_output_prefix": "\nA: ",
-            "choice_prefix": "\n  choice: "}  # fmt: skip
-GRADE, EXACT = "multiple_choice_grade", "exact_str_match"
+            "choice_prefix": "\n  choice: ", "few_shot_example_separator": "\n"}  # fmt: skip
+ANSWER = r"[^\.\?\!\;\n]+"  # what is searched for in an answer if a task.json has neither output_regex nor stop_string
+ORDER_SEED = 42  # of the order in which choices are listed
+BEST = 1.0  # the worth of the best choice
 
 
 class Graded(Choices):
     """Examples with `target_scores`: what each choice is worth.
 
-    The measure is the worth of the likeliest choices, 0 being that of choices by chance and 100 that of the best.
+    The measure is the worth of the likeliest choices, 0 being that of choices by chance and 100 a worth of 1.
     """
 
     def columns(self, results: Sequence[Result]) -> Columns:
-        """Return the worth of each likeliest choice, and that of the mean and of the best choice."""
+        """Return the worth of each likeliest choice, of the mean choice, and of the best one that there can be."""
         found = list[tuple[float, float, float]]()
         for item, scores in zip(self._items, self.scores(results), strict=True):
             worth: Sequence[float] = item.extra["worth"]  # pyright: ignore[reportAssignmentType] (from `_read`)
-            found.append((worth[int(np.argmax(scores))], sum(worth) / len(worth), max(worth)))
+            found.append((worth[int(np.argmax(scores))], sum(worth) / len(worth), BEST))
         return {"BIG-bench": np.array(found)}
 
 
@@ -42,7 +49,7 @@ class Matched(Generated):
     """Examples with a `target`: the answer is right if it is one of these texts.
 
     Attributes:
-        stop: what ends an answer (`stop_string`); empty for nothing.
+        stop: what ends an answer, and belongs to it (`stop_string`); empty for nothing.
         pattern: what is searched for in it (`output_regex`); None takes all of it.
     """
 
@@ -51,19 +58,26 @@ class Matched(Generated):
 
     def answer(self, beams: Sequence[Sequence[int]]) -> str:
         """Return the part of the answer that counts."""
-        text = super().answer(beams)
-        text = text.split(self.stop)[0] if self.stop else text
-        found = self.pattern.search(text) if self.pattern else None
-        return found.group() if found else text
+        return counting(super().answer(beams), self.stop, self.pattern)
 
     def judge(self, answer: str, truths: Sequence[str]) -> dict[str, float]:
         """Return 1 for one of the very texts."""
-        return {"Accuracy": float(any(answer.strip() == truth.strip() for truth in truths))}
+        return {"Accuracy": float(answer in truths)}
 
     def columns(self, results: Sequence[Result]) -> Columns:
         """Return the worth of each answer, between that of none and of all."""
         (right,) = super().columns(results).values()
         return {"BIG-bench": np.hstack([right, np.zeros_like(right), np.ones_like(right)])}
+
+
+def counting(text: str, stop: str, pattern: re.Pattern[str] | None) -> str:
+    """Return the part of an answer that counts: of what ends with the first `stop`, the first match or its group."""
+    if stop and (place := text.find(stop)) > 0:
+        text = text[: place + len(stop)]
+    if pattern is None:
+        return text
+    found = pattern.search(text)
+    return found[pattern.groups] if found and found[pattern.groups] else ""
 
 
 def open_task(decoder: Decoder, tokenizer: Tokenizer, task: Task, file: Path) -> Work:
@@ -76,22 +90,34 @@ def open_task(decoder: Decoder, tokenizer: Tokenizer, task: Task, file: Path) ->
     examples: object = said.get("examples")
     if not isinstance(examples, list) or not examples:
         raise UserError(f"{file}: examples is missing or empty: it must be a list of objects")
+    different = dict[str, tuple[int, object]]()
+    for place, one in enumerate(examples, 1):
+        different.setdefault(json.dumps(one), (place, one))
     graded = isinstance(examples[0], dict) and "target_scores" in examples[0]
 
     def read(tokenizer: Tokenizer, file: Path, form: Callable[[records.Record], Item]) -> list[Item]:
         del form
         make = _graded if graded else _matched
-        return [make(tokenizer, said, f"{file}, example {place}", one) for place, one in enumerate(examples, 1)]
+        return [make(tokenizer, said, f"{file}, example {place}", one) for place, one in different.values()]
 
-    if graded:
-        return Graded(decoder, tokenizer, task, file, read)
-    matched = Matched(decoder, tokenizer, task, file, read)
-    matched.stop, pattern = str(said.get("stop_string") or ""), str(said.get("output_regex") or "")
+    work = (Graded if graded else Matched)(decoder, tokenizer, task, file, read)
+    work.separator = _text(said, "few_shot_example_separator")
+    if isinstance(work, Matched):
+        work.stop, work.pattern = str(said.get("stop_string") or ""), _pattern(said, file)
+    return work
+
+
+def _pattern(said: Mapping[str, object], file: Path) -> re.Pattern[str] | None:
+    given = said.get("output_regex")
+    if given is None:
+        given = ANSWER if said.get("stop_string") is None else ""
     try:
-        matched.pattern = re.compile(pattern) if pattern else None
+        pattern = re.compile(str(given)) if given else None
     except re.error as error:
         raise UserError(f"{file}: output_regex is no regular expression ({error}): fix it") from None
-    return matched
+    if pattern and pattern.groups > 1:
+        raise UserError(f"{file}: output_regex has {pattern.groups} groups: leave one, and write the others as (?:...)")
+    return pattern
 
 
 def _said(file: Path) -> Mapping[str, object]:
@@ -106,13 +132,24 @@ def _said(file: Path) -> Mapping[str, object]:
     return said
 
 
+def _text(said: Mapping[str, object], name: str) -> str:
+    return str(said.get(name, DEFAULTS[name]))
+
+
 def _prompt(tokenizer: Tokenizer, said: Mapping[str, object], record: records.Record, choices: Sequence[str]) -> Item:
     """Return the item of an example, with the task's words around it."""
-    before, asks, answers, choice = (str(said.get(name, default)) for name, default in DEFAULTS.items())
+    before, choice = _text(said, "task_prefix"), _text(said, "choice_prefix")
     text = record.get("input", lambda value: isinstance(value, str), "text")
-    listed = "".join(f"{choice}{one}" for one in choices) if said.get("append_choices_to_input", True) else ""
-    whole = f"{before}{asks}{text}{listed}{answers}"
-    return Item(record.place, whole, records.encode(tokenizer, whole))
+    listed = "".join(f"{choice}{one}" for one in listing(choices)) if said.get("append_choices_to_input", True) else ""
+    asked = f"{_text(said, 'example_input_prefix')}{text}{listed}{_text(said, 'example_output_prefix')}"
+    head = records.encode(tokenizer, before) if before else ()
+    return Item(record.place, before + asked, (*head, *records.encode(tokenizer, asked)), len(head))
+
+
+def listing(choices: Sequence[str]) -> list[str]:
+    """Return choices in the order in which a prompt lists them, which says nothing of their worth."""
+    ordered = sorted(choices)
+    return [ordered[place] for place in np.random.RandomState(ORDER_SEED).permutation(len(ordered))]
 
 
 def _record(tokenizer: Tokenizer, place: str, example: object) -> records.Record:
@@ -134,11 +171,21 @@ def _graded(tokenizer: Tokenizer, said: Mapping[str, object], place: str, exampl
     if not all(tokens):
         raise record.fail("target_scores", "has an empty choice: fill it")
     values = [float(one) for one in worth.values()]
-    return found._replace(choices=tokens, labels=tuple(worth), label=int(np.argmax(values)), extra={"worth": values})
+    label = int(np.argmax(values))
+    answers = _targets(tokenizer, record)[1] if "target" in record.fields else (tokens[label],)
+    return found._replace(
+        choices=tokens, labels=tuple(worth), label=label, answers=answers, extra={"worth": values}
+    )  # fmt: skip
 
 
 def _matched(tokenizer: Tokenizer, said: Mapping[str, object], place: str, example: object) -> Item:
     record = _record(tokenizer, place, example)
+    truths, answers = _targets(tokenizer, record)
+    return _prompt(tokenizer, said, record, [])._replace(answers=answers, truths=truths)
+
+
+def _targets(tokenizer: Tokenizer, record: records.Record) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    """Return the texts of the right answers, and their tokens."""
 
     def right(value: object) -> bool:
         several = isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
@@ -146,4 +193,4 @@ def _matched(tokenizer: Tokenizer, said: Mapping[str, object], place: str, examp
 
     target = record.get("target", right, "text, or a list of texts")
     truths = (target,) if isinstance(target, str) else tuple(map(str, target))  # pyright: ignore[reportArgumentType]
-    return _prompt(tokenizer, said, record, [])._replace(truths=truths)
+    return truths, tuple(records.encode(tokenizer, truth) for truth in truths)

@@ -29,6 +29,7 @@ from lm_eval.tasks import TaskManager
 from glm_jax.config.fields import closest
 from glm_jax.errors import UserError
 from glm_jax.evaluation import task_files
+from glm_jax.evaluation.few_shot import Shots
 from glm_jax.evaluation.lm_eval_requests import SEED, TYPES, Reader, Requests, Response
 from glm_jax.evaluation.run import Failure, Part, Plan
 from glm_jax.evaluation.task_files import Task
@@ -69,6 +70,8 @@ class Answered(LM):
         """Return what was responded."""
         return self._responses["generate_until"]
 
+OWN = Shots(seed=SEED)  # as many examples as a task asks for
+
 
 class Harness(Work):
     """A task of lm-eval; its units are requests. The evaluator of lm-eval turns responses into measures.
@@ -97,6 +100,7 @@ class Harness(Work):
         cut = {one.doc_id for kind, some in asked.items()
                for one, short in zip(some, self._requests[kind].cut, strict=True) if short}  # fmt: skip
         self.truncated = len(cut)
+        self.shots = int(task.get_config("num_fewshot"))
         self.notes = tuple(note for some in self._requests.values() for note in some.notes)
         if cut:
             self.notes += (f"{len(cut)} of {self.items} items keep only the end of a context: the model's rows hold "
@@ -209,13 +213,14 @@ def guarded(act: Callable[[], T]) -> T:
         raise UserError(f"{type(error).__name__}: {said}") from error
 
 
-def plan(reader: Reader, names: Sequence[str], include: Path | None = None) -> Plan:
+def plan(reader: Reader, names: Sequence[str], include: Path | None = None, shots: Shots = OWN) -> Plan:
     """Read tasks and build their requests; a task that has anything wrong is a failure, and the others stay.
 
     Args:
         reader: the model.
         names: of lm-eval's tasks, groups and tags; files of tasks (.yaml), and folders of them.
         include: a folder of files of tasks, whose names are known then.
+        shots: examples before each question, in place of a task's own number; 0 keeps that.
 
     Raises:
         UserError: lm-eval is too old.
@@ -230,7 +235,7 @@ def plan(reader: Reader, names: Sequence[str], include: Path | None = None) -> P
     for spec in (spec for name in names for spec in _specs(manager, name)):
         new, first = list[Part](), count
         try:
-            task, found = guarded(lambda spec=spec: _load(manager, spec, version))
+            task, found = guarded(lambda spec=spec: _load(manager, spec, version, shots))
             for group, name, definition in found:
                 work = Harness(reader, definition)
                 new.append(Part(task, group, name, work, first))
@@ -250,7 +255,9 @@ def _specs(manager: TaskManager, name: str) -> list[str]:
     return [str(file) for file in task_files.find([name]) if isinstance(file, Path)]
 
 
-def _load(manager: TaskManager, spec: str, version: str) -> tuple[Task, list[tuple[str, str, Definition]]]:
+def _load(
+    manager: TaskManager, spec: str, version: str, shots: Shots
+) -> tuple[Task, list[tuple[str, str, Definition]]]:
     """Load a task, or all tasks of a group, and build their requests.
 
     Returns:
@@ -268,12 +275,12 @@ def _load(manager: TaskManager, spec: str, version: str) -> tuple[Task, list[tup
         for mark, reason in UNABLE.items():
             if getattr(definition, mark, False):
                 raise UserError(f"{name} {reason}")
-        if definition.get_config("num_fewshot") is None:
-            definition.set_config("num_fewshot", 0)
-        definition.set_fewshot_seed(SEED)
+        if shots.count or definition.get_config("num_fewshot") is None:
+            definition.set_config("num_fewshot", shots.count)
+        definition.set_fewshot_seed(shots.seed)
         definition.build_all_requests()
-        shots, kind = definition.get_config("num_fewshot"), str(definition.OUTPUT_TYPE)
-        found.append((parents.get(name, "all"), f"{name}, version {definition.VERSION}, {shots}-shot", definition))
+        count, kind = definition.get_config("num_fewshot"), str(definition.OUTPUT_TYPE)
+        found.append((parents.get(name, "all"), f"{name}, version {definition.VERSION}, {count}-shot", definition))
         kinds.append(kind)
     whole = spec if spec in manager.task_index else next(iter([*loaded.get("groups", {}), *loaded["tasks"]]))
     kind = ", ".join(dict.fromkeys(kinds))

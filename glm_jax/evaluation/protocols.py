@@ -8,7 +8,8 @@ PAPER = {
     "LAMBADA": "GLM-130B 80.2 (zero-shot, bidirectional)",
     "LAMBADA-unidirectional": "GLM-130B 75.3 (zero-shot, left to right)",
     "MMLU": "GLM-130B 44.8 (5-shot; average weighted by questions)",
-    "BIG-bench-lite": "GLM-130B 13.31 (0-shot; mean of the normalised scores of 24 tasks; GPT-3 4.35, PaLM-540B 8.05)",
+    "BIG-bench-lite": "GLM-130B 13.31, 14.91, 15.12 (0-, 1-, 3-shot; mean of the normalised scores of 24 tasks; "
+    "GPT-3 4.35, 11.34, 13.18)",
     "Pile": "GLM-130B 0.634 bits a byte, weighted (18 sets; Jurassic-1 0.650, GPT-3 0.742)",
     "WikiText-2": "GLM-130B 10.901 (word perplexity; repository, docs/quantization.md)",
     "WikiText-103": "GLM-130B 10.759 (word perplexity; repository, docs/quantization.md)",

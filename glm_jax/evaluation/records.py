@@ -21,9 +21,11 @@ class Item(NamedTuple):
         place: file and line, for messages.
         text: the context, to be read by people.
         context: its tokens.
+        head: how many of these say what the task is, and stay before the examples of few-shot prompts.
         choices: their tokens.
         labels: what the choices are called; their texts.
         label: the index of the right choice; -1 if there is none.
+        answers: the tokens of right answers, of which an example of few-shot prompts shows one.
         truths: the texts of right answers.
         extra: fields of a protocol's own.
     """
@@ -31,9 +33,11 @@ class Item(NamedTuple):
     place: str
     text: str
     context: tuple[int, ...]
+    head: int = 0
     choices: tuple[tuple[int, ...], ...] = ()
     labels: tuple[str, ...] = ()
     label: int = -1
+    answers: tuple[tuple[int, ...], ...] = ()
     truths: tuple[str, ...] = ()
     extra: Mapping[str, object] = {}
 
@@ -123,7 +127,8 @@ def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 def choice(record: Record) -> Item:
     """Return a question with choices, of which one is right."""
     found = unlabelled(record)
-    return found._replace(label=record.answer(len(found.choices)))
+    label = record.answer(len(found.choices))
+    return found._replace(label=label, answers=(found.choices[label],))
 
 
 def unlabelled(record: Record) -> Item:
@@ -135,7 +140,7 @@ def unlabelled(record: Record) -> Item:
     if empty := [number for number, (tokens, _) in enumerate(choices, 1) if not tokens]:
         raise record.fail("choices", f"has an empty choice, number {empty[0]}: fill it")
     tokens, labels = zip(*choices, strict=True)
-    return Item(record.place, text, context, tokens, labels)
+    return Item(record.place, text, context, choices=tokens, labels=labels)
 
 
 def stereotypes(record: Record) -> Item:
@@ -165,7 +170,7 @@ def answered(record: Record) -> Item:
     if not targets:
         raise record.fail("targets", "is empty: add the right answers")
     truths = tuple(record.tokenizer.decode(tokens) for tokens, _ in targets)  # as answers are decoded
-    return Item(record.place, text, context, truths=truths)
+    return Item(record.place, text, context, answers=(targets[0][0],), truths=truths)
 
 
 def read(tokenizer: Tokenizer, file: Path, form: Callable[[Record], Item]) -> list[Item]:

@@ -16,7 +16,7 @@ from glm_jax.evaluation.measures import Difference, Estimate
 from glm_jax.storage.files import json_line, write_atomic
 
 if TYPE_CHECKING:
-    from glm_jax.evaluation.run import Failure, TaskReport
+    from glm_jax.evaluation.run import Failure, FileReport, TaskReport
 
 RESULTS, TABLE, ITEMS, PAGE, PART = "results.json", "results.md", "items.jsonl", "index.html", "results.part"
 SHORT = 12  # characters of a digest
@@ -83,6 +83,8 @@ def _task(report: TaskReport) -> dict[str, object]:
                 "file": file.name,
                 "items": file.items,
                 "truncated": file.truncated,
+                "shots": file.shots,
+                "dropped_examples": file.dropped,
                 "measures": {name: one._asdict() for name, one in file.estimates.items()},
                 "examples": [example._asdict() for example in file.examples],
             }
@@ -110,6 +112,15 @@ def interval(name: str, one: Estimate | Difference) -> str:
     return "" if math.isnan(one.low) else f"{shown(name, one.low)} to {shown(name, one.high)}"
 
 
+def counts(files: Sequence[FileReport]) -> list[dict[str, str]]:
+    """Return what was counted in each file of a task, by the names of columns, which all its files share."""
+    found = [{"contexts cut": f"{file.truncated:,}"} for file in files]
+    if any(file.shots for file in files):
+        shots = [{"examples": str(file.shots), "examples dropped": f"{file.dropped:,}"} for file in files]
+        found = [one | other for one, other in zip(found, shots, strict=True)]
+    return found
+
+
 def table(found: Evaluation) -> str:
     """Return the results as Markdown."""
     made = found.made
@@ -124,22 +135,13 @@ def table(found: Evaluation) -> str:
         lines += ["", f"## {report.task.name}", ""]
         if report.paper:
             lines += [f"To be compared with: {report.paper}.", ""]
-        lines += [
-            "| group | file | measure | value | 95% interval | items | cut contexts |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for file in report.files:
+        counted = counts(report.files)
+        heads = ["group", "file", "measure", "value", "95% interval", "items", *counted[0]]
+        lines += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+        for file, others in zip(report.files, counted, strict=True):
             for name, one in file.estimates.items():
-                cells = [
-                    file.group,
-                    file.name,
-                    name,
-                    shown(name, one.value),
-                    interval(name, one),
-                    one.items,
-                    file.truncated,
-                ]
-                lines.append(f"| {' | '.join(map(str, cells))} |")
+                values = [shown(name, one.value), interval(name, one), f"{one.items:,}", *others.values()]
+                lines.append(f"| {' | '.join([file.group, file.name, name, *values])} |")
         lines += ["", "| group | measure | files | max | median | mean | weighted |", "|---|---|---|---|---|---|---|"]
         for group, summaries in report.groups.items():
             for name, one in summaries.items():

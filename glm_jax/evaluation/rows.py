@@ -37,6 +37,10 @@ class Reading:
         if self.causal and not self.gmask:
             raise UserError("unidirectional needs use_task_mask: text is read from left to right after [gMASK] alone")
 
+    def blank(self, tokenizer: Tokenizer) -> int:
+        """Return the token of the blank that is filled."""
+        return tokenizer.gmask if self.gmask else tokenizer.mask
+
 
 class Question(NamedTuple):
     """A context and what may follow it."""
@@ -70,7 +74,7 @@ def context(tokenizer: Tokenizer, tokens: Sequence[int], reading: Reading) -> Co
     Raises:
         UserError: a blank in a text that is read from left to right.
     """
-    blank = tokenizer.gmask if reading.gmask else tokenizer.mask
+    blank = reading.blank(tokenizer)
     before, tokens = [*tokenizer.prefix], [*tokens]
     if reading.causal:
         if blank in tokens:
@@ -100,10 +104,8 @@ def choices(
     Raises:
         UserError: a choice leaves no room for a context.
     """
-    longest, size = room(cfg, tokenizer, reading), sum(map(len, question.choices))
-    crowded = size + 2 > longest and not single
-    if crowded:
-        size = max(map(len, question.choices))
+    longest = room(cfg, tokenizer, reading)
+    size, crowded = _choices_size(question, longest, single)
     # the released code reserves one token for choices of one token, even where they get a block each
     together = len(question.context) + 1 + size <= cfg.max_length
     reserved = 1 if question.single and (single or together) else size
@@ -115,6 +117,24 @@ def choices(
         return Choices([one._replace(places=one.places * len(targets), targets=targets)], len(kept))
     blocks = [[choice] for choice in question.choices] if crowded or cfg.position == "alibi" else [question.choices]
     return Choices([_row(cfg, read, some, reading) for some in blocks], len(kept))
+
+
+def context_room(
+    cfg: GLMConfig, tokenizer: Tokenizer, question: Question, reading: Reading, *, single: bool = False
+) -> int:
+    """Return how many tokens of context a question's row holds whatever its length; below 0 if not even choices fit.
+
+    The arguments are those of `choices`, which may keep more of a short context.
+    """
+    longest = room(cfg, tokenizer, reading)
+    return longest - (1 if single else _choices_size(question, longest, single)[0]) - 2
+
+
+def _choices_size(question: Question, longest: int, single: bool) -> tuple[int, bool]:
+    """Return how many tokens a row has for choices, and whether each choice needs a row of its own."""
+    size = sum(map(len, question.choices))
+    crowded = size + 2 > longest and not single
+    return (max(map(len, question.choices)) if crowded else size), crowded
 
 
 def cut(tokens: Sequence[int], limit: int, other: str) -> Sequence[int]:
@@ -197,7 +217,7 @@ def window(
     inside = [*tokens[start : start + cutting.width]]
     new = min(cutting.width - cutting.stride, len(inside)) if number else 0  # the place of the first new token
     prompt = 0 if reading.causal else new
-    blank = tokenizer.gmask if reading.gmask else tokenizer.mask
+    blank = reading.blank(tokenizer)
     before = [*tokenizer.prefix, *inside[:prompt], blank, *tokenizer.suffix]
     read = Context([*before, tokenizer.sop], len(tokenizer.prefix) + prompt, repeats=False)
     fed = [*read.tokens, *inside[prompt:-1]]

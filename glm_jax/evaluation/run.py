@@ -15,6 +15,7 @@ import numpy as np
 from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.evaluation import measures, task_files
+from glm_jax.evaluation.few_shot import NONE, Shots
 from glm_jax.evaluation.kinds import open_work
 from glm_jax.evaluation.measures import Estimate
 from glm_jax.evaluation.protocols import PAPER
@@ -53,7 +54,13 @@ class Plan(NamedTuple):
     units: int
 
 
-def plan(model: Model, tokenizer: Tokenizer, places: Sequence[str | Path], data: Path | None = None) -> Plan:
+def plan(
+    model: Model,
+    tokenizer: Tokenizer,
+    places: Sequence[str | Path],
+    data: Path | None = None,
+    shots: Shots = NONE,
+) -> Plan:
     """Read task files and their data; a task that has anything wrong is a failure, and the others stay.
 
     Args:
@@ -61,6 +68,7 @@ def plan(model: Model, tokenizer: Tokenizer, places: Sequence[str | Path], data:
         tokenizer: of the model.
         places: task files, and folders of them.
         data: the root of the data; None is the folder of each task file.
+        shots: examples before each question, in the protocols whose items have a right answer.
     """
     parts, failures, digest, count = list[Part](), list[Failure](), hashlib.sha256(), 0
     for found in task_files.find(places):
@@ -71,16 +79,18 @@ def plan(model: Model, tokenizer: Tokenizer, places: Sequence[str | Path], data:
         try:
             task = task_files.read(found)
             name, new, first = task.name, list[Part](), count
-            root = data or found.parent
+            root, read = data or found.parent, [found]
             for group, files in task.files(root).items():
                 for file in files:
-                    work = open_work(model.decoder, tokenizer, task, file)
+                    examples = task.examples_file(root, file) if shots.count else None
+                    work = open_work(model.decoder, tokenizer, task, file, shots, examples)
+                    read += [file] if examples is None else [file, examples]
                     new.append(Part(task, group, str(file.relative_to(root / task.path)), work, first))
                     first += work.count
         except UserError as error:
             failures.append(Failure(name, str(error), found))
             continue
-        for path in [found, *(file for files in task.files(root).values() for file in files)]:
+        for path in read:
             digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
         parts, count = [*parts, *new], first
     return Plan(parts, failures, digest.hexdigest(), count)
@@ -124,6 +134,8 @@ class FileReport(NamedTuple):
     name: str
     items: int
     truncated: int
+    shots: int  # examples before each question, before any is dropped
+    dropped: int  # of these, over all items, those without room
     estimates: dict[str, Estimate]
     columns: Columns
     examples: list[Example]
@@ -175,7 +187,8 @@ def _file(part: Part, done: Mapping[int, Result], resamples: int) -> FileReport:
     examples = work.examples(results)
     hits = [one for one in examples if one.right][:EXAMPLES]
     misses = [one for one in examples if not one.right][:EXAMPLES]
-    return FileReport(part.group, part.name, work.items, work.truncated, estimates, columns, [*hits, *misses])
+    return FileReport(part.group, part.name, work.items, work.truncated, work.shots, work.dropped, estimates, columns,
+                      [*hits, *misses])  # fmt: skip
 
 
 def _groups(files: Sequence[FileReport]) -> dict[str, dict[str, Summary]]:

@@ -107,10 +107,14 @@ class Answers(NamedTuple):
         return self.options.count if isinstance(self.options, Beam) else 1
 
 
+def prompt_room(decoder: Decoder, tokenizer: Tokenizer, reading: Reading, limit: int) -> int:
+    """Return how many tokens a prompt may have, so that an answer of `limit` tokens has room; it may be below 0."""
+    return rows.room(decoder.config.model, tokenizer, reading) - limit - 2
+
+
 def prompt(decoder: Decoder, tokenizer: Tokenizer, tokens: Sequence[int], reading: Reading, limit: int) -> list[int]:
     """Return the tokens of a prompt that are kept, the last ones, so that an answer of `limit` tokens has room."""
-    room = rows.room(decoder.config.model, tokenizer, reading) - limit - 2
-    return [*rows.cut(tokens, room, f"answers of {limit} tokens")]
+    return [*rows.cut(tokens, prompt_room(decoder, tokenizer, reading, limit), f"answers of {limit} tokens")]
 
 
 def answers(

@@ -43,6 +43,7 @@ class Task:
         name: of the task.
         kind: "mul" (choices), "gen" (generation) or "lm" (language modelling).
         path: of its data, below the data root.
+        examples: of the examples of few-shot prompts, below the data root; empty: those of its data.
         module: the protocol that differs from the kind's own, a name of MODULES; or empty.
         metrics: names of measures.
         reading: how texts become rows.
@@ -68,6 +69,7 @@ class Task:
     min_tokens: int = 0
     limit: int = 128
     stride: int = 256
+    examples: str = ""
     ignored: tuple[str, ...] = ()
 
     def files(self, data: Path) -> dict[str, list[Path]]:
@@ -83,6 +85,19 @@ class Task:
             if not found[group]:
                 raise UserError(f"{self.file}: file_pattern {pattern} matches no file below {root}: give the folder "
                                 "that holds it with --data")  # fmt: skip
+        return found
+
+    def examples_file(self, data: Path, file: Path) -> Path | None:
+        """Return the file that has the examples for a data file, under the same name; None for the data file itself.
+
+        Raises:
+            UserError: it is not there.
+        """
+        if not self.examples:
+            return None
+        found = data / self.examples / file.relative_to(data / self.path)
+        if not found.is_file():
+            raise UserError(f"{self.file}: few_shot_path has no file {found}: put the examples for {file} there")
         return found
 
 
@@ -164,6 +179,7 @@ def read(file: Path) -> Task:
     task = Task(
         file, name, kind, fields.text("path"), module, tuple(metrics), Reading(gmask, causal, longest, counts),
         _patterns(fields),
+        examples=fields.text("few_shot_path", "") if kind != "lm" else "",
     )  # fmt: skip
     if kind == "gen":
         task = _generation(fields, task)

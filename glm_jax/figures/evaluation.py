@@ -8,7 +8,7 @@ from html import escape
 
 from glm_jax.evaluation import measures
 from glm_jax.evaluation.measures import Estimate
-from glm_jax.evaluation.results import Evaluation, as_json, interval, shown
+from glm_jax.evaluation.results import Evaluation, as_json, counts, interval, shown
 from glm_jax.evaluation.run import FileReport, TaskReport
 from glm_jax.figures import style
 from glm_jax.figures.report import STYLE
@@ -98,14 +98,18 @@ def _bars(report: TaskReport) -> Iterator[tuple[str, str, Estimate]]:
 
 
 def _files(report: TaskReport) -> str:
+    counted = counts(report.files)
     rows = [
         f"<tr><td>{escape(file.group)}</td><td>{escape(file.name)}</td><td>{escape(name)}</td>"
-        f'<td class="number">{shown(name, one.value)}</td><td class="number">{interval(name, one)}</td>'
-        f'<td class="number">{one.items:,}</td><td class="number">{file.truncated:,}</td></tr>'
-        for file in report.files
+        + "".join(
+            f'<td class="number">{text}</td>'
+            for text in (shown(name, one.value), interval(name, one), f"{one.items:,}", *others.values())
+        )
+        + "</tr>"
+        for file, others in zip(report.files, counted, strict=True)
         for name, one in file.estimates.items()
     ]
-    return _table(("group", "file", "measure"), ("value", "95% interval", "items", "contexts cut"), rows)
+    return _table(("group", "file", "measure"), ("value", "95% interval", "items", *counted[0]), rows)
 
 
 def _groups(report: TaskReport) -> str:

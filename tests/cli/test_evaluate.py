@@ -215,3 +215,18 @@ def test_comparing_what_cannot_be_compared(run: Run, tmp_path: Path) -> None:
     (tmp_path / "b/items.jsonl").write_text("[]\n")
     code, _, errors = run("compare", tmp_path / "a", tmp_path / "b")
     assert code == 2 and "is damaged" in errors
+
+
+def test_examples_before_questions(folder: Path, run: Run, tmp_path: Path) -> None:
+    arguments = ["--tasks", folder / "tasks/choices.yaml", folder / "tasks/crows.yaml", "--out", tmp_path, "--shots=2"]
+    code, _, errors = run("evaluate", *arguments)
+    assert code == 0, errors
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (found["model"]["shots"], found["model"]["seed"]) == (2, 1234)
+    choices, crows = ({(file["shots"], file["dropped_examples"]) for file in task["files"]} for task in found["tasks"])
+    assert {shots for shots, _ in choices} == {2} and crows == {(0, 0)}
+    assert f"{folder / 'tasks/crows.yaml'}: --shots does not apply" in errors
+    assert "| items | contexts cut | examples | examples dropped |" in (tmp_path / "results.md").read_text()
+    assert "examples dropped</th>" in (tmp_path / "index.html").read_text()
+    code, _, errors = run("evaluate", *arguments[:4], tmp_path / "many", "--shots=5")
+    assert code == 4 and "other items to draw 5 examples from: lower --shots" in errors

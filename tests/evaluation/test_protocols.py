@@ -100,39 +100,6 @@ def test_lambada_takes_a_word_before_punctuation(reading: str, tmp_path: Path) -
     assert values(found) == pytest.approx({"Accuracy": 200 / 3})
 
 
-def bigbench(folder: Path, **said: object) -> FileReport:
-    """Evaluate a task.json."""
-    (folder / "data/one").mkdir(parents=True)
-    (folder / "data/one/task.json").write_text(json.dumps(said))
-    task(folder, "task", "name: toy\npath: data\ntype: mul\nmodule: BIGBench\nfile_pattern: '**/task.json'\n")
-    todo = run.plan(toy.model(A_HALF, length=256), toy.Bytes(), [folder])
-    assert todo.failures == []
-    done = dict(result for batch in run.run(todo, {}) for result in batch.results)
-    return run.report(todo, done, resamples=0)[0].files[0]
-
-
-def test_bigbench_is_worth_nothing_by_chance(tmp_path: Path) -> None:
-    """The likeliest choices are "b" (1/4) before "aaa" (1/8) and "ab" (1/8)."""
-    scores = [{"aaa": 0, "b": 1}, {"aaa": 1, "b": 0}, {"b": 1, "aaa": 0, "ab": 0}]
-    examples = [{"input": "so", "target_scores": one} for one in scores]
-    found = bigbench(tmp_path, examples=examples, task_prefix="Choose.", example_output_prefix="\n")
-    chance = 1 / 2 + 1 / 2 + 1 / 3
-    assert values(found) == pytest.approx({"BIG-bench": 100 * (2 - chance) / (3 - chance)})
-    assert found.examples[0].text == "Choose.\nQ: so\n  choice: aaa\n  choice: b\n"
-    assert [one.right for one in found.examples] == [True, True, False]
-
-
-def test_bigbench_matches_texts(tmp_path: Path) -> None:
-    """128 letters "a" are what the model says."""
-    examples = [{"input": "so", "target": ["x", "a" * 128]}, {"input": "so", "target": "a"}]
-    found = bigbench(tmp_path, examples=examples)
-    other = bigbench(tmp_path / "other", examples=examples, output_regex="a", stop_string="aaa")
-    assert values(other) == {"BIG-bench": 0} and other.examples[0].found == ""
-    other = bigbench(tmp_path / "third", examples=examples, output_regex="a")
-    assert values(other) == {"BIG-bench": 50} and [one.found for one in other.examples] == ["a", "a"]
-    assert values(found) == {"BIG-bench": 50} and found.examples[0].text == "\nQ: so\nA: "
-
-
 def test_words_and_bytes_of_text(tmp_path: Path) -> None:
     """Three words of "ab": 8 bytes, of which 3 a, 3 b and 2 blanks."""
     folder = tmp_path / "lm"

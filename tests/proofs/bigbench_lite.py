@@ -1,11 +1,11 @@
-"""The 24 tasks of BIG-bench-lite, zero-shot, on a workdir: that they are read and run, and the mean of their scores.
+"""The 24 tasks of BIG-bench-lite on a workdir: that they are read and run, and the mean of their scores.
 
     pip download bigbench==1.0.0 --no-deps && tar xzf bigbench-1.0.0.tar.gz
-    python -m tests.proofs.bigbench_lite bigbench-1.0.0/bigbench/benchmark_tasks runs/quickstart /tmp/lite [EXAMPLES]
+    python -m tests.proofs.bigbench_lite bigbench-1.0.0/bigbench/benchmark_tasks WORKDIR /tmp/lite [EXAMPLES [SHOTS]]
 
 draws EXAMPLES (200) of each task file, as some have tens of thousands. The score of a task is the mean of its
-files', and that of BIG-bench-lite the mean of its tasks' (0 is chance, 100 the best). Choices are listed in the order
-of the file; BIG-bench's own runner may shuffle them.
+files', and that of BIG-bench-lite the mean of its tasks' (0 is chance, 100 the best). conlang_translation is scored by
+exact matches, where BIG-bench takes ROUGE.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def prepare(source: Path, folder: Path, examples: int) -> None:
         (folder / f"{name}.yaml").write_text(task, encoding="utf-8")
 
 
-def run(source: Path, workdir: Path, folder: Path, examples: int) -> None:
+def run(source: Path, workdir: Path, folder: Path, examples: int, shots: int) -> None:
     """Evaluate, and print the mean."""
     prepare(source, folder / "tasks", examples)
     arguments = [f"--workdir={workdir}", f"--tasks={folder / 'tasks'}", f"--out={folder / 'out'}"]
-    code = main.main(["evaluate", *arguments])
+    code = main.main(["evaluate", *arguments, f"--shots={shots}"])
     found = json.loads((folder / "out/results.json").read_text())
     scores = {task["name"]: task["groups"]["all"]["BIG-bench"]["mean"] for task in found["tasks"]}
     print(f"{len(scores)} of {len(TASKS)} tasks, exit code {code}: mean {statistics.mean(scores.values()):.2f}")
@@ -54,4 +54,5 @@ def run(source: Path, workdir: Path, folder: Path, examples: int) -> None:
 
 if __name__ == "__main__":
     source, workdir, folder = map(Path, sys.argv[1:4])
-    run(source, workdir, folder, int(sys.argv[4]) if len(sys.argv) > 4 else 200)
+    examples, shots = (int(sys.argv[place]) if len(sys.argv) > place else usual for place, usual in ((4, 200), (5, 0)))
+    run(source, workdir, folder, examples, shots)
