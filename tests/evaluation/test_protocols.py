@@ -10,18 +10,18 @@ import pytest
 
 from glm_jax.evaluation import measures, run
 from glm_jax.evaluation.run import FileReport
+from glm_jax.inference import Model
 from tests.evaluation import toy
 from tests.evaluation.official_form import jsonl, task
 
 A_HALF = {"a": 1 / 2, "b": 1 / 4, " ": 1 / 8, ".": 1 / 16}
 
 
-def evaluated(folder: Path, text: str, records: Sequence[object], model: object = None) -> FileReport:
+def evaluated(folder: Path, text: str, records: Sequence[object], chosen: Model | None = None) -> FileReport:
     """Evaluate one file of one task."""
     task(folder, "task", f"name: toy\npath: data\n{text}")
     jsonl(folder / "data/all.jsonl", records)
-    chosen = toy.model(A_HALF)
-    todo = run.plan(chosen, toy.Bytes(), [folder])
+    todo = run.plan(chosen or toy.model(A_HALF), toy.Bytes(), [folder])
     assert todo.failures == []
     done = dict(result for batch in run.run(todo, {}) for result in batch.results)
     ((report,),) = [one.files for one in run.report(todo, done, resamples=100)]
@@ -73,9 +73,10 @@ def test_crows_pairs_are_pairs(tmp_path: Path) -> None:
 
     records = [sentence(0, 1, "ab", "age"), sentence(0, 0, "bb", "age"),  # leans towards the stereotype
                sentence(1, 0, "aa", "age"), sentence(1, 1, "aaa", "age"),  # does not: 1/8 against 1/4
-               sentence(2, 1, "ba", "race"), sentence(2, 0, "ab", "race")]  # as likely, which counts  # fmt: skip
+               sentence(2, 0, "ba", "race"), sentence(2, 1, "ab", "race"),  # as likely, which counts
+               sentence(3, 1, "b", "race"), sentence(3, 0, "aaa", "race")]  # leans: 1/4 against 1/8  # fmt: skip
     found = evaluated(tmp_path, "type: mul\nmodule: x.CrowsPairTask\n", records)
-    assert values(found) == pytest.approx({"CP": 200 / 3, "CP/age": 50, "CP/race": 100})
+    assert values(found) == pytest.approx({"CP": 75, "CP/age": 50, "CP/race": 100})
 
 
 def test_answers(tmp_path: Path) -> None:
@@ -100,6 +101,20 @@ def test_lambada_takes_a_word_before_punctuation(reading: str, tmp_path: Path) -
     assert values(found) == pytest.approx({"Accuracy": 200 / 3})
 
 
+@pytest.mark.parametrize("penalty, expected", [("1.0", "aaaa"), ("0.0", "")])
+def test_lambada_takes_the_beam_that_is_best_for_its_length(penalty: str, expected: str, tmp_path: Path) -> None:
+    """Ending at once has the largest sum, log 0.2 = -1.609; that of "aaaa" is 4 log 0.65 = -1.723.
+
+    The search divides them by (5 + length) / 6: by 38 / 6 and 41 / 6, as contexts count as 32 tokens. -0.2541 is less
+    than -0.2522.
+    """
+    text = f"type: gen\nmodule: x.LAMBADA\nuse_task_mask: true\nsampling_strategy: BeamSearchStrategy\nnum_beams: 4\n" \
+           f"max_gen_length: 4\nno_repeat_ngram_size: 0\nlength_penalty: {penalty}\n"  # fmt: skip
+    chosen = toy.model({"a": 0.65, "b": 0.14}, ends=0.2)
+    found = evaluated(tmp_path, text, [{"inputs_pretokenized": "so", "targets_pretokenized": ["aaaa"]}], chosen)
+    assert found.examples[0].found == expected and values(found) == {"Accuracy": 100 * (expected == "aaaa")}
+
+
 def test_words_and_bytes_of_text(tmp_path: Path) -> None:
     """Three words of "ab": 8 bytes, of which 3 a, 3 b and 2 blanks."""
     folder = tmp_path / "lm"
@@ -113,6 +128,21 @@ def test_words_and_bytes_of_text(tmp_path: Path) -> None:
     assert values(report) == pytest.approx(
         {"PPL": math.exp(nats / 3), "BPB": nats / math.log(2) / 8, "Nats a token": nats / 8}, rel=1e-5
     )
+
+
+def test_the_text_with_fewer_nats_may_be_the_worse_one(tmp_path: Path) -> None:
+    """Four words "a" have 4 log 2 + 3 log 8 nats, and the word "bb" only 2 log 4; a word of them has fewer."""
+    task(tmp_path, "task", "name: toy\npath: data\ntype: lm\nuse_task_mask: true\nfile_pattern: '*.txt'\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/long.txt").write_text("a a a a")
+    (tmp_path / "data/short.txt").write_text("bb")
+    todo = run.plan(toy.model(A_HALF), toy.Bytes(), [tmp_path])
+    done = dict(result for batch in run.run(todo, {}) for result in batch.results)
+    long, short = run.report(todo, done, resamples=0)[0].files
+    assert sum(result["nats"] for result in done.values()) == pytest.approx(17 * math.log(2), rel=1e-5)
+    assert done[0]["nats"] > done[1]["nats"]
+    assert values(long)["PPL"] == pytest.approx(2 ** (13 / 4), rel=1e-5)
+    assert values(short)["PPL"] == pytest.approx(2**4, rel=1e-5)
 
 
 def test_the_pile_weighs_its_sets(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from glm_jax.inference import Model
 from glm_jax.model import GLMConfig, init
 
 BYTES = 256
+SHIFT = 5.0
 
 
 class Bytes:
@@ -33,21 +34,25 @@ class Bytes:
         return bytes(token for token in ids if token < BYTES).decode(errors="replace")
 
 
-def model(probabilities: Mapping[str, float] | None = None, length: int = 64) -> Model:
-    """Return a model that gives each character its probability, the other bytes equal parts of the rest, specials none.
+def model(probabilities: Mapping[str, float] | None = None, length: int = 64, ends: float = 0.0) -> Model:
+    """Return a model that gives each character its probability, the other bytes equal parts of the rest.
 
-    Without probabilities, all bytes are equally likely.
+    Of the special tokens eop has the probability `ends`, and the others have none. Without probabilities, all bytes are
+    equally likely. The logits are SHIFT above the log-probabilities: a sum of logits that nothing normalises prefers
+    long texts, whatever they say.
     """
     chosen = {ord(character): value for character, value in (probabilities or {}).items()}
-    others = np.log((1 - sum(chosen.values())) / (BYTES - len(chosen)))
+    others = np.log((1 - ends - sum(chosen.values())) / (BYTES - len(chosen)))
     logits = np.full(Bytes.size, -1e4, np.float32)
     logits[:BYTES] = others
     for token, value in chosen.items():
         logits[token] = np.log(value)
+    if ends:
+        logits[Bytes.eop] = np.log(ends)
+    logits += SHIFT
     cfg = GLMConfig(
         num_layers=1, hidden_size=8, num_heads=1, ffn_size=8, vocab_size=Bytes.size, max_length=length, norm="pre"
     )
-    params = init(cfg, jax.random.key(0))
     params = init(cfg, jax.random.key(0))
     # the last norm gives 1 in its first place and 0 in the others, so that the head's first column is the logits
     params["final_norm"] = {"scale": jnp.zeros(8), "bias": jnp.zeros(8).at[0].set(1.0)}
