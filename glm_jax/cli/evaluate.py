@@ -42,6 +42,8 @@ def run(arguments: Sequence[str]) -> int:
     summary = "examples before each question, where items have a right answer; those without room are dropped whole"
     flags.DEFINE_integer("shots", 0, summary, lower_bound=0, upper_bound=1000, flag_values=values)
     flags.DEFINE_integer("seed", 1234, "seed of the choice of examples", lower_bound=0, flag_values=values)
+    summary = "look for the tasks' texts in what the run was trained on, and report the shares of items and n-grams"
+    flags.DEFINE_bool("contamination", False, summary, flag_values=values)
     generate_flags.define_model(values)
     common.define_processes(values)
     if not common.parse(values, arguments, ["workdir", "tasks"], nameless=["tasks"]):
@@ -91,6 +93,7 @@ def _plan(values: flags.FlagValues, model: Model, shots: Shots) -> Plan:
 
 
 def _evaluate(values: flags.FlagValues, command: str) -> int:
+    from glm_jax.cli import training_text
     from glm_jax.evaluation import results
     from glm_jax.evaluation import run as evaluation
     from glm_jax.evaluation.few_shot import Shots
@@ -112,14 +115,19 @@ def _evaluate(values: flags.FlagValues, command: str) -> int:
         for note in part.work.notes:
             say(f"{part.name}: {note}")
     if todo.parts:
+        sources = training_text.documents(Path(values.workdir), model.tokenizer, say) if values.contamination else []
         identity = _identity(model, values)
         worked = _work(todo, identity, out)
         if worked.stopped:
             say(f"stopped: {len(worked.done)} of {todo.units} results are in {out / results.PART}; "
                 "the same command resumes from there")  # fmt: skip
             return STOPPED
+        seen = training_text.look(todo, sources, model.tokenizer) if values.contamination else []
+        if seen is None:
+            say(f"stopped: all results are in {out / results.PART}; the same command looks for them in training text")
+            return STOPPED
         made = results.Made(identity, command, worked.seconds, worked.tokens, worked.resumed)
-        found = results.Evaluation(made, evaluation.report(todo, worked.done), todo.failures)
+        found = results.Evaluation(made, evaluation.report(todo, worked.done, contamination=seen), todo.failures)
         if processes.is_first():
             _write(out, found)
     for failure in todo.failures:

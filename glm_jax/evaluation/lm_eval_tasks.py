@@ -70,6 +70,7 @@ class Answered(LM):
         """Return what was responded."""
         return self._responses["generate_until"]
 
+
 OWN = Shots(seed=SEED)  # as many examples as a task asks for
 
 
@@ -116,6 +117,17 @@ class Harness(Work):
         for _, some, inside in self._parts():
             for batch in some.run([number - inside.start for number in numbers if number in inside]):
                 yield [(inside.start + number, {"response": response}) for number, response in batch]
+
+    def texts(self) -> list[list[str]]:
+        """Return what each document says, without few-shot examples: one text, or one for each of its choices."""
+        found = dict[int, list[str]]()
+        for one in self._task.instances:
+            question = self._task.doc_to_text(one.doc)
+            if one.request_type == "loglikelihood_rolling" or not isinstance(question, str):
+                question = one.args[0]
+            answer = one.args[1] if one.request_type == "loglikelihood" else ""
+            found.setdefault(one.doc_id, []).append(f"{question}{answer}")
+        return list(found.values())
 
     def tokens(self, number: int) -> int:
         """Return the tokens of a request."""

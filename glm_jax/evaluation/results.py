@@ -16,6 +16,7 @@ from glm_jax.evaluation.measures import Difference, Estimate
 from glm_jax.storage.files import json_line, write_atomic
 
 if TYPE_CHECKING:
+    from glm_jax.evaluation.contamination import Contamination
     from glm_jax.evaluation.run import Failure, FileReport, TaskReport
 
 RESULTS, TABLE, ITEMS, PAGE, PART = "results.json", "results.md", "items.jsonl", "index.html", "results.part"
@@ -85,6 +86,7 @@ def _task(report: TaskReport) -> dict[str, object]:
                 "truncated": file.truncated,
                 "shots": file.shots,
                 "dropped_examples": file.dropped,
+                "contamination": file.contamination and file.contamination._asdict(),
                 "measures": {name: one._asdict() for name, one in file.estimates.items()},
                 "examples": [example._asdict() for example in file.examples],
             }
@@ -118,7 +120,18 @@ def counts(files: Sequence[FileReport]) -> list[dict[str, str]]:
     if any(file.shots for file in files):
         shots = [{"examples": str(file.shots), "examples dropped": f"{file.dropped:,}"} for file in files]
         found = [one | other for one, other in zip(found, shots, strict=True)]
+    if any(file.contamination for file in files):
+        found = [one | _contamination(file.contamination) for one, file in zip(found, files, strict=True)]
     return found
+
+
+def _contamination(found: Contamination | None) -> dict[str, str]:
+    """Return the shares of items and n-grams that training text has; empty where no item is long enough."""
+    shares = ((0, 0), (0, 0)) if found is None else (
+        (found.found_items, found.items), (found.found_ngrams, found.ngrams)
+    )  # fmt: skip
+    texts = (f"{100 * some / every:.2f}% of {every:,}" if every else "" for some, every in shares)
+    return dict(zip(("items in training text", "n-grams in training text"), texts, strict=True))
 
 
 def table(found: Evaluation) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import statistics
 import time
@@ -15,6 +16,7 @@ import numpy as np
 from glm_jax.data.tokenizers.protocol import Tokenizer
 from glm_jax.errors import UserError
 from glm_jax.evaluation import measures, task_files
+from glm_jax.evaluation.contamination import Contamination
 from glm_jax.evaluation.few_shot import NONE, Shots
 from glm_jax.evaluation.kinds import open_work
 from glm_jax.evaluation.measures import Estimate
@@ -139,6 +141,7 @@ class FileReport(NamedTuple):
     estimates: dict[str, Estimate]
     columns: Columns
     examples: list[Example]
+    contamination: Contamination | None  # None if nobody asked
 
 
 class TaskReport(NamedTuple):
@@ -160,20 +163,35 @@ class Summary(NamedTuple):
     weighted: float  # by the items of each file
 
 
-def report(todo: Plan, done: Mapping[int, Result], *, resamples: int = measures.RESAMPLES) -> list[TaskReport]:
-    """Return what came out of all tasks that did not fail; one that fails now joins the plan's failures."""
+def report(
+    todo: Plan,
+    done: Mapping[int, Result],
+    *,
+    resamples: int = measures.RESAMPLES,
+    contamination: Sequence[Contamination] = (),
+) -> list[TaskReport]:
+    """Return what came out of all tasks that did not fail; one that fails now joins the plan's failures.
+
+    Args:
+        todo: the plan.
+        done: the results of all units of these tasks.
+        resamples: of the intervals.
+        contamination: of each part of the plan; empty if nobody asked.
+    """
     failed = {failure.file for failure in todo.failures}
     found = dict[Path, tuple[Task, list[FileReport]]]()
-    for part in todo.parts:
+    for part, seen in itertools.zip_longest(todo.parts, contamination):
         file = part.task.file
         if file in failed:
             continue
         try:
-            found.setdefault(file, (part.task, []))[1].append(_file(part, done, resamples))
+            made = _file(part, done, resamples)._replace(contamination=seen)
         except UserError as error:
             todo.failures.append(Failure(part.task.name, f"{part.name}: {error}", file))
             failed.add(file)
-            del found[file]
+            found.pop(file, None)
+            continue
+        found.setdefault(file, (part.task, []))[1].append(made)
     return [TaskReport(task, files, _groups(files), PAPER.get(task.name, "")) for task, files in found.values()]
 
 
@@ -188,7 +206,7 @@ def _file(part: Part, done: Mapping[int, Result], resamples: int) -> FileReport:
     hits = [one for one in examples if one.right][:EXAMPLES]
     misses = [one for one in examples if not one.right][:EXAMPLES]
     return FileReport(part.group, part.name, work.items, work.truncated, work.shots, work.dropped, estimates, columns,
-                      [*hits, *misses])  # fmt: skip
+                      [*hits, *misses], None)  # fmt: skip
 
 
 def _groups(files: Sequence[FileReport]) -> dict[str, dict[str, Summary]]:

@@ -80,6 +80,10 @@ class Work(abc.ABC):
         """Return measures that are no functions of sums over items; they have no interval."""
         return {}
 
+    @abc.abstractmethod
+    def texts(self) -> list[list[str]]:
+        """Return what each item says, without few-shot examples: one text, or one for each of its choices."""
+
     def examples(self, results: Sequence[Result]) -> list[Example]:
         """Return items with what the model made of them."""
         return []
@@ -109,6 +113,7 @@ class Asked(Work):
         self._decoder, self._tokenizer, self._task = decoder, tokenizer, task
         self._items = read(tokenizer, file, self.form)
         self.count = self.items = len(self._items)
+        self._alone = self._items
         self.answered = [item for item in self._items if item.answers]
         self._fit()
 
@@ -124,6 +129,14 @@ class Asked(Work):
     def asked(self) -> Sequence[Item]:
         """The items as they are asked."""
         return self._items
+
+    def texts(self) -> list[list[str]]:
+        """Return the questions with each right answer in its place, or with each choice if none is right."""
+        blank, decode = self._task.reading.blank(self._tokenizer), self._tokenizer.decode
+        return [
+            [decode(few_shot.answered(item.context[item.head :], blank, one)) for one in item.answers or item.choices]
+            for item in self._alone
+        ]
 
     def precede(self, pool: Sequence[Item], shots: Shots) -> None:
         """Put examples from a pool before the questions.
@@ -335,6 +348,10 @@ class Texts(Work):
         """Return the tokens of a window."""
         place, window = self._units[number]
         return min(len(self._documents[place].tokens) - window * self._cutting.stride, self._cutting.width)
+
+    def texts(self) -> list[list[str]]:
+        """Return the documents."""
+        return [[self._tokenizer.decode(document.tokens)] for document in self._documents]
 
     def columns(self, results: Sequence[Result]) -> Columns:
         """Return the nats of each window, and its part of the text's words and bytes."""

@@ -63,6 +63,11 @@ def distinct(texts: Iterable[str]) -> tuple[list[Kept], int]:
     return [Kept(digest, first[digest]) for digest in sorted(first)], dropped
 
 
+def units(text: str) -> list[str]:
+    """Return the words of a text, and single characters of scripts without spaces, without case and punctuation."""
+    return _UNIT.findall(text.casefold())
+
+
 def shingles(text: str) -> np.ndarray:
     """Return the hashes of each run of SHINGLE units (words or Chinese characters), ignoring case.
 
@@ -71,9 +76,9 @@ def shingles(text: str) -> np.ndarray:
     Returns:
         uint32 [shingles], ascending, each once.
     """
-    units = _UNIT.findall(text.casefold()) or [text]
-    runs = range(max(1, len(units) - SHINGLE + 1))
-    hashes = {zlib.crc32(" ".join(units[start : start + SHINGLE]).encode()) for start in runs}
+    found = units(text) or [text]
+    runs = range(max(1, len(found) - SHINGLE + 1))
+    hashes = {zlib.crc32(" ".join(found[start : start + SHINGLE]).encode()) for start in runs}
     return np.array(sorted(hashes), np.uint32)
 
 
