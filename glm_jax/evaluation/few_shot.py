@@ -63,8 +63,8 @@ def draw(pool: Sequence[Item], item: Item, copies: int, count: int, generator: n
         UserError: there are not enough.
     """
     if len(pool) - copies < count:
-        raise UserError(f"{item.place}: there are {len(pool) - copies} other items to draw {count} examples from: "
-                        "lower --shots")  # fmt: skip
+        others = len(pool) - copies
+        raise UserError(f"{item.place}: --shots {count} needs as many other items, and there are {others}: lower it")
     places, asked = generator.choice(len(pool), count + copies, replace=False), _asks(item)
     return [pool[place] for place in places if _asks(pool[place]) != asked][:count]
 

@@ -120,17 +120,15 @@ def counts(files: Sequence[FileReport]) -> list[dict[str, str]]:
     if any(file.shots for file in files):
         shots = [{"examples": str(file.shots), "examples dropped": f"{file.dropped:,}"} for file in files]
         found = [one | other for one, other in zip(found, shots, strict=True)]
-    if any(file.contamination for file in files):
-        found = [one | _contamination(file.contamination) for one, file in zip(found, files, strict=True)]
+    if seen := [file.contamination for file in files if file.contamination]:
+        found = [one | _contamination(other) for one, other in zip(found, seen, strict=True)]
     return found
 
 
-def _contamination(found: Contamination | None) -> dict[str, str]:
-    """Return the shares of items and n-grams that training text has; empty where no item is long enough."""
-    shares = ((0, 0), (0, 0)) if found is None else (
-        (found.found_items, found.items), (found.found_ngrams, found.ngrams)
-    )  # fmt: skip
-    texts = (f"{100 * some / every:.2f}% of {every:,}" if every else "" for some, every in shares)
+def _contamination(found: Contamination) -> dict[str, str]:
+    """Return the shares of items and n-grams that training text has."""
+    shares = (found.found_items, found.items), (found.found_ngrams, found.ngrams)
+    texts = (f"{100 * some / every:.2f}% of {every:,}" if every else "too short" for some, every in shares)
     return dict(zip(("items in training text", "n-grams in training text"), texts, strict=True))
 
 

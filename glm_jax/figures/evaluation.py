@@ -19,6 +19,7 @@ MOST_BARS = 60  # of a figure
 MORE = """
 .example { border-left: 3px solid var(--colour); padding: .2rem .8rem; margin: .7rem 0; font-size: .9rem; }
 .example p { margin: .2rem 0; white-space: pre-wrap; overflow-wrap: anywhere; } .example small { opacity: .75; }
+.scroll th { white-space: normal; vertical-align: bottom; } .scroll td:first-child { white-space: nowrap; }
 .failed { border-left: 3px solid #d55e00; padding-left: .8rem; } .scroll { overflow-x: auto; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 nav a { color: inherit; } .paper { font-size: .9rem; opacity: .85; }
@@ -79,7 +80,7 @@ def _figure(report: TaskReport) -> str:
         axis.plot([one.low, one.high], [row, row], color=style.COLOURS[0], linewidth=2, solid_capstyle="butt")
         axis.plot([one.value], [row], "o", color=style.COLOURS[0], markersize=5)
     axis.set_yticks(range(len(bars)), names)
-    axis.invert_yaxis()
+    axis.set_ylim(len(bars) - 0.5, -0.5)
     style.finish(axis, x=f"{bars[0][1]}{' (%)' if measures.measure(bars[0][1]).percent else ''}")
     return f"<figure>{style.svg(drawn)}</figure>"
 

@@ -229,4 +229,4 @@ def test_examples_before_questions(folder: Path, run: Run, tmp_path: Path) -> No
     assert "| items | contexts cut | examples | examples dropped |" in (tmp_path / "results.md").read_text()
     assert "examples dropped</th>" in (tmp_path / "index.html").read_text()
     code, _, errors = run("evaluate", *arguments[:4], tmp_path / "many", "--shots=5")
-    assert code == 4 and "other items to draw 5 examples from: lower --shots" in errors
+    assert code == 4 and "--shots 5 needs as many other items" in errors

@@ -105,4 +105,4 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
                         ({"few_shot_example_separator": 3}, "few_shot_example_separator is no text"),
                         ({"examples": [one, one, {"input": "so"}]}, "example 3: target is missing")):  # fmt: skip
         assert words in plan(tmp_path, **{"examples": [one], **said}).failures[0].error
-    assert "to draw 1 examples from" in plan(tmp_path, Shots(1), examples=[one, one]).failures[0].error
+    assert "needs as many other items" in plan(tmp_path, Shots(1), examples=[one, one]).failures[0].error

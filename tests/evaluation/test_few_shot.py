@@ -70,7 +70,7 @@ def test_other_choices_make_another_question() -> None:
     one, other, copy = (item._replace(choices=choices) for item, choices in zip(
         items("a", "a", "a"), (((1,), (2,)), ((1,), (3,)), ((2,), (1,))), strict=True))  # fmt: skip
     assert texts(precede([one, other], [one, other], 99, 1)) == ["aA|a"] * 2
-    with pytest.raises(UserError, match="there are 0 other items"):
+    with pytest.raises(UserError, match="and there are 0"):
         precede([one, copy], [one, copy], 99, 1)
 
 
@@ -90,7 +90,7 @@ def test_one_of_several_answers_is_shown() -> None:
 
 def test_too_few_examples() -> None:
     pool = items("a", "b", "a")
-    with pytest.raises(UserError, match="file, line 1: there are 1 other items to draw 2 examples from: lower --shots"):
+    with pytest.raises(UserError, match="file, line 1: --shots 2 needs as many other items, and there are 1: lower it"):
         precede(pool, pool, 99, 2)
 
 
@@ -163,7 +163,7 @@ def test_examples_of_another_folder(tmp_path: Path) -> None:
     assert evaluated(tmp_path, 1)[0].digest != todo.digest
     jsonl(tmp_path / "dev/stem/one.json", [question])
     todo, _ = evaluated(tmp_path, 1)
-    assert "there are 0 other items to draw 1 examples from" in todo.failures[0].error
+    assert "--shots 1 needs as many other items, and there are 0" in todo.failures[0].error
 
 
 def test_texts_take_no_examples(tmp_path: Path) -> None:
