@@ -16,6 +16,7 @@ from glm_jax.config.training import Mesh
 from glm_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from glm_jax.data.tokenizers.protocol import Tokenizer
     from glm_jax.evaluation.few_shot import Shots
     from glm_jax.evaluation.results import Evaluation
     from glm_jax.evaluation.run import Plan
@@ -75,14 +76,12 @@ def _check_flags(values: flags.FlagValues) -> None:
         raise UserError("--harness needs the package lm-eval: pip install -e '.[harness]'")
 
 
-def _plan(values: flags.FlagValues, model: Model, shots: Shots) -> Plan:
+def _plan(values: flags.FlagValues, model: Model, tokenizer: Tokenizer, shots: Shots) -> Plan:
     from glm_jax.evaluation import run as evaluation
 
-    if model.tokenizer is None:
-        raise UserError(f"{values.workdir} has no tokenizer: convert its weights again, with --tokenizer FILE")
     if not values.harness:
         data = Path(values.data) if values.data else None
-        return evaluation.plan(model, model.tokenizer, values.tasks, data, shots)
+        return evaluation.plan(model, tokenizer, values.tasks, data, shots)
 
     from glm_jax.evaluation import lm_eval_tasks
     from glm_jax.evaluation.lm_eval_requests import Reader
@@ -103,8 +102,10 @@ def _evaluate(values: flags.FlagValues, command: str) -> int:
     out = Path(values.out) if values.out else Path(values.workdir) / FOLDER
     _check_page()
     model = Model.open(values.workdir, values.mesh, values.dtype, values.quantize, values.step)
+    if (tokenizer := model.tokenizer) is None:
+        raise UserError(f"{values.workdir} has no tokenizer: convert its weights again, with --tokenizer FILE")
     shots = Shots(values.shots, values.seed)
-    todo = _plan(values, model, shots)
+    todo = _plan(values, model, tokenizer, shots)
     say = common.say if processes.is_first() else _ignore
     for task in dict.fromkeys(part.task for part in todo.parts):
         if task.ignored:
@@ -115,14 +116,14 @@ def _evaluate(values: flags.FlagValues, command: str) -> int:
         for note in part.work.notes:
             say(f"{part.name}: {note}")
     if todo.parts:
-        sources = training_text.documents(Path(values.workdir), model.tokenizer, say) if values.contamination else []
+        sources = training_text.documents(Path(values.workdir), tokenizer, say) if values.contamination else []
         identity = _identity(model, values)
         worked = _work(todo, identity, out)
         if worked.stopped:
             say(f"stopped: {len(worked.done)} of {todo.units} results are in {out / results.PART}; "
                 "the same command resumes from there")  # fmt: skip
             return STOPPED
-        seen = training_text.look(todo, sources, model.tokenizer) if values.contamination else []
+        seen = training_text.look(todo, sources, tokenizer) if values.contamination else []
         if seen is None:
             say(f"stopped: all results are in {out / results.PART}; the same command looks for them in training text")
             return STOPPED

@@ -120,12 +120,13 @@ class Harness(Work):
 
     def texts(self) -> list[list[str]]:
         """Return what each document says, without few-shot examples: one text, or one for each of its choices."""
-        found = dict[int, list[str]]()
+        found = dict[int | None, list[str]]()
         for one in self._task.instances:
+            context, *continuation = one.args
             question = self._task.doc_to_text(one.doc)
             if one.request_type == "loglikelihood_rolling" or not isinstance(question, str):
-                question = one.args[0]
-            answer = one.args[1] if one.request_type == "loglikelihood" else ""
+                question = context
+            answer = continuation[0] if one.request_type == "loglikelihood" else ""
             found.setdefault(one.doc_id, []).append(f"{question}{answer}")
         return list(found.values())
 
