@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ from glm_jax import signals
 from glm_jax.cli import common, generate_flags
 from glm_jax.config.training import Mesh
 from glm_jax.errors import UserError
+from glm_jax.evaluation.tasks.names import NAMES, UNIDIRECTIONAL
 
 if TYPE_CHECKING:
     from glm_jax.data.tokenizers.protocol import Tokenizer
@@ -31,7 +32,10 @@ def run(arguments: Sequence[str]) -> int:
     """Score a model on task files in the form of the GLM-130B repository, or on tasks of lm-eval."""
     values = common.flag_values("evaluate", "--workdir runs/quickstart --tasks tasks/lambada --data data --out scores")
     common.define_workdir(values)
-    summary = "task files (.yaml), and folders of them; with --harness also names, such as hellaswag,arc_easy"
+    summary = (
+        f"task files (.yaml), folders of them, and names: {', '.join(NAMES)}, each also with {UNIDIRECTIONAL}; with "
+        "--harness names of lm-eval's tasks, such as hellaswag,arc_easy"
+    )
     flags.DEFINE_multi_string("tasks", None, summary, flag_values=values)
     summary = "the tasks are those of EleutherAI's lm-evaluation-harness (pip install -e '.[harness]')"
     flags.DEFINE_bool("harness", False, summary, flag_values=values)
@@ -76,12 +80,16 @@ def _check_flags(values: flags.FlagValues) -> None:
         raise UserError("--harness needs the package lm-eval: pip install -e '.[harness]'")
 
 
-def _plan(values: flags.FlagValues, model: Model, tokenizer: Tokenizer, shots: Shots) -> Plan:
-    from glm_jax.evaluation import run as evaluation
-
+def _plan(
+    values: flags.FlagValues, model: Model, tokenizer: Tokenizer, shots: Shots, say: Callable[[str], None]
+) -> Plan:
     if not values.harness:
-        data = Path(values.data) if values.data else None
-        return evaluation.plan(model, tokenizer, values.tasks, data, shots)
+        from glm_jax.evaluation import run as evaluation
+        from glm_jax.evaluation.tasks import build
+        from glm_jax.workdir import folder
+
+        places = [*build.places(values.tasks, lambda: folder.read_config(Path(values.workdir)), say)]
+        return evaluation.plan(model.decoder, tokenizer, places, Path(values.data) if values.data else None, shots)
 
     from glm_jax.evaluation import lm_eval_tasks
     from glm_jax.evaluation.lm_eval_requests import Reader
@@ -99,14 +107,14 @@ def _evaluate(values: flags.FlagValues, command: str) -> int:
     from glm_jax.inference import Model
     from glm_jax.parallel import processes
 
+    say = common.say if processes.is_first() else _ignore
     out = Path(values.out) if values.out else Path(values.workdir) / FOLDER
     _check_page()
     model = Model.open(values.workdir, values.mesh, values.dtype, values.quantize, values.step)
     if (tokenizer := model.tokenizer) is None:
         raise UserError(f"{values.workdir} has no tokenizer: convert its weights again, with --tokenizer FILE")
     shots = Shots(values.shots, values.seed)
-    todo = _plan(values, model, tokenizer, shots)
-    say = common.say if processes.is_first() else _ignore
+    todo = _plan(values, model, tokenizer, shots, say)
     for task in dict.fromkeys(part.task for part in todo.parts):
         if task.ignored:
             say(f"{task.file}: ignored, as no field of a task: {', '.join(task.ignored)}")

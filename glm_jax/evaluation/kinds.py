@@ -10,7 +10,7 @@ from glm_jax.evaluation import bigbench
 from glm_jax.evaluation.bias import CrowsPairs, StereoSet
 from glm_jax.evaluation.few_shot import NONE, Shots
 from glm_jax.evaluation.task_files import Task
-from glm_jax.evaluation.work import Asked, Choices, Generated, Lambada, Pile, Texts, Work
+from glm_jax.evaluation.work import Asked, Choices, Cloze, Generated, Lambada, Pile, Texts, Work
 from glm_jax.inference.batch import Decoder
 
 KINDS: Mapping[str, Callable[[Decoder, Tokenizer, Task, Path], Work]] = {
@@ -18,6 +18,7 @@ KINDS: Mapping[str, Callable[[Decoder, Tokenizer, Task, Path], Work]] = {
     "gen": Generated,
     "lm": Texts,
     "MMLU": Choices,
+    "Cloze": Cloze,
     "CrowsPairTask": CrowsPairs,
     "StereoSetTask": StereoSet,
     "LAMBADA": Lambada,

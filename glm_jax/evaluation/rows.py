@@ -26,12 +26,14 @@ class Reading:
         causal: read from left to right, as the target of a [gMASK] at the beginning.
         longest: tokens of a row, at most; a context keeps its last ones.
         counts: let the positions of a target count up from a [MASK] at the end ("unified multitask encoding").
+        causal_context: the tokens of a context see only what is before them; rows are otherwise the same.
     """
 
     gmask: bool = False
     causal: bool = False
     longest: int = 2048
     counts: bool = False
+    causal_context: bool = False
 
     def __post_init__(self) -> None:
         if self.causal and not self.gmask:
@@ -164,7 +166,7 @@ def _row(cfg: GLMConfig, read: Context, targets: Sequence[Sequence[int]], readin
         if reading.counts and read.repeats and cfg.position != "learned_2d":
             follows = read.blank + np.arange(len(fed), dtype=np.int32)
         parts.append(follows)
-    seen = 0 if read.causal else shared
+    seen = 0 if read.causal or reading.causal_context else shared
     if len(targets) == 1:
         blocks = [0] * len(tokens)
     flat = [token for target in targets for token in target]

@@ -23,8 +23,7 @@ from glm_jax.evaluation.measures import Estimate
 from glm_jax.evaluation.protocols import PAPER
 from glm_jax.evaluation.task_files import Task
 from glm_jax.evaluation.work import Columns, Example, Result, Work
-from glm_jax.inference import Model
-from glm_jax.inference.batch import NotFinite
+from glm_jax.inference.batch import Decoder, NotFinite
 
 EXAMPLES = 3  # hits, and misses, of each file that a report shows
 
@@ -57,18 +56,18 @@ class Plan(NamedTuple):
 
 
 def plan(
-    model: Model,
+    decoder: Decoder,
     tokenizer: Tokenizer,
-    places: Sequence[str | Path],
+    places: Sequence[str | Path | UserError],
     data: Path | None = None,
     shots: Shots = NONE,
 ) -> Plan:
     """Read task files and their data; a task that has anything wrong is a failure, and the others stay.
 
     Args:
-        model: whose rows the texts must fit in.
+        decoder: the model, whose rows the texts must fit in.
         tokenizer: of the model.
-        places: task files, and folders of them.
+        places: task files, and folders of them; or why there is none.
         data: the root of the data; None is the folder of each task file.
         shots: examples before each question, in the protocols whose items have a right answer.
     """
@@ -85,7 +84,7 @@ def plan(
             for group, files in task.files(root).items():
                 for file in files:
                     examples = task.examples_file(root, file) if shots.count else None
-                    work = open_work(model.decoder, tokenizer, task, file, shots, examples)
+                    work = open_work(decoder, tokenizer, task, file, shots, examples)
                     read += [file] if examples is None else [file, examples]
                     new.append(Part(task, group, str(file.relative_to(root / task.path)), work, first))
                     first += work.count

@@ -23,6 +23,7 @@ KNOWN_METRICS = {
 STRATEGIES = ("BaseStrategy", "BeamSearchStrategy")
 MODULES = {  # protocols, and the type that their files have
     "MMLU": "mul",
+    "Cloze": "mul",
     "CrowsPairTask": "mul",
     "StereoSetTask": "mul",
     "BIGBench": "mul",
@@ -176,9 +177,9 @@ def read(file: Path) -> Task:
     if causal and not gmask:
         raise fields.fail("unidirectional", "needs use_task_mask: set it, too, as text is read after [gMASK] alone")
     fields.count("micro_batch_size", 1)  # batches have the size that fits
+    reading = Reading(gmask, causal, longest, counts, kind == "mul" and fields.flag("causal_context"))
     task = Task(
-        file, name, kind, fields.text("path"), module, tuple(metrics), Reading(gmask, causal, longest, counts),
-        _patterns(fields),
+        file, name, kind, fields.text("path"), module, tuple(metrics), reading, _patterns(fields),
         examples=fields.text("few_shot_path", "") if kind != "lm" else "",
     )  # fmt: skip
     if kind == "gen":
@@ -254,10 +255,14 @@ def _values(file: Path) -> dict[str, Value]:
     return found
 
 
-def find(places: Sequence[str | Path]) -> list[Path | UserError]:
+def find(places: Sequence[str | Path | UserError]) -> list[Path | UserError]:
     """Return the task files of files and folders, in order; an error in the place of what is not there."""
     found = list[Path | UserError]()
-    for place in map(Path, places):
+    for given in places:
+        if isinstance(given, UserError):
+            found.append(given)
+            continue
+        place = Path(given)
         if place.is_dir():
             inside = sorted(file for file in place.rglob("*") if file.suffix in SUFFIXES and file.is_file())
             found += inside or [UserError(f"--tasks {place} holds no task file (.yaml): name another folder")]

@@ -49,6 +49,7 @@ class Work(abc.ABC):
     """One data file.
 
     Attributes:
+        decoder: the model that is asked. Another one of the same tokenizer and length may take its place.
         count: units.
         items: what measures count: questions, prompts, documents.
         truncated: items whose context was cut.
@@ -57,6 +58,7 @@ class Work(abc.ABC):
         dropped: how many of these, over all items, had no room.
     """
 
+    decoder: Decoder
     count: int
     items: int
     truncated: int = 0
@@ -110,7 +112,7 @@ class Asked(Work):
     def __init__(
         self, decoder: Decoder, tokenizer: Tokenizer, task: Task, file: Path, read: Read = records.read
     ) -> None:
-        self._decoder, self._tokenizer, self._task = decoder, tokenizer, task
+        self.decoder, self._tokenizer, self._task = decoder, tokenizer, task
         self._items = read(tokenizer, file, self.form)
         self.count = self.items = len(self._items)
         self._alone = self._items
@@ -162,7 +164,7 @@ class Choices(Asked):
     def _fit(self) -> None:
         self._questions = [Question(item.context, item.choices) for item in self._items]
         self._single = all(question.single for question in self._questions)
-        cfg, tokenizer, reading = self._decoder.config.model, self._tokenizer, self._task.reading
+        cfg, tokenizer, reading = self.decoder.config.model, self._tokenizer, self._task.reading
         self.truncated = 0
         for item, question in zip(self._items, self._questions, strict=True):
             built = located(
@@ -171,14 +173,14 @@ class Choices(Asked):
             self.truncated += built.kept < len(question.context)
 
     def _room(self, item: Item) -> int:
-        cfg, question = self._decoder.config.model, Question(item.context, item.choices)
+        cfg, question = self.decoder.config.model, Question(item.context, item.choices)
         return rows.context_room(cfg, self._tokenizer, question, self._task.reading, single=self._single)
 
     def run(self, numbers: Sequence[int]) -> Batches:
         """Score the choices of questions."""
         asked = [self._questions[number] for number in numbers]
         reading = self._task.reading
-        for batch in score.choices(self._decoder, self._tokenizer, asked, reading, single=self._single):
+        for batch in score.choices(self.decoder, self._tokenizer, asked, reading, single=self._single):
             yield [
                 (numbers[place], {"log_probabilities": [one.log_probability for one in found]})
                 for place, found in batch
@@ -217,6 +219,16 @@ class Choices(Asked):
         ]
 
 
+class Cloze(Choices):
+    """Questions whose right choice is also scored by itself, which tells models apart that choose alike."""
+
+    def columns(self, results: Sequence[Result]) -> Columns:
+        """Return which answers are right, and the nats of each right choice with its tokens."""
+        nats = [-one[item.label] for item, one in zip(self._items, self.scores(results), strict=True)]
+        tokens = [len(item.choices[item.label]) for item in self._items]
+        return {**super().columns(results), "Nats a token": np.array([nats, tokens], float).T}
+
+
 class Generated(Asked):
     """Prompts whose answers are generated, and compared with right ones."""
 
@@ -231,11 +243,11 @@ class Generated(Asked):
 
     def _room(self, item: Item) -> int:
         task = self._task
-        return score.prompt_room(self._decoder, self._tokenizer, task.reading, task.limit)
+        return score.prompt_room(self.decoder, self._tokenizer, task.reading, task.limit)
 
     def _prompt(self, item: Item) -> list[int]:
         task = self._task
-        return score.prompt(self._decoder, self._tokenizer, item.context, task.reading, task.limit)
+        return score.prompt(self.decoder, self._tokenizer, item.context, task.reading, task.limit)
 
     def answers(self) -> Answers:
         """Return how answers are chosen."""
@@ -254,7 +266,7 @@ class Generated(Asked):
         """Generate answers."""
         asked = [self._items[number].context for number in numbers]
         reading = self._task.reading
-        for batch in score.answers(self._decoder, self._tokenizer, asked, reading, self._answers):
+        for batch in score.answers(self.decoder, self._tokenizer, asked, reading, self._answers):
             yield [
                 (numbers[place], {"answers": [one.tokens[: len(one.tokens) - one.ended] for one in found]})
                 for place, found in batch
@@ -325,7 +337,7 @@ class Texts(Work):
     form = staticmethod(records.document)
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, task: Task, file: Path) -> None:
-        self._decoder, self._tokenizer, self._task = decoder, tokenizer, task
+        self.decoder, self._tokenizer, self._task = decoder, tokenizer, task
         self._documents: list[Document] = self.form(tokenizer, file)
         self._cutting = rows.windows(decoder.config.model, tokenizer, task.reading, task.stride)
         if self._cutting.width < 2:
@@ -341,7 +353,7 @@ class Texts(Work):
         """Score windows; each token counts once."""
         units = [self._units[number] for number in numbers]
         asked = [(self._documents[place].tokens, number) for place, number in units]
-        for batch in score.windows(self._decoder, self._tokenizer, asked, self._cutting, self._task.reading):
+        for batch in score.windows(self.decoder, self._tokenizer, asked, self._cutting, self._task.reading):
             yield [(numbers[place], {"nats": -found.log_probability, "tokens": found.tokens}) for place, found in batch]
 
     def tokens(self, number: int) -> int:

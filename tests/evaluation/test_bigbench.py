@@ -31,7 +31,7 @@ def plan(folder: Path, shots: Shots = NONE, **said: object) -> run.Plan:
     (folder / "data/one/task.json").write_text(json.dumps(said))
     task = "name: toy\npath: data\ntype: mul\nmodule: BIGBench\nfile_pattern: '**/task.json'\n"
     (folder / "task.yaml").write_text(task)
-    return run.plan(toy.model(A_HALF, length=256), toy.Bytes(), [folder], shots=shots)
+    return run.plan(toy.model(A_HALF, length=256).decoder, toy.Bytes(), [folder], shots=shots)
 
 
 def evaluated(folder: Path, shots: Shots = NONE, **said: object) -> FileReport:

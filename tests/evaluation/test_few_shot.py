@@ -95,7 +95,7 @@ def test_too_few_examples() -> None:
 
 
 def evaluated(folder: Path, shots: int, length: int = 64) -> tuple[run.Plan, list[FileReport]]:
-    todo = run.plan(toy.model({"a": 1 / 2, "b": 1 / 4}, length), toy.Bytes(), [folder], shots=Shots(shots))
+    todo = run.plan(toy.model({"a": 1 / 2, "b": 1 / 4}, length).decoder, toy.Bytes(), [folder], shots=Shots(shots))
     done = dict(result for batch in run.run(todo, {}) for result in batch.results)
     return todo, [file for report in run.report(todo, done, resamples=0) for file in report.files]
 
@@ -142,7 +142,7 @@ def test_examples_fill_a_row_to_its_last_token(longer: int, dropped: dict[str, i
     for kind, records in (("mul", choices), ("gen", answers)):
         task(tmp_path, kind, f"name: {kind}\npath: {kind}\ntype: {kind}\n" + "max_gen_length: 3\n" * (kind == "gen"))
         jsonl(tmp_path / kind / "a.jsonl", records)
-    todo = run.plan(toy.model(), toy.Bytes(), [tmp_path], shots=Shots(1))
+    todo = run.plan(toy.model().decoder, toy.Bytes(), [tmp_path], shots=Shots(1))
     assert todo.failures == [] and [part.work.truncated for part in todo.parts] == [0, 0]
     assert {part.task.kind: part.work.dropped for part in todo.parts} == dropped
 

@@ -123,7 +123,7 @@ def evaluated(model: Model, folder: Path, names: Sequence[str], **options: Any) 
 
 def ours(model: Model, folder: Path, name: str) -> list[run.FileReport]:
     """Return what `glm-jax evaluate` says of a task file."""
-    todo = run.plan(model, official_form.tokenizer(), [folder / f"{name}.yaml"])
+    todo = run.plan(model.decoder, official_form.tokenizer(), [folder / f"{name}.yaml"])
     assert not todo.failures
     done = dict(one for batch in run.run(todo, {}) for one in batch.results)
     (report,) = run.report(todo, done, resamples=0)

@@ -21,7 +21,7 @@ def evaluated(folder: Path, text: str, records: Sequence[object], chosen: Model 
     """Evaluate one file of one task."""
     task(folder, "task", f"name: toy\npath: data\n{text}")
     jsonl(folder / "data/all.jsonl", records)
-    todo = run.plan(chosen or toy.model(A_HALF), toy.Bytes(), [folder])
+    todo = run.plan((chosen or toy.model(A_HALF)).decoder, toy.Bytes(), [folder])
     assert todo.failures == []
     done = dict(result for batch in run.run(todo, {}) for result in batch.results)
     ((report,),) = [one.files for one in run.report(todo, done, resamples=100)]
@@ -121,7 +121,7 @@ def test_words_and_bytes_of_text(tmp_path: Path) -> None:
     task(folder, "task", "name: toy\npath: data\ntype: lm\nuse_task_mask: true\nfile_pattern: '*.txt'\n")
     (folder / "data").mkdir()
     (folder / "data/a.txt").write_text("ab ab ab")
-    todo = run.plan(toy.model(A_HALF), toy.Bytes(), [folder])
+    todo = run.plan(toy.model(A_HALF).decoder, toy.Bytes(), [folder])
     done = dict(result for batch in run.run(todo, {}) for result in batch.results)
     ((report,),) = [one.files for one in run.report(todo, done, resamples=0)]
     nats = math.log(2) * (3 * 1 + 3 * 2 + 2 * 3)
@@ -136,7 +136,7 @@ def test_the_text_with_fewer_nats_may_be_the_worse_one(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/long.txt").write_text("a a a a")
     (tmp_path / "data/short.txt").write_text("bb")
-    todo = run.plan(toy.model(A_HALF), toy.Bytes(), [tmp_path])
+    todo = run.plan(toy.model(A_HALF).decoder, toy.Bytes(), [tmp_path])
     done = dict(result for batch in run.run(todo, {}) for result in batch.results)
     long, short = run.report(todo, done, resamples=0)[0].files
     assert sum(result["nats"] for result in done.values()) == pytest.approx(17 * math.log(2), rel=1e-5)
@@ -182,7 +182,7 @@ def test_an_answer_that_begins_as_it_must_not(tmp_path: Path) -> None:
 def test_results_of_a_unit_are_json(tmp_path: Path) -> None:
     task(tmp_path, "task", "name: toy\npath: data\ntype: mul\n")
     jsonl(tmp_path / "data/a.jsonl", [{"inputs_pretokenized": "x", "choices_pretokenized": ["a", "b"], "label": 0}])
-    todo = run.plan(toy.model(A_HALF), toy.Bytes(), [tmp_path])
+    todo = run.plan(toy.model(A_HALF).decoder, toy.Bytes(), [tmp_path])
     (batch,) = run.run(todo, {})
     assert json.loads(json.dumps(batch.results[0][1])) == batch.results[0][1] and batch.tokens == 3
     assert list(run.run(todo, {0: batch.results[0][1]})) == []

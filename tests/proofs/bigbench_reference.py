@@ -80,7 +80,7 @@ def hold(json_task: Any, utils: Any, model: Model, folder: Path, file: Path) -> 
         f"name: x\ntype: mul\nmodule: BIGBench\npath: {file.parent.name}\nfile_pattern: task.json\n"
         f"max_seq_length: {ROOM}\n"
     )
-    plain, few = (run.plan(model, toy.Bytes(), [folder / "task.yaml"], file.parent.parent, Shots(count)).parts[0].work
+    plain, few = (run.plan(model.decoder, toy.Bytes(), [folder / "task.yaml"], file.parent.parent, Shots(count)).parts[0].work
                   for count in (0, SHOTS))  # fmt: skip
     assert isinstance(plain, bigbench.Graded | bigbench.Matched) and isinstance(few, bigbench.Graded | bigbench.Matched)
     task = json_task.JsonTask(json.loads(json.dumps(content)))

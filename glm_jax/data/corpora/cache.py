@@ -28,7 +28,7 @@ from glm_jax.storage.files import sync, user_cache, write_atomic
 
 Report = Callable[[str], None]
 
-STAGES = ("text", "documents", "tokenizers", "shards", "instructions")
+STAGES = ("text", "documents", "tokenizers", "shards", "instructions", "tasks")
 COMPARE_EVERY = 100  # runs
 TEMPORARY = "."  # prefix of the names of unfinished pieces (files.atomic_directory)
 

@@ -5,6 +5,7 @@
     cache/documents/<key>/           distinct documents, split       (corpus.py)
     cache/tokenizers/<key>/          tokenizer.model
     cache/shards/<key>/              token ids                       (shards.py)
+    cache/tasks/<name>-<key>/        questions about held-out text   (evaluation/tasks/build.py)
 
 A key is the sha256 of everything that a directory's content depends on, so nothing is made twice. Directories appear
 whole or not at all, unfinished ones are resumed, and damaged ones are made again (cache.py).
@@ -225,6 +226,20 @@ def _documents(name: str, source: Source, data: Data, cache: Cache, pool: Worker
     for line in corpus.skipped_lines(index):
         cache.report(f"documents {name}: left out {line} ({directory}/skipped.jsonl)")
     return directory
+
+
+def documents_of(language: str, data: Data, cache: Cache) -> list[Path]:
+    """Return the documents stage of each source in a language, for `corpus.read_documents`; made unless it is there.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    with Workers(1) as pool:
+        return [
+            _documents(name, source, data, cache, pool, strict=True)
+            for name, source in sorted(data.sources.items())
+            if source.language == language
+        ]
 
 
 def _file_digests(files: tuple[Path, ...], cache: Cache, pool: Workers, name: str) -> list[str]:
