@@ -55,7 +55,7 @@ def load(
     import tempfile
     import weakref
 
-    from glm_jax.cli import experiments
+    from glm_jax.cli import evaluators, experiments
     from glm_jax.config import with_changes
     from glm_jax.config.fields import local_path
     from glm_jax.errors import UserError
@@ -69,7 +69,7 @@ def load(
         raise UserError("a run of several processes needs a workdir that all of them share: name one")
     temporary = tempfile.TemporaryDirectory(prefix="glm_jax-") if workdir is None else None
     folder = local_path(temporary.name if temporary else workdir or "", "the workdir")
-    run = Run(resolved, folder, say, optimizer)
+    run = Run(resolved, folder, say, optimizer, evaluators.observers(resolved))
     if temporary:
         run.closing.callback(temporary.cleanup)
     living = weakref.ref(run)

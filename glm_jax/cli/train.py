@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glm_jax import signals
-from glm_jax.cli import common
+from glm_jax.cli import common, evaluators
 from glm_jax.cli.common import say
 from glm_jax.config import Experiment, with_changes
 from glm_jax.errors import UserError, WorkFailed
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     workdir = Path(values.workdir)
 
     def train() -> int:
-        run = Run(resolved, workdir, say)
+        run = Run(resolved, workdir, say, observers=evaluators.observers(resolved))
         finished = run.step >= resolved.train.steps
         return go(run, lambda: _show_fills(run, workdir, log=not finished))
 
@@ -62,6 +62,7 @@ def _check_files(config: Experiment, workdir: Path) -> None:
     config.check_sources()
     folder.check(workdir, config)
     check_paths(config)
+    evaluators.check(config)
 
 
 def go(run: Run, afterwards: Callable[[], None] = lambda: None) -> int:

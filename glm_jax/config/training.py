@@ -14,6 +14,8 @@ Precision = Literal["float32", "bfloat16", "float16"]
 Normalization = Literal["tokens", "microbatch"]
 Decay = Literal["cosine", "linear"]
 
+HELDOUT = "heldout"  # the name of the held-out loss among evaluators
+
 
 @dataclass(frozen=True)
 class Mesh(Section):
@@ -158,6 +160,14 @@ class Train(Section):
         role="operational",
         doc="steps between evaluations; also before the first step and at the end; 0 disables",
     )
+    evaluators: tuple[tuple[str, int], ...] = field(
+        (),
+        at_least=1,
+        role="operational",
+        example=("last_word_en", 100),
+        doc="tasks to score the model on and the steps between two times, as for eval_every: names or task files, see "
+        "docs/evaluation.md; `heldout`, the held-out loss, has these steps in place of eval_every",
+    )
     eval_rows: int = field(128, at_least=1, role="operational", doc="held-out rows of each source")
     save_every: int = field(250, at_least=1, role="operational", doc="steps between checkpoints")
     save_minutes: float = field(
@@ -177,6 +187,14 @@ class Train(Section):
     )
     wandb: str = field("", role="operational", doc="a Weights & Biases project to report to as well; empty disables")
 
+    def heldout_every(self) -> int:
+        """Return the steps between evaluations of the held-out loss; 0 disables it."""
+        return dict(self.evaluators).get(HELDOUT, self.eval_every)
+
+    def tasks(self) -> list[tuple[str, int]]:
+        """Return the tasks to score the model on, and the steps between two times."""
+        return [(name, every) for name, every in self.evaluators if name != HELDOUT]
+
     def scaling(self) -> LossScaleConfig | None:
         """Return the loss scale's constants, or None where the precision needs none."""
         return self.loss_scale if self.precision == "float16" else None
@@ -192,6 +210,9 @@ class Train(Section):
                 raise ValueError(
                     f"skip_steps holds ({first}, {last}): steps count from 1, the first must not be after the last"
                 )
+        names = [name for name, _ in self.evaluators]
+        if again := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"evaluators name {again[0]} twice: leave one of them out")
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"profile is {self.profile}: steps count from 1, the first must not be after the last")
         if self.lora.rank and not self.init_from:

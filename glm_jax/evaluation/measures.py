@@ -116,6 +116,11 @@ def measure(name: str) -> Measure:
     return MEASURES[name.partition("/")[0]]
 
 
+def event_name(name: str) -> str:
+    """Return the name that a measure has in the events of a run, such as nats_a_token."""
+    return name.lower().replace(" ", "_")
+
+
 class Estimate(NamedTuple):
     """A number with its 95% interval."""
 

@@ -13,6 +13,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from glm_jax.evaluation import measures
 from glm_jax.figures import style
 from glm_jax.workdir.history import MARK_NAMES, Kind, Record, Series
 
@@ -88,12 +89,13 @@ PANELS = (
     Lines("Checkpoints", "seconds", ("seconds", "blocked_seconds"), "checkpoint", points=True,
           caption="The time that a save took, and how much of it training waited."),
 )  # fmt: skip
+HELD_OUT = 3  # panels up to those of the held-out loss, which tasks follow
 
 
 def panels(record: Record) -> list[Panel]:
     """Return the panels for which the record has data, in the order of a report."""
     found: list[Panel] = []
-    for lines in PANELS:
+    for lines in [*PANELS[:HELD_OUT], *_task_lines(record), *PANELS[HELD_OUT:]]:
         series = _find(record, lines)
         if series:
             caption = lines.caption + _smoothing_caption(lines, series)
@@ -102,6 +104,17 @@ def panels(record: Record) -> list[Panel]:
         if lines.title == "Update norm":  # activations come with the norms
             found += _depth_panels(record)
     return found
+
+
+def _task_lines(record: Record) -> list[Lines]:
+    """Return a panel for each measure of the tasks that were done during training."""
+    percent = {measures.event_name(name) for name, measure in measures.MEASURES.items() if measure.percent}
+    found = dict.fromkeys(name.partition("/")[0] for name in record.names("tasks", "*/*"))
+    return [
+        Lines(f"Tasks: {(shown := name.replace('_', ' '))}", "%" if name in percent else shown, (f"{name}/*",), "tasks",
+              "By task.", points=True)
+        for name in found
+    ]  # fmt: skip
 
 
 def smoothing_span(count: int) -> int:

@@ -37,7 +37,8 @@ ARRAY_KEYS = ("seed", "model_seed", "optimizer.peak_lr", "optimizer.min_lr", "op
 
 # Members do without these: a member has one device, no operator, and steps of one size.
 PLAIN_KEYS = {"mesh.data": 1, "mesh.pipeline": 1, "mesh.tensor": 1, "train.batch_ramp": (), "train.skip_steps": (),
-              "train.spike.rollbacks": 0, "train.init_from": "", "interventions": ()}  # fmt: skip
+              "train.spike.rollbacks": 0, "train.init_from": "", "train.evaluators": (),
+              "interventions": ()}  # fmt: skip
 
 TOGETHER = 32  # largest number of members of a group: memory holds all their states at once
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,12 +27,8 @@ from glm_jax.training import evaluation, precision
 from glm_jax.training import state as states
 from glm_jax.training.evaluation import Evaluator, heldout
 from glm_jax.training.observers import Observer, Request, Step
-from glm_jax.training.observers.evaluate import Evaluate
-from glm_jax.training.observers.health import Health
-from glm_jax.training.observers.log import Log
-from glm_jax.training.observers.profile import Profile
-from glm_jax.training.observers.save import Save
-from glm_jax.training.observers.spikes import Bands, Spike, Spikes
+from glm_jax.training.observers.spikes import Bands, Spike
+from glm_jax.training.observers.standard import standard
 from glm_jax.training.stopping import Stop
 from glm_jax.training.stretch import Stretch, ready
 from glm_jax.types import Json, Tree
@@ -58,8 +54,9 @@ class Run:
     """
 
     def __init__(
-        self, config: Experiment, workdir: Path, say: Say, optimizer: optax.GradientTransformation | None = None
-    ) -> None:
+        self, config: Experiment, workdir: Path, say: Say, optimizer: optax.GradientTransformation | None = None,
+        observers: Sequence[Callable[[Stretch], Observer]] = (),
+    ) -> None:  # fmt: skip
         """Check everything, prepare the data, and restore the newest good checkpoint or make the first state.
 
         Args:
@@ -68,6 +65,7 @@ class Run:
             say: called with one line of text at a time.
             optimizer: any optax transformation, to replace the experiment's AdamW. It receives the mean gradients,
                 unclipped, and its updates are added to the params; the experiment's learning rate is not used.
+            observers: make more observers, which are called before the one that saves.
 
         Raises:
             UserError: the config, the data, the mesh or the workdir do not fit; nothing was written to the workdir.
@@ -79,13 +77,14 @@ class Run:
         prepared = ready(config, workdir, self._say, self._initial.tokenizer)
         self.stretch = Stretch(config, prepared, optimizer)  # checks the rest, before anything is written
         self.stretch.describe(self._say)
+        more = [make(self.stretch) for make in observers]
         self.closing = contextlib.ExitStack()  # runs when everything is written
         if processes.is_first():
             self.closing.enter_context(folder.lock(workdir))
         processes.wait_for_all()
         self.checkpoints = Checkpoints(workdir, config.train.keep, config.train.keep_every, self._say)
         profiled = config.train.profile if processes.is_first() else ()
-        self.observers: list[Observer] = [Profile(workdir, profiled), Spikes(), Health(), Log(), Evaluate(), Save()]
+        self.observers: list[Observer] = standard(workdir, profiled, more)
         self.evaluators: list[Evaluator] = [heldout]
         self.stopping, self._asked, self._stop, self._closed = False, Request.NOTHING, Stop(), False
         self.saved_at = time.monotonic()
@@ -115,7 +114,7 @@ class Run:
         self.log({"event": "start", "step": self.step, "versions": versions(), **devices.facts()})
         self.stretch.meter.restart()
         try:
-            if self.step == 0 and self.current.train.eval_every:
+            if self.step == 0 and self.current.train.heldout_every():
                 self.stretch.compile_ahead(self.state, recipe.batch_rows(self.current, self.samples), self.base)
                 self.evaluate()
             while not self.stopping and not (self._stop.asked and processes.alone()):
@@ -185,8 +184,8 @@ class Run:
         self.monitor.progress(step - self.step)
         self.state = states.at_step(self.stretch.mesh, self.state, step, samples)
         self.step, self.samples = step, samples
-        if step == self.current.train.steps and self.current.train.eval_every:
-            self.evaluate()  # every run is evaluated at its end
+        for observer in self.observers:
+            observer.skipped(self)
         return True
 
     def ask(self, request: Request) -> None:

@@ -336,3 +336,15 @@ def test_layers_are_counted_in_whole_numbers_and_the_colour_bar_has_its_unit(wor
         assert all(tick == round(tick) for tick in getattr(axis, of).get_major_locator()())
         if of == "yaxis":
             assert [bar.get_ylabel() for bar in drawn.axes if bar is not axis] == ["rms"]
+
+
+def test_tasks_have_a_panel_for_each_measure() -> None:
+    first = {"event": "tasks", "step": 0, "accuracy/blank_en": 10.0, "accuracy/blank_zh": 12.5, "ppl/WikiText": 900.0}
+    second = {"event": "tasks", "step": 5, "accuracy/blank_en": 30.0, "nats_a_token/blank_en": 2.5}
+    panels = {panel.title: panel for panel in curves.panels(history.Record([first, second], []))}
+    assert [*panels] == ["Tasks: accuracy", "Tasks: ppl", "Tasks: nats a token"]
+    drawn, (axis,) = style.figure(1, 1)
+    panels["Tasks: accuracy"].draw(axis)
+    lines = {str(line.get_label()): line for line in axis.get_lines()}
+    assert {*lines} == {"blank_en", "blank_zh"} and axis.get_ylabel() == "%"
+    np.testing.assert_array_equal(np.asarray(lines["blank_en"].get_xydata()), [[0, 10], [5, 30]])

@@ -89,5 +89,8 @@ class Observer:
     def after(self, step: Step) -> None:
         """Act after a step. Its arrays may still be computing; reading one waits for it."""
 
+    def skipped(self, run: Run) -> None:
+        """Act after steps up to `run.step` were skipped with their data."""
+
     def close(self) -> None:
         """Close what is open; no further step follows."""

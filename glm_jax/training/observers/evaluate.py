@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from glm_jax.training.observers import Observer, Step
+
+if TYPE_CHECKING:
+    from glm_jax.training.run import Run
 
 
 class Evaluate(Observer):
@@ -12,5 +17,10 @@ class Evaluate(Observer):
     """
 
     def after(self, step: Step) -> None:
-        if (every := step.run.current.train.eval_every) and step.is_due(every):
+        if (every := step.run.current.train.heldout_every()) and step.is_due(every):
             step.run.evaluate()
+
+    def skipped(self, run: Run) -> None:
+        """Evaluate at the run's end: every run is."""
+        if run.step == run.current.train.steps and run.current.train.heldout_every():
+            run.evaluate()
