@@ -17,6 +17,7 @@ from glm_jax.errors import UserError
 from glm_jax.evaluation import run as evaluation
 from glm_jax.evaluation.tasks.build import build
 from glm_jax.inference import Model
+from glm_jax.training.observers.save import Save
 from tests.evaluation import prose
 from tests.patience import HANG
 
@@ -47,6 +48,7 @@ def events(workdir: Path, kind: str) -> dict[int, dict[str, Any]]:
 def trained(config: Experiment, workdir: Path, leave: int | None = None) -> None:
     """Train to the end, or to step `leave`, and leave without saving it."""
     with glm_jax.load(config, workdir, say=quiet) as run:
+        assert isinstance(run.observers[-1], Save)  # or a kill after it would leave a checkpoint's step without scores
         for step in run.steps():
             if step.number == leave:
                 break

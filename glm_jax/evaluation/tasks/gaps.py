@@ -109,8 +109,9 @@ def _passage(
 def questions(found: Sequence[Gap], blank: str, count: int, draw: random.Random) -> list[Json]:
     """Return records for `ITEMS` gaps at most, each with `count` choices: the truth, and truths of other gaps.
 
-    Of some that are drawn, the wrong choices are those whose lengths are nearest to the right one's, since a sum of
-    log-probabilities favours what is short.
+    Wrong choices are drawn from all gaps, so that what is frequent is right and wrong equally often. Of some that are
+    drawn, those are taken whose lengths are nearest to the right one's, since a sum of log-probabilities favours what
+    is short.
 
     Args:
         found: gaps; if their truths are fewer than `count`, no question can be asked.
@@ -123,7 +124,10 @@ def questions(found: Sequence[Gap], blank: str, count: int, draw: random.Random)
         return []
     records = list[Json]()
     for gap in draw.sample(found, min(ITEMS, len(found))):
-        others = [truth for truth in draw.sample(known, min(4 * count, len(known))) if truth != gap.truth]
+        drawn = [one.truth for one in draw.sample(found, min(4 * count, len(found)))]  # as often as they are right
+        others = [truth for truth in dict.fromkeys(drawn) if truth != gap.truth]
+        if len(others) < count - 1:
+            others = [truth for truth in draw.sample(known, count) if truth != gap.truth]
         wrong = sorted(others, key=lambda truth: abs(len(truth) - len(gap.truth)))[: count - 1]
         choices = [gap.truth, *wrong]
         draw.shuffle(choices)
