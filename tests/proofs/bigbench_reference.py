@@ -80,8 +80,10 @@ def hold(json_task: Any, utils: Any, model: Model, folder: Path, file: Path) -> 
         f"name: x\ntype: mul\nmodule: BIGBench\npath: {file.parent.name}\nfile_pattern: task.json\n"
         f"max_seq_length: {ROOM}\n"
     )
-    plain, few = (run.plan(model.decoder, toy.Bytes(), [folder / "task.yaml"], file.parent.parent, Shots(count)).parts[0].work
-                  for count in (0, SHOTS))  # fmt: skip
+    places, data = [folder / "task.yaml"], file.parent.parent
+    plain, few = (
+        run.plan(model.decoder, toy.Bytes(), places, data, Shots(count)).parts[0].work for count in (0, SHOTS)
+    )
     assert isinstance(plain, bigbench.Graded | bigbench.Matched) and isinstance(few, bigbench.Graded | bigbench.Matched)
     task = json_task.JsonTask(json.loads(json.dumps(content)))
     prefix, separator = task.task_prefix, task.few_shot_example_separator
