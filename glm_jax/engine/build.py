@@ -27,7 +27,12 @@ class Engine(NamedTuple):
 
 
 def build(
-    experiment: Experiment, pieces: int = 1, devices: Sequence[Device] | None = None, *, abstract: bool = False
+    experiment: Experiment,
+    pieces: int = 1,
+    devices: Sequence[Device] | None = None,
+    *,
+    abstract: bool = False,
+    memory: int | None = None,
 ) -> Engine:
     """Build an experiment's mesh and engine config, and check that model and batch fit the mesh.
 
@@ -37,6 +42,7 @@ def build(
             padded vocabulary divides every other.
         devices: jax devices; by default all of them.
         abstract: use an AbstractMesh, without devices, to find shapes and shardings or to compile ahead of time.
+        memory: bytes of a device, by which `pipeline.stash=auto` chooses; by default those of this process's devices.
 
     Raises:
         UserError: there are too few devices, a size does not divide, or an abstract mesh has a size of -1.
@@ -60,7 +66,8 @@ def build(
     rows, length = train.global_batch // train.microbatches, experiment.data.seq_length
     bind.check(config, mesh, train.global_batch, train.microbatches, length)
     if asked == "auto" and not abstract:
-        config = dataclasses.replace(config, keep=stash.choose(config, mesh, rows, length, device_memory()))
+        keep = stash.choose(config, mesh, rows, length, device_memory() if memory is None else memory)
+        config = dataclasses.replace(config, keep=keep)
     return Engine(config, mesh)
 
 

@@ -54,13 +54,32 @@ def place(cfg: DecodeConfig, mesh: jax.sharding.Mesh, params: Tree) -> Weights:
         UserError: the model does not fit the mesh.
     """
     check_model(cfg.model, mesh)
-    members = {"heads": mesh.shape["tensor"], "ffn": mesh.shape["tensor"]}
-    params = quantized.fit(params, quantized.logical_axes(logical_axes(cfg.model), params), members)
+    params = _fitted(cfg, mesh, params)
     everywhere, devices = jax.NamedSharding(mesh, jax.P()), set(mesh.devices.flat)
     here = jax.tree.map(
         lambda array: array if set(array.devices()) == devices else jax.device_put(array, everywhere), params
     )
     return _split(cfg, mesh, here)
+
+
+def shapes(cfg: DecodeConfig, mesh: jax.sharding.Mesh, params: Tree) -> Weights:
+    """Return the shapes of weights, with their shardings, as `place` puts params of these shapes on a mesh.
+
+    Raises:
+        UserError: the model does not fit the mesh.
+    """
+    check_model(cfg.model, mesh)
+    split = jax.eval_shape(lambda params: _split(cfg, mesh, _fitted(cfg, mesh, params)), params)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        split,
+        partition.shardings(mesh, specs(cfg.model, split)),
+    )
+
+
+def _fitted(cfg: DecodeConfig, mesh: jax.sharding.Mesh, params: Tree) -> Tree:
+    members = {"heads": mesh.shape["tensor"], "ffn": mesh.shape["tensor"]}
+    return quantized.fit(params, quantized.logical_axes(logical_axes(cfg.model), params), members)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

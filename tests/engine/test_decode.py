@@ -12,7 +12,7 @@ from glm_jax.inference import sampling
 from glm_jax.model import GLMConfig, quantized
 from glm_jax.model.quantized import Quantized, Scheme
 from glm_jax.parallel import mesh as meshes
-from tests.engine import decode_shapes
+from glm_jax.planning import decode_shapes
 
 CONFIG = GLMConfig(num_layers=24, hidden_size=1024, num_heads=16, ffn_size=2816, vocab_size=16384)
 ROWS, ROOM = 4, 512

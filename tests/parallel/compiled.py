@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 
 if __name__ == "__main__":
     os.environ["JAX_NUM_CPU_DEVICES"] = "8"
@@ -20,7 +21,7 @@ from glm_jax.data.rows.rows import Rows
 from glm_jax.engine import bind, passes  # noqa: E402
 from glm_jax.model import GLMConfig  # noqa: E402
 from glm_jax.parallel import mesh, partition  # noqa: E402
-from tests.parallel import hlo  # noqa: E402
+from glm_jax.planning import hlo  # noqa: E402
 
 LENGTH, SHAPE = 16, (2, 2, 2)
 
@@ -38,6 +39,14 @@ def lower(schedule: str, microbatches: int, keep: str = "layer") -> jax.stages.L
     return jax.jit(lambda params, batch: passes.value_and_grad(cfg, grid, params, batch, key)).lower(params, batch)
 
 
+def axes(text: str) -> dict[str, dict[str, int]]:
+    """Count collectives by the mesh axes that they use, inside loops and outside."""
+    found: dict[str, Counter[str]] = {"inside": Counter(), "outside": Counter()}
+    for one in hlo.collectives(text, SHAPE):
+        found["inside" if one.loops else "outside"][one.axes] += one.count
+    return {place: dict(counter) for place, counter in found.items()}
+
+
 def temporary(compiled: jax.stages.Compiled) -> int:
     """Return the bytes of temporaries a device."""
     memory = compiled.memory_analysis()
@@ -48,7 +57,7 @@ def temporary(compiled: jax.stages.Compiled) -> int:
 if __name__ == "__main__":
     flat = lower("1f1b", 4).compile()
     report = {
-        "collectives": hlo.collectives(flat.as_text() or "", SHAPE),
+        "collectives": axes(flat.as_text() or ""),
         "1f1b": {"4": temporary(flat), "64": temporary(lower("1f1b", 64).compile())},
         "gpipe": {str(count): temporary(lower("gpipe", count).compile()) for count in (4, 64)},
     }

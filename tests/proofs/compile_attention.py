@@ -51,11 +51,11 @@ def temporaries(device: Any, length: int, heads: int, dim: int, dtype: str) -> i
 
 def main() -> None:
     """Print a line for each shape and dtype."""
-    from tests.proofs import targets
+    from glm_jax.planning import targets
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", default="v5e:2x2")
-    device = targets.devices(parser.parse_args().target, 1)[0]
+    device = targets.devices(targets.find(parser.parse_args().target), 1)[0]
     for length, heads, dim in SHAPES:
         for dtype in ("float32", "bfloat16"):
             size = temporaries(device, length, heads, dim, dtype)

@@ -13,7 +13,7 @@ import numpy as np
 
 from glm_jax import model
 from glm_jax.engine import decode, weights
-from glm_jax.engine.weights import DecodeConfig, Weights
+from glm_jax.engine.weights import DecodeConfig
 from glm_jax.inference import sampling
 from glm_jax.inference.constraints import Vocabulary
 from glm_jax.inference.strategies import Greedy, Request
@@ -48,25 +48,10 @@ def param_shapes(cfg: GLMConfig, scheme: Scheme | None = None) -> Any:
     return jax.tree.map_with_path(one, jax.eval_shape(lambda: model.init(cfg, jax.random.key(0))))
 
 
-def weight_shapes(cfg: DecodeConfig, mesh: jax.sharding.Mesh, params: Any) -> Weights:
-    """Return the shapes of weights as `weights.place` puts params on a mesh."""
-    members = {"heads": mesh.shape["tensor"], "ffn": mesh.shape["tensor"]}
-    axes = quantized.logical_axes(model.logical_axes(cfg.model), params)
-    fitted = jax.eval_shape(lambda params: quantized.fit(params, axes, members), params)
-    shapes = jax.eval_shape(lambda params: weights._split(cfg, mesh, params), fitted)
-    return _placed(shapes, partition.shardings(mesh, weights.specs(cfg.model, shapes)))
-
-
-def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-    )
-
-
 def prefill_arguments(cfg: DecodeConfig, mesh: jax.sharding.Mesh, params: Any, batch: Batch) -> tuple[Any, ...]:
     """Return the shapes of what `decode.prefill` takes after the mesh, for contexts that take all the room."""
     tokens = batch.integers(mesh, batch.room)
-    return weight_shapes(cfg, mesh, params), decode.Prompts(tokens, tokens, batch.integers(mesh))
+    return weights.shapes(cfg, mesh, params), decode.Prompts(tokens, tokens, batch.integers(mesh))
 
 
 def decode_arguments(cfg: DecodeConfig, mesh: jax.sharding.Mesh, params: Any, batch: Batch) -> tuple[Any, ...]:
@@ -92,5 +77,5 @@ def decode_arguments(cfg: DecodeConfig, mesh: jax.sharding.Mesh, params: Any, ba
     rows, done = batch.integers(mesh), batch.integers(mesh, dtype=jnp.bool_)
     busy = number(jax.P("pipeline"), stages)
     state = decode.Decoding(Cache(layers, layers), rows, rows, done, search, busy, number(jax.P()))
-    of_layers = weight_shapes(cfg, mesh, params)
+    of_layers = weights.shapes(cfg, mesh, params)
     return of_layers, state, batch.integers(mesh, batch.room), settings, number(jax.P())
