@@ -32,6 +32,7 @@ COMMANDS = (
     "convert",
     "corpus",
     "config",
+    "plan",
     "schedule",
     "report",
     "sweep",

@@ -20,6 +20,7 @@ COMMANDS = [
     "corpus build",
     "corpus inspect",
     "config show",
+    "plan",
     "schedule",
     "report",
     "sweep",

@@ -1,0 +1,160 @@
+"""`glm-jax plan`: what a run takes of devices that need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from glm_jax.cli import common
+from glm_jax.cli.common import say
+from glm_jax.errors import UserError
+from glm_jax.planning import targets
+
+if TYPE_CHECKING:
+    from glm_jax.planning.compile import Report, Verdict
+    from glm_jax.planning.remedies import Remedy
+
+WEIGHTS = ("float32", "float16", "bfloat16", "int8", "int4")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compile a training step, or inference, from shapes alone: memory of a device, collectives, what would fit."""
+    values = _flags()
+    if not common.parse(values, arguments, ["config"]):
+        return 0
+    _check(values)
+    sheets = (Path(values.devices),) if values.devices else ()
+    target = targets.find(values.target, *sheets)
+    memory = target.memory if values.memory is None else targets.memory(values.memory)
+    experiment = common.load(values)
+
+    from glm_jax.planning import remedies, worker
+    from glm_jax.planning.compile import Request, verdict
+    from glm_jax.planning.programs import Inference
+
+    request = Request(experiment, values.target, sheets, memory)
+    requests = [request]
+    if values.inference:
+        inference = Inference(values.inference, values.room or experiment.data.seq_length, values.rows, values.group)
+        requests = [
+            dataclasses.replace(request, program=program, inference=inference) for program in ("prefill", "decode")
+        ]
+    count = request.devices()
+    say(f"compiling for {count:,} x {values.target}, none of which is used; large models take a minute or two")
+    processes = max(1, (os.cpu_count() or 1) // 2)
+    compiled = list(worker.reports(requests, processes))
+    verdicts = [verdict(report, memory) if memory else None for report in compiled]
+    found: list[Remedy] = []
+    if not values.inference and verdicts[0] and not verdicts[0].fits:
+        say("it does not fit; compiling what might")
+        found = remedies.search(request, compiled[0], verdicts[0].memory, None, processes, say)
+    if values.json:
+        print(json.dumps({"compiled": [_row(*pair) for pair in zip(compiled, verdicts, strict=True)],
+                          "remedies": [dataclasses.asdict(remedy) for remedy in found]}))  # fmt: skip
+        return 0
+    for report, judged in zip(compiled, verdicts, strict=True):
+        print("\n".join(table(report, judged)))
+    if verdicts[0] and not verdicts[0].fits and not values.inference:
+        print("\n".join(advice(compiled[0], found)))
+    return 0
+
+
+def _flags() -> flags.FlagValues:
+    values = common.flag_values("plan", "--config glm_130b --target a100-40gb")
+    common.define_config(values)
+    flags.DEFINE_string(
+        "target",
+        "cpu",
+        "what to compile for: cpu, a GPU such as a100-40gb, or a slice of TPUs such as v5p:8x8x12",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "memory",
+        None,
+        "bytes of a device that arrays may take, such as 40GB (default: the target's; of a GPU, XLA's pool of 3/4)",
+        flag_values=values,
+    )
+    common.define_path(values, "devices", "a file of your own devices, beside those of device_sheet.toml")
+    flags.DEFINE_enum(
+        "inference", None, WEIGHTS, "plan inference with weights of this kind, on the config's mesh", flag_values=values
+    )
+    for name, default, least, summary in (
+        ("rows", 1, 1, "of inference: rows that each stage works on at a time"),
+        ("room", None, 2, "of inference: tokens of a row, context and what is generated (default: data.seq_length)"),
+        (
+            "group",
+            None,
+            0,
+            "of inference with int8 or int4: inputs that share a scale; 0 is all (default: 0 with int8, 128 with int4)",
+        ),
+    ):
+        flags.DEFINE_integer(name, default, summary, lower_bound=least, flag_values=values)
+    flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
+    return values
+
+
+def _check(values: flags.FlagValues) -> None:
+    """Refuse flags that mean nothing here."""
+    for name in ("rows", "room", "group"):
+        if values[name].present and not values.inference:
+            raise UserError(f"--{name} is for --inference: add it, or leave --{name} out")
+    if values.group is not None and values.inference not in ("int8", "int4"):
+        raise UserError(f"--group is for --inference int8 or int4, not {values.inference}")
+
+
+def _row(report: Report, judged: Verdict | None) -> dict[str, object]:
+    return {**report.to_json(), "verdict": dataclasses.asdict(judged) if judged else None}
+
+
+def table(report: Report, judged: Verdict | None) -> Iterator[str]:
+    """Yield the lines about a compiled program."""
+    mesh = " x ".join(f"{axis}={size}" for axis, size in report.mesh.items())
+    yield f"{report.program} on {mesh}, compiled for {report.target} from shapes (jax {report.jax}); nothing ran"
+    memory = report.memory
+    if memory.temporaries is None:
+        yield f"the compiler refuses it: {memory.peak / 1e9:.2f} GB a device are more than there are"
+    else:
+        parts = (("arguments", memory.arguments), ("outputs", memory.outputs), ("temporaries", memory.temporaries))
+        shown = ", ".join(f"{name} {(size or 0) / 1e9:.2f}" for name, size in parts)
+        yield f"peak {memory.peak / 1e9:.2f} GB a device: {shown}"
+    if judged is None:
+        yield "the CPU's memory is no measure for other devices: give --memory, such as 40GB, or a --target"
+    else:
+        word, left = ("fits", "to spare") if judged.fits else ("does not fit", "too much")
+        yield f"memory {judged.memory / 1e9:.2f} GB: {word}, {abs(judged.margin) / 1e9:.2f} GB {left}"
+    if report.buffers:
+        yield "largest arrays, GB a device each (those that are not needed at the same time share memory):"
+    for buffer in report.buffers:
+        times = f"{buffer.count} x " if buffer.count > 1 else ""
+        made = ", ".join(filter(None, (buffer.operation, buffer.function, buffer.line)))
+        yield f"  {times:>5}{buffer.bytes / 1e9:6.3f}  {buffer.shape:24}  {made}"
+    if report.collectives:
+        yield "collectives of a device by the trips of their loops (n: known only as it runs); MB if each runs once:"
+    for one in report.collectives:
+        trips = " x ".join("n" if count is None else str(count) for count in one.loops) or "once"
+        yield f"  {trips:12} {one.axes or 'none':22} {one.kind:18} {one.count:3}  {one.bytes / 1e6:12,.3f}"
+    yield (
+        f"lowered in {report.lowering:.1f} s, compiled in {report.compiling:.1f} s, "
+        f"{report.resident / 1e9:.2f} GB resident"
+    )
+
+
+def advice(report: Report, found: Sequence[Remedy]) -> Iterator[str]:
+    """Yield the lines about changes that would let a training step fit."""
+    from glm_jax.planning.remedies import shown
+
+    if not found:
+        yield "no change of schedule, stash, microbatches or mesh on as many devices takes less memory"
+        return
+    fits = found[0].verdict.fits
+    yield "with each of these it fits:" if fits else "these take less memory, but do not let it fit:"
+    for remedy in found:
+        peaks = f"peak {report.memory.peak / 1e9:.2f} -> {remedy.report.memory.peak / 1e9:.2f} GB"
+        seconds = "" if remedy.cost is None else f", about {remedy.cost:.3g} s a step"
+        yield f"  {shown(remedy.changes)}: {peaks}{seconds}"

@@ -1,0 +1,118 @@
+"""`glm-jax plan`: its tables and its JSON, from reports that are given; what it refuses; one real compilation."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from glm_jax.cli import main
+from glm_jax.planning import worker
+from glm_jax.planning.buffers import Buffer
+from glm_jax.planning.compile import Memory, Report, Request
+from glm_jax.planning.hlo import Collective
+
+TINY = (
+    "--config=quickstart", "--config.model.num_layers=1", "--config.model.hidden_size=16", "--config.model.num_heads=2",
+    "--config.model.ffn_size=16", "--config.model.vocab_size=8192", "--config.data.seq_length=32",
+    "--config.train.global_batch=2", "--config.train.microbatches=1", "--config.mesh.data=2",
+)  # fmt: skip
+
+
+def given(request: Request) -> Report:
+    """Return a report whose peak is 50 GB, or 30 GB with a smaller stash."""
+    peak = 30 if request.experiment.pipeline.stash == "stage" else 50
+    mesh = request.experiment.mesh.sizes()
+    buffers = (Buffer("f16[8,8]", 8_250_000_000, 2, "all_gather", "parallel/zero.py:25", "gather > _gather"),)
+    collectives = (
+        Collective("all-gather", "tensor", (190, None), 4, 1_500_000),
+        Collective("all-reduce", "", (), 1, 4),
+    )
+    memory = Memory(peak * 10**9, 2 * 10**9, 10**7, (peak - 2) * 10**9)
+    return Report(request.target, request.program, mesh, memory, buffers, collectives, 1.0, 2.0, 3.0, 10**9, "0.12")
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Replace the compiler, and return the requests that it gets."""
+    requests = list[Request]()
+
+    def reports(asked: Iterable[Request], processes: int = 1) -> Iterator[Report]:
+        for request in asked:
+            requests.append(request)
+            yield given(request)
+
+    monkeypatch.setattr(worker, "reports", reports)
+    return requests
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_table_that_people_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["plan", "--config=glm_130b", "--memory=60GB"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "step on data=24 x pipeline=8 x tensor=4, compiled for cpu from shapes (jax 0.12); nothing ran",
+        "peak 50.00 GB a device: arguments 2.00, outputs 0.01, temporaries 48.00",
+        "memory 60.00 GB: fits, 10.00 GB to spare",
+        "largest arrays, GB a device each (those that are not needed at the same time share memory):",
+        "   2 x  8.250  f16[8,8]                  all_gather, gather > _gather, parallel/zero.py:25",
+        "collectives of a device by the trips of their loops (n: known only as it runs); MB if each runs once:",
+        "  190 x n      tensor                 all-gather           4         1.500",
+        "  once         none                   all-reduce           1         0.000",
+        "lowered in 2.0 s, compiled in 3.0 s, 1.00 GB resident",
+    ]
+
+
+def test_what_does_not_fit_comes_with_changes_that_do(
+    compiled: list[Request], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["plan", "--config=glm_130b", "--memory=40GB"]) == 0
+    output, errors = capsys.readouterr()
+    assert "memory 40.00 GB: does not fit, 10.00 GB too much" in output
+    assert output.endswith("with each of these it fits:\n  --config.pipeline.stash=stage: peak 50.00 -> 30.00 GB\n")
+    assert "1 of 3: --config.pipeline.stash=stage: 30.00 GB" in errors
+    assert len(compiled) == 4 and all(request.memory == 40 * 10**9 for request in compiled)
+
+
+def test_json_has_everything(compiled: list[Request], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["plan", "--config=glm_130b", "--memory=40GB", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["compiled"][0]["verdict"] == {"fits": False, "memory": 40 * 10**9, "margin": -(10**10)}
+    assert said["compiled"][0]["collectives"][0]["loops"] == [190, None]
+    (remedy,) = said["remedies"]
+    assert remedy["changes"] == {"pipeline.stash": "stage"} and remedy["report"]["memory"]["peak"] == 30 * 10**9
+    assert len(compiled) == 4
+
+
+def test_inference_is_prefill_and_decoding(compiled: list[Request], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--inference=int4", "--rows=2", "--group=0", "--memory=40GB"]
+    assert main.main(["plan", "--config=glm_130b", *arguments]) == 0
+    assert [request.program for request in compiled] == ["prefill", "decode"]
+    assert compiled[0].inference == compiled[1].inference
+    assert vars(compiled[0].inference) == {"weights": "int4", "room": 2048, "rows": 2, "group": 0}
+    assert "with each" not in capsys.readouterr().out  # the changes are those of training
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--target=a100"], "no device is named 'a100': there are a100-40gb, "),
+        (["--memory=40"], "--memory 40: write bytes a device with their unit, such as 40GB"),
+        (["--rows=2"], "--rows is for --inference: add it, or leave --rows out"),
+        (["--inference=float16", "--group=64"], "--group is for --inference int8 or int4, not float16"),
+        (["--devices=/nowhere.toml", "--target=mine"], "/nowhere.toml: cannot be read"),
+        (["--config.mesh.data=-1"], "mesh.data is -1, the rest of the devices, but a plan has none: give a number"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["plan", "--config=glm_130b", *arguments]) == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and errors.startswith(f"error: {says}") and errors.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_small_step_is_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["plan", *TINY, "--memory=1GB", f"--config.data.cache={tmp_path}", "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)["compiled"]
+    assert report["mesh"] == {"data": 2, "pipeline": 1, "tensor": 1} and report["verdict"]["fits"]
+    params = 8192 * 16 + 4 * 16 * 16 + 3 * 16 * 16  # embedding and kernels; AdamW keeps two moments of each
+    assert 3 * 4 * params / 2 < report["memory"]["arguments"] < 1.1 * 3 * 4 * params / 2
