@@ -118,16 +118,16 @@ def table(report: Report, judged: Verdict | None) -> Iterator[str]:
     yield f"{report.program} on {mesh}, compiled for {report.target} from shapes (jax {report.jax}); nothing ran"
     memory = report.memory
     if memory.temporaries is None:
-        yield f"the compiler refuses it: {memory.peak / 1e9:.2f} GB a device are more than there are"
-    else:
-        parts = (("arguments", memory.arguments), ("outputs", memory.outputs), ("temporaries", memory.temporaries))
-        shown = ", ".join(f"{name} {(size or 0) / 1e9:.2f}" for name, size in parts)
-        yield f"peak {memory.peak / 1e9:.2f} GB a device: {shown}"
+        yield f"the compiler refuses it: it needs {memory.peak / 1e9:.2f} GB a device or more, and has less"
+        return
+    parts = (("arguments", memory.arguments), ("outputs", memory.outputs), ("temporaries", memory.temporaries))
+    shown = ", ".join(f"{name} {(size or 0) / 1e9:.2f}" for name, size in parts)
+    yield f"peak {memory.peak / 1e9:.2f} GB a device: {shown}"
     if judged is None:
         yield "the CPU's memory is no measure for other devices: give --memory, such as 40GB, or a --target"
     else:
         word, left = ("fits", "to spare") if judged.fits else ("does not fit", "too much")
-        yield f"memory {judged.memory / 1e9:.2f} GB: {word}, {abs(judged.margin) / 1e9:.2f} GB {left}"
+        yield f"memory {judged.memory / 1e9:.2f} GB: {word}, {abs(judged.margin) / 1e9:.3f} GB {left}"
     if report.buffers:
         yield "largest arrays, GB a device each (those that are not needed at the same time share memory):"
     for buffer in report.buffers:

@@ -89,7 +89,7 @@ class Memory:
 
     Attributes:
         peak: the most at any time, of arrays and temporaries. For the CPU, whose compiler does not say it, the sum of
-            the others, which is more.
+            the others, which is more; of a program that a compiler refused, what it names as too much.
         arguments, outputs, temporaries: of the program; outputs without those that take the place of arguments. None
             if the compiler refused the program because it needs more than the device has.
     """
@@ -200,15 +200,20 @@ def compile_here(request: Request) -> Report:
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, int]:
-    """Compile a program. If it needs more memory than the target has, return None and the bytes that it needs."""
+    """Compile a program. If the compiler refuses it for its memory, as libtpu does, return None and the bytes."""
     try:
         return lowered.compile(), 0
     except jax.errors.JaxRuntimeError as error:
-        # libtpu refuses it in words: Used 20.99G of 15.75G hbm
-        needed = re.search(r"Used ([\d.]+)([KMGT])i?B? of [\d.]+[KMGT]i?B? hbm", str(error))
-        if not needed:
+        needed = exhausted(str(error))
+        if needed is None:
             raise
-        return None, int(float(needed[1]) * 1024 ** ("KMGT".index(needed[2]) + 1))
+        return None, needed
+
+
+def exhausted(message: str) -> int | None:
+    """Return the bytes that a program needs, if that is why a compiler refuses it; it may need more."""
+    needed = re.search(r"^RESOURCE_EXHAUSTED.*?(?:Used |\()([\d.]+)([KMGT])i?B?\)? (?:of|exceeds)", message, re.DOTALL)
+    return int(float(needed[1]) * 1024 ** ("KMGT".index(needed[2]) + 1)) if needed else None
 
 
 def _memory(compiled: jax.stages.Compiled, target: Target) -> Memory:

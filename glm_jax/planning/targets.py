@@ -81,7 +81,8 @@ def environment(target: Target, devices: int) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices if target.device is None else 1),
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # the report is of this compilation
-        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_SKIP_MDS_QUERY": "1",  # of no cloud machine
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # several processes may compile: none holds a chip
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "XLA_FLAGS": flags.strip(),
     }
@@ -108,7 +109,7 @@ def devices(target: Target, count: int) -> Sequence[meshes.Device]:
     try:
         return topologies.get_topology_desc(f"{device.topology}:{target.chips}", platform="tpu").devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"--target {target.name}: libtpu knows no such slice ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--target {target.name}: libtpu refuses this slice ({str(error).splitlines()[0]})") from None
 
 
 def describe(device: Device, gpu: Gpu) -> str:

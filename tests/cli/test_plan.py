@@ -52,7 +52,7 @@ def test_a_table_that_people_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == [
         "step on data=24 x pipeline=8 x tensor=4, compiled for cpu from shapes (jax 0.12); nothing ran",
         "peak 50.00 GB a device: arguments 2.00, outputs 0.01, temporaries 48.00",
-        "memory 60.00 GB: fits, 10.00 GB to spare",
+        "memory 60.00 GB: fits, 10.000 GB to spare",
         "largest arrays, GB a device each (those that are not needed at the same time share memory):",
         "   2 x  8.250  f16[8,8]                  all_gather, gather > _gather, parallel/zero.py:25",
         "collectives of a device by the trips of their loops (n: known only as it runs); MB if each runs once:",
@@ -67,7 +67,7 @@ def test_what_does_not_fit_comes_with_changes_that_do(
 ) -> None:
     assert main.main(["plan", "--config=glm_130b", "--memory=40GB"]) == 0
     output, errors = capsys.readouterr()
-    assert "memory 40.00 GB: does not fit, 10.00 GB too much" in output
+    assert "memory 40.00 GB: does not fit, 10.000 GB too much" in output
     assert output.endswith("with each of these it fits:\n  --config.pipeline.stash=stage: peak 50.00 -> 30.00 GB\n")
     assert "1 of 3: --config.pipeline.stash=stage: 30.00 GB" in errors
     assert len(compiled) == 4 and all(request.memory == 40 * 10**9 for request in compiled)

@@ -12,7 +12,7 @@ import pytest
 from glm_jax.config import resolve
 from glm_jax.errors import UserError
 from glm_jax.planning import targets, worker
-from glm_jax.planning.compile import Memory, Report, Request, verdict
+from glm_jax.planning.compile import Memory, Report, Request, exhausted, verdict
 from glm_jax.planning.programs import Inference
 from tests.patience import HANG
 from tests.planning.compiled import EXPERIMENT
@@ -98,6 +98,15 @@ def test_a_refused_program_never_fits() -> None:
     assert verdict(bare, 10).fits and not verdict(bare, 9).fits and verdict(bare, 9).margin == -1
     refused = Report("v5e:2x2", "step", {}, Memory(10), (), (), None, 0.0, 0.0, 0, "")
     assert not verdict(refused, 11).fits
+
+
+def test_what_a_compiler_refuses_is_read_from_its_words() -> None:
+    used = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    used += "Used 20.99G of 15.75G hbm."
+    total = "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    total += "(512.5M) exceeds available HBM (500.00M)."
+    assert exhausted(used) == int(20.99 * 2**30) and exhausted(total) == int(512.5 * 2**20)
+    assert exhausted("INTERNAL: Used 20.99G of 15.75G hbm") is None
 
 
 def test_a_mesh_without_a_size_is_refused() -> None:
