@@ -126,7 +126,8 @@ def _frames(text: str) -> Mapping[int, Source]:
         """Return the places of glm_jax in a frame and those that called it, the innermost first."""
         found = list[tuple[Path, str, str]]()
         while number in frames:
-            place, number = frames[number]
+            place, parent = frames[number]
+            number = parent if parent < number else 0  # callers come first; a table of another form has no end
             found += [place] if place[0].is_relative_to(ROOT) else []
         return found
 
