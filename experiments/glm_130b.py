@@ -51,7 +51,7 @@ def get_config() -> Config:
     config.train.global_batch = 4224
     config.train.batch_ramp = (192, 24, 5_493_164)  # P table 11: over the first 2.5% of the samples
     config.train.microbatches = 176  # of 24 rows, one for each data rank
-    config.train.steps = 52_018  # 450e9 tokens at the full batch; the released step is 49,300
+    config.train.steps = 55_014  # 450e9 tokens, with those of the batch ramp; the released step is 49,300
     config.train.precision = "float16"
     config.train.loss_normalization = "microbatch"  # each row of 2,048 has the same weight, however few its targets
     config.train.embedding_shrink.alpha = (

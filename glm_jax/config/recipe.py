@@ -36,6 +36,14 @@ def total_samples(config: Experiment) -> int:
     return samples + steps * config.train.global_batch
 
 
+def steps_for(config: Experiment, samples: int) -> int:
+    """Return the number of steps after which at least so many samples are seen, at the batch sizes of the ramp."""
+    seen = steps = 0
+    while seen < samples and batch_rows(config, seen) < config.train.global_batch:
+        seen, steps = seen + batch_rows(config, seen), steps + 1
+    return steps + max(0, -(-(samples - seen) // config.train.global_batch))
+
+
 def learning_rate(config: Experiment, step: int, samples: int) -> float:
     """Return the learning rate of `step`, which ends with `samples` rows seen.
 

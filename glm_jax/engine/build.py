@@ -74,5 +74,6 @@ def build(
 def _abstract(sizes: dict[str, int]) -> jax.sharding.Mesh:
     if REST in sizes.values():
         raise UserError(f"a mesh size of {REST} depends on the devices: give a number, such as --config.mesh.data=1")
-    mesh = jax.sharding.AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+    shape, types = tuple(sizes[axis] for axis in AXES), (jax.sharding.AxisType.Auto,) * len(AXES)
+    mesh = jax.sharding.AbstractMesh(shape, AXES, axis_types=types)
     return cast(jax.sharding.Mesh, mesh)  # it has the shape and the axes, which is all that specs need
