@@ -19,7 +19,7 @@ from glm_jax.training.stretch import step_config
 from glm_jax.types import Tree
 
 Mesh = jax.sharding.Mesh
-Platform = Literal["cpu", "cuda", "tpu"]
+Platform = Literal["cpu", "gpu", "tpu"]
 CPU = "cpu"  # the name of a device that stands for this machine's processor
 
 
@@ -36,10 +36,14 @@ class Pass(NamedTuple):
 
 
 def platform(device: Device) -> Platform:
-    """Return the platform of a device of the sheet."""
+    """Return the platform of a device of the sheet.
+
+    That of a GPU has no fused attention, because jax asks the machine for cuDNN when it traces; a plan for a GPU counts
+    the scores that cuDNN, where it is used (`attention_cores.choose`), would not keep.
+    """
     if device.name == CPU:
         return "cpu"
-    return "tpu" if device.topology else "cuda"
+    return "tpu" if device.topology else "gpu"
 
 
 def bind(experiment: Experiment, device: Device, pieces: int) -> tuple[StepConfig, Mesh]:

@@ -7,6 +7,7 @@ Prints one JSON list with a pair of bytes a device for each set of changes to a 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -53,8 +54,10 @@ def lower(experiment: Experiment) -> jax.stages.Lowered:
     scalar, requests = jax.ShapeDtypeStruct((), "float32"), jax.ShapeDtypeStruct((mesh.size,), "int32")
     controls = step.Controls(*describe((scalar, scalar, requests), (jax.P(), jax.P(), jax.P(mesh.axis_names))))
     state = describe(tracing.state_shapes(cfg, mesh), state_specs(cfg, mesh))
+    whole = dataclasses.replace(cfg, lora=None)
+    base = describe(tracing.model_shapes(cfg, mesh), state_specs(whole, mesh).params) if cfg.lora else ()
     train, _ = step.compile_steps(cfg, mesh)
-    return train.lower(state, batch, controls, ())
+    return train.lower(state, batch, controls, base)
 
 
 def peaks(changes: dict[str, Any], device: Device = CPU) -> tuple[int, int]:
