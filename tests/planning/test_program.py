@@ -50,6 +50,8 @@ def test_a_loop_updates_in_place_what_it_carries() -> None:
     assert allocation.peak_bytes(traced) == pytest.approx(18 * SIZE, abs=100)  # with a slice and its product
     (loop,) = (one for one in traced.operations if one.bodies)
     assert allocation.turn_bytes(loop) == pytest.approx(2 * SIZE, abs=100)
+    traced = read(lambda x: lax.fori_loop(0, 9, lambda _, y: (y @ x) @ x, x), X)
+    assert allocation.peak_bytes(traced) == pytest.approx(2 * SIZE, abs=100)  # the second product lies where y was
     stacked = read(lambda rows: lax.scan(lambda x, row: (x @ row, x), jnp.ones_like(rows[0]), rows)[1], rows)
     # the stacked outputs, the carry, a row and the next carry
     assert allocation.peak_bytes(stacked) == pytest.approx(19 * SIZE, abs=100)
