@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from glm_jax.errors import UserError
 from glm_jax.planning import targets
 
 if TYPE_CHECKING:
+    from glm_jax.config import Experiment
+    from glm_jax.parallel.device_sheet import Device
     from glm_jax.planning.compile import Report, Verdict
     from glm_jax.planning.remedies import Remedy
 
@@ -24,19 +26,20 @@ WEIGHTS = ("float32", "float16", "bfloat16", "int8", "int4")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Compile a training step, or inference, from shapes alone: memory of a device, collectives, what would fit."""
+    """Estimate a run, and compile its step or inference from shapes alone: memory, speed, cost, what would fit."""
     values = _flags()
     if not common.parse(values, arguments, ["config"]):
         return 0
     _check(values)
     sheets = (Path(values.devices),) if values.devices else ()
-    target = targets.find(values.target, *sheets)
+    target = targets.find(values.target, *sheets, compiled=values.compile)
     memory = target.memory if values.memory is None else targets.memory(values.memory)
     experiment = common.load(values)
 
-    from glm_jax.planning import remedies, worker
+    from glm_jax.cli import plan_estimate
+    from glm_jax.planning import estimate, remedies, worker
     from glm_jax.planning.compile import Request, verdict
-    from glm_jax.planning.programs import Inference
+    from glm_jax.planning.programs import Inference, pieces
 
     request = Request(experiment, values.target, sheets, memory)
     requests = [request]
@@ -46,6 +49,14 @@ def run(arguments: Sequence[str]) -> int:
             dataclasses.replace(request, program=program, inference=inference) for program in ("prefill", "decode")
         ]
     count = request.devices()
+    device = target.device or estimate.PROCESSOR
+    estimated = None if values.inference else estimate.plan(experiment, device, pieces(experiment))
+    if estimated and not values.json:
+        print("\n".join(plan_estimate.table(estimated)), flush=True)
+    if not values.compile:
+        if values.json and estimated:
+            print(json.dumps({"estimate": estimated.to_json(), "parameters": estimated.total_parameters}))
+        return 0
     say(f"compiling for {count:,} x {values.target}, none of which is used; large models take a minute or two")
     processes = max(1, (os.cpu_count() or 1) // 2)
     compiled = list(worker.reports(requests, processes))
@@ -53,9 +64,10 @@ def run(arguments: Sequence[str]) -> int:
     found: list[Remedy] = []
     if not values.inference and verdicts[0] and not verdicts[0].fits:
         say("it does not fit; compiling what might")
-        found = remedies.search(request, compiled[0], verdicts[0].memory, None, processes, say)
+        found = remedies.search(request, compiled[0], verdicts[0].memory, _cost_on(target.device), processes, say)
     if values.json:
-        print(json.dumps({"compiled": [_row(*pair) for pair in zip(compiled, verdicts, strict=True)],
+        shown = {"estimate": estimated.to_json(), "parameters": estimated.total_parameters} if estimated else {}
+        print(json.dumps({**shown, "compiled": [_row(*pair) for pair in zip(compiled, verdicts, strict=True)],
                           "remedies": [dataclasses.asdict(remedy) for remedy in found]}))  # fmt: skip
         return 0
     for report, judged in zip(compiled, verdicts, strict=True):
@@ -95,6 +107,7 @@ def _flags() -> flags.FlagValues:
         ),
     ):
         flags.DEFINE_integer(name, default, summary, lower_bound=least, flag_values=values)
+    flags.DEFINE_bool("compile", True, "--nocompile: the estimate alone, in seconds", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
     return values
 
@@ -104,8 +117,21 @@ def _check(values: flags.FlagValues) -> None:
     for name in ("rows", "room", "group"):
         if values[name].present and not values.inference:
             raise UserError(f"--{name} is for --inference: add it, or leave --{name} out")
+    if values.inference and not values.compile:
+        raise UserError("--inference is compiled, there is no estimate of it: leave --nocompile out")
     if values.group is not None and values.inference not in ("int8", "int4"):
         raise UserError(f"--group is for --inference int8 or int4, not {values.inference}")
+
+
+def _cost_on(device: Device | None) -> Callable[[Experiment], float] | None:
+    """Return what estimates the seconds of an experiment's step on a device, if nothing overlaps."""
+    if device is None:
+        return None
+
+    from glm_jax.planning import estimate
+    from glm_jax.planning.programs import pieces
+
+    return lambda experiment: estimate.plan(experiment, device, pieces(experiment)).slowest.step_seconds
 
 
 def _row(report: Report, judged: Verdict | None) -> dict[str, object]:

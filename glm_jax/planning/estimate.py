@@ -20,6 +20,9 @@ from glm_jax.planning.speed import Speed
 from glm_jax.planning.work import Flops
 from glm_jax.types import Json
 
+# stands for the processor of whoever plans, whose rates nobody knows
+PROCESSOR = Device("cpu", (), 1e11, 8 << 30, 1e10, 1e10, "no data sheet: only counts and memory are read")
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -58,9 +61,17 @@ class Plan:
         """Whether a step takes at most so many bytes of a device."""
         return self.memory.total <= memory
 
+    @property
+    def known_rates(self) -> bool:
+        """Whether the rates of the device are known, and so the speed and the cost of a run."""
+        return self.device != PROCESSOR.name
+
     def to_json(self) -> Json:
-        """Return the plan as plain values, for JSON."""
-        return dataclasses.asdict(self)
+        """Return the plan as plain values, for JSON; None for speeds that cannot be known."""
+        values = dataclasses.asdict(self)
+        if not self.known_rates:
+            values |= dict.fromkeys(("slowest", "fastest", "slowest_run", "fastest_run"))
+        return values
 
 
 def plan(experiment: Experiment, device: Device, pieces: int) -> Plan:

@@ -43,12 +43,13 @@ class Target:
         return int(POOL * self.device.memory) if self.device.gpu else self.device.memory
 
 
-def find(name: str, *sheets: Path) -> Target:
+def find(name: str, *sheets: Path, compiled: bool = True) -> Target:
     """Return the target of that name.
 
     Args:
         name: `cpu`, a GPU of the sheet, or a kind of TPU of the sheet with its slice, such as `v5p:8x8x12`.
         sheets: files of devices beside our own.
+        compiled: whether something is to be compiled for it; if not, any device of the sheet will do.
 
     Raises:
         UserError: there is no such device, nothing can be compiled for it, or the compiler is not installed.
@@ -57,6 +58,8 @@ def find(name: str, *sheets: Path) -> Target:
         return Target(name)
     kind, _, chips = name.partition(":")
     device = device_sheet.find(kind, *sheets)
+    if not compiled:
+        return Target(name, device, chips)
     if device.gpu is not None:
         if chips:
             raise UserError(f"--target {name}: a GPU has no slice, write {kind}")

@@ -11,7 +11,7 @@ import jax
 from glm_jax.config.model import GLMConfig
 from glm_jax.engine.bind import EngineConfig
 from glm_jax.engine.meter import RECOMPUTED
-from glm_jax.model import parts
+from glm_jax.model import parts, shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Flops:
 def parameters(glm: GLMConfig) -> dict[str, int]:
     """Return the number of parameters by part, such as `blocks/attention`; the tied embedding counts once."""
     found: Counter[str] = Counter()
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(parts.shapes(glm)):
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes(glm)):
         path = parts.path_of(keys)
         found["/".join(path[:2]) if path[0] == parts.BLOCKS else path[0]] += math.prod(leaf.shape)
     return dict(found)

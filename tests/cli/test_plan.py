@@ -49,7 +49,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 @pytest.mark.usefixtures("compiled")
 def test_a_table_that_people_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["plan", "--config=glm_130b", "--memory=60GB"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "estimate for 768 x cpu, data=24 x pipeline=8 x tensor=4, 1f1b, stash layer"
+    assert lines[1].startswith("parameters 128,697,794,560: ") and lines[6] == "idle 3.8% of a stage's time (1f1b)"
+    assert lines[8:10] == [
+        "run: 55,014 steps, 450,001,747,968 row tokens",
+        "speed: name a device with --target, such as a100-40gb",
+    ]
+    assert lines[10:] == [
         "step on data=24 x pipeline=8 x tensor=4, compiled for cpu from shapes (jax 0.12); nothing ran",
         "peak 50.00 GB a device: arguments 2.00, outputs 0.01, temporaries 48.00",
         "memory 60.00 GB: fits, 10.000 GB to spare",
@@ -92,9 +99,23 @@ def test_inference_is_prefill_and_decoding(compiled: list[Request], capsys: pyte
     assert "with each" not in capsys.readouterr().out  # the changes are those of training
 
 
+def test_an_estimate_alone_needs_no_compiler(compiled: list[Request], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["plan", "--config=glm_130b", "--target=a100-40gb", "--nocompile", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert compiled == [] and said["parameters"] == 128_697_794_560
+    slowest, fastest = (said["estimate"][name]["step_seconds"] for name in ("slowest", "fastest"))
+    assert fastest < 88.5 < slowest < 2 * fastest  # the training log's seconds a step
+    assert main.main(["plan", "--config=glm_130b", "--target=v5p", "--nocompile"]) == 0
+    assert "if everything does:" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
+        (
+            ["--inference=int4", "--nocompile"],
+            "--inference is compiled, there is no estimate of it: leave --nocompile out",
+        ),
         (["--target=a100"], "no device is named 'a100': there are a100-40gb, "),
         (["--memory=40"], "--memory 40: write bytes a device with their unit, such as 40GB"),
         (["--rows=2"], "--rows is for --inference: add it, or leave --rows out"),

@@ -9,9 +9,9 @@ from glm_jax.config import recipe, resolve
 from glm_jax.errors import UserError
 from glm_jax.parallel import device_sheet
 from glm_jax.planning import budget, estimate, speed
-from tests.proofs import targets
+from tests.planning import experiments
 
-EXPERIMENT = resolve(targets.glm_130b())
+EXPERIMENT = resolve(experiments.glm_130b())
 A100 = device_sheet.find("a100-40gb")
 
 
@@ -45,7 +45,7 @@ def test_steps_for_tokens_follow_the_ramp(plan: estimate.Plan) -> None:
     steps = budget.steps_for(EXPERIMENT, 450e9)
     assert steps == 55_014 == EXPERIMENT.train.steps
     assert recipe.total_samples(EXPERIMENT) * 2048 == plan.tokens >= 450e9
-    without = resolve(targets.glm_130b(), {"train.batch_ramp": ()})
+    without = resolve(experiments.glm_130b(), {"train.batch_ramp": ()})
     assert budget.steps_for(without, 450e9) == 52_019
     assert budget.steps_for(EXPERIMENT, 192 * 2048) == 1 and budget.steps_for(EXPERIMENT, 192 * 2048 + 1) == 2
 
@@ -69,4 +69,4 @@ def test_a_plan_is_json_and_takes_little_time(plan: estimate.Plan) -> None:
 
 def test_a_mesh_that_depends_on_devices_is_refused() -> None:
     with pytest.raises(UserError, match="-1"):
-        estimate.plan(resolve(targets.glm_130b(), {"mesh.data": -1}), A100, 150_344)
+        estimate.plan(resolve(experiments.glm_130b(), {"mesh.data": -1}), A100, 150_344)

@@ -10,7 +10,7 @@ from glm_jax.config import resolve
 from glm_jax.parallel.device_sheet import Device, find
 from glm_jax.planning import estimate, program, speed
 from glm_jax.planning.work import Flops
-from tests.proofs import targets
+from tests.planning import experiments
 
 DEVICE = Device("round", (), peak=1e12, memory=1, bandwidth=1e9, link=1e9, source="", network=1e8, node=8)
 
@@ -45,7 +45,7 @@ def test_groups_inside_a_node_use_its_links() -> None:
 
 
 def test_what_a_device_of_glm_130b_sends_by_hand() -> None:
-    sent = estimate.plan(resolve(targets.glm_130b()), find("a100-40gb"), 150_344).sent
+    sent = estimate.plan(resolve(experiments.glm_130b()), find("a100-40gb"), 150_344).sent
     stream = 2 * 2048 * 12288  # bytes of a row in float16
     # in and out of two sublayers: forward, again, backward; embedding: forward, again, backward; head: there and back
     of_tensor = 176 * (9 * 12 + 3 + 2) * stream * 3 // 4

@@ -10,8 +10,8 @@ from glm_jax.engine import passes
 from glm_jax.model import GLMConfig
 from glm_jax.parallel import device_sheet
 from glm_jax.planning import tracing, work
+from tests.planning import experiments
 from tests.planning.counting import pass_flops
-from tests.proofs import targets
 
 SMALL = {
     "model.num_layers": 3, "model.hidden_size": 32, "model.num_heads": 4, "model.ffn_size": 48,
@@ -61,7 +61,7 @@ def test_the_parts_of_glm_130b() -> None:
 
 
 def test_operations_of_glm_130b_are_those_of_its_training_code() -> None:
-    experiment = resolve(targets.glm_130b())
+    experiment = resolve(experiments.glm_130b())
     cfg, _ = tracing.bind(experiment, device_sheet.find("a100-40gb"), 150_344)
     flops = work.flops(cfg.engine, 2048)
     assert flops.hardware == pytest.approx(flops.published, rel=1e-3)
