@@ -1,14 +1,15 @@
 """The most memory that a program's buffers take at once, by the rules of program.py.
 
-A result may take the buffer of a value of its size that nobody reads any more, if an elementwise kernel, an update or
-a loop makes it. What a loop carries stays in one place, unless the old is still read when the new is made.
+An update or a loop takes the buffer of what it replaces, if nobody else reads that any more. What a loop carries stays
+in one place, unless the old is still read when the new is made. An elementwise kernel has a buffer of its own: XLA lets
+some of them write over their inputs, and not others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from glm_jax.planning.program import HEAVY, LOOPS, UPDATES, Kernel, Operation, Program, Value, kernels
+from glm_jax.planning.program import LOOPS, UPDATES, Kernel, Operation, Program, Value, kernels
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,7 +76,7 @@ class _Run:
 
     def _candidates(self, one: Operation, dying: list[Value]) -> list[Value]:
         """Return the values whose place the results of an operation may take."""
-        return dying if one.kind in LOOPS or one.kind in UPDATES or one.kind not in HEAVY else []
+        return dying if one.kind in LOOPS or one.kind in UPDATES else []
 
     def _free_place(self, index: int, value: Value, candidates: list[Value], reused: set[Buffer]) -> Buffer | None:
         """Return a place for a value that is in use no more, of its size, if there is one."""

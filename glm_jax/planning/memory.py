@@ -22,8 +22,9 @@ from glm_jax.types import Tree
 class Memory:
     """Bytes on each device. The parts from `params` to `work` add up to `total`, the peak of a step.
 
-    It is within a tenth of what XLA's compiler says where this was compared (tests/proofs/plan_grid.py). On CPUs half
-    precision takes up to a sixth more than this. Buffers of communication libraries are not included.
+    The total is within a tenth of what XLA's compiler says for nearly all of the grid of tests/proofs/plan_grid.py, in
+    float32 on CPUs, and for GLM-130B on A100s and CPUs; where activations alone fill the memory it may be a quarter too
+    low. Buffers of communication libraries are not included.
     """
 
     params: int  # float32 master params, this device's share; with LoRA adapters and base

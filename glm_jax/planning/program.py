@@ -4,7 +4,7 @@ XLA decides when it compiles what becomes a kernel and what takes memory. What i
 
 - Elementwise work with one reader is computed where it is read, in one kernel with it. With several it takes memory.
 - Products, reductions, collectives and loops read and write memory. What they read must lie there, except that a
-  reduction computes its input on the way.
+  reduction computes its input on the way; on CPUs it does not.
 - Slices of what a loop was given are taken when a turn begins, and updates are made in place, as soon as they can be.
 """
 
@@ -32,10 +32,10 @@ HEAVY = {*LOOPS, *UPDATES, *REDUCTIONS, *ALL_REDUCES, *GATHERS, *SCATTERS, "pper
          "cumsum", "cummax", "random_bits", "pallas_call", "dot_product_attention_fwd_wrapper",
          "dot_product_attention_bwd_wrapper"}  # fmt: skip
 COMPUTED = {"add", "add_any", "sub", "mul", "div", "max", "min", "select_n", "exp", "log", "tanh", "erf", "erfc",
-            "sqrt", "rsqrt", "pow", "cos", "sin", "logistic"}  # fmt: skip
+            "sqrt", "rsqrt", "pow", "cos", "sin", "logistic", "slice", "broadcast_in_dim"}  # fmt: skip
 EARLY = {"dynamic_slice", "slice", "broadcast_in_dim"}
 SCALAR = 64  # bytes, at most, of indices and conditions, whose order does not matter
-RANDOM = 4  # threefry has two arrays of counters and two of results, as large as the bits
+RANDOM = 6  # arrays as large as the bits: threefry's counters and results, and copies of some
 
 
 class Value:
@@ -59,6 +59,7 @@ class Operation:
     outputs: list[Value]
     flops: int = 0  # of a product
     sent: Mapping[str, int] = dataclasses.field(default_factory=dict)  # bytes that a device sends, by mesh axes
+    computes_input: bool = False  # on the way, instead of reading it from memory
     scratch: int = 0  # bytes while it runs
     bodies: tuple[Program, ...] = ()  # of a loop, or of a conditional's branches
     constants: int = 0  # how many inputs of a loop are the same in every turn
@@ -78,7 +79,8 @@ class Target(NamedTuple):
     """What the reading of a program depends on besides its equations."""
 
     sizes: Mapping[str, int]  # of the mesh's axes
-    cpu: bool  # XLA for CPUs keeps the arrays of its random numbers, and multiplies half precision as float32
+    cpu: bool  # XLA's backend for CPUs keeps more in memory: inputs of reductions, arrays of random numbers, and
+    # float32 copies of what it multiplies in half precision
 
 
 def read(jaxpr: Any, target: Target) -> Program:
@@ -129,8 +131,10 @@ def _called(equation: Any) -> Any:
 def _operations(equation: Any, inputs: list[Value], outputs: list[Value], target: Target) -> list[Operation]:
     """Return the operations of an equation that calls nothing."""
     kind, params = equation.primitive.name, equation.params
-    one = Operation(kind, inputs, outputs)
-    if kind == "while":
+    one = Operation(kind, inputs, outputs, computes_input=kind in REDUCTIONS and not target.cpu)
+    if kind in ("slice", "dynamic_slice") and outputs[0].size == inputs[0].size:
+        one.kind, one.inputs = "reshape", inputs[:1]  # as of a stage's only layer
+    elif kind == "while":
         one.bodies, one.constants = (read(params["body_jaxpr"].jaxpr, target),), params["body_nconsts"]
         one.inputs = inputs[params["cond_nconsts"] :]
         one.carried = len(one.inputs) - one.constants
@@ -260,7 +264,7 @@ def _demanded(program: Program) -> set[Value]:
             demanded.update(one.outputs)
         for value in set(one.inputs):
             readers[value] = readers.get(value, 0) + 1
-        if one.kind in HEAVY and one.kind not in REDUCTIONS:
+        if one.kind in HEAVY and not one.computes_input:
             demanded.update(one.inputs[:1] if one.kind in UPDATES else one.inputs)
     return demanded
 
