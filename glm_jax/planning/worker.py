@@ -6,6 +6,7 @@ python -m glm_jax.planning.worker < request.json > report.json
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -59,11 +60,13 @@ def _start(request: Request) -> subprocess.Popen[str]:
 
 def _finish(request: Request, process: subprocess.Popen[str]) -> Report:
     output, errors = process.communicate()
-    last = errors.strip().splitlines()[-1:] or [""]
-    if process.returncode == 2:
-        raise UserError(last[0].removeprefix("error: "))
-    if process.returncode:
-        raise WorkFailed(f"compiling for {request.target} failed with exit code {process.returncode}: {last[0][:300]}")
+    code, last = process.returncode, (errors.strip().splitlines() or ["it said nothing"])[-1]
+    if code == 2:
+        raise UserError(last.removeprefix("error: "))
+    if code == -signal.SIGKILL:
+        raise WorkFailed(f"compiling for {request.target} was killed: this machine may lack memory for it")
+    if code:
+        raise WorkFailed(f"compiling for {request.target} failed with exit code {code}: {last[:300]}")
     return Report.from_json(json.loads(output.splitlines()[-1]))
 
 
