@@ -126,7 +126,7 @@ def test_an_interrupted_sweep_says_so_in_a_line(ablation: Path, environment: dic
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=HANG)
     assert process.returncode == 3 and "Traceback" not in said
-    assert said.splitlines()[-1].startswith("stopped: the groups that are done are kept in")
+    assert said.splitlines()[-1].startswith("stopped: what is done is kept in")
     assert "0 of 8 members are there" in (tmp_path / "sweep" / "results.md").read_text()
 
 

@@ -13,7 +13,7 @@ from glm_jax.engine.decode import Prompts
 from glm_jax.engine.weights import DecodeConfig
 from glm_jax.model import GLMConfig, apply, apply_cached, attention_cores, init, init_cache, layered
 from glm_jax.parallel import mesh as meshes
-from tests.engine import decode_shapes
+from glm_jax.planning import decode_shapes
 
 LENGTH, ROOM, LENGTHS = 256, 288, (256, 150, 3)
 
@@ -59,7 +59,6 @@ def test_a_long_context_needs_no_scores_of_all_pairs() -> None:
     cfg, length = GLMConfig(2, 32, 4, 48, 64, max_length=2048), 2048  # the last layer gives the cache alone
     mesh, engine = meshes.build(dict.fromkeys(meshes.AXES, 1)), DecodeConfig(cfg, cfg.vocab_size)
     batch = decode_shapes.Batch(groups=1, rows=2, room=length)
-    prompts: Any = Prompts(batch.integers(mesh, length), batch.integers(mesh, length), batch.integers(mesh))
-    shapes = decode_shapes.weight_shapes(engine, mesh, decode_shapes.param_shapes(cfg))
-    memory: Any = decode.prefill.lower(engine, mesh, shapes, prompts).compile().memory_analysis()
+    shapes = decode_shapes.prefill_arguments(engine, mesh, decode_shapes.param_shapes(cfg), batch)
+    memory: Any = decode.prefill.lower(engine, mesh, *shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.1 * 2 * 4 * length**2 * 4
