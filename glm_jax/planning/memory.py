@@ -24,7 +24,7 @@ class Memory:
 
     The total is within a tenth of what XLA's compiler says for nearly all of the grid of tests/proofs/plan_grid.py, in
     float32 on CPUs with jax 0.12, and for GLM-130B on A100s and CPUs; where activations alone fill the memory it may be
-    a quarter too low. Buffers of communication libraries are not included.
+    a third too low. Buffers of communication libraries are not included.
     """
 
     params: int  # float32 master params, this device's share; with LoRA adapters and base
