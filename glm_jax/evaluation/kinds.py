@@ -10,7 +10,8 @@ from glm_jax.evaluation import bigbench
 from glm_jax.evaluation.bias import CrowsPairs, StereoSet
 from glm_jax.evaluation.few_shot import NONE, Shots
 from glm_jax.evaluation.task_files import Task
-from glm_jax.evaluation.work import Asked, Choices, Cloze, Generated, Lambada, Pile, Texts, Work
+from glm_jax.evaluation.texts import Pile, Texts
+from glm_jax.evaluation.work import Asked, Choices, Cloze, Generated, Lambada, Work
 from glm_jax.inference.batch import Decoder
 
 KINDS: Mapping[str, Callable[[Decoder, Tokenizer, Task, Path], Work]] = {

@@ -45,7 +45,7 @@ def param_shapes(cfg: GLMConfig, scheme: Scheme | None = None) -> Any:
         groups, axis = scheme.layout(path, leaf.shape)
         return jax.eval_shape(functools.partial(quantized.quantize, bits=scheme.bits, groups=groups, axis=axis), leaf)
 
-    return jax.tree.map_with_path(one, jax.eval_shape(lambda: model.init(cfg, jax.random.key(0))))
+    return jax.tree.map_with_path(one, model.shapes(cfg))
 
 
 def prefill_arguments(cfg: DecodeConfig, mesh: jax.sharding.Mesh, params: Any, batch: Batch) -> tuple[Any, ...]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import jax
-
 from glm_jax.config import Experiment
-from glm_jax.data.tokenizers.load import read
 from glm_jax.engine import build
 from glm_jax.parallel import partition
-from glm_jax.training.state import init_state, state_specs
+from glm_jax.planning.programs import pieces
+from glm_jax.planning.tracing import state_shapes
+from glm_jax.training.state import state_specs
 from glm_jax.training.stretch import step_config
 
 
@@ -20,13 +19,10 @@ def table(config: Experiment) -> Iterator[str]:
     Raises:
         UserError: the mesh has a size of -1, which only devices can resolve, or it does not fit the model.
     """
-    tokenizer = config.data.tokenizer
-    pieces = read(tokenizer.path, pinned=tokenizer.pinned).size if tokenizer.path else tokenizer.vocab_size
-    engine, mesh = build(config, pieces, abstract=True)
+    engine, mesh = build(config, pieces(config), abstract=True)
     cfg, sizes = step_config(config, engine), dict(mesh.shape)
-    shapes = jax.eval_shape(lambda: init_state(cfg, sizes["pipeline"]))
     total = 0
-    for part in partition.parts(shapes, state_specs(cfg, mesh), sizes):
+    for part in partition.parts(state_shapes(cfg, mesh), state_specs(cfg, mesh), sizes):
         total += part.bytes
         yield f"{part.path:64} {'x'.join(map(str, part.shape)) or '-':24} {part.spec!s:64} {part.bytes:,}"
     yield f"{total:,} bytes of state on each of {mesh.size} devices; master params and moments are float32"

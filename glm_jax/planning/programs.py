@@ -10,7 +10,6 @@ import jax
 from jax.typing import DTypeLike
 
 from glm_jax.config import Experiment
-from glm_jax.data.rows.rows import Rows
 from glm_jax.data.tokenizers.load import read
 from glm_jax.engine import build, decode
 from glm_jax.engine.weights import DecodeConfig
@@ -19,7 +18,8 @@ from glm_jax.inference.sampling import Sampler
 from glm_jax.parallel import mesh as meshes
 from glm_jax.parallel import partition
 from glm_jax.planning import decode_shapes
-from glm_jax.training.state import StepConfig, disk_targets, from_disk, init_state, state_specs, to_disk
+from glm_jax.planning.tracing import batch_shapes, state_shapes
+from glm_jax.training.state import StepConfig, disk_targets, from_disk, state_specs, to_disk
 from glm_jax.training.step import Controls, compile_steps
 from glm_jax.training.stretch import step_config
 from glm_jax.types import Tree
@@ -99,18 +99,15 @@ def _described(shape: tuple[int, ...], dtype: DTypeLike, mesh: jax.sharding.Mesh
 
 def _state(cfg: StepConfig, mesh: jax.sharding.Mesh) -> Tree:
     """Return the shapes of the state on the mesh."""
-    shapes = jax.eval_shape(lambda: init_state(cfg, mesh.shape["pipeline"]))
-    specs = state_specs(cfg, mesh)
+    shapes, specs = state_shapes(cfg, mesh), state_specs(cfg, mesh)
     return jax.tree.map(lambda leaf, spec: _described(leaf.shape, leaf.dtype, mesh, spec), shapes, specs)
 
 
 def _rows(experiment: Experiment, mesh: jax.sharding.Mesh) -> Tree:
     """Return the shapes of a global batch [M, B/M, S] on the mesh."""
-    train = experiment.train
-    shape = train.microbatches, train.global_batch // train.microbatches, experiment.data.seq_length
-    rows = Rows.abstract(shape, two_streams=experiment.model.position == "learned_2d")
     return jax.tree.map(
-        lambda array: _described(array.shape, array.dtype, mesh, partition.batch_spec(array.ndim)), rows
+        lambda array: _described(array.shape, array.dtype, mesh, partition.batch_spec(array.ndim)),
+        batch_shapes(experiment),
     )
 
 

@@ -111,7 +111,7 @@ def devices(target: Target, count: int) -> Sequence[meshes.Device]:
         ).devices  # fmt: skip
     try:
         return topologies.get_topology_desc(f"{device.topology}:{target.chips}", platform="tpu").devices
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # the last: jax's answer to a platform it lacks
         raise UserError(f"--target {target.name}: libtpu refuses this slice ({str(error).splitlines()[0]})") from None
 
 
