@@ -46,6 +46,19 @@ def read(out: Path) -> dict[str, Any]:
     return {task["name"]: task for task in json.loads((out / "results.json").read_text())["tasks"]}
 
 
+def test_examples_come_before_questions_and_are_no_texts_of_theirs(folder: Path) -> None:
+    from glm_jax.evaluation import lm_eval_tasks
+    from glm_jax.evaluation.few_shot import Shots
+
+    reader = lm_eval_requests.Reader.of(Model.open(folder / "run"))
+    plans = [lm_eval_tasks.plan(reader, ["local_copa"], folder / "tasks", Shots(count, 1234)) for count in (0, 2)]
+    assert not plans[0].failures + plans[1].failures
+    (none,), (two,) = (plan.parts for plan in plans)
+    assert (none.work.shots, two.work.shots) == (0, 2) and "2-shot" in two.name and "0-shot" in none.name
+    assert none.work.texts() == two.work.texts() and len(two.work.texts()) == two.work.items == none.work.items
+    assert sum(map(two.work.tokens, range(two.work.count))) > sum(map(none.work.tokens, range(none.work.count)))
+
+
 @pytest.mark.slow
 def test_its_own_tasks_have_the_values_of_its_own_evaluator(folder: Path, run: Run) -> None:
     from lm_eval import __version__
