@@ -16,7 +16,7 @@ and without one. The seed of the data and that of the params differ from member 
 Expected time on two cores: 8 layers 0.5 hours, 16 layers 1 hour, 48 layers 2.5 hours.
 """
 
-from glm_jax.config import Config, small_english
+from glm_jax.config import Config, seeds, small_english
 
 ARMS = {
     "post": {"model.norm": "post"},
@@ -42,5 +42,5 @@ def get_sweep() -> dict:
     return {
         "model.num_layers": (8, 16, 48),
         "arm": ARMS,
-        "seed": {str(seed): {"seed": seed, "model_seed": 100 + seed} for seed in (1, 2, 3, 4, 5)},
+        "seed": seeds(),
     }

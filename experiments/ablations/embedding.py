@@ -1,4 +1,4 @@
-"""Embedding: gradient shrink, and a layer norm on the embedding (9 members).
+"""Embedding: gradient shrink, and a layer norm on the embedding (15 members).
 
     glm-jax sweep --config experiments/ablations/embedding.py --workdir runs/embedding
 
@@ -7,10 +7,11 @@ tenth; BLOOM's authors put a layer norm on the embedding instead. How does each 
 compared with that of the layers, and the loss, if nothing spikes by itself?
 
 Criterion: the curves `grad_norm/embedding` and `grad_norm/blocks_*` of each member, and held-out loss after the last
-step, mean and spread over three seeds. The learning rate is twice that of the other ablations, closer to instability.
+step, at equal seeds over five of them (glm_jax/sweeps/paired.py). The learning rate is twice that of the other
+ablations, closer to instability.
 """
 
-from glm_jax.config import Config, small_english
+from glm_jax.config import Config, seeds, small_english
 
 
 def get_config() -> Config:
@@ -30,5 +31,5 @@ def get_sweep() -> dict:
             "shrink": {"train.embedding_shrink.alpha": 0.1},
             "norm": {"model.embedding_norm": True},
         },
-        "seed": (1, 2, 3),
+        "seed": seeds(),
     }

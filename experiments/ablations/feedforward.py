@@ -1,15 +1,15 @@
-"""Feed-forward: GeGLU against GELU at equal parameters (6 members).
+"""Feed-forward: GeGLU against GELU at equal parameters (10 members).
 
     glm-jax sweep --config experiments/ablations/feedforward.py --workdir runs/feedforward
 
 Question: GLM-130B's authors chose GeGLU, because gated units do better at equal parameters (arXiv 2002.05202). Does
 this show in the held-out loss of a small model?
 
-Criterion: held-out loss after the last step, mean and spread over three seeds. GeGLU has three matrices of width 172,
-GELU two of width 258: 33,432 against 33,346 parameters a layer.
+Criterion: held-out loss after the last step, at equal seeds over five of them (glm_jax/sweeps/paired.py). GeGLU
+has three matrices of width 172, GELU two of width 258: 33,432 against 33,346 parameters a layer.
 """
 
-from glm_jax.config import Config, small_english
+from glm_jax.config import Config, seeds, small_english
 
 
 def get_config() -> Config:
@@ -24,5 +24,5 @@ def get_sweep() -> dict:
             "geglu": {"model.activation": "geglu", "model.ffn_size": 172},
             "gelu": {"model.activation": "gelu", "model.ffn_size": 258},
         },
-        "seed": (1, 2, 3),
+        "seed": seeds(),
     }

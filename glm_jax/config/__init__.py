@@ -16,7 +16,7 @@ from glm_jax.config.experiment import (
     to_json,
     with_changes,
 )
-from glm_jax.config.presets import original_glm, original_schedule, small_english
+from glm_jax.config.presets import original_glm, original_schedule, seeds, small_english
 
 __all__ = [
     "Config",
@@ -31,6 +31,7 @@ __all__ = [
     "original_schedule",
     "resolve",
     "role",
+    "seeds",
     "small_english",
     "source",
     "to_json",

@@ -29,6 +29,11 @@ def small_english(steps: int) -> Config:
     return config
 
 
+def seeds(count: int = 5) -> dict[str, dict[str, int]]:
+    """Return an axis of a sweep: members with a seed of the data, and another of the params, each of their own."""
+    return {str(seed): {"seed": seed, "model_seed": 100 + seed} for seed in range(1, count + 1)}
+
+
 def original_glm(num_layers: int, hidden_size: int, num_heads: int, vocab_size: int, longest: int = 512) -> Config:
     """Return what all sizes of the original GLM share: Pre-LN, tanh GELU, two learned position streams, only [MASK].
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from glm_jax.sweeps.results import Row, spread, table
+from glm_jax.sweeps.verdict import LEARNT
 
 Settings = tuple[str, ...]  # labels of all axes but the learning rate and the seed
 
@@ -67,13 +68,22 @@ def _cell(rows: Sequence[Row]) -> str:
     return "; ".join(parts + [spread(losses)] * bool(losses))
 
 
+def learnt(row: Row) -> bool:
+    """Whether a member with stairs had learnt something before them, by the rule's margin."""
+    return row["loss_before_stairs"] < row["unigram"] - LEARNT
+
+
 def breaking_table(rows: Sequence[Row]) -> str:
-    """Return a table of the rates at which trained members broke on their stairs, by setting, a column a seed."""
+    """Return a table of the rates at which trained members broke on their stairs, by setting, a column a seed.
+
+    The rate of one that had learnt nothing before its stairs is in brackets: it says nothing about stability.
+    """
     seeds = list(dict.fromkeys(row["labels"]["seed"] for row in rows))
     axes = [axis for axis in rows[0]["labels"] if axis != "seed"]
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         rate = "not broken" if row["broke"] is None else f"{row['broke']['lr']:.3g}"
+        rate = rate if learnt(row) else f"({rate})"
         found.setdefault(tuple(row["labels"][axis] for axis in axes), {})[row["labels"]["seed"]] = rate
     lines = [[*setting, *(rates.get(seed, "") for seed in seeds)] for setting, rates in found.items()]
     return table([*axes, *(f"seed {seed}" for seed in seeds)], lines)

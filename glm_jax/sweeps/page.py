@@ -9,13 +9,16 @@ the page; the text around it stays as it is.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from glm_jax.errors import UserError
 from glm_jax.storage.files import write_atomic
-from glm_jax.sweeps.frontier import breaking_table, frontier_table
+from glm_jax.sweeps.frontier import breaking_table, frontier_table, learnt
+from glm_jax.sweeps.paired import comparisons
 from glm_jax.sweeps.results import RESULTS, Row, provenance, read_description, summary
 
 
@@ -30,23 +33,38 @@ def section(workdir: Path) -> str:
         rows: list[Row] = json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{workdir / RESULTS} cannot be read: run the sweep again, which rewrites it") from error
-    return f"{provenance(description, len(rows))}.\n\n{_table(rows)}"
+    said = textwrap.fill(f"{provenance(description, len(rows))}.", 120, break_on_hyphens=False, break_long_words=False)
+    return f"{said}\n\n{_table(rows)}"
 
 
 def _table(rows: list[Row]) -> str:
     if not rows:
         return ""
     if "broke" in rows[0]:
-        return breaking_table(rows)
-    return frontier_table(rows) if "lr" in rows[0]["labels"] else summary(rows) + _second_half(rows)
+        said = "The logarithm of these rates to the base 10, without those in brackets"
+        return f"{breaking_table(rows)}\n\n{said}:\n\n{comparisons(rows, _broke)}"
+    if "lr" in rows[0]["labels"]:
+        return frontier_table(rows)
+    if "objective" in rows[0]["labels"]:
+        return summary(rows) + _second_half(rows)
+    return f"{summary(rows)}\n\nHeld-out loss:\n\n{comparisons(rows, _heldout)}"
+
+
+def _heldout(row: Row) -> float | None:
+    """Return the held-out loss of a member that finished."""
+    return row["heldout"].get("loss") if row["status"] == "finished" else None
+
+
+def _broke(row: Row) -> float | None:
+    """Return the logarithm of the rate at which a member broke that had learnt something, to the base 10."""
+    return math.log10(row["broke"]["lr"]) if row["broke"] and learnt(row) else None
 
 
 def _second_half(rows: list[Row]) -> str:
-    """Return the losses on second halves as well, if members differ in their objectives."""
-    if "objective" not in rows[0]["labels"]:
-        return ""
+    """Return the losses on second halves as well: members with different objectives have no other in common."""
     halves = [{**row, "heldout": {"loss": row["heldout"].get("loss/second_half")}} for row in rows]
-    return f"\n\nThe same, with the held-out loss on the second half of a text given the first:\n\n{summary(halves)}"
+    said = "The same, with the held-out loss on the second half of a text given the first"
+    return f"\n\n{said}:\n\n{summary(halves)}\n\n{comparisons(halves, _heldout)}"
 
 
 def write_page(page: Path, results: Path) -> list[str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from glm_jax.sweeps.results import Row
+from glm_jax.sweeps.results import Row, table
 
 CONFIDENCE = 0.95
 
@@ -70,3 +70,24 @@ def compare(
     pairs = [(pair.get(first), pair.get(second)) for pair in found.values()]
     both = [(before, after) for before, after in pairs if before is not None and after is not None]
     return difference(*zip(*both, strict=True)) if len(both) > 1 else difference((), ())
+
+
+def comparisons(rows: Sequence[Row], value: Callable[[Row], float | None]) -> str:
+    """Return a Markdown table of the last axis before the seed: each label less the first, by the labels of others.
+
+    Members are paired by their seeds. A comparison with fewer than two pairs is left empty.
+    """
+    *others, axis = (name for name in rows[0]["labels"] if name != "seed")
+    settings: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        settings.setdefault(tuple(row["labels"][name] for name in others), []).append(row)
+    lines = []
+    for setting, alike in settings.items():
+        first, *rest = dict.fromkeys(row["labels"][axis] for row in alike)
+        for label in rest:
+            try:
+                shown = str(compare(alike, axis, first, label, value))
+            except ValueError:
+                shown = ""
+            lines.append([*setting, f"{label} - {first}", shown])
+    return table([*others, axis, "difference at equal seeds [95% interval]"], lines)

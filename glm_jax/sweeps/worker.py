@@ -51,7 +51,10 @@ def result(config: Experiment, outcome: Outcome) -> Row:
     verdict = sweep_verdict.judge(saved, warmup, uniform, unigram)
     metrics = {name: [number(value) for value in values] for name, values in outcome.metrics.items()}
     stairs = config.optimizer.stairs
-    broke = {"broke": _broke(config, sweep_verdict.breaks(saved, stairs[0]))} if stairs else {}
+    broke: Row = {}
+    if stairs:
+        broke["broke"] = _broke(config, sweep_verdict.breaks(saved, stairs[0]))
+        broke["loss_before_stairs"] = number(smooth[stairs[0] - 1])
     return {
         "status": verdict.status,
         "step": verdict.step,

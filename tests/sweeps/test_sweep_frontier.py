@@ -65,10 +65,18 @@ def test_a_page_has_its_tables_rewritten_and_the_rest_kept(results: Path) -> Non
     assert write_page(page, results) == ["norms", "objectives"]
     text = page.read_text()
     assert "old" not in text and text.count("kept") == 2 and text.startswith("# Title\n<!-- norms: begin -->\n")
-    assert "`glm-jax sweep --config norms.py`, commit `0123456789ab`, jax 0.10.2; 10 of 12 members, 300 steps" in text
+    assert "`glm-jax sweep --config norms.py`, commit `0123456789ab`, jax 0.10.2; 10 of 12 members, 300" in text
     assert "| pre | 0.01 / 0.1 |" in text and "| other | 1 of 1 | 5.000 | 4.750 |  |" in text
     write_page(page, results)
     assert page.read_text() == text
+
+
+RESULTS = Path(__file__).parents[2] / "experiments/ablations/results"
+
+
+@pytest.mark.parametrize("sweep", sorted(folder.parent.name for folder in RESULTS.glob("*/sweep.json")))
+def test_the_page_of_the_docs_is_computed_from_the_committed_results(sweep: str) -> None:
+    assert section(RESULTS / sweep) in (RESULTS.parents[2] / "docs/ablations.md").read_text(encoding="utf-8")
 
 
 def test_a_page_without_a_place(results: Path) -> None:
@@ -85,15 +93,18 @@ def test_a_page_without_a_place(results: Path) -> None:
 
 
 def test_rates_at_which_members_broke() -> None:
-    labels = [("8", "pre", "1"), ("8", "pre", "2"), ("8", "post", "1")]
-    broke = [{"step": 814, "lr": 0.0135}, None, {"step": 801, "lr": 0.0015}]
+    labels = [("8", "pre", "1"), ("8", "pre", "2"), ("8", "post", "1"), ("8", "post", "2")]
+    broke = [{"step": 814, "lr": 0.0135}, None, {"step": 801, "lr": 0.0015}, {"step": 802, "lr": 0.0015}]
     rows = [
-        {"labels": dict(zip(("num_layers", "arm", "seed"), each, strict=True)), "broke": found}
+        {
+            "labels": dict(zip(("num_layers", "arm", "seed"), each, strict=True)),
+            "broke": found, "unigram": 5.0, "loss_before_stairs": 4.8 if each[1:] != ("post", "2") else 4.95,
+        }
         for each, found in zip(labels, broke, strict=True)
-    ]
+    ]  # fmt: skip
     assert breaking_table(rows).splitlines() == [
         "| num_layers | arm | seed 1 | seed 2 |",
         "| --- | --- | --- | --- |",
         "| 8 | pre | 0.0135 | not broken |",
-        "| 8 | post | 0.0015 |  |",
+        "| 8 | post | 0.0015 | (0.0015) |",
     ]

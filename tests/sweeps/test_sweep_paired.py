@@ -2,7 +2,7 @@
 
 import pytest
 
-from glm_jax.sweeps.paired import compare, difference
+from glm_jax.sweeps.paired import compare, comparisons, difference
 
 # hours of sleep gained by ten patients under two drugs (Student 1908, table 1)
 DEXTRO = (0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0)
@@ -41,3 +41,22 @@ def test_members_are_paired_by_all_other_labels() -> None:
     assert found.mean == 1.5 and found.pairs == 2
     with pytest.raises(ValueError, match="two or more pairs"):
         compare(rows, "norm", "pre", "deepnorm", lambda row: row["loss"])
+
+
+def test_a_table_of_comparisons() -> None:
+    """By depth: differences 1 and 3 have the mean 2, and their interval is 12.706 * sqrt(2) / sqrt(2) to each side."""
+    losses = {
+        ("8", "pre"): (3.0, 5.0),
+        ("8", "post"): (4.0, 8.0),
+        ("48", "pre"): (1.0, 1.0),
+        ("48", "post"): (None, 2.0),
+    }
+    rows = [
+        {"labels": {"depth": depth, "norm": norm, "seed": str(seed)}, "loss": loss}
+        for (depth, norm), pair in losses.items()
+        for seed, loss in enumerate(pair)
+    ]
+    assert comparisons(rows, lambda row: row["loss"]).splitlines()[2:] == [
+        "| 8 | post - pre | +2.000 [-10.706, +14.706] (n = 2, p = 0.3) |",
+        "| 48 | post - pre |  |",
+    ]
