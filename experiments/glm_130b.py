@@ -1,17 +1,20 @@
-"""GLM-130B as it was trained, 6 May to 3 July 2022, on 96 DGX-A100; name your corpora in data.sources.
+"""GLM-130B as it was planned, and trained from 6 May to 3 July 2022, on 96 DGX-A100.
 
     glm-jax config show --config experiments/glm_130b.py
     glm-jax train --config experiments/glm_130b.py --workdir runs/glm_130b \
-        --config.data.tokenizer.path=ice_text.model --config.data.sources... --config.data.instructions...
+        --config.data.tokenizer.path=ice_text.model
     glm-jax convert sat-to-orbax --config experiments/glm_130b.py --path glm-130b-sat --out runs/released
 
-The tokenizer is ice_text.model of icetk; with --config.data.tokenizer.pinned=True, as it was in 2022.
+The tokenizer is ice_text.model of icetk; with --config.data.tokenizer.pinned=True, as it was in 2022. The corpora are
+not published as one: put jsonl files with a field `text` into the folders below, or name others, for example with
+--config.data.sources.pile.path=FOLDER. The prompts and answers are those of table 12's data sets in one folder;
+docs/texts.md says how to name data sets and their templates one by one.
 
 Sources: P, the paper (arXiv 2210.02414, tables 11 and 12, sections 2 and 3); L, its published training log; R, the
 released inference code.
 """
 
-from glm_jax.config import Config, default_config
+from glm_jax.config import Config, default_config, instructions, source
 
 
 def get_config() -> Config:
@@ -31,10 +34,16 @@ def get_config() -> Config:
     config.model.vocab_size = 150528  # icetk's 150,000 and the specials, padded to a multiple of 768 x 4
     config.model.max_length = 2048
 
+    # P 2.2: 1.2T of the Pile, 1.0T of WuDao and 250G from the Chinese web; the run saw about 200e9 tokens of each
+    # language. So half the rows are English, and the two Chinese corpora share the rest by size.
+    config.data.sources.pile = source(path="corpora/pile", format="jsonl", language="en", weight=0.5)
+    config.data.sources.wudao = source(path="corpora/wudao", format="jsonl", language="zh", weight=0.4)
+    config.data.sources.chinese_web = source(path="corpora/chinese_web", format="jsonl", language="zh", weight=0.1)
+    config.data.instructions.multitask = instructions(path="corpora/multitask")  # P C.1
     config.data.seq_length = 2048
     config.data.blanks.mask = 0.285  # P 2.2: 30% of 95% of the rows
     config.data.blanks.gmask = 0.665  # 70% of 95%
-    config.data.blanks.instruction = 0.05  # name your data sets in data.instructions
+    config.data.blanks.instruction = 0.05
     config.data.blanks.mask_segments = 4  # 4 x 512, as with instructions; [gMASK] takes the row
     config.data.blanks.instruction_segments = 4
     config.data.blanks.single_span_prob = 0.02  # training code, as are the options of blanks below
@@ -55,7 +64,7 @@ def get_config() -> Config:
     config.train.precision = "float16"
     config.train.loss_normalization = "microbatch"  # each row of 2,048 has the same weight, however few its targets
     config.train.embedding_shrink.alpha = (
-        0.1  # L: 1 from step 6,500; 0.2 to 1 after 22,800; 0.5 at 33,600; 0.1 from 35,200
+        0.1  # L: 1 from step 6,500; again 0.2 to 1 after 22,850; 0.5 at 33,600; 0.1 from 35,200
     )
     config.train.loss_scale.window = 2000  # P table 11; the training code's own file said 200
     config.train.save_every = 250  # P table 11; L: 500, later 100
