@@ -2,43 +2,57 @@
 
     glm-jax config show --config experiments/glm_130b_log.py
 
-As in experiments/glm_130b.py, name your corpora in data.sources and data.instructions. Dates are of 2022, from the
-published log. If the operators went back to a checkpoint, the incident is listed at that checkpoint's step. Left out:
-changes to data that are not named here (about 31 May, step 23,500: DeepStruct added; 1 June, step 24,500: one noisy
-prompt removed from each of two sets), attempts that failed, and the position ids of 29 June, which were reverted.
+Dates are of 2022. Sources: the published log, and F, the launch file in commit 066ee8c of a public fork of the training
+code (XiaoqingNLP/LargeScale). If the operators went back to a checkpoint, the incident is listed at that checkpoint's
+step. As in experiments/glm_130b.py, put your corpora where data.sources and data.instructions name them.
+
+Left out: attempts that failed, the position ids of 29 June, which were reverted, and how the new sets grew while they
+moved in: DeepStruct's came at step 23,500, and a noisy prompt of qqp and one of DeepStruct went at 24,500. Here the new
+sets are the last ones throughout.
 """
 
 import importlib.util
 from pathlib import Path
 
-from glm_jax.config import Config
+from glm_jax.config import Config, instructions
 
+BATCH = 4224
 SAMPLES = 83_655_480  # seen after step 22,800; computed from the batch's ramp, because the log counts only steps
-RAMP = 2000 * 4224  # samples
-MIXTURE = {"mask": 0.285, "gmask": 0.665, "instruction": 0.05}
-TEXT = {"mask": 0.3, "gmask": 0.7, "instruction": 0.0}
+# By mistake the old sets were T0's of both sections, training and zero-shot transfer, without DeepStruct's (P, C.1).
+OLD, NEW = {"multitask": 1.0, "multitask_0601": 0.0}, {"multitask": 0.0, "multitask_0601": 1.0}
+MOVES = SAMPLES + 50 * BATCH  # step 22,850
+MOVED = SAMPLES + 2050 * BATCH  # step 24,850
 
 
 def get_config() -> Config:
     """Return glm_130b.py's config with `interventions`."""
     config = _glm_130b()
+    config.data.instructions.multitask_0601 = instructions(path="corpora/multitask_0601")
+    config.data.weights = ((0, OLD),)  # the corpora, which it leaves out, keep the weights of their entries
     config.train.steps = 49_300  # 3 July: the end
-    # 6 May: the shrink begins at 0.1, only on the input path. From 30 May the code could also shrink the path through
-    # the head; the log does not say when it did. 7 May, step 4,000: two nodes die, saves every 100 steps.
-    config.train.save_every = 100
+    config.train.save_every = 100  # 7 May, step 4,000: two nodes die
+    # 6 May: the shrink begins at 0.1, only on the lookup's path
     config.interventions = (
         # 10 May: the shrink is lifted linearly over 500 steps
         (6_000, {"train.embedding_shrink.history": ((6_000, 0.1), (6_500, 1.0))}),
-        # 28 and 29 May: the run diverges on corrected instruction data. In the end their share, the learning rate and
-        # the shrink ramp up again. That the share starts at 0 is an assumption: text alone had been stable.
+        # 28 and 29 May: the run diverges on corrected sets, at once, after 500 steps of warm-up, and if they move in
+        # over 2,000 steps. What works: they move in, the learning rate climbs again over 2,000 steps, and the shrink
+        # begins again, from now on on the head's path, too. F: --multitask-ratio 0.05, unchanged,
+        # --multitask-data-transform-steps 22850 2000, --lr-auto-warmup-steps 22800 2000,
+        # --shrink-logit-embedding-gradient. By mistake the shrink was to end after 26,850 steps.
         (
             22_800,
             {
-                "data.blanks.history": ((0, MIXTURE), (SAMPLES, MIXTURE), (SAMPLES, TEXT), (SAMPLES + RAMP, MIXTURE)),
+                "data.weights": ((0, OLD), (MOVES, OLD), (MOVED, NEW)),
                 "optimizer.rewarm": ((22_800, 2_000),),
-                "train.embedding_shrink.history": ((22_800, 0.2), (28_800, 1.0)),
+                "train.embedding_shrink.history": ((22_850, 0.2), (22_850 + 26_850, 1.0)),
+                "train.embedding_shrink.logits": True,
             },
         ),
+        # 30 May: a node fails, and the mistake is found; it shall end after 6,000 steps. F, of 1 June:
+        # --shrink-embedding-gradient-alpha 0.165 --shrink-embedding-gradient-steps 22850 6000. So the new ramp meets
+        # the old one here, at 0.21, which is why it is listed here.
+        (23_200, {"train.embedding_shrink.history": ((22_850, 0.165), (28_850, 1.0))}),
         # 3 June: halved
         (26_000, {"optimizer.peak_lr": 4e-5}),
         # 12 June: the loss scale collapses at about 33,710, the loss explodes at 33,740

@@ -219,7 +219,11 @@ class Data(Section):
         0.0, at_least=0, doc="above 0: multiply weights by tokens ** (1 / temperature); 1 draws sources by size"
     )
     weights: History = field(
-        (), at_least=0, example=(0, {"name": 1.0}), doc="history of the sources' weights over samples"
+        (),
+        at_least=0,
+        example=(0, {"name": 1.0}),
+        doc="history over samples of the weights of sources and instruction sets; those that a knot leaves out have "
+        "the weights of their entries",
     )
     instructions: Mapping[str, InstructionSet] = section(dict[str, InstructionSet], doc="prompts with answers, by name")
     blanks: Blanks = section(Blanks)

@@ -260,7 +260,9 @@ class Optimizer(OptimizerConfig):
     min_lr: float = field(1e-4, at_least=0, doc="learning rate after the decay")
     warmup_samples: int = field(1600, at_least=0, doc="samples of a linear rise from 0")
     rewarm: tuple[tuple[int, int], ...] = field(
-        (), example=(22_800, 500), doc="(step, steps): after this step, the rate climbs again from 0 over so many steps"
+        (),
+        example=(22_800, 2_000),
+        doc="(step, steps): after this step, the rate climbs again from 0 over so many steps",
     )
     stairs: tuple[int, int, int] | tuple[()] = field(
         (),

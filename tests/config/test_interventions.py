@@ -1,22 +1,19 @@
 """The record of changes and the config that it leads to; tests/end_to_end/test_log_replay.py has whole runs."""
 
 import errno
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from glm_jax.config import Config, default_config, from_json, recipe, resolve, source, to_json
+from glm_jax.config import Config, default_config, from_json, resolve, source, to_json
 from glm_jax.config.interventions import after_spikes, changes, effective, next_step, numbers
 from glm_jax.errors import UserError
 from glm_jax.workdir import interventions
 from glm_jax.workdir.interventions import RECORD, Record
 from tests.journal import Journal
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 PLANNED = (
     (20, {"optimizer.peak_lr": 0.5, "train.skip_steps": ((30, 31),)}),
     (10, {"optimizer.peak_lr": 0.25}),
@@ -162,39 +159,3 @@ def test_a_record_is_a_plan(tmp_path: Path) -> None:
     assert effective(planned, 20).train.skip_steps == ((21, 22),)
     assert effective(planned, 9).optimizer.rewarm == config.optimizer.rewarm == ()
     assert "zh" in effective(planned, 29).data.sources and "zh" not in effective(planned, 30).data.sources
-
-
-@pytest.fixture(scope="module")
-def glm_130b_log() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("glm_130b_log", EXPERIMENTS / "glm_130b_log.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_glm_130bs_log_by_hand(glm_130b_log: ModuleType) -> None:
-    """The facts' table 3.4, and the rate of table 11 at each step."""
-    config = resolve(glm_130b_log.get_config())
-    shrinks = {1: 0.1, 6_000: 0.1, 6_250: 0.55, 6_500: 1.0, 22_800: 1.0, 23_800: 0.2 + 0.8 / 6, 28_800: 1.0,
-               33_600: 1.0, 33_601: 0.5, 35_200: 0.5, 35_201: 0.1, 49_300: 0.1}  # fmt: skip
-    for step, alpha in shrinks.items():
-        assert recipe.embedding_shrink(effective(config, step - 1), step) == pytest.approx(alpha)
-    samples = 0
-    for _ in range(22_800):
-        samples += recipe.batch_rows(config, samples)
-    assert samples == glm_130b_log.SAMPLES
-
-    def lr(step: int, seen: int) -> float:
-        return recipe.learning_rate(effective(config, step - 1), step, seen)
-
-    peak, floor, half = 8e-5, 8e-6, 99_426_268  # halfway between warm-up and the end of the cosine
-    assert lr(100, 549_316) == pytest.approx(peak / 2)
-    assert lr(20_000, half) == pytest.approx((peak + floor) / 2, rel=1e-6)
-    assert lr(23_300, half) == pytest.approx((peak + floor) / 2 / 4, rel=1e-6)  # 500 of 2,000 steps of the new warm-up
-    assert lr(26_001, half) == pytest.approx((4e-5 + floor) / 2, rel=1e-6)
-    assert lr(42_701, half) == pytest.approx((4e-5 + 4e-6) / 2, rel=1e-6)
-    assert recipe.skip(effective(config, 40_700), 40_700, samples) == (40_900, samples + 200 * 4224)
-    assert recipe.skip(effective(config, 42_400), 42_400, samples)[0] == 42_600
-    history = effective(config, 22_800).data.blanks.history
-    assert history[-1] == (samples + 2000 * 4224, {"mask": 0.285, "gmask": 0.665, "instruction": 0.05})

@@ -125,10 +125,13 @@ def test_short_samples_of_the_reference_keep_32_tokens():
     assert 32 <= np.min(lengths) < 50 and np.max(lengths) > 450
 
 
-def test_constant_weights_join_a_history():
-    assert with_weights({"en": 1.0}, {"tasks": 3.0}) == {"en": 1.0, "tasks": 3.0}
-    history = [(0, {"en": 1.0}), (9, {"zh": 1.0, "tasks": 0.0})]
-    assert with_weights(history, {"tasks": 3.0}) == [(0, {"en": 1.0, "tasks": 3.0}), (9, {"zh": 1.0, "tasks": 0.0})]
+def test_a_history_leaves_out_what_keeps_its_weight():
+    entries = {"en": 2.0, "zh": 1.0, "tasks": 3.0}
+    assert with_weights({}, entries) == entries
+    history = [(0, {"en": 1.0}), (9, {"zh": 4.0, "tasks": 0.0})]
+    assert with_weights(history, entries) == [
+        (0, {"en": 1.0, "zh": 1.0, "tasks": 3.0}), (9, {"en": 2.0, "zh": 4.0, "tasks": 0.0})
+    ]  # fmt: skip
 
 
 def test_an_objective_keeps_its_share_whatever_its_sources_weigh():

@@ -26,7 +26,8 @@ MASK, GMASK = OBJECTIVES.index("mask"), OBJECTIVES.index("gmask")
 ROWS = 8  # a step
 BEFORE, AFTER = {"gmask": 1.0, "mask": 0.0}, {"gmask": 0.5, "mask": 0.5}
 RAMP = ((0, BEFORE), (160, BEFORE), (224, AFTER))
-SOURCES = ((0, {"en": 1.0}), (160, {"en": 1.0}), (224, {"en": 0.5, "zh": 0.5}))
+ENGLISH = {"en": 1.0, "zh": 0.0}
+SOURCES = ((0, ENGLISH), (160, ENGLISH), (224, {"en": 0.5, "zh": 0.5}))
 
 # Each incident: the steps up to the next one, and what its command changes.
 START = {
@@ -110,7 +111,7 @@ def check_record(workdir: Path, cause: str) -> None:
     """Check interventions.jsonl against the list of what the commands changed."""
     before = {
         "data.blanks.history": [[0, BEFORE]],
-        "data.weights": [[0, {"en": 1.0}]],
+        "data.weights": [[0, ENGLISH]],
         "optimizer.peak_lr": 1e-2,
         "optimizer.min_lr": 1e-3,
         "optimizer.rewarm": [],

@@ -19,7 +19,7 @@ def training_batches(config: Experiment, prepared: Prepared) -> Batches:
     """Return the training batches of an experiment, a pure function of the row."""
     return Batches(
         {source: splits["train"] for source, splits in prepared.shards.items()},
-        with_weights(config.data.weights or _weights(config, prepared), prepared.instruction_weights),
+        with_weights(config.data.weights or {}, {**_weights(config, prepared), **prepared.instruction_weights}),
         prepared.tokenizer,
         config.data.seq_length,
         config.data.blanks.objectives(),

@@ -45,7 +45,7 @@ def temperature_weights(sizes: Mapping[str, float], temperature: float) -> dict[
 
 
 def with_weights(history: History, constant: Mapping[str, float]) -> History:
-    """Return the history with the weights of `constant` added to each knot that does not name them."""
+    """Return the history in which each knot gives the names that it leaves out their weights of `constant`."""
     if isinstance(history, Mapping):
         return {**constant, **history}
     return [(row, {**constant, **weights}) for row, weights in history]
