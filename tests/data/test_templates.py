@@ -55,6 +55,65 @@ def test_deepstruct_templates_split_input_and_target(tmp_path):
     )  # fmt: skip
 
 
+# Relations of three data sets: entities are texts, or lists that begin with the text.
+ENTITIES = {"entities": ["Ada", "Bo", "Turin"], "entity_types": ["person", "person", "place"]}
+KNOWN = {
+    "allowed_relations": ["knows", "lives in"],
+    "relations": [
+        {"head": ["Ada", 0], "relation": "knows", "tail": ["Bo", 1]},
+        {"head": ["Bo", 1], "relation": "lives in", "tail": ["Turin", 2]},
+    ],
+}
+EVENT = {
+    "roles": {"a": "agent", "b": "place"},
+    "relations": [
+        {"head": "Ada", "relation": "agent", "tail": "wrote"}, {"head": "Bo", "relation": "agent", "tail": "wrote"}
+    ],
+}  # fmt: skip
+STATE = {
+    "slot": "taxi: destination",
+    "relations": [{"head": "[User]", "relation": "taxi: destination", "tail": "Turin"}],
+}
+
+
+@pytest.mark.parametrize(
+    "answer, record, expected",
+    [
+        ('{{ format_triple(relations, allowed_relations) | join(" ") }}', KNOWN,
+         "( Ada ; knows ; Bo ) ( Bo ; lives in ; Turin )"),
+        ('{{ format_triple(relations, [allowed_relations[1]]) | join(" ") }}', KNOWN, "( Bo ; lives in ; Turin )"),
+        ('{{ format_triple(relations, "") | join(" ") }}', EVENT, "( Ada ; agent ; wrote ) ( Bo ; agent ; wrote )"),
+        ("{% for r in relations %}{% if r['head'][0] == 'Bo' %}{{ format_triple([r], '') | join(' ') }}"
+         "{% endif %}{% endfor %}", KNOWN, "( Bo ; lives in ; Turin )"),
+        ("{{ filter_relation(relations, slot)[0]['tail'] }}", STATE, "Turin"),
+        ("{% if filter_relation(relations, 'bus').__len__() > 0 %}yes{% else %}not given{% endif %}", STATE,
+         "not given"),
+        ('{{ filter_type(relations, roles["a"]) | join(" ") }}', EVENT, "Ada Bo"),
+        ('{{ filter_type(zip(entities, entity_types), "person") | join(" | ") }}', ENTITIES, "Ada | Bo"),
+        ('{% if entity_types.__len__() > 0 %}{{ filter_type(zip(entities, entity_types), "place")[0] }}{% endif %}',
+         ENTITIES, "Turin"),
+    ],
+)  # fmt: skip
+def test_functions_of_deepstructs_templates(answer: str, record: dict[str, object], expected: str) -> None:
+    assert Template("t", "Extract. ||| " + answer).render(record) == ("Extract.", expected)
+
+
+def test_shuffle_depends_on_the_seed_alone_and_keeps_all() -> None:
+    template = Template("t", '{{ shuffle(roles.values()) | join(", ") }} ||| {{ roles.values() | join(", ") }}')
+    record = {"roles": {"a": "agent", "b": "place", "c": "time"}}
+    made = [template.render(record, seed) for seed in range(60)]
+    assert made == [template.render(record, seed) for seed in range(60)]
+    assert {answer for _, answer in filter(None, made)} == {"agent, place, time"}
+    orders = {prompt for prompt, _ in filter(None, made)}
+    assert len(orders) == 6 and all(sorted(order.split(", ")) == ["agent", "place", "time"] for order in orders)
+
+
+@pytest.mark.parametrize("field", ["__class__", "__init__", "__getitem__", "_x"])
+def test_only_the_length_is_open_of_what_python_hides(field: str) -> None:
+    with pytest.raises(UserError, match="fails"):
+        Template("t", f"{{{{ names.{field}() }}}} ||| yes").render({"names": ["a"]})
+
+
 def test_a_separator_in_a_record_stays_text():
     template = Template("t", "{{ rows[0].text }} ||| {{ answer_choices[0] }}", "{{ name }} ||| other")
     assert template.render({"rows": [{"text": "a ||| b"}], "name": "x ||| y"}) == ("a ||| b", "x ||| y")

@@ -21,13 +21,14 @@ import resource
 import signal
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import jinja2
 from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
+from glm_jax.data.instructions.deepstruct import filter_relation, filter_type, format_triple
 from glm_jax.data.instructions.render import FAILS, OVER_BUDGET, OVER_MEMORY
 from glm_jax.types import Json
 
@@ -49,8 +50,9 @@ class _FromEnd(int):
 
 
 class _Environment(SandboxedEnvironment):
-    """The sandbox with the filters of PromptSource's templates. A missing field is an error, and so is a label of -1.
+    """The sandbox with the filters of PromptSource's templates and the functions of those for DeepStruct's data sets.
 
+    A missing field is an error, and so is a label of -1.
     A negative index counts from the end only where the template itself has the minus: in a record, -1 means that there
     is no label.
     """
@@ -62,7 +64,13 @@ class _Environment(SandboxedEnvironment):
         self.unop_table["-"] = lambda value: _FromEnd(-value) if isinstance(value, int) else -value
         self.filters["choice"] = self.filters["random"] = _choice
         self.filters["most_frequent"] = most_frequent
-        self.globals["zip"] = zip
+        self.globals["zip"], self.globals["shuffle"] = zip, _shuffle
+        for function in (filter_relation, filter_type, format_triple):
+            self.globals[function.__name__] = function
+
+    def is_safe_attribute(self, obj: object, attr: str, value: object) -> bool:
+        # DeepStruct's templates ask `entities.__len__()`, which can do no harm
+        return attr == "__len__" or super().is_safe_attribute(obj, attr, value)
 
     def getitem(self, obj: object, argument: object) -> object:
         negative = isinstance(argument, int) and argument < 0 and not isinstance(argument, _FromEnd)
@@ -74,6 +82,13 @@ class _Environment(SandboxedEnvironment):
 @jinja2.pass_context
 def _choice(context: Context, choices: Sequence[Item]) -> Item:
     return context[DRAWS].choice(list(choices))
+
+
+@jinja2.pass_context
+def _shuffle(context: Context, items: Iterable[Item]) -> list[Item]:
+    found = list(items)
+    context[DRAWS].shuffle(found)
+    return found
 
 
 def most_frequent(items: Sequence[Item]) -> list[Item]:
