@@ -115,7 +115,11 @@ class BlankOptions(Section):
         at_most=1,
         doc="the length of a [gMASK] target is uniform from this share of the text to all of it",
     )
-    gmask_eop: bool = field(True, doc="a [gMASK] target ends with eop (GLM-130B's never did)")
+    gmask_eop: bool = field(
+        True,
+        doc="a [gMASK] target at the end of the text ends with eop (GLM-130B's and the original GLM's never did); one "
+        "inside the text always does",
+    )
     gmask_infill_prob: float = field(
         0.0,
         at_least=0,

@@ -37,13 +37,17 @@ def seeds(count: int = 5) -> dict[str, dict[str, int]]:
 def original_glm(num_layers: int, hidden_size: int, num_heads: int, vocab_size: int, longest: int = 512) -> Config:
     """Return what all sizes of the original GLM share: Pre-LN, tanh GELU, two learned position streams, only [MASK].
 
-    Rows have 512 tokens, weights are float16. The [gMASK] values are the published code's defaults, for the sizes that
-    give it a share. The published code draws blanks differently: no span contains the end of a document; a batch has
-    one [gMASK] length; Doc, 410M and 515M mark document spans with [MASK]. Block masking (0.1 in 2B, 10B and the
-    Chinese sizes) is off, because our own tokenizers have no dBLOCK, nor a class token to begin samples in; with the
-    original's (docs/texts.md), which have both, set data.blanks.block_mask_prob and block_mask_token. The mesh is the
-    user's: a batch comes in microbatches of what one GPU had, so n data ranks take mesh.data=n and an n-th of the
-    microbatches.
+    Rows have 512 tokens, weights are float16. The [gMASK] values are the published code's, for the sizes that give it a
+    share: half the blanks are anywhere in the text and end in eop, those at its end do not.
+
+    What still differs from the published code: its samples begin with ENC, and it hides a tenth of the [MASK] targets'
+    inputs as dBLOCK in 2B, 10B and the Chinese sizes. Our own tokenizers have neither token. The original's
+    (docs/texts.md) have both: ENC, which is [CLS], then begins samples, and data.blanks.block_mask_prob and
+    block_mask_token turn the second on. All [gMASK] blanks of a batch have one length there, here each has its own; no
+    span there contains the end of a document; and Doc, 410M and 515M mark document spans with [MASK].
+
+    The mesh is the user's: a batch comes in microbatches of what one GPU had, so n data ranks take mesh.data=n and an
+    n-th of the microbatches.
 
     Args:
         num_layers, hidden_size, num_heads: of this size.
@@ -65,7 +69,7 @@ def original_glm(num_layers: int, hidden_size: int, num_heads: int, vocab_size: 
     config.model.vocab_size = vocab_size
     config.model.max_length = longest + 1
     config.data.seq_length = 512
-    config.data.blanks.update(mask=1.0, gmask=0.0, gmask_min_ratio=0.5, gmask_infill_prob=0.5)
+    config.data.blanks.update(mask=1.0, gmask=0.0, gmask_min_ratio=0.5, gmask_infill_prob=0.5, gmask_eop=False)
     config.train.precision = "float16"
     config.train.loss_scale.window = 1000
     config.optimizer.beta2 = 0.98

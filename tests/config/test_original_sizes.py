@@ -89,6 +89,7 @@ def test_a_size_has_the_recipe_of_its_launch_files(name: str) -> None:
     assert (optimizer.beta1, optimizer.clip_norm, config.model.hidden_dropout) == (0.9, 1.0, 0.1)
     options = config.blank_options()
     assert options.two_streams and options.gmask_infill_prob == 0.5 and options.block_mask_prob == 0.0
+    assert not options.gmask_eop  # at the end of a text; an infill ends in eop
     assert f"--config experiments/{name}.py --workdir runs/{name}" in found["__doc__"]
     build(config, abstract=True)  # fits one device's mesh
     several = runpy.run_path(f"experiments/{name}.py")["get_config"]()

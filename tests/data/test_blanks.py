@@ -226,6 +226,33 @@ def test_gmask_infill_reaches_every_place():
     assert 0.35 < np.mean(places) < 0.6
 
 
+@given(st.integers(2, 300), seeds)
+def test_an_infill_ends_in_eop_and_a_suffix_of_the_original_does_not(length, seed):
+    """The original code adds eop to a [gMASK] target that text may follow, and none to one at the end."""
+    text, options = text_of(length), BlankOptions(gmask_infill_prob=0.5, gmask_eop=False)
+    sample = blanks.gmask_sample(text, generator(seed), SPECIAL, options)
+    ends = sample.targets[-1] == SPECIAL.eop
+    inside = sample.tokens[sample.context - 1] != SPECIAL.gmask
+    assert ends or not inside
+    assert len(sample) == length + 1 + ends <= length + 2
+    assert len(blanks.gmask_sample(text, generator(seed), SPECIAL, BlankOptions(gmask_eop=False))) == length + 1
+    text[0] = SPECIAL.eos  # two documents, so the blank must stay at the end
+    assert blanks.gmask_sample(text, generator(seed), SPECIAL, options).targets[-1] != SPECIAL.eop
+
+
+def test_half_of_the_originals_gmask_targets_end_in_eop():
+    options, source = BlankOptions(gmask_infill_prob=0.5, gmask_eop=False), generator(6)
+    ends = [blanks.gmask_sample(text_of(100), source, SPECIAL, options).targets[-1] == SPECIAL.eop for _ in range(400)]
+    assert 0.4 < np.mean(ends) < 0.6  # four deviations
+
+
+@pytest.mark.parametrize("room", [64, 512])
+def test_a_row_has_room_for_the_eop_of_an_infill(room):
+    options = BlankOptions(gmask_infill_prob=1.0, gmask_eop=False)
+    text = text_of(text_length("gmask", room, options))
+    assert len(blanks.gmask_sample(text, generator(0), SPECIAL, options)) == room
+
+
 @given(lengths, seeds, st.integers(1, 40))
 def test_smask_sample(length, seed, every):
     text = text_of(length)

@@ -216,16 +216,19 @@ def mask_sample(
 def gmask_sample(
     tokens: np.ndarray, generator: np.random.Generator, special: SpecialTokens, options: BlankOptions
 ) -> Sample:
-    """Blank one long span of `tokens` (int32 [n], n >= 1) as [gMASK], at the end of the text unless infilling."""
+    """Blank one long span of `tokens` (int32 [n], n >= 1) as [gMASK], at the end of the text unless infilling.
+
+    An infill ends in eop, because text follows it; at the end of the text, the target does if `gmask_eop` is set.
+    """
     n = len(tokens)
     length = max(1, int(generator.integers(int(options.gmask_min_ratio * n), n + 1)))
-    start = n - length
+    start, end = n - length, options.gmask_eop
     if options.gmask_infill_prob > 0:
         infill = generator.random() < options.gmask_infill_prob
         anywhere = int(generator.integers(0, start + 1))
         if infill and not (tokens[:-1] == special.eos).any():
-            start = anywhere
-    return blank_one(tokens, start, start + length, special.gmask, special, options.two_streams, end=options.gmask_eop)
+            start, end = anywhere, True
+    return blank_one(tokens, start, start + length, special.gmask, special, options.two_streams, end)
 
 
 def smask_sample(

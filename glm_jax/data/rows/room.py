@@ -82,7 +82,7 @@ def text_length(objective: str, room: int, options: BlankOptions) -> int:
     if options.cut_targets:
         length = room * 500 // 512
     elif objective == "gmask":
-        length = room - 2 if options.gmask_eop else room - 1
+        length = room - _added_to_gmask(options)
     else:  # a [MASK] sample; [sMASK] has fewer blanks and takes as much text
         low, high = 0, room
         while high - low > 1:
@@ -105,10 +105,15 @@ def places(objective: str, longest: int, options: BlankOptions) -> np.ndarray:
     """
     lengths = np.arange(longest + 1)
     if objective == "gmask":
-        return lengths + (2 if options.gmask_eop else 1)
+        return lengths + _added_to_gmask(options)
     targets = np.maximum(1, (options.mask_ratio * lengths).astype(np.int64))
     spans = np.zeros(longest + 1, np.int64)
     for m, sums in enumerate(_span_sums(int(targets[-1]), int(targets[-1]), options)):
         needs_more = np.cumsum(sums)[targets - 1]  # probability that the first m spans hold too few tokens
         spans[(spans == 0) & (needs_more <= SHARED_OVERFLOW)] = m
     return lengths + 2 * spans
+
+
+def _added_to_gmask(options: BlankOptions) -> int:
+    """Return how many places a [gMASK] sample may take beyond its text's: for the blank, and for eop."""
+    return 2 if options.gmask_eop or options.gmask_infill_prob > 0 else 1
