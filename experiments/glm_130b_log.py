@@ -35,11 +35,11 @@ def get_config() -> Config:
     config.interventions = (
         # 10 May: the shrink is lifted linearly over 500 steps
         (6_000, {"train.embedding_shrink.history": ((6_000, 0.1), (6_500, 1.0))}),
-        # 28 and 29 May: the run diverges on corrected sets, at once, after 500 steps of warm-up, and if they move in
-        # over 2,000 steps. What works: they move in, the learning rate climbs again over 2,000 steps, and the shrink
-        # begins again, from now on on the head's path, too. F: --multitask-ratio 0.05, unchanged,
+        # 28 and 29 May: the run diverges on corrected sets: at once, with 500 steps of warm-up, and if they move in
+        # gradually. What works: they move in over 2,000 steps, the learning rate climbs again over 2,000, and the
+        # shrink begins again, now on the head's path, too. F: --multitask-ratio 0.05, as before,
         # --multitask-data-transform-steps 22850 2000, --lr-auto-warmup-steps 22800 2000,
-        # --shrink-logit-embedding-gradient. By mistake the shrink was to end after 26,850 steps.
+        # --shrink-logit-embedding-gradient. By mistake the shrink was to end only after 26,850 steps.
         (
             22_800,
             {
