@@ -1,14 +1,15 @@
-"""GLM-130B as it was planned, and trained from 6 May to 3 July 2022, on 96 DGX-A100.
+"""GLM-130B as planned for its training from 6 May to 3 July 2022, on 96 DGX-A100.
 
     glm-jax config show --config experiments/glm_130b.py
     glm-jax train --config experiments/glm_130b.py --workdir runs/glm_130b \
         --config.data.tokenizer.path=ice_text.model
     glm-jax convert sat-to-orbax --config experiments/glm_130b.py --path glm-130b-sat --out runs/released
 
-The tokenizer is ice_text.model of icetk; with --config.data.tokenizer.pinned=True, as it was in 2022. The corpora are
-not published as one: put jsonl files with a field `text` into the folders below, or name others, for example with
---config.data.sources.pile.path=FOLDER. The prompts and answers are those of table 12's data sets in one folder;
-docs/texts.md says how to name data sets and their templates one by one.
+The tokenizer is ice_text.model of icetk; with --config.data.tokenizer.pinned=True, as it was in 2022.
+
+Put the corpora into the folders below, as jsonl files with a field `text`, or name other folders, for example with
+--config.data.sources.pile.path=FOLDER. The prompts and answers of table 12's data sets are in one folder, too;
+docs/texts.md says how to name data sets and their templates one by one. glm_130b_log.py has what changed on the way.
 
 Sources: P, the paper (arXiv 2210.02414, tables 11 and 12, sections 2 and 3); L, its published training log; R, the
 released inference code.

@@ -18,7 +18,8 @@ from glm_jax.config import Config, instructions
 
 BATCH = 4224
 SAMPLES = 83_655_480  # seen after step 22,800; computed from the batch's ramp, because the log counts only steps
-# By mistake the old sets were T0's of both sections, training and zero-shot transfer, without DeepStruct's (P, C.1).
+# By mistake the old sets were those of both parts of T0, training and zero-shot transfer, and none of DeepStruct's
+# (paper, C.1).
 OLD, NEW = {"multitask": 1.0, "multitask_0601": 0.0}, {"multitask": 0.0, "multitask_0601": 1.0}
 MOVES = SAMPLES + 50 * BATCH  # step 22,850
 MOVED = SAMPLES + 2050 * BATCH  # step 24,850

@@ -38,7 +38,7 @@ def filter_type(items: Iterable[tuple[Entity, str] | Relation], kind: str) -> li
         kind: type or role.
     """
     pairs = [(one["head"], one["relation"]) if isinstance(one, Mapping) else one for one in items]
-    return [_text(entity) for entity, its in pairs if its == kind]
+    return [_text(entity) for entity, label in pairs if label == kind]
 
 
 def _text(entity: Entity) -> str:
