@@ -39,41 +39,38 @@ def run(arguments: Sequence[str]) -> int:
     from glm_jax.cli import plan_estimate
     from glm_jax.planning import estimate, remedies, worker
     from glm_jax.planning.compile import Request, verdict
-    from glm_jax.planning.programs import Inference, pieces
+    from glm_jax.planning.programs import pieces
 
     request = Request(experiment, values.target, sheets, memory)
-    requests = [request]
+    processes = max(1, (os.cpu_count() or 1) // 2)
     if values.inference:
-        inference = Inference(values.inference, values.room or experiment.data.seq_length, values.rows, values.group)
-        requests = [
-            dataclasses.replace(request, program=program, inference=inference) for program in ("prefill", "decode")
-        ]
+        from glm_jax.cli import plan_inference
+
+        return plan_inference.run(values, request, target, memory, processes)
     count = request.devices()
     device = target.device or estimate.PROCESSOR
-    estimated = None if values.inference else estimate.plan(experiment, device, pieces(experiment))
-    if estimated and not values.json:
+    estimated = estimate.plan(experiment, device, pieces(experiment))
+    if not values.json:
         print("\n".join(plan_estimate.table(estimated)), flush=True)
     if not values.compile:
-        if values.json and estimated:
+        if values.json:
             print(json.dumps({"estimate": estimated.to_json(), "parameters": estimated.total_parameters}))
         return 0
     say(f"compiling for {count:,} x {values.target}, none of which is used; large models take a minute or two")
-    processes = max(1, (os.cpu_count() or 1) // 2)
-    compiled = list(worker.reports(requests, processes))
-    verdicts = [verdict(report, memory) if memory else None for report in compiled]
+    (report,) = worker.reports([request])
+    judged = verdict(report, memory) if memory else None
     found: list[Remedy] = []
-    if not values.inference and verdicts[0] and not verdicts[0].fits:
+    if judged and not judged.fits:
         say("it does not fit; compiling what might")
-        found = remedies.search(request, compiled[0], verdicts[0].memory, _cost_on(target.device), processes, say)
+        found = remedies.search(request, report, judged.memory, _cost_on(target.device), processes, say)
     if values.json:
-        shown = {"estimate": estimated.to_json(), "parameters": estimated.total_parameters} if estimated else {}
-        print(json.dumps({**shown, "compiled": [_row(*pair) for pair in zip(compiled, verdicts, strict=True)],
+        print(json.dumps({"estimate": estimated.to_json(), "parameters": estimated.total_parameters,
+                          "compiled": [row(report, judged)],
                           "remedies": [dataclasses.asdict(remedy) for remedy in found]}))  # fmt: skip
         return 0
-    for report, judged in zip(compiled, verdicts, strict=True):
-        print("\n".join(table(report, judged)))
-    if verdicts[0] and not verdicts[0].fits and not values.inference:
-        print("\n".join(advice(compiled[0], found)))
+    print("\n".join(table(report, judged)))
+    if judged and not judged.fits:
+        print("\n".join(advice(report, found)))
     return 0
 
 
@@ -94,7 +91,11 @@ def _flags() -> flags.FlagValues:
     )
     common.define_path(values, "devices", "a file of your own devices, beside those of device_sheet.toml")
     flags.DEFINE_enum(
-        "inference", None, WEIGHTS, "plan inference with weights of this kind, on the config's mesh", flag_values=values
+        "inference",
+        None,
+        (*WEIGHTS, "any"),
+        "plan inference with weights of this kind on the config's mesh; any: find the weights and the mesh that fit",
+        flag_values=values,
     )
     for name, default, least, summary in (
         ("rows", 1, 1, "of inference: rows that each stage works on at a time"),
@@ -117,10 +118,8 @@ def _check(values: flags.FlagValues) -> None:
     for name in ("rows", "room", "group"):
         if values[name].present and not values.inference:
             raise UserError(f"--{name} is for --inference: add it, or leave --{name} out")
-    if values.inference and not values.compile:
-        raise UserError("--inference is compiled, there is no estimate of it: leave --nocompile out")
-    if values.group is not None and values.inference not in ("int8", "int4"):
-        raise UserError(f"--group is for --inference int8 or int4, not {values.inference}")
+    if values.group is not None and values.inference not in ("int8", "int4", "any"):
+        raise UserError(f"--group is for --inference int8, int4 or any, not {values.inference}")
 
 
 def _cost_on(device: Device | None) -> Callable[[Experiment], float] | None:
@@ -134,7 +133,8 @@ def _cost_on(device: Device | None) -> Callable[[Experiment], float] | None:
     return lambda experiment: estimate.plan(experiment, device, pieces(experiment)).slowest.step_seconds
 
 
-def _row(report: Report, judged: Verdict | None) -> dict[str, object]:
+def row(report: Report, judged: Verdict | None) -> dict[str, object]:
+    """Return what JSON says of a compiled program."""
     return {**report.to_json(), "verdict": dataclasses.asdict(judged) if judged else None}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import jax
@@ -48,7 +48,7 @@ def build(
         UserError: there are too few devices, a size does not divide, or an abstract mesh has a size of -1.
     """
     sizes = experiment.mesh.sizes()
-    mesh = _abstract(sizes) if abstract else build_mesh(sizes, devices)
+    mesh = abstract_mesh(sizes) if abstract else build_mesh(sizes, devices)
     platform = "" if abstract else attention_cores.platform(mesh.devices.flat[0])
     train, glm, asked = experiment.train, experiment.glm(pieces), experiment.pipeline.stash
     config = EngineConfig(
@@ -71,7 +71,12 @@ def build(
     return Engine(config, mesh)
 
 
-def _abstract(sizes: dict[str, int]) -> jax.sharding.Mesh:
+def abstract_mesh(sizes: Mapping[str, int]) -> jax.sharding.Mesh:
+    """Return a mesh without devices.
+
+    Raises:
+        UserError: a size depends on the devices.
+    """
     if REST in sizes.values():
         raise UserError(f"a mesh size of {REST} depends on the devices: give a number, such as --config.mesh.data=1")
     shape, types = tuple(sizes[axis] for axis in AXES), (jax.sharding.AxisType.Auto,) * len(AXES)

@@ -26,7 +26,7 @@ from glm_jax.engine.strategy import Strategy
 from glm_jax.engine.weights import DecodeConfig, Weights, specs
 from glm_jax.model import Cache, Visibility
 from glm_jax.model.attention_core import Core, reference
-from glm_jax.model.attention_cores import CORES, choose, platform
+from glm_jax.model.attention_cores import CORES, Name, choose, platform
 from glm_jax.model.cached import blocks_cached, embed_cached, places_of
 from glm_jax.model.positions import PositionTerms, position_terms
 from glm_jax.model.transformer import head
@@ -70,7 +70,8 @@ class _Stage:
     def __init__(self, cfg: DecodeConfig, mesh: jax.sharding.Mesh, weights: Weights) -> None:
         sizes = mesh.shape
         self.glm, self.outer = dataclasses.replace(cfg.model, attention_dropout=0.0), weights.outer
-        self.platform = platform(mesh.devices.flat[0])
+        self.attention: Name | None = cfg.attention
+        self.mesh = mesh
         self.stages, self.index = sizes["pipeline"], lax.axis_index("pipeline")
         self.axis = WholeAxis(sizes["tensor"], sizes["pipeline"] * sizes["tensor"])
         self.layers = jax.tree.map(lambda array: array[0], weights.layers)
@@ -105,10 +106,14 @@ class _Stage:
         terms = position_terms(self.glm, positions[..., :length], x.dtype)
         if blocks is None:
             allowed = Visibility(jnp.ones((rows, length), jnp.int32), jnp.arange(length) < context[:, None])
-            core = CORES[choose(self.glm, self.platform, length, x.dtype.name, forward_only=True)]
+            core = CORES[self.attention or self._choose(length, x.dtype.name)]
         else:
             allowed, core = visible(places_of(start, length), context, length) & same_block(blocks), reference
         return self._run(x, allowed, terms, start, cache, group, active, core)
+
+    def _choose(self, length: int, compute: str) -> Name:
+        """Return the core for contexts of `length` tokens on the mesh's devices, which an abstract mesh lacks."""
+        return choose(self.glm, platform(self.mesh.devices.flat[0]), length, compute, forward_only=True)
 
     def _run(
         self, x: Array, allowed: Array | Visibility, terms: PositionTerms, start: Array, cache: Cache, group: Array,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from glm_jax.engine.bind import check_model
 from glm_jax.model import GLMConfig, logical_axes, quantized
+from glm_jax.model.attention_cores import Name
 from glm_jax.model.quantized import Quantized
 from glm_jax.parallel import partition
 from glm_jax.types import Tree
@@ -25,6 +26,7 @@ class DecodeConfig:
     model: GLMConfig
     num_tokens: int  # real rows of the padded vocabulary; scores give the rest no probability
     compute: str = "float32"  # dtype of weights, activations and the cache
+    attention: Name | None = None  # the core that reads contexts; None: chosen for the mesh's devices
 
 
 class Weights(NamedTuple):

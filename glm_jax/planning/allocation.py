@@ -8,8 +8,9 @@ some of them write over their inputs, and not others.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
-from glm_jax.planning.program import LOOPS, UPDATES, Kernel, Operation, Program, Value, kernels
+from glm_jax.planning.program import HEAVY, LOOPS, UPDATES, Kernel, Operation, Program, Value, kernels
 
 
 @dataclasses.dataclass(eq=False)
@@ -20,18 +21,24 @@ class Buffer:
     own: bool  # whether the program has allocated it, and not freed it
 
 
-def peak_bytes(program: Program) -> int:
-    """Return the most bytes that a program's buffers take at once, beside its inputs."""
-    return _Run(program, {}).peak
+def peak_bytes(program: Program, donated: Mapping[Value, Value] | None = None, *, overwrite: bool = False) -> int:
+    """Return the most bytes that a program's buffers take at once, beside its inputs.
+
+    Args:
+        program: what runs.
+        donated: inputs whose place an output takes.
+        overwrite: whether elementwise kernels write over inputs that nobody else reads, as in a pass without gradients.
+    """
+    return _Run(program, donated or {}, overwrite).peak
 
 
-def turn_bytes(loop: Operation) -> int:
+def turn_bytes(loop: Operation, *, overwrite: bool = False) -> int:
     """Return what a turn of a loop takes at most, beside what it is given and carries on."""
 
     def of(body: Program) -> int:
         stop = loop.constants + loop.carried
         carried = dict(zip(body.inputs[loop.constants : stop], body.outputs, strict=False))
-        return _Run(body, carried).peak + sum(value.size for value in body.inputs[stop:])
+        return _Run(body, carried, overwrite).peak + sum(value.size for value in body.inputs[stop:])
 
     return max(map(of, loop.bodies))
 
@@ -42,9 +49,11 @@ class _Run:
     Args:
         program: what runs.
         carried: inputs whose place an output takes.
+        overwrite: see `peak_bytes`.
     """
 
-    def __init__(self, program: Program, carried: dict[Value, Value]) -> None:
+    def __init__(self, program: Program, carried: Mapping[Value, Value], overwrite: bool) -> None:
+        self.overwrite = overwrite
         found, of_outputs = kernels(program)
         self.last = {value: index for index, kernel in enumerate(found) for value in kernel.reads}
         self.last |= {base: len(found) for reads in of_outputs.values() for base in reads}
@@ -66,7 +75,7 @@ class _Run:
                 self.live += value.size
             reused.add(buffer)
             self.at[value] = buffer
-        inside = turn_bytes(one) if one.bodies else one.scratch
+        inside = turn_bytes(one, overwrite=self.overwrite) if one.bodies else one.scratch
         self.peak = max(self.peak, self.live + inside)
         for value in dying:
             self._free(self.at.get(value), reused)
@@ -76,7 +85,8 @@ class _Run:
 
     def _candidates(self, one: Operation, dying: list[Value]) -> list[Value]:
         """Return the values whose place the results of an operation may take."""
-        return dying if one.kind in LOOPS or one.kind in UPDATES else []
+        in_place = one.kind in LOOPS or one.kind in UPDATES or (self.overwrite and one.kind not in HEAVY)
+        return dying if in_place else []
 
     def _free_place(self, index: int, value: Value, candidates: list[Value], reused: set[Buffer]) -> Buffer | None:
         """Return a place for a value that is in use no more, of its size, if there is one."""

@@ -105,7 +105,7 @@ def _inline(jaxpr: Any, known: dict[Any, Value], target: Target, operations: lis
 
     for equation in jaxpr.eqns:
         inputs = [value(atom) for atom in equation.invars]
-        called = _called(equation)
+        called = _called(equation, target)
         if called is None:
             outputs = [Value(variable) for variable in equation.outvars]
             operations += _operations(equation, inputs, outputs, target)
@@ -117,8 +117,11 @@ def _inline(jaxpr: Any, known: dict[Any, Value], target: Target, operations: lis
     return [value(atom) for atom in jaxpr.outvars]
 
 
-def _called(equation: Any) -> Any:
-    """Return the jaxpr of a call that is no loop, or None."""
+def _called(equation: Any, target: Target) -> Any:
+    """Return the jaxpr of a call that is no loop, or None. Of what depends on the platform, it is the target's."""
+    if platforms := equation.params.get("branches_platforms"):
+        wanted = (index for index, names in enumerate(platforms) if names is None or ("cpu" in names) == target.cpu)
+        return equation.params["branches"][next(wanted)].jaxpr
     if equation.primitive.name in (*LOOPS, "cond", "pallas_call"):
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):

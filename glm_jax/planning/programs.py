@@ -117,15 +117,29 @@ def _controls(mesh: jax.sharding.Mesh) -> Tree:
     return Controls(number, number, requests)
 
 
+def half(*, tpu: bool) -> Weights:
+    """Return the half precision in which a platform computes with quantised weights."""
+    return "bfloat16" if tpu else "float16"
+
+
+def bind_inference(
+    experiment: Experiment, inference: Inference, pieces: int, *, tpu: bool
+) -> tuple[DecodeConfig, Tree]:
+    """Return what decoding depends on, and the shapes of the params.
+
+    Raises:
+        UserError: the model cannot be quantised so.
+    """
+    bits = BITS.get(inference.weights)
+    cfg = DecodeConfig(experiment.glm(pieces), pieces, half(tpu=tpu) if bits else inference.weights)
+    return cfg, decode_shapes.param_shapes(cfg.model, scheme(bits, inference.group) if bits else None)
+
+
 def _lower_inference(
     name: Name, experiment: Experiment, devices: Sequence[meshes.Device], inference: Inference
 ) -> tuple[jax.stages.Lowered, jax.sharding.Mesh]:
-    count, sizes = pieces(experiment), experiment.mesh.sizes()
-    mesh = meshes.build(sizes, devices)
-    bits = BITS.get(inference.weights)
-    half = "bfloat16" if devices[0].platform == "tpu" else "float16"
-    cfg = DecodeConfig(experiment.glm(count), count, inference.weights if bits is None else half)
-    params = decode_shapes.param_shapes(cfg.model, scheme(bits, inference.group) if bits else None)
+    mesh = meshes.build(experiment.mesh.sizes(), devices)
+    cfg, params = bind_inference(experiment, inference, pieces(experiment), tpu=devices[0].platform == "tpu")
     rows = inference.rows * mesh.shape["data"]
     batch = decode_shapes.Batch(mesh.shape["pipeline"], rows, inference.room)
     if name == "prefill":

@@ -99,6 +99,52 @@ def test_inference_is_prefill_and_decoding(compiled: list[Request], capsys: pyte
     assert "with each" not in capsys.readouterr().out  # the changes are those of training
 
 
+def test_inference_is_estimated_without_a_compiler(compiled: list[Request], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", *TINY, "--target=rtx3090", "--memory=24GB", "--inference=int8", "--rows=3", "--nocompile"]
+    assert main.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "estimate of generation on 2 x rtx3090, data=2 x pipeline=1 x tensor=1, weights int8, 6 rows of 32 tokens"
+    )
+    assert lines[1].startswith("memory 0.00 GB a device: weights 0.00, ") and lines[2].startswith("memory 24.00 GB: fi")
+    assert lines[3].startswith("if nothing overlaps: contexts in ") and len(lines) == 5
+    assert main.main([*arguments, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["estimate"]
+    assert said["rows"] == 6 and said["fastest"]["tokens_per_second"] > said["slowest"]["tokens_per_second"]
+    assert compiled == []
+
+
+def test_what_fits_is_compiled_until_it_does(compiled: list[Request], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", *TINY, "--inference=any"]
+    assert main.main([*arguments, "--memory=60GB"]) == 0
+    output = capsys.readouterr().out.splitlines()
+    assert output[0].startswith("estimate of generation on cpu, 60.00 GB a device; rows of 32 tokens, 1 for each")
+    kinds = ("float32", "float16", "int8", "int4")
+    assert [line.split()[:5] for line in output[2:10]] == [
+        [kind, count, "1", count, "0.00"] for kind in kinds for count in ("1", "2")
+    ]
+    flags = "--inference float32 --config.mesh.data=1 --config.mesh.pipeline=1 --config.mesh.tensor=1"
+    assert output[11] == f"  float32 on 1 device: {flags}"
+    assert [request.program for request in compiled] == ["prefill", "decode"]
+    compiled.clear()
+    assert main.main([*arguments, "--memory=40GB", "--json"]) == 0  # the compiler says 50
+    output, errors = capsys.readouterr()
+    said = json.loads(output)
+    assert errors.count("it does not fit as compiled") == 4 and len(said["compiled"]) == len(compiled) == 8
+    assert [row["best"] for row in said["choices"]] == [True, False] * 4
+
+
+def test_a_slice_of_tpus_says_how_many_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", *TINY, "--target=v5e:1x2", "--inference=any", "--nocompile"]
+    assert main.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines[2:6]] == [
+        [kind, "2", "1", "2"] for kind in ("float32", "bfloat16", "int8", "int4")
+    ]
+    assert main.main([*arguments, "--memory=0.01MB"]) == 0
+    assert "nothing fits on 2 devices or fewer: " in capsys.readouterr().out
+
+
 def test_an_estimate_alone_needs_no_compiler(compiled: list[Request], capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["plan", "--config=glm_130b", "--target=a100-40gb", "--nocompile", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -113,13 +159,13 @@ def test_an_estimate_alone_needs_no_compiler(compiled: list[Request], capsys: py
     "arguments, says",
     [
         (
-            ["--inference=int4", "--nocompile"],
-            "--inference is compiled, there is no estimate of it: leave --nocompile out",
+            ["--inference=any", "--nocompile"],
+            "--inference any asks what fits: give --memory, such as 24GB, or a --target",
         ),
         (["--target=a100"], "no device is named 'a100': there are a100-40gb, "),
         (["--memory=40"], "--memory 40: write bytes a device with their unit, such as 40GB"),
         (["--rows=2"], "--rows is for --inference: add it, or leave --rows out"),
-        (["--inference=float16", "--group=64"], "--group is for --inference int8 or int4, not float16"),
+        (["--inference=float16", "--group=64"], "--group is for --inference int8, int4 or any, not float16"),
         (["--devices=/nowhere.toml", "--target=mine"], "/nowhere.toml: cannot be read"),
         (["--config.mesh.data=-1"], "mesh.data is -1, the rest of the devices, but a plan has none: give a number"),
     ],
