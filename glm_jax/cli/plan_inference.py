@@ -99,7 +99,7 @@ def table(plan: Plan, target: str, memory: int | None) -> Iterator[str]:
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     inference = plan.inference
     yield (f"estimate of generation on {plan.devices:,} x {target}, {mesh}, weights {inference.weights}, "
-           f"{plan.rows:,} rows of {inference.room:,} tokens")  # fmt: skip
+           f"{plan.rows:,} {'row' if plan.rows == 1 else 'rows'} of {inference.room:,} tokens")  # fmt: skip
     yield f"memory {plan.memory.total / 1e9:.2f} GB a device: {parts(plan.memory)}"
     if memory is not None:
         left = memory - plan.memory.total

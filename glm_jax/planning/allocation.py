@@ -21,24 +21,25 @@ class Buffer:
     own: bool  # whether the program has allocated it, and not freed it
 
 
-def peak_bytes(program: Program, donated: Mapping[Value, Value] | None = None, *, overwrite: bool = False) -> int:
+def peak_bytes(program: Program, donated: Mapping[Value, Value] | None = None, *, forward: bool = False) -> int:
     """Return the most bytes that a program's buffers take at once, beside its inputs.
 
     Args:
         program: what runs.
         donated: inputs whose place an output takes.
-        overwrite: whether elementwise kernels write over inputs that nobody else reads, as in a pass without gradients.
+        forward: whether it is a pass without gradients, in which elementwise kernels write over inputs that nobody else
+            reads.
     """
-    return _Run(program, donated or {}, overwrite).peak
+    return _Run(program, donated or {}, forward).peak
 
 
-def turn_bytes(loop: Operation, *, overwrite: bool = False) -> int:
+def turn_bytes(loop: Operation, *, forward: bool = False) -> int:
     """Return what a turn of a loop takes at most, beside what it is given and carries on."""
 
     def of(body: Program) -> int:
         stop = loop.constants + loop.carried
         carried = dict(zip(body.inputs[loop.constants : stop], body.outputs, strict=False))
-        return _Run(body, carried, overwrite).peak + sum(value.size for value in body.inputs[stop:])
+        return _Run(body, carried, forward).peak + sum(value.size for value in body.inputs[stop:])
 
     return max(map(of, loop.bodies))
 
@@ -49,11 +50,11 @@ class _Run:
     Args:
         program: what runs.
         carried: inputs whose place an output takes.
-        overwrite: see `peak_bytes`.
+        forward: see `peak_bytes`.
     """
 
-    def __init__(self, program: Program, carried: Mapping[Value, Value], overwrite: bool) -> None:
-        self.overwrite = overwrite
+    def __init__(self, program: Program, carried: Mapping[Value, Value], forward: bool) -> None:
+        self.forward = forward
         found, of_outputs = kernels(program)
         self.last = {value: index for index, kernel in enumerate(found) for value in kernel.reads}
         self.last |= {base: len(found) for reads in of_outputs.values() for base in reads}
@@ -75,7 +76,7 @@ class _Run:
                 self.live += value.size
             reused.add(buffer)
             self.at[value] = buffer
-        inside = turn_bytes(one, overwrite=self.overwrite) if one.bodies else one.scratch
+        inside = turn_bytes(one, forward=self.forward) if one.bodies else one.scratch
         self.peak = max(self.peak, self.live + inside)
         for value in dying:
             self._free(self.at.get(value), reused)
@@ -85,7 +86,7 @@ class _Run:
 
     def _candidates(self, one: Operation, dying: list[Value]) -> list[Value]:
         """Return the values whose place the results of an operation may take."""
-        in_place = one.kind in LOOPS or one.kind in UPDATES or (self.overwrite and one.kind not in HEAVY)
+        in_place = one.kind in LOOPS or one.kind in UPDATES or (self.forward and one.kind not in HEAVY)
         return dying if in_place else []
 
     def _free_place(self, index: int, value: Value, candidates: list[Value], reused: set[Buffer]) -> Buffer | None:

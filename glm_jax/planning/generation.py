@@ -184,10 +184,10 @@ def peak(name: Name, program: Program, bound: Bound) -> int:
     """Return the most bytes that prefill or decoding takes, its inputs among them."""
     arguments = sum(value.size for value in program.inputs) + (_copies(name, bound) if bound.cpu else 0)
     if name == "prefill":
-        return arguments + peak_bytes(program, overwrite=True)
+        return arguments + peak_bytes(program, forward=True)
     first = len(jax.tree.leaves(shapes(bound.cfg, bound.mesh, bound.params)))
     donated = dict(zip(program.inputs[first:], program.outputs, strict=False))  # the state changes in its place
-    return arguments + peak_bytes(program, donated, overwrite=True)
+    return arguments + peak_bytes(program, donated, forward=True)
 
 
 def _copies(name: Name, bound: Bound) -> int:

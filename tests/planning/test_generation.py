@@ -126,7 +126,7 @@ def test_a_pass_without_gradients_writes_over_its_arrays() -> None:
     jaxpr = jax.make_jaxpr(lambda x, y: jnp.exp(x @ x) @ y)(jnp.ones((8, 8)), jnp.ones((8, 1))).jaxpr
     read = program.read(jaxpr, program.Target({}, cpu=False))
     assert peak_bytes(read) == 2 * 4 * 8**2  # the product and its exponential
-    assert peak_bytes(read, overwrite=True) == 4 * 8**2 + 4 * 8  # either, and the result
+    assert peak_bytes(read, forward=True) == 4 * 8**2 + 4 * 8  # either, and the result
 
 
 def test_glm_130b_on_four_rtx_3090() -> None:

@@ -3,7 +3,8 @@
     python tests/proofs/generation_grid.py
 
 On up to eight emulated CPU devices, with the small model of tests/planning/generated.py. Prints a line for each, with
-the estimate as a share of the compiled peak. Fails if more than one in twenty is off by more than a tenth.
+the estimate as a share of the compiled peak. Fails if more than one in twenty is off by more than a tenth. Without
+bfloat16: XLA for CPUs multiplies many rows of it as they are, and the estimate counts copies in float32, as of float16.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 from tests.planning.generated import peaks  # noqa: E402 (needs the path, and reads the environment)
 
 MESHES = ((1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 2, 2), (2, 1, 1))
-WEIGHTS = ("float32", "float16", "bfloat16", "int8", "int4")
+WEIGHTS = ("float32", "float16", "int8", "int4")
 ROWS = ((1, 128), (4, 256))
 OFF = 0.1
 
