@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ Compiled = list[tuple[Report, Verdict | None]]
 def run(values: flags.FlagValues, request: Request, target: Target, memory: int | None, processes: int) -> int:
     """Estimate generation, compile it unless --nocompile, and print both."""
     experiment = request.experiment
-    kind = "float16" if values.inference == ANY else values.inference
+    kind = "float16" if values.inference == ANY else values.inference  # of any, each has its turn
     inference = Inference(kind, values.room or experiment.data.seq_length, values.rows, values.group)
     if values.inference == ANY:
         return _any(values, request, target, memory, inference, processes)
@@ -51,12 +52,10 @@ def _any(
     """Print what there is to choose from, and compile the smallest that fits."""
     if memory is None:
         raise UserError("--inference any asks what fits: give --memory, such as 24GB, or a --target")
-    device = target.device or estimate.PROCESSOR
-    chips = math.prod(map(int, target.chips.split("x"))) if target.chips else 0
+    device, counts = target.device or estimate.PROCESSOR, _counts(target)
     found = list[Choice]()
     if not values.json:
         print("\n".join(heading(inference, target.name, memory)), flush=True)
-    counts = (chips,) if chips else choices.COUNTS
     for one in choices.choices(request.experiment, inference, device, pieces(request.experiment), memory, counts):
         found.append(one)
         if not values.json:
@@ -77,6 +76,15 @@ def _any(
              "estimate": one.plan.to_json() if one.plan else None} for one in found]  # fmt: skip
     _print(values, {"choices": rows}, compiled)
     return 0
+
+
+def _counts(target: Target) -> tuple[int, ...]:
+    """Return the numbers of devices to choose from: of a slice of TPUs, its own."""
+    if not target.chips:
+        return choices.COUNTS
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", target.chips):
+        raise UserError(f"--target {target.name}: a slice is written as in v5e:4x4")
+    return (math.prod(map(int, target.chips.split("x"))),)
 
 
 def _compiled(request: Request, inference: Inference, memory: int | None, processes: int) -> Compiled:

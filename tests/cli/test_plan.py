@@ -162,6 +162,10 @@ def test_an_estimate_alone_needs_no_compiler(compiled: list[Request], capsys: py
             ["--inference=any", "--nocompile"],
             "--inference any asks what fits: give --memory, such as 24GB, or a --target",
         ),
+        (
+            ["--inference=any", "--target=v5e:large", "--nocompile"],
+            "--target v5e:large: a slice is written as in v5e:4x4",
+        ),
         (["--target=a100"], "no device is named 'a100': there are a100-40gb, "),
         (["--memory=40"], "--memory 40: write bytes a device with their unit, such as 40GB"),
         (["--rows=2"], "--rows is for --inference: add it, or leave --rows out"),
