@@ -49,8 +49,7 @@ def _show_config(arguments: Sequence[str]) -> int:
     if values.specs:
         from glm_jax.planning import layout
 
-        for line in layout.table(resolved):
-            print(line)
+        print("\n".join(layout.table(layout.layout(resolved))))
         return 0
     defaults = default_values({"sources": resolved.data.sources, "instructions": resolved.data.instructions})
     changes, file = common.changes(values), common.experiment_file(values)

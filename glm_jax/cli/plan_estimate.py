@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from glm_jax.planning.estimate import Cost, Plan
+from glm_jax.planning.layout import stages_line
 from glm_jax.planning.speed import Speed
 
 
@@ -23,7 +24,7 @@ def table(plan: Plan) -> Iterator[str]:
     yield f"in the work: logits {memory.logits / 1e9:.3f}, attention scores {memory.attention / 1e9:.3f}"
     sent = ", ".join(f"{axes} {size / 1e9:.3f}" for axes, size in plan.sent.items()) or "nothing"
     yield f"a device sends in a step, GB by axis: {sent}"
-    yield f"idle {plan.bubble:.1%} of a stage's time ({plan.schedule})"
+    yield f"idle {plan.bubble:.1%} of a stage's time ({plan.schedule}); {stages_line(plan.layers)}"
     yield f"checkpoint {plan.checkpoint.bytes / 1e9:,.2f} GB"
     yield f"run: {plan.steps:,} steps, {plan.tokens:,} row tokens"
     if not plan.known_rates:

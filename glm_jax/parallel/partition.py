@@ -120,6 +120,17 @@ def layers_held(layers: int, stages: int) -> int:
     return -(-layers // stages)
 
 
+def stage_layers(layers: int, stages: int) -> tuple[range, ...]:
+    """Return the layers of each stage. The last stages have fewer, or none, and padding in their place.
+
+    >>> stage_layers(7, 3)
+    (range(0, 3), range(3, 6), range(6, 7))
+    """
+    held = layers_held(layers, stages)
+    starts = (min(stage * held, layers) for stage in range(stages))
+    return tuple(range(start, min(start + held, layers)) for start in starts)
+
+
 def pad_layers(params: Tree, axes: Tree, stages: int) -> Tree:
     """Pad arrays [L, ...] of blocks with zeros to [P Q, ...], their shape in memory; disks keep the true shape."""
     return _map_layers(params, axes, lambda array: _pad(array, stages * layers_held(array.shape[0], stages)))

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 
 from glm_jax.config import Experiment
+from glm_jax.parallel import partition
 from glm_jax.parallel.device_sheet import Device
 from glm_jax.parallel.pipeline import schedule
 from glm_jax.planning import budget, speed, tracing, work
@@ -42,6 +43,7 @@ class Plan:
     mesh: Mapping[str, int]
     schedule: str
     stash: str  # `pipeline.stash`, decided if it is auto
+    layers: tuple[int, ...]  # of each stage, without padding
     attention: str  # the core that this device would have
     parameters: Mapping[str, int]  # by part of the model
     total_parameters: int
@@ -100,6 +102,7 @@ def plan(experiment: Experiment, device: Device, pieces: int) -> Plan:
         mesh=sizes,
         schedule=engine.schedule,
         stash=engine.keep,
+        layers=tuple(map(len, partition.stage_layers(engine.model.num_layers, sizes["pipeline"]))),
         attention=engine.attention,
         parameters=parts,
         total_parameters=sum(parts.values()),

@@ -12,9 +12,10 @@ from glm_jax import model
 from glm_jax.config import Experiment
 from glm_jax.model import attention_blockwise
 from glm_jax.parallel import cross_entropy, partition
+from glm_jax.planning import layout
 from glm_jax.planning.allocation import peak_bytes, turn_bytes
-from glm_jax.planning.tracing import Mesh, Pass, batch_shapes, model_shapes, state_shapes
-from glm_jax.training.state import StepConfig, state_specs
+from glm_jax.planning.tracing import Mesh, Pass, batch_shapes, model_shapes
+from glm_jax.training.state import StepConfig
 from glm_jax.types import Tree
 
 
@@ -51,19 +52,15 @@ def memory(experiment: Experiment, cfg: StepConfig, mesh: Mesh, traced: Pass) ->
         traced: of `tracing.trace`.
     """
     sizes = dict(mesh.shape)
-    state, specs = state_shapes(cfg, mesh), state_specs(cfg, mesh)
-    params = _held(state.params, specs.params, mesh)
-    if cfg.lora is not None:
-        whole = dataclasses.replace(cfg, lora=None)
-        params += _held(state_shapes(whole, mesh).params, state_specs(whole, mesh).params, mesh)
+    state = layout.of_step(cfg, mesh)
     rows = batch_shapes(experiment)
     of_rows = _held(rows, jax.tree.map(lambda array: partition.batch_spec(array.ndim), rows), mesh)
     carried = [value.size for value in traced.tick.inputs[traced.tick.constants :][: traced.tick.carried]]
     stash = carried[3 : len(carried) - traced.params - len(REST)]
     gradients = carried[3 + len(stash) :][: traced.params]
     parts = {
-        "params": params,
-        "moments": _held((state.moments, state.loss_scale), (specs.moments, specs.loss_scale), mesh),
+        "params": state.bytes("params", layout.BASE),
+        "moments": state.bytes("moments", "loss_scale"),
         "rows": of_rows,
         "weights": _weights(cfg, mesh),
         "gradients": sum(gradients),

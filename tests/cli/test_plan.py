@@ -51,7 +51,7 @@ def test_a_table_that_people_read(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["plan", "--config=glm_130b", "--memory=60GB"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "estimate for 768 x cpu, data=24 x pipeline=8 x tensor=4, 1f1b, stash layer"
-    assert lines[1].startswith("parameters 128,697,794,560: ") and lines[6] == "idle 3.8% of a stage's time (1f1b)"
+    assert lines[1].startswith("parameters 128,697,794,560: ") and lines[6].startswith("idle 3.8% ")
     assert lines[8:10] == [
         "run: 55,014 steps, 450,001,747,968 row tokens",
         "speed: name a device with --target, such as a100-40gb",

@@ -54,7 +54,7 @@ def test_specs_show_the_state_of_glm_130b_on_its_mesh(glm_jax: Cli) -> None:
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("params/blocks/attention/output/kernel")]
     path, shape, rest = rows[0].split(maxsplit=2)
-    assert shape == "72x96x128x12288"  # 70 layers in 8 stages of 9
+    assert shape == "(70+2)x96x128x12288"  # 8 stages of 9 layers
     assert rest.split(")")[0] == "P('pipeline', 'tensor', None, 'data'"
     assert rest.split()[-1] == f"{72 * 12288**2 * 4 // 768:,}"
     assert done.stdout.splitlines()[-1].startswith("2,070,442,012 bytes of state on each of 768 devices")
