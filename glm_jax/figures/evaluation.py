@@ -10,17 +10,17 @@ from glm_jax.evaluation import measures
 from glm_jax.evaluation.measures import Estimate
 from glm_jax.evaluation.results import Evaluation, as_json, counts, interval, shown
 from glm_jax.evaluation.run import FileReport, TaskReport
+from glm_jax.figures import page as pages
 from glm_jax.figures import style
-from glm_jax.figures.report import STYLE
 
 LONGEST = 600  # characters of an example's text; its end is shown
 MOST_BARS = 60  # of a figure
 
-MORE = """
+STYLE = """
 .example { border-left: 3px solid var(--colour); padding: .2rem .8rem; margin: .7rem 0; font-size: .9rem; }
 .example p { margin: .2rem 0; white-space: pre-wrap; overflow-wrap: anywhere; } .example small { opacity: .75; }
 .scroll th { white-space: normal; vertical-align: bottom; } .scroll td:first-child { white-space: nowrap; }
-.failed { border-left: 3px solid #d55e00; padding-left: .8rem; } .scroll { overflow-x: auto; }
+.failed { border-left: 3px solid #d55e00; padding-left: .8rem; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 nav a { color: inherit; } .paper { font-size: .9rem; opacity: .85; }
 """.strip()
@@ -40,24 +40,18 @@ def page(found: Evaluation) -> str:
         ("seconds", f"{made.seconds:,.1f}"),
         ("tokens a second", f"{given['tokens_per_second']:,.0f}"),
     ]
-    terms = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts)
     links = "".join(f'<a href="#task-{place}">{escape(one.task.name)}</a>' for place, one in enumerate(found.reports))
     failures = "".join(f'<p class="failed">{escape(one.error)}</p>' for one in found.failures)
     parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width"><title>Evaluation</title>',
-        f"<style>{STYLE}\n{MORE}</style></head><body>",
         f"<h1>Evaluation of {escape(str(made.model.get('workdir')))}</h1>",
-        f'<dl class="facts">{terms}</dl>',
+        pages.facts(facts),
         f"<h2>Failed</h2>{failures}" if failures else "",
         f"<nav>{links}</nav>" if len(found.reports) > 1 else "",
         *(_task(place, report) for place, report in enumerate(found.reports)),
         f"<footer><code>{escape(made.command)}</code><br>Intervals: 95%, bootstrap over items, "
         f"{measures.RESAMPLES:,} resamples, seed {measures.SEED}.</footer>",
-        "</body></html>",
     ]
-    return "\n".join(part for part in parts if part) + "\n"
+    return pages.document("Evaluation", parts, STYLE)
 
 
 def _task(place: int, report: TaskReport) -> str:
@@ -101,12 +95,10 @@ def _bars(report: TaskReport) -> Iterator[tuple[str, str, Estimate]]:
 def _files(report: TaskReport) -> str:
     counted = counts(report.files)
     rows = [
-        f"<tr><td>{escape(file.group)}</td><td>{escape(file.name)}</td><td>{escape(name)}</td>"
-        + "".join(
-            f'<td class="number">{text}</td>'
-            for text in (shown(name, one.value), interval(name, one), f"{one.items:,}", *others.values())
+        (
+            *map(escape, (file.group, file.name, name)),
+            *(shown(name, one.value), interval(name, one), f"{one.items:,}", *map(str, others.values())),
         )
-        + "</tr>"
         for file, others in zip(report.files, counted, strict=True)
         for name, one in file.estimates.items()
     ]
@@ -117,21 +109,18 @@ def _groups(report: TaskReport) -> str:
     if len(report.files) < 2:
         return ""
     rows = [
-        f"<tr><td>{escape(group)}</td><td>{escape(name)}</td>"
-        + "".join(
-            f'<td class="number">{text}</td>'
-            for text in (one.files, *(shown(name, x) for x in (one.highest, one.median, one.mean, one.weighted)))
+        (
+            *map(escape, (group, name)),
+            *(str(one.files), *(shown(name, x) for x in (one.highest, one.median, one.mean, one.weighted))),
         )
-        + "</tr>"
         for group, summaries in report.groups.items()
         for name, one in summaries.items()
     ]
     return "<h3>Groups</h3>" + _table(("group", "measure"), ("files", "max", "median", "mean", "weighted"), rows)
 
 
-def _table(texts: tuple[str, ...], numbers: tuple[str, ...], rows: list[str]) -> str:
-    heads = "".join(f"<th>{name}</th>" for name in texts) + "".join(f'<th class="number">{n}</th>' for n in numbers)
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+def _table(texts: tuple[str, ...], numbers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return pages.table((*texts, *numbers), rows, range(len(texts), len(texts) + len(numbers)))
 
 
 def _examples(file: FileReport) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from glm_jax.config import default_values
 from glm_jax.config.fields import flatten
 from glm_jax.errors import UserError
+from glm_jax.figures import page as pages
 from glm_jax.storage.files import write_atomic
 from glm_jax.types import Json
 from glm_jax.workdir.folder import CONFIG
@@ -25,28 +26,13 @@ PAGE = "report.html"
 PANELS_A_ROW = 2
 
 STYLE = """
-:root { color-scheme: light dark; --faint: #8886; --page: #fff; --text: #262626; }
-@media (prefers-color-scheme: dark) { :root { --page: #16181c; --text: #d8d8d8; } }
-body { max-width: 1200px; margin: 0 auto; padding: 1.5rem; background: var(--page); color: var(--text);
-       font: 15px/1.45 sans-serif; }
-h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .6rem; }
-.facts { display: flex; flex-wrap: wrap; gap: .8rem 2.4rem; margin: 1rem 0; }
-.facts div { display: flex; flex-direction: column-reverse; }
-.facts dt { font-size: .8rem; opacity: .75; } .facts dd { margin: 0; font-size: 1.25rem; }
 .marks { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; font-size: .85rem; }
 .marks span::before { content: ""; display: inline-block; height: 1em; margin-right: .5em; vertical-align: -.15em;
                       border-left: 2px var(--dashes) var(--colour); }
 .curves { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem 1.6rem; margin-top: 1rem; }
-@media (max-width: 700px) { body { padding: .8rem; } .curves { grid-template-columns: minmax(0, 1fr); } }
-figure { margin: 0; min-width: 0; } .wide { grid-column: 1 / -1; }
-figure svg { width: 100%; height: auto; display: block; } svg * { stroke-linejoin: round; stroke-linecap: butt; }
-figcaption { font-size: .8rem; opacity: .8; padding-left: .5rem; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--faint); }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-code { font-size: .92em; overflow-wrap: anywhere; }
+@media (max-width: 700px) { .curves { grid-template-columns: minmax(0, 1fr); } }
+.wide { grid-column: 1 / -1; }
 .fills { margin: 0; padding: 0; list-style: none; } .fills li { margin: .5rem 0; } .fills small { opacity: .75; }
-summary { cursor: pointer; margin-top: 1.2rem; } footer { margin-top: 2rem; font-size: .8rem; opacity: .75; }
 """.strip()
 
 
@@ -92,14 +78,9 @@ def page(record: Record, config: Json, name: str) -> str:
         names = ", ".join(panel.title for panel in still)
         summary = f"<summary>Never changed: {escape(names)}</summary>"
         folded = f"<details>{summary}{_curves(still)}</details>"
-    terms = [f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts(record, config)]
     parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta name="viewport" content="width=device-width"><title>{escape(name)}</title>',
-        f"<style>{STYLE}</style></head><body>",
         f"<h1>{escape(name)}</h1>",
-        f'<dl class="facts">{"".join(terms)}</dl>',
+        pages.facts(facts(record, config)),
         _fills(record),
         _marks_legend(record),
         _curves([panel for panel in panels if not panel.constant]),
@@ -107,9 +88,8 @@ def page(record: Record, config: Json, name: str) -> str:
         _events_table(record.marks),
         _config_table(config),
         _versions(record),
-        "</body></html>",
     ]
-    return "\n".join(part for part in parts if part) + "\n"
+    return pages.document(name, parts, STYLE)
 
 
 def _curves(panels: Iterable[Panel]) -> str:
@@ -223,42 +203,32 @@ def _marks_legend(record: Record) -> str:
 
 def _events_table(marks: Iterable[Mark]) -> str:
     rows = [
-        [
-            _cell(str(mark.number), number=True),
-            _cell(f"{mark.step:,}", number=True),
-            _cell("" if mark.samples is None else f"{mark.samples:,}", number=True),
-            _cell(MARK_NAMES[mark.kind] + (f" ({mark.cause})" if mark.kind == "intervention" and mark.cause else "")),
-            "<td>" + "<br>".join(f"<code>{escape(line)}</code>" for line in mark.lines) + "</td>",
-        ]
+        (
+            str(mark.number),
+            f"{mark.step:,}",
+            "" if mark.samples is None else f"{mark.samples:,}",
+            escape(MARK_NAMES[mark.kind] + (f" ({mark.cause})" if mark.kind == "intervention" and mark.cause else "")),
+            "<br>".join(f"<code>{escape(line)}</code>" for line in mark.lines),
+        )
         for mark in marks
     ]
-    return _table("Events", ["", "step", "samples", "event", "what"], rows, numbers=3)
+    return _titled("Events", ["", "step", "samples", "event", "what"], rows, range(3))
 
 
 def _config_table(config: Json) -> str:
     rows = [
-        [f"<td><code>{escape(key)}</code></td>", _code(value), _code(default)]
-        for key, value, default in differences(config)
+        (f"<code>{escape(key)}</code>", _code(value), _code(default)) for key, value, default in differences(config)
     ]
-    return _table("Config, where it differs from the defaults", ["key", "value", "default"], rows)
+    return _titled("Config, where it differs from the defaults", ["key", "value", "default"], rows)
 
 
-def _table(title: str, heads: list[str], rows: list[list[str]], numbers: int = 0) -> str:
-    """Return a titled table whose first `numbers` columns hold numbers; empty without rows."""
-    if not rows:
-        return ""
-    classes = [' class="number"'] * numbers + [""] * (len(heads) - numbers)
-    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(classes, heads, strict=True))
-    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f"<h2>{escape(title)}</h2>\n<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-
-
-def _cell(text: str, number: bool = False) -> str:
-    return f'<td class="number">{escape(text)}</td>' if number else f"<td>{escape(text)}</td>"
+def _titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> str:
+    """Return a titled table; empty without rows."""
+    return f"<h2>{escape(title)}</h2>\n{pages.table(heads, rows, numbers)}" if rows else ""
 
 
 def _code(value: object) -> str:
-    return "<td></td>" if value is None else f"<td><code>{escape(json.dumps(value, ensure_ascii=False))}</code></td>"
+    return "" if value is None else f"<code>{escape(json.dumps(value, ensure_ascii=False))}</code>"
 
 
 def _short(count: int) -> str:
