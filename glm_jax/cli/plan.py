@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from glm_jax.cli import common
+from glm_jax.cli import common, plan_page
 from glm_jax.cli.common import say
 from glm_jax.errors import UserError
 from glm_jax.planning import targets
@@ -19,8 +20,9 @@ from glm_jax.planning import targets
 if TYPE_CHECKING:
     from glm_jax.config import Experiment
     from glm_jax.parallel.device_sheet import Device
-    from glm_jax.planning.compile import Report, Verdict
+    from glm_jax.planning.compile import Report, Request, Verdict
     from glm_jax.planning.remedies import Remedy
+    from glm_jax.planning.targets import Target
 
 WEIGHTS = ("float32", "float16", "bfloat16", "int8", "int4")
 
@@ -31,30 +33,41 @@ def run(arguments: Sequence[str]) -> int:
     if not common.parse(values, arguments, ["config"]):
         return 0
     _check(values)
+    plan_page.check(values)
     sheets = (Path(values.devices),) if values.devices else ()
     target = targets.find(values.target, *sheets, compiled=values.compile)
     memory = target.memory if values.memory is None else targets.memory(values.memory)
     experiment = common.load(values)
 
-    from glm_jax.cli import plan_estimate
-    from glm_jax.planning import estimate, remedies, worker
-    from glm_jax.planning.compile import Request, verdict
-    from glm_jax.planning.programs import pieces
+    from glm_jax.cli import plan_inference
+    from glm_jax.planning.compile import Request
 
     request = Request(experiment, values.target, sheets, memory)
     processes = max(1, (os.cpu_count() or 1) // 2)
+    draw = functools.partial(plan_page.write, values, arguments, target, memory, experiment)
     if values.inference:
-        from glm_jax.cli import plan_inference
+        return plan_inference.run(values, request, target, memory, processes, draw)
+    return _training(values, request, target, memory, processes, draw)
 
-        return plan_inference.run(values, request, target, memory, processes)
-    count = request.devices()
-    device = target.device or estimate.PROCESSOR
-    estimated = estimate.plan(experiment, device, pieces(experiment))
+
+def _training(
+    values: flags.FlagValues, request: Request, target: Target, memory: int | None, processes: int, draw: plan_page.Draw
+) -> int:
+    """Estimate a training step, compile it unless --nocompile, and show both."""
+    from glm_jax.cli import plan_estimate
+    from glm_jax.planning import estimate, remedies, worker
+    from glm_jax.planning.compile import verdict
+    from glm_jax.planning.programs import pieces
+
+    count, experiment = request.devices(), request.experiment
+    estimated = estimate.plan(experiment, target.device or estimate.PROCESSOR, pieces(experiment))
+    shown: dict[str, object] = {"estimate": estimated.to_json(), "parameters": estimated.total_parameters}
     if not values.json:
         print("\n".join(plan_estimate.table(estimated)), flush=True)
     if not values.compile:
         if values.json:
-            print(json.dumps({"estimate": estimated.to_json(), "parameters": estimated.total_parameters}))
+            print(json.dumps(shown))
+        draw(estimated)
         return 0
     say(f"compiling for {count:,} x {values.target}, none of which is used; large models take a minute or two")
     (report,) = worker.reports([request])
@@ -64,13 +77,13 @@ def run(arguments: Sequence[str]) -> int:
         say("it does not fit; compiling what might")
         found = remedies.search(request, report, judged.memory, _cost_on(target.device), processes, say)
     if values.json:
-        print(json.dumps({"estimate": estimated.to_json(), "parameters": estimated.total_parameters,
-                          "compiled": [row(report, judged)],
-                          "remedies": [dataclasses.asdict(remedy) for remedy in found]}))  # fmt: skip
-        return 0
-    print("\n".join(table(report, judged)))
-    if judged and not judged.fits:
-        print("\n".join(advice(report, found)))
+        changes = [dataclasses.asdict(remedy) for remedy in found]
+        print(json.dumps({**shown, "compiled": [row(report, judged)], "remedies": changes}))
+    else:
+        print("\n".join(table(report, judged)))
+        if judged and not judged.fits:
+            print("\n".join(advice(report, found)))
+    draw(estimated, [(report, judged)], found)
     return 0
 
 
@@ -110,6 +123,7 @@ def _flags() -> flags.FlagValues:
         flags.DEFINE_integer(name, default, summary, lower_bound=least, flag_values=values)
     flags.DEFINE_bool("compile", True, "--nocompile: the estimate alone, in seconds", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
+    plan_page.define(values)
     return values
 
 

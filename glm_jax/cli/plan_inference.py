@@ -21,14 +21,17 @@ from glm_jax.planning.generation import Memory, Plan, Rate
 from glm_jax.planning.programs import Inference, pieces
 
 if TYPE_CHECKING:
+    from glm_jax.cli.plan_page import Draw
     from glm_jax.planning.targets import Target
 
 ANY = "any"  # of --inference: whatever weights fit
 Compiled = list[tuple[Report, Verdict | None]]
 
 
-def run(values: flags.FlagValues, request: Request, target: Target, memory: int | None, processes: int) -> int:
-    """Estimate generation, compile it unless --nocompile, and print both."""
+def run(
+    values: flags.FlagValues, request: Request, target: Target, memory: int | None, processes: int, draw: Draw
+) -> int:
+    """Estimate generation, compile it unless --nocompile, and show both."""
     experiment = request.experiment
     kind = "float16" if values.inference == ANY else values.inference  # of any, each has its turn
     inference = Inference(kind, values.room or experiment.data.seq_length, values.rows, values.group)
@@ -43,6 +46,7 @@ def run(values: flags.FlagValues, request: Request, target: Target, memory: int 
         say(f"compiling for {count:,} x {target.name}, none of which is used; large models take a minute or two")
         compiled = _compiled(request, inference, memory, processes)
     _print(values, {"estimate": plan.to_json()}, compiled)
+    draw(None, compiled)
     return 0
 
 

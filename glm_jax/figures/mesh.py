@@ -14,10 +14,9 @@ import jax
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.typing import ColorType
 
 from glm_jax.figures import style
 from glm_jax.figures.depth import logarithmic
@@ -25,12 +24,14 @@ from glm_jax.model import GLMConfig, init, logical_axes
 from glm_jax.parallel import partition
 from glm_jax.parallel.mesh import AXES
 from glm_jax.parallel.pipeline import schedule
-from glm_jax.parallel.pipeline.drawing import columns
+from glm_jax.parallel.pipeline.drawing import Slots, columns
 
 Sizes = Mapping[str, int]
 
 MARK = style.COLOURS[1]  # what one device holds
-IDLE = "#e4e4e4"
+IDLE = "#8888883a"  # the same grey on white and on black
+COLOURS = {"F": style.COLOURS[0], "B": style.COLOURS[5]}  # of slots
+LENGTHS = {"F": 1, "B": 2}  # of slots
 LABELLED = 0.1  # parts of at least this share of the width and the height are labelled with their devices
 # Bytes an element: float32 master params and two moments, split over data too; float16 weights; float32 gradient sums.
 KINDS: Mapping[str, int] = {"state": 12, "weights": 2, "gradient sums": 4}
@@ -154,7 +155,7 @@ def _draw_parts(
         if min(width, height) >= LABELLED:
             label = " ".join(f"{name[0]}{owner[name]}" for name in AXES if name in used) or "whole"
             axis.text(left + width / 2, bottom + height / 2, label, ha="center", va="center", fontsize=7,
-                      color=_contrast(shade))  # fmt: skip
+                      color=style.contrast(shade))  # fmt: skip
     if "layers" in layout.axes and layout.shape[0] > cfg.num_layers:
         padding = 1 - cfg.num_layers / layout.shape[0]
         axis.add_patch(Rectangle((0, 0), 1, padding, facecolor="white", edgecolor=style.INK, hatch="////", lw=0.4))
@@ -169,11 +170,6 @@ def _draw_parts(
     axis.spines[:].set_visible(False)
     axis.set_xlabel("\n".join(across), fontsize=7)
     axis.set_ylabel("\n".join(down), fontsize=7)
-
-
-def _contrast(shade: ColorType) -> str:
-    red, green, blue = to_rgb(shade)
-    return "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"
 
 
 def bytes_a_device(cfg: GLMConfig, sizes: Sizes) -> dict[str, int]:
@@ -209,21 +205,11 @@ def timeline(schedules: Sequence[schedule.Schedule], title: str) -> Figure:
     """Draw schedules below one another on one time axis, a row per stage; a backward slot is as long as two forward."""
     height = 0.55 + 0.3 * max(each.stages for each in schedules)
     made, axes = style.figure(len(schedules), 1, width=9.5, height=height)
-    colours = {"F": style.COLOURS[0], "B": style.COLOURS[5]}
-    end = 0
-    for axis, each in zip(axes, schedules, strict=True):
-        left = 0
-        for slot in columns(each):
-            width = 1 if slot.kind == "F" else 2
-            for stage, microbatch in enumerate(slot.microbatches):
-                idle = microbatch == schedule.IDLE
-                axis.barh(stage, width, left=left, height=0.84, color=IDLE if idle else colours[slot.kind],
-                          edgecolor="white", linewidth=0.5)  # fmt: skip
-                if not idle:
-                    axis.text(left + width / 2, stage, str(microbatch), ha="center", va="center", fontsize=7,
-                              color="white" if slot.kind == "F" else "black")  # fmt: skip
-            left += width
-        end = max(end, left)
+    slots = [columns(each) for each in schedules]
+    end = max(sum(LENGTHS[slot.kind] for slot in each) for each in slots)
+    for axis, each, row in zip(axes, schedules, slots, strict=True):
+        lefts = itertools.accumulate((LENGTHS[slot.kind] for slot in row), initial=0)
+        draw_slots(axis, [*zip(lefts, row, strict=False)])
         axis.set(yticks=range(each.stages), ylim=(each.stages - 0.5, -0.5))
         stash = ", ".join(map(str, each.in_flight))
         name = f"{each.name}: bubble {float(each.bubble):.1%}, stash slots by stage {stash}"
@@ -231,11 +217,51 @@ def timeline(schedules: Sequence[schedule.Schedule], title: str) -> Figure:
         axis.grid(visible=False)
     for axis in axes:
         axis.set_xlim(0, end)
-    shown = (("forward", colours["F"]), ("backward", colours["B"]), ("idle", IDLE))
-    handles = [Patch(facecolor=colour, label=name) for name, colour in shown]
-    made.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    made.legend(handles=slot_kinds(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     made.suptitle(title, fontsize=11, color=style.INK)
     return made
+
+
+def draw_slots(axis: Axes, slots: Sequence[tuple[int, Slots]], inches: float = 1.0, flat: bool = False) -> None:
+    """Draw slots at their places in time, a row a stage, each job with its microbatch where there is room for it.
+
+    Args:
+        axis: its units are forward slots.
+        slots: with where each begins, in order.
+        inches: of a forward slot.
+        flat: whether to draw one image without numbers, which takes less time and room for many slots.
+    """
+    if flat:
+        _draw_image(axis, slots)
+        return
+    for left, slot in slots:
+        width = LENGTHS[slot.kind]
+        for stage, microbatch in enumerate(slot.microbatches):
+            idle = microbatch == schedule.IDLE
+            colour = IDLE if idle else COLOURS[slot.kind]
+            place = (left, stage - 0.42)
+            axis.add_patch(Rectangle(place, width, 0.84, facecolor=colour, edgecolor="white", linewidth=0.5))
+            size = min(7.0, 110 * inches * width / len(str(microbatch)))  # points
+            if not idle and size >= 6:
+                axis.text(left + width / 2, stage, str(microbatch), ha="center", va="center", fontsize=size,
+                          color="white" if slot.kind == "F" else "black")  # fmt: skip
+
+
+def _draw_image(axis: Axes, slots: Sequence[tuple[int, Slots]]) -> None:
+    left, last = slots[-1]
+    end, stages = left + LENGTHS[last.kind], len(last.microbatches)
+    image = np.zeros((stages, end, 4))
+    for left, slot in slots:
+        for stage, microbatch in enumerate(slot.microbatches):
+            colour = IDLE if microbatch == schedule.IDLE else COLOURS[slot.kind]
+            image[stage, left : left + LENGTHS[slot.kind]] = to_rgba(colour)
+    axis.imshow(image, extent=(0, end, stages - 0.5, -0.5), aspect="auto", interpolation="nearest")
+
+
+def slot_kinds() -> list[Patch]:
+    """Return what a legend needs to explain the colours of slots."""
+    shown = (("forward", COLOURS["F"]), ("backward", COLOURS["B"]), ("idle", IDLE))
+    return [Patch(facecolor=colour, label=name) for name, colour in shown]
 
 
 def stash_and_bubble(stages: int, microbatches: Sequence[int], marked: int, title: str) -> Figure:

@@ -13,8 +13,10 @@ import warnings
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.typing import ColorType
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. INK takes the place of black; yellow is last, as
 # it is pale on white.
@@ -63,6 +65,12 @@ def finish(axis: Axes, x: str = "", y: str = "", title: str = "", legend: bool =
         if legend and handles:
             columns = min(4, -(-len(labels) // 4))
             axis.legend(handles, labels, frameon=False, fontsize=8, ncols=columns, handlelength=1.4)
+
+
+def contrast(shade: ColorType) -> str:
+    """Return black or white, whichever is easier to read on a colour."""
+    red, green, blue = to_rgb(shade)
+    return "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"
 
 
 def scale_values(axis: Axes, log: bool = False) -> None:

@@ -111,7 +111,7 @@ def test_the_timeline_draws_every_slot_of_the_table():
     tables = [schedule.build(name, 3, 5) for name in ("1f1b", "gpipe")]
     figure = figures_mesh.timeline(tables, "Two schedules")
     for axis, table in zip(axes(figure), tables, strict=True):
-        busy = [bar for bar in axis.patches if to_hex(bar.get_facecolor()) != figures_mesh.IDLE]
+        busy = [bar for bar in axis.patches if to_hex(bar.get_facecolor(), keep_alpha=True) != figures_mesh.IDLE]
         counts = Counter((to_hex(bar.get_facecolor()), bar.get_width()) for bar in busy)
         assert counts == {(style.COLOURS[0], 1): 15, (style.COLOURS[5], 2): 15}
         assert sum(bar.get_width() for bar in axis.patches) == 3 * table.makespan(1, 2)
