@@ -134,7 +134,7 @@ def _facts(planned: Planned, found: Layout) -> Iterator[tuple[str, str]]:
         if (carbon := [cost.carbon_kilograms for cost in costs if cost.carbon_kilograms is not None])[1:]:
             yield "t of CO2", _between(carbon[0] / 1e3, carbon[1] / 1e3)
     yield "steps", f"{estimate.steps:,}"
-    yield "row tokens", f"{estimate.tokens / 1e9:,.4g} billion"
+    yield "row tokens", pages.short(estimate.tokens)
 
 
 def _between(low: float, high: float) -> str:
@@ -205,7 +205,8 @@ def _mesh(planned: Planned, found: Layout) -> Iterator[str]:
     drawn = drawings.mesh(found, planned.experiment.model.num_heads, planned.node)
     lines = [
         f"{layout.stages_line([*map(len, found.stages)])}. Each device holds the attention heads and the share of the "
-        f"feed-forward features of its row, for the layers of its column, and 1/{devices} of the vocabulary."
+        f"feed-forward features of its row, for the layers of its column"
+        f"{f', and 1/{devices} of the vocabulary' if devices > 1 else ''}."
     ]
     if replicas > 1:
         split = any("data" in str(one.spec) for one in found.arrays)

@@ -220,13 +220,13 @@ def memory(rows: Sequence[tuple[str, Mapping[str, tuple[int, str]]]], bound: int
         left = 0.0
         for name, (size, colour) in parts.items():
             axis.barh(place, size / GB, left=left, height=0.62, color=colour, edgecolor="white", linewidth=0.6)
-            label = f"{name}\n{size / GB:,.2f}"
+            label = f"{name}\n{_gigabytes(size)}"
             if size / GB / end * WIDTH > 0.1 + 0.065 * len(label.split("\n")[0]):
                 _text(axis, left + size / GB / 2, place, label, fontsize=7.5, color=style.contrast(colour))
             left += size / GB
         near = bound and 0 <= bound - total < 0.05 * end * GB
         beside = (bound if near and bound else total) / GB + 0.005 * end
-        _text(axis, beside, place, f"{total / GB:,.2f}", ha="left", fontsize=9, fontweight="bold")
+        _text(axis, beside, place, _gigabytes(total), ha="left", fontsize=9, fontweight="bold")
     if bound:
         axis.axvline(bound / GB, color=style.INK, linewidth=2.2)
         _text(axis, bound / GB - 0.005 * end, -0.44, f"bound {bound / GB:,.2f} GB", ha="right", va="bottom", fontsize=9)
@@ -234,6 +234,10 @@ def memory(rows: Sequence[tuple[str, Mapping[str, tuple[int, str]]]], bound: int
     axis.set(ylim=(len(rows) - 0.5, -0.85), xlim=(0, end))
     style.finish(axis, "GB (1e9 bytes) a device", legend=False)
     return made
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / GB:,.{2 if size >= GB else 3}f}"
 
 
 def bracket(fastest: float, slowest: float) -> Figure:

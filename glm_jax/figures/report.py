@@ -149,7 +149,7 @@ def facts(record: Record, config: Json) -> list[tuple[str, str]]:
     if "samples" in train:
         found.append(("samples", f"{train['samples']:,}"))
     if tokens := record.tokens():
-        found.append(("tokens, about", _short(tokens)))
+        found.append(("tokens, about", pages.short(tokens)))
     if "loss" in train:
         found.append(("training loss", f"{train['loss']:.4f}"))
     for key, value in sorted(heldout.items()):  # the loss of all comes before those of sources
@@ -229,11 +229,3 @@ def _titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], num
 
 def _code(value: object) -> str:
     return "" if value is None else f"<code>{escape(json.dumps(value, ensure_ascii=False))}</code>"
-
-
-def _short(count: int) -> str:
-    """Return a large count with three digits: 12.3 billion."""
-    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if count >= size:
-            return f"{count / size:.3g} {word}"
-    return f"{count:,}"
