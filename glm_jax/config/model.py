@@ -33,10 +33,16 @@ class Architecture(Section):
     rope_base: float = field(10000.0, above=0, doc="base of the rotary frequencies")
     rope_angles: Literal["float32", "float16"] = field("float32", doc="float16: the released inference code's tables")
     score_scaling: bool = field(True, doc="query-key layer scaling: cancels out, keeps float16 scores in range")
+    softmax_dtype: Literal["float32", "float16"] = field(
+        "float32", doc="of the scores from their product to their probabilities; float16: what GLM-130B's authors left"
+    )
     pb_relax: float = field(
         0.0,
         at_least=0,
         doc="CogView's alpha (GLM's trials used 128), instead of score_scaling; 0 disables",
+    )
+    qk_norm: bool = field(
+        False, doc="layer norm on each head's queries and keys before their rotation (ViT-22B); not GLM-130B's"
     )
     initialisation: Initialisation = field("xavier", doc="distribution of the initial kernels")
 
@@ -99,7 +105,7 @@ class GLMConfig(Architecture):
     def num_parameters(self) -> int:
         """The number of parameters, with the tied embedding counted once. GLM-130B: 128,697,794,560."""
         hidden, inner, norm = self.hidden_size, self.ffn_size, 2 * self.hidden_size
-        attention = 4 * hidden * hidden + 4 * hidden
+        attention = 4 * hidden * hidden + 4 * hidden + (2 * self.head_dim if self.qk_norm else 0)
         feedforward = (self.up_projections + 1) * hidden * inner + self.up_projections * inner + hidden
         norms = 4 if self.norm == "sandwich" else 2
         embedding = self.vocab_size * hidden + (norm if self.embedding_norm else 0)

@@ -136,6 +136,12 @@ class Train(Section):
     loss_normalization: Normalization = field(
         "tokens", doc="tokens: a mean over the global batch's targets; microbatch: over row means"
     )
+    z_loss: float = field(
+        0.0,
+        at_least=0,
+        doc="adds this times log(Z)^2 to each target token's loss, Z the sum of its exponentiated logits (PaLM: 1e-4); "
+        "logged losses leave it out; 0 disables",
+    )
     batch_ramp: tuple[int, int, int] | tuple[()] = field(
         (), doc="(first batch, increment, samples): the batch grows at equal intervals of the samples"
     )

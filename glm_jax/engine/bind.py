@@ -40,6 +40,7 @@ class EngineConfig:
     schedule: str = "1f1b"
     keep: Keep = "layer"
     normalization: Normalization = "tokens"
+    z_loss: float = 0.0  # see `cross_entropy.weighted`
     shrink_logits: bool = False  # apply the embedding gradient shrink on the head's path too
     attention: attention_cores.Name = "reference"
     zero: Literal[1, 3] = 1  # 3: the blocks' weights also stay split over `data`, gathered one layer at a time
@@ -152,7 +153,8 @@ def functions(
         mask, counts = batch.rows.loss_mask, batch.rows.loss_mask.sum(-1)  # [B, S], [B]
         x, word = transformer.before_logits(glm, outer, x, axis, shrink if cfg.shrink_logits else None)
         weights = mask * row_weights(cfg, counts)[:, None]  # [B, S]
-        loss, losses = cross_entropy.weighted(x, word, batch.rows.targets, weights, cfg.num_tokens)  # [], [B, S]
+        targets = batch.rows.targets
+        loss, losses = cross_entropy.weighted(x, word, targets, weights, cfg.num_tokens, cfg.z_loss)  # [], [B, S]
         of_objective = jax.nn.one_hot(batch.rows.objective, cfg.objectives, dtype=losses.dtype)  # [B, O]
         return loss, Sums((losses * mask).sum(-1) @ of_objective, counts @ of_objective)
 

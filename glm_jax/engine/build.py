@@ -59,6 +59,7 @@ def build(
         schedule=experiment.pipeline.schedule,
         keep="layer" if asked == "auto" else asked,
         normalization=train.loss_normalization,
+        z_loss=train.z_loss,
         shrink_logits=train.embedding_shrink.logits,
         attention=attention_cores.choose(glm, platform, experiment.data.seq_length, train.precision),
         zero=experiment.mesh.zero,

@@ -172,7 +172,8 @@ def open_parameters(path: str | Path, cfg: GLMConfig) -> dict[ParamPath, Paramet
 def _check_model(cfg: GLMConfig) -> None:
     """Refuse models that the released classes do not compute."""
     wanted = {"norm": ("pre",), "position": ("learned_2d",), "activation": tuple(ACTIVATIONS.values()),
-              "embedding_norm": (False,), "ffn_size": (4 * cfg.hidden_size,), "norm_epsilon": (1e-5,)}  # fmt: skip
+              "embedding_norm": (False,), "qk_norm": (False,), "ffn_size": (4 * cfg.hidden_size,),
+              "norm_epsilon": (1e-5,)}  # fmt: skip
     for name, choices in wanted.items():
         if getattr(cfg, name) not in choices:
             listed = " or ".join(map(str, choices))

@@ -92,10 +92,12 @@ def rules(cfg: GLMConfig, layout: Layout = SAT, bits: int = 0) -> list[Rule]:
     head by head.
 
     Raises:
-        UserError: the model has an embedding norm or a norm scheme for which SAT has no names.
+        UserError: the model has norms for which SAT has no names.
     """
     if cfg.embedding_norm:
         raise UserError("official checkpoints have no embedding norm: model.embedding_norm must be off")
+    if cfg.qk_norm:
+        raise UserError("official checkpoints have no norms on queries and keys: model.qk_norm must be off")
     if cfg.norm not in SAT_NORMS:
         listed = ", ".join(SAT_NORMS)
         raise UserError(f"official checkpoints have no norm scheme {cfg.norm!r}: model.norm must be one of {listed}")

@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 SIZES = ("num_layers", "hidden_size", "num_heads", "ffn_size")
 # Keys under which the same arrays give other logits, or have other shapes. A vocabulary and a table may be resized.
-DECISIVE = (*SIZES, "norm", "position", "activation", "embedding_norm", "norm_epsilon", "rope_base")
+DECISIVE = (*SIZES, "norm", "position", "activation", "embedding_norm", "qk_norm", "norm_epsilon", "rope_base")
 
 
 @dataclasses.dataclass(frozen=True)

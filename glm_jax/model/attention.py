@@ -18,6 +18,7 @@ from glm_jax.model.layers import (
     ONE_DEVICE,
     PRODUCT,
     Affine,
+    LayerNorm,
     TensorAxis,
     xavier_stddev,
 )
@@ -130,3 +131,8 @@ class Attention(nn.Module):
             (heads, dim, width), ("heads", None, "hidden"), output_stddev(cfg), inputs=2, name="output"
         )("bsnk,nkd->bsd", mixed)  # [B, S, D], [D]
         return checkpoint_name(self.axis.leave(partial), PRODUCT) + bias, cache  # [B, S, D]
+        if cfg.qk_norm:  # arXiv 2302.05442: a scale for each of K, which all heads share, and no bias
+            queries, keys = (
+                LayerNorm(cfg.norm_epsilon, axis=None, bias=False, name=name)(heads_of)  # [B, S, N, K]
+                for name, heads_of in (("query_norm", queries), ("key_norm", keys))
+            )

@@ -63,14 +63,15 @@ def attention_probabilities(
     layer: Array,
     heads: Array,
 ) -> Array:
-    """Return float32 softmax probabilities [B, N, S, T] for queries [B, S, N, K], keys [B, N, T, K], allowed [B, S, T].
+    """Return softmax probabilities [B, N, S, T] for queries [B, S, N, K], keys [B, N, T, K], allowed [B, S, T].
 
     `heads`, int32 [N], are the indices of these heads.
 
     With `score_scaling` the queries are divided by (layer + 1) sqrt(K) before the product in the compute dtype, and the
-    float32 scores are multiplied by layer + 1 after it (paper section 3.2: float32 softmax). With `pb_relax` alpha the
-    product is divided by alpha, its largest magnitude is subtracted, and the result is multiplied by alpha (CogView,
-    arXiv 2105.13290). A query that may see nothing attends evenly to everything.
+    scores are multiplied by layer + 1 after it, in float32 (paper section 3.2: float32 softmax), like all that follows,
+    or in float16 if that is the `softmax_dtype`. With `pb_relax` alpha the product is divided by alpha, its largest
+    magnitude is subtracted, and the result is multiplied by alpha (CogView, arXiv 2105.13290). A query that may see
+    nothing attends evenly to everything.
     """
     if cfg.pb_relax:
         factor: Array | float = cfg.pb_relax
@@ -80,7 +81,9 @@ def attention_probabilities(
     scores = jnp.einsum("bsnk,bntk->bnst", queries, keys)  # [B, N, S, T]
     if cfg.pb_relax:
         scores = scores - jax.lax.stop_gradient(jnp.max(jnp.abs(scores), axis=(-2, -1), keepdims=True))
-    scores = at_least_float32(scores) * factor  # [B, N, S, T]
+    half = cfg.softmax_dtype == "float16"
+    scores = scores.astype(jnp.float16) if half else at_least_float32(scores)  # [B, N, S, T]
+    scores = scores * jnp.asarray(factor, scores.dtype)  # [B, N, S, T]
     if distance is not None:
         slopes = jnp.asarray(alibi_slopes(cfg.num_heads), scores.dtype)[heads]  # [N]
         scores = scores - slopes[:, None, None] * distance[:, None]  # [B, N, S, T]

@@ -46,7 +46,8 @@ def choose(cfg: GLMConfig, platform: str, length: int, compute: str = "float32",
     """Return the core for rows of `length` under a `Visibility`.
 
     `blockwise` is for CPUs, where its loops of small products are the fastest. The fused kernels have neither ALiBi nor
-    dropout of probabilities; cuDNN's take half precision, those for TPUs float32 and bfloat16.
+    dropout of probabilities; cuDNN's take half precision, those for TPUs float32 and bfloat16. Only `reference` has a
+    softmax in float16.
 
     Args:
         cfg: the model.
@@ -55,6 +56,8 @@ def choose(cfg: GLMConfig, platform: str, length: int, compute: str = "float32",
         compute: the dtype of queries, keys and values.
         forward_only: whether there is no backward pass.
     """
+    if cfg.softmax_dtype != "float32":
+        return "reference"
     if platform == "cpu":
         dense = attention_blockwise.block_size(length) is None or (forward_only and length <= DENSE)
         return "reference" if dense else "blockwise"

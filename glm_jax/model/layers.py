@@ -117,16 +117,24 @@ def run(module: nn.Module, weights: Tree, *arguments: Tree) -> Tree:
 
 
 class LayerNorm(nn.Module):
-    """Layer norm with weight and bias over the last axis, statistics in float32 (biased variance)."""
+    """Layer norm over the last axis, statistics in float32 (biased variance).
+
+    Attributes:
+        epsilon: added to the variance.
+        axis: the logical axis of the params, for parallel/partition.py; None is never sharded.
+        bias: whether there is one beside the scale.
+    """
 
     epsilon: float
+    axis: str | None = "hidden"
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [..., D] -> [..., D] in the dtype of x."""
         width = x.shape[-1]
-        scale = param(self, "scale", nn.initializers.ones, ("hidden",), (width,))  # [D]
-        bias = param(self, "bias", nn.initializers.zeros, ("hidden",), (width,))  # [D]
+        scale = param(self, "scale", nn.initializers.ones, (self.axis,), (width,))  # [D]
+        bias = param(self, "bias", nn.initializers.zeros, (self.axis,), (width,)) if self.bias else 0.0  # [D]
         wide = at_least_float32(x)  # [..., D]
         mean = jnp.mean(wide, axis=-1, keepdims=True)  # [..., 1]
         centred = wide - mean  # [..., D]

@@ -32,7 +32,7 @@ def token_losses(logits: Array, targets: Array, num_tokens: int) -> Array:
         targets: int32 [...].
         num_tokens: real rows of the vocabulary; the rest are padding and get no probability.
     """
-    return _with_gradient(logits, targets, num_tokens)[0]
+    return _with_gradient(logits, targets, num_tokens, 0.0)[0]
 
 
 def scores(logits: Array, targets: Array, num_tokens: int) -> tuple[Array, Array]:
@@ -59,37 +59,40 @@ def losses(x: Array, word: Array, targets: Array, num_tokens: int) -> Array:
     return _by_slices(one, (), (x, targets), word.shape[0])[1]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def weighted(x: Array, word: Array, targets: Array, weights: Array, num_tokens: int) -> tuple[Array, Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def weighted(
+    x: Array, word: Array, targets: Array, weights: Array, num_tokens: int, z_loss: float = 0.0
+) -> tuple[Array, Array]:
     """Return the sum of the `losses` times `weights` [B, S], and the losses, which have no gradient of their own.
 
-    Differentiated, a slice's gradients are computed together with its losses, before its logits are gone.
+    Differentiated, a slice's gradients are computed together with its losses, before its logits are gone. With
+    `z_loss` the sum also has z_loss log(Z)^2 times a token's weight, Z the sum of its exponentiated logits (PaLM, arXiv
+    2204.02311, section 5). The losses never have it.
     """
-    each = losses(x, word, targets, num_tokens)
-    return (each * weights).sum(), each
+    return _forward(x, word, targets, weights, num_tokens, z_loss)[0]
 
 
 def _forward(
-    x: Array, word: Array, targets: Array, weights: Array, num_tokens: int
+    x: Array, word: Array, targets: Array, weights: Array, num_tokens: int, z_loss: float
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    def one(of_word: Array, slice: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def one(of_word: Array, slice: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array, Array]]:
         x, targets, weights = slice  # [T, D], [T], [T]
-        each, of_logits = _with_gradient(_project(x, word), targets, num_tokens)  # [T], [T, V / shards]
+        each, penalty, of_logits = _with_gradient(_project(x, word), targets, num_tokens, z_loss)  # [T, V / shards]
         weights = weights[:, None].astype(x.dtype)
         of_logits = lax.optimization_barrier(of_logits.astype(x.dtype))  # or XLA computes it for each of two uses
         of_x = weights * (of_logits @ word)  # [T, D]
         # Transposing x instead of the logits, which are larger, and the sum once, at the end.
         turned = lax.optimization_barrier((weights * x).T)  # [D, T]
-        return of_word + jnp.matmul(turned, of_logits, preferred_element_type=of_word.dtype), (each, of_x)
+        return of_word + jnp.matmul(turned, of_logits, preferred_element_type=of_word.dtype), (each, penalty, of_x)
 
     wide = jnp.promote_types(x.dtype, jnp.float32)
     start = vary(jnp.zeros(word.shape[::-1], wide))  # [D, V / shards]
-    of_word, (each, of_x) = _by_slices(one, start, (x, targets, weights), word.shape[0])
-    return ((each * weights).sum(), each), (of_x, of_word)
+    of_word, (each, penalty, of_x) = _by_slices(one, start, (x, targets, weights), word.shape[0])
+    return (((each + penalty) * weights).sum(), each), (of_x, of_word)
 
 
 def _backward(
-    num_tokens: int, gradients: tuple[Array, Array], cotangents: tuple[Array, Array]
+    num_tokens: int, z_loss: float, gradients: tuple[Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, None, None]:
     of_x, of_word = gradients  # [B, S, D], float32 [D, V / shards]
     scale = cotangents[0]  # float32 []
@@ -120,12 +123,17 @@ def _found(logits: Array, targets: Array, num_tokens: int) -> tuple[Array, Array
     return logits, hit, largest, chosen
 
 
-def _with_gradient(logits: Array, targets: Array, num_tokens: int) -> tuple[Array, Array]:
-    """Return `token_losses`, and the gradient of each with respect to its logits [..., V / shards]."""
+def _with_gradient(logits: Array, targets: Array, num_tokens: int, z_loss: float) -> tuple[Array, Array, Array]:
+    """Return `token_losses`, what z_loss adds to each, and the gradient of both for the logits [..., V / shards]."""
     logits, hit, largest, chosen = _found(logits, targets, num_tokens)
     exponentials = jnp.exp(logits - largest[..., None])  # [..., V / shards]
     total = lax.psum(exponentials.sum(axis=-1), VOCAB_AXES)  # [...]
-    return jnp.log(total) + largest - chosen, exponentials / total[..., None] - hit
+    probabilities = exponentials / total[..., None]  # [..., V / shards]
+    loss, gradient = jnp.log(total) + largest - chosen, probabilities - hit
+    if not z_loss:
+        return loss, jnp.zeros_like(loss), gradient
+    log_sum = jnp.log(total) + largest  # [...], the logarithm of Z
+    return loss, z_loss * log_sum**2, gradient + 2 * z_loss * log_sum[..., None] * probabilities
 
 
 def _by_slices(

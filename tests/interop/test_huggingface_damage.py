@@ -207,6 +207,7 @@ def test_a_torch_file_of_something_else_is_refused(content: Any, words: list[str
         ({"ffn_size": 24}, {}, ["model.ffn_size 24", "32"]),
         ({"norm_epsilon": 1e-6}, {}, ["model.norm_epsilon 1e-06"]),
         ({"embedding_norm": True}, {}, ["model.embedding_norm True"]),
+        ({"qk_norm": True}, {}, ["model.qk_norm True"]),
         ({"vocab_size": 25}, {}, ["embedding.word", "[24, 8]", "[25, 8]"]),
     ],
 )

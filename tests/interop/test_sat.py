@@ -244,6 +244,7 @@ def test_a_scheme_that_official_checkpoints_do_not_have_is_refused(monkeypatch: 
         ({"position": "learned_2d"}, {}, ["embedding.block_position is missing"]),
         ({"ffn_size": 24}, {}, ["blocks.feedforward.down.kernel", "[2, 20, 24]", "[2, 24, 24]"]),
         ({"embedding_norm": True}, {}, ["embedding norm"]),
+        ({"qk_norm": True}, {}, ["no norms on queries and keys", "model.qk_norm must be off"]),
     ],
 )
 def test_save_refuses_what_does_not_fit(

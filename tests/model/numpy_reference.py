@@ -114,6 +114,11 @@ def attention(
     output = np.zeros_like(x)
     for head in range(cfg.num_heads):
         q, k, v = (x @ kernel[:, head, part] + bias[head, part] for part in range(3))
+        if cfg.qk_norm:
+            q, k = (
+                layer_norm({**layer[norm], "bias": 0}, z, cfg.norm_epsilon)
+                for norm, z in (("query_norm", q), ("key_norm", k))
+            )
         if cfg.position == "rope":
             q, k = rotate(q, p, cfg.rope_base), rotate(k, p, cfg.rope_base)
         scores = q @ k.T / np.sqrt(q.shape[-1])

@@ -31,8 +31,14 @@ def probabilities(cfg: GLMConfig, queries: np.ndarray, keys: np.ndarray, **chang
     shown = {"allowed": np.ones((len(queries), queries.shape[1], keys.shape[1]), bool), "distance": None}
     shown |= {"layer": jnp.int32(LAYER), "heads": jnp.arange(queries.shape[2])} | changes
     given = attention_probabilities(cfg, jnp.asarray(queries), jnp.asarray(keys).swapaxes(1, 2), **shown)
-    assert given.dtype == jnp.float32
+    assert given.dtype == cfg.softmax_dtype
     return np.asarray(given)
+
+
+def probabilities_of(cfg: GLMConfig, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    seen = jnp.ones((1, queries.shape[1], keys.shape[1]), bool)
+    arguments = (seen, None, jnp.int32(LAYER), jnp.arange(queries.shape[2]))
+    return attention_probabilities(cfg, queries, jnp.asarray(keys).swapaxes(1, 2), *arguments)
 
 
 def scores_of(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -57,6 +63,23 @@ def test_score_scaling_keeps_deep_layers_in_range() -> None:
     np.testing.assert_array_equal(scaled.argmax(-1), scores.argmax(-1))
     assert not np.isfinite(probabilities(CFG, queries, keys, layer=jnp.int32(0))).all()
     assert not np.isfinite(probabilities(dataclasses.replace(CFG, score_scaling=False), queries, keys)).all()
+
+
+def test_a_softmax_in_float16_rounds_and_overflows_where_one_in_float32_does_not() -> None:
+    """The products are float32 and in range; in float16 those above 1,024 are whole, and times 8 they pass 65,504."""
+    half = dataclasses.replace(CFG, softmax_dtype="float16")
+    compiled = jax.jit(probabilities_of, static_argnums=0)
+    queries = np.array([[[[256.0, 0, 0, 0]] * 4]], np.float32)  # [B, S = 1, N, K]: 16 after the scaling
+    keys = np.zeros((1, 2, 4, 4), np.float32)
+    keys[0, :, :, 0] = np.array([64.0, 64.0625])[:, None]  # 8,192 and 8,200 as scores of layer 8
+    for cfg in (CFG, half):
+        np.testing.assert_allclose(compiled(cfg, queries, keys)[0, 0, 0], softmax(np.array([0.0, 8.0])), atol=1e-3)
+    keys[0, 1, :, 0] = 64.03125  # 8,196, which float16 has no room for
+    np.testing.assert_allclose(compiled(CFG, queries, keys)[0, 0, 0], softmax(np.array([0.0, 4.0])), atol=1e-3)
+    assert compiled(half, queries, keys)[0, 0, 0].tolist() == [0.5, 0.5]
+    keys[0, :, :, 0] = np.array([640.0, 641.0])[:, None]  # 81,920 and 82,048
+    np.testing.assert_allclose(compiled(CFG, queries, keys)[0, 0, 0], [0, 1], atol=1e-6)
+    assert not np.isfinite(compiled(half, queries, keys)).any()
 
 
 def test_pb_relax_subtracts_the_largest_magnitude_of_a_head_in_float16() -> None:

@@ -23,6 +23,7 @@ from tests.model.test_goldens import LOGITS, golden, loaded
         ("cpu", 250, "float32", {}, "reference"),  # blocks of 2
         ("cpu", 512, "float32", {"attention_dropout": 0.1}, "blockwise"),
         ("cpu", 512, "float32", {"position": "alibi"}, "blockwise"),
+        ("cpu", 512, "float16", {"softmax_dtype": "float16"}, "reference"),
         ("tpu", 512, "float32", {}, "pallas"),
         ("tpu", 128, "bfloat16", {"score_scaling": True}, "pallas"),
         ("tpu", 512, "float16", {}, "reference"),  # TPUs have none
@@ -33,6 +34,7 @@ from tests.model.test_goldens import LOGITS, golden, loaded
         ("cuda", 512, "bfloat16", {}, "cudnn"),
         ("cuda", 250, "float16", {"pb_relax": 32.0}, "cudnn"),
         ("cuda", 251, "float16", {}, "reference"),
+        ("cuda", 512, "float16", {"softmax_dtype": "float16"}, "reference"),
         ("cuda", 512, "float16", {"num_heads": 1}, "cudnn"),
         ("cuda", 512, "float16", {"num_heads": 32}, "reference"),  # 4 a head
         ("cuda", 512, "float16", {"hidden_size": 512}, "reference"),  # 256 a head

@@ -15,7 +15,7 @@ VARIANTS: list[tuple[Norm, Position]] = [
     ("pre", "learned_2d"),
     ("post", "rope"),
     ("sandwich", "rope"),
-]
+]  # with norms on queries and keys under post
 
 
 def rows(position: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -32,7 +32,7 @@ def rows(position: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("norm, position", VARIANTS)
 def test_cached_logits_equal_those_of_whole_rows(norm: Norm, position: Position) -> None:
-    cfg = GLMConfig(2, 16, 2, 24, 40, max_length=16, norm=norm, position=position)
+    cfg = GLMConfig(2, 16, 2, 24, 40, max_length=16, norm=norm, position=position, qk_norm=norm == "post")
     params = jax.tree.map(lambda array: array * 2, init(cfg, jax.random.key(0)))
     tokens, positions, allowed = rows(position)
     here = (..., slice(LENGTH))

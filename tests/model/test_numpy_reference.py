@@ -44,7 +44,7 @@ def noise(tree: Any, seed: int) -> Any:
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_logits_and_gradients(norm: Any, position: Any, activation: Any) -> None:
     cfg = GLMConfig(2, 12, 3, 10, 17, 9, norm=norm, position=position, activation=activation,
-                    embedding_norm=activation == "gelu")  # fmt: skip
+                    embedding_norm=activation == "gelu", qk_norm=activation == "gelu_tanh")  # fmt: skip
     shapes = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: 0.4 * leaf, noise(shapes, 0))
     inputs = sample(cfg)
@@ -75,6 +75,7 @@ def test_logits_and_gradients(norm: Any, position: Any, activation: Any) -> None
 @pytest.mark.parametrize("changes", [
     {"norm": "sandwich", "norm_epsilon": 0.3, "embedding_norm": True}, {"norm": "post", "norm_epsilon": 0.3},
     {"rope_base": 20.0}, {"score_scaling": False}, {"pb_relax": 8.0}, {"num_layers": 5},
+    {"qk_norm": True, "norm_epsilon": 0.3},
 ])  # fmt: skip
 def test_options_mean_what_the_reference_says(changes: dict[str, Any]) -> None:
     sizes: dict[str, Any] = {"num_layers": 2, "hidden_size": 12, "num_heads": 3, "ffn_size": 10, "vocab_size": 17}

@@ -69,27 +69,31 @@ def make_batch(cfg: GLMConfig, rows: int) -> Rows[np.ndarray]:
     )
 
 
-def losses_by_token(cfg: bind.EngineConfig, params: Any, batch: Rows[Any], key: jax.Array | None) -> jax.Array:
-    """Return the masked cross-entropy [B, S] on one device."""
+def losses_by_token(
+    cfg: bind.EngineConfig, params: Any, batch: Rows[Any], key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return the masked cross-entropy on one device, and the same with what z_loss adds: [B, S] each."""
     weights = jax.tree.map(lambda param: param.astype(cfg.compute), params)
     allowed = model.Visibility(jnp.asarray(batch.segments), jnp.asarray(batch.context))
     # the dense core, unless its masks of dropout are others
     core = attention_cores.CORES[cfg.attention if cfg.model.attention_dropout else "reference"]
     logits = model.apply(cfg.model, weights, batch.tokens, batch.positions, allowed, shrink=SHRINK, key=key, core=core)
-    real = jax.nn.log_softmax(logits[..., : cfg.num_tokens])
-    return -jnp.take_along_axis(real, batch.targets[..., None], -1)[..., 0] * batch.loss_mask
+    sums = jax.nn.logsumexp(logits[..., : cfg.num_tokens], -1)  # [B, S]
+    losses = (sums - jnp.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]) * batch.loss_mask
+    return losses, losses + cfg.z_loss * sums**2 * batch.loss_mask
 
 
 def reference(cfg: bind.EngineConfig, params: Any, batch: Rows[Any], key: jax.Array) -> Any:
     """Return the mean loss, its sums by objective and its gradients, on one device, by autodiff alone."""
 
     def loss(params: Any) -> tuple[jax.Array, Any]:
-        rows, counts = losses_by_token(cfg, params, batch, key).sum(-1), batch.loss_mask.sum(-1)
+        rows, whole = (losses.sum(-1) for losses in losses_by_token(cfg, params, batch, key))  # [B] each
+        counts = batch.loss_mask.sum(-1)  # [B]
         by_objective = [(rows[mine].sum(), counts[mine].sum())
                         for mine in (batch.objective == index for index in range(cfg.objectives))]  # fmt: skip
         if cfg.normalization == "tokens":
-            return rows.sum() / counts.sum(), by_objective
-        return (rows / counts).mean(), by_objective
+            return whole.sum() / counts.sum(), by_objective
+        return (whole / counts).mean(), by_objective
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -105,13 +109,14 @@ class Independent:
         size = attention_blockwise.BLOCK if cfg.attention == "blockwise" else None
         self.masks = numpy_reference.dropout_masks(cfg.model, key, len(segments), LENGTH, size) if drops else None
 
-    def rows(self, params: Any) -> np.ndarray:
+    def rows(self, params: Any, z_loss: float = 0.0) -> np.ndarray:
         """Return the summed loss of each row [B]."""
         batch = self.batch
         inputs = batch.tokens, batch.positions, self.allowed, self.masks
         logits = numpy_reference.forward(self.cfg.model, params, *inputs)[..., :NUM_TOKENS]
         chosen = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]  # [B, S]
-        return ((np.log(np.exp(logits).sum(-1)) - chosen) * batch.loss_mask).sum(-1)
+        sums = np.log(np.exp(logits).sum(-1))  # [B, S]
+        return ((sums - chosen + z_loss * sums**2) * batch.loss_mask).sum(-1)
 
     def by_objective(self, params: Any) -> np.ndarray:
         """Return the summed losses of the objectives [O]."""
@@ -119,7 +124,7 @@ class Independent:
 
     def mean(self, params: Any) -> float:
         """Return the loss that is differentiated."""
-        rows, counts = self.rows(params), self.batch.loss_mask.sum(-1)
+        rows, counts = self.rows(params, self.cfg.z_loss), self.batch.loss_mask.sum(-1)
         return float(rows.sum() / counts.sum() if self.cfg.normalization == "tokens" else (rows / counts).mean())
 
     def slope_error(self, params: Any, gradients: Any) -> float:
@@ -223,7 +228,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     placed_moments = jax.jit(optimizer.transformation(OPTIMIZER).init)(placed)
     independent = Independent(cfg, batch, key) if cfg.compute in ("float32", "float64") else None
     token_losses = error(
-        jax.jit(lambda params: losses_by_token(cfg, params, batch, None))(params),
+        jax.jit(lambda params: losses_by_token(cfg, params, batch, None)[0])(params),
         np.reshape(jax.jit(lambda params: passes.losses(cfg, grid, params, parts))(placed), (rows, LENGTH)),
     )
     loss, gradient, later, worst, exact, numpy_loss, numpy_slope = 0.0, 0.0, 0.0, "", True, 0.0, 0.0

@@ -13,22 +13,26 @@ ROWS, LENGTH, HIDDEN, VOCABULARY, REAL = 3, 11, 6, 16, 13  # the last 3 entries 
 FACTOR = 3.0  # of the sum's gradient, as a loss scale
 
 
-def reference(x: np.ndarray, word: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return losses, and the gradients of their weighted sum times FACTOR for x and word."""
+def reference(
+    x: np.ndarray, word: np.ndarray, targets: np.ndarray, weights: np.ndarray, z_loss: float
+) -> tuple[np.ndarray, ...]:
+    """Return losses, log(Z)^2, and the gradients of the weighted sum times FACTOR for x and word."""
     logits = x @ word[:REAL].T  # [B, S, V real]
     shifted = logits - logits.max(-1, keepdims=True)
+    sums = np.log(np.exp(shifted).sum(-1)) + logits.max(-1)  # [B, S], log(Z)
     probabilities = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
     hit = np.eye(REAL)[targets]  # [B, S, V real]
-    of_logits = FACTOR * weights[..., None] * (probabilities - hit)
+    of_logits = FACTOR * weights[..., None] * (probabilities * (1 + 2 * z_loss * sums[..., None]) - hit)
     padding = np.zeros((VOCABULARY - REAL, HIDDEN))
     of_word = np.concatenate([np.einsum("bsv,bsd->vd", of_logits, x), padding])
-    return -np.log((probabilities * hit).sum(-1)), of_logits @ word[:REAL], of_word
+    return -np.log((probabilities * hit).sum(-1)), sums**2, of_logits @ word[:REAL], of_word
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.05])
 @pytest.mark.parametrize("tokens", [4, 11, 64])  # of a slice: 33 tokens make 9 slices with padding, 3, or 1
 @pytest.mark.parametrize("dtype, rtol", [("float32", 2e-6), ("bfloat16", 2e-2), ("float16", 2e-3)])
 def test_slices_give_losses_and_gradients_of_numpy(
-    tokens: int, dtype: str, rtol: float, monkeypatch: pytest.MonkeyPatch
+    z_loss: float, tokens: int, dtype: str, rtol: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cross_entropy, "SMALLEST", tokens)
     monkeypatch.setattr(cross_entropy, "LOGITS", 1)
@@ -43,7 +47,7 @@ def test_slices_give_losses_and_gradients_of_numpy(
         x, word = mesh.vary((x, word))
 
         def total(x: jax.Array, word: jax.Array) -> tuple[jax.Array, jax.Array]:
-            loss, losses = cross_entropy.weighted(x, word, targets, weights, REAL)
+            loss, losses = cross_entropy.weighted(x, word, targets, weights, REAL, z_loss)
             return FACTOR * loss, losses
 
         (loss, losses), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(x, word)
@@ -53,12 +57,12 @@ def test_slices_give_losses_and_gradients_of_numpy(
     mapped = jax.jit(jax.shard_map(run, mesh=made, in_specs=jax.P(), out_specs=jax.P(mesh.AXES)))
     loss, losses, of_x, of_word, alone = mapped(halves[0], halves[1], targets, weights.astype(np.float32))
     x, word = (np.asarray(half, np.float64) for half in halves)
-    expected = reference(x, word, targets, weights)
+    expected, squares, *gradients = reference(x, word, targets, weights, z_loss)
     assert losses.dtype == jnp.float32 and of_x.dtype == of_word.dtype == dtype
-    for got, want in zip((losses, of_x, of_word), expected, strict=True):
+    for got, want in zip((losses, of_x, of_word), (expected, *gradients), strict=True):
         np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=rtol, atol=rtol * np.abs(want).max())
     np.testing.assert_array_equal(losses, alone)
-    np.testing.assert_allclose(loss[0], FACTOR * (expected[0] * weights).sum(), rtol=rtol)
+    np.testing.assert_allclose(loss[0], FACTOR * ((expected + z_loss * squares) * weights).sum(), rtol=rtol)
 
 
 def test_many_tokens_do_not_overflow_before_the_loss_is_scaled() -> None:

@@ -16,12 +16,13 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = {"attention": "blockwise"}
+QK_NORM = {"qk_norm": True, "hidden_size": 32}  # four entries a head: a norm over two is a sign
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.2}
 
 # Every factorisation of 8 devices, with schedules, stashes and the options of a model spread over them. For all 40
 # combinations of mesh, schedule and stash see tests/proofs/parity_matrix.py.
 KINDS: list[dict[str, Any]] = [  # each axis alone, and all of them
-    {"mesh": [1, 1, 8], "engine": {"schedule": "gpipe", **BLOCKS}},
+    {"mesh": [1, 1, 8], "engine": {"schedule": "gpipe", **BLOCKS}, "model": QK_NORM},
     {"mesh": [1, 8, 1], "engine": {"keep": "all"}, "model": {"num_layers": 9, **DROPOUT}, "microbatches": 8},
     {"mesh": [8, 1, 1], "model": DROPOUT},
     {"mesh": [2, 2, 2], "engine": BLOCKS, "model": {"norm": "pre", "position": "alibi", "activation": "gelu_tanh"}},
@@ -31,16 +32,18 @@ OTHERS: list[dict[str, Any]] = [
     {"mesh": [1, 4, 2], "engine": {"keep": "stage"}, "model": {"num_layers": 7, **DROPOUT}, "microbatches": 4},
     {"mesh": [2, 1, 4], "engine": {"keep": "products", **BLOCKS}, "model": {"norm": "sandwich", **DROPOUT}},
     {"mesh": [2, 4, 1], "engine": {"schedule": "gpipe", "keep": "stage"}, "model": {"num_layers": 5, "norm": "post"}},
-    {"mesh": [4, 1, 2], "engine": {"keep": "products"}, "model": {"embedding_norm": True, **DROPOUT}},
-    {"mesh": [4, 2, 1], "engine": {"schedule": "gpipe"}, "model": DROPOUT},
-    {"mesh": [4, 1, 2], "engine": {"zero": 3}, "model": DROPOUT},
+    {"mesh": [4, 1, 2], "engine": {"keep": "products"}, "model": {"embedding_norm": True, **QK_NORM}},
+    {"mesh": [4, 2, 1], "engine": {"schedule": "gpipe", "z_loss": 0.1}, "model": DROPOUT},
+    {"mesh": [4, 1, 2], "engine": {"zero": 3}, "model": {**QK_NORM, **DROPOUT}},
     {"mesh": [1, 1, 1], "model": DROPOUT},
 ]
 FLOAT64: list[dict[str, Any]] = [
-    {"mesh": [2, 2, 2], "model": DROPOUT, "x64": True},
+    {"mesh": [2, 2, 2], "engine": {"z_loss": 0.1}, "model": {**QK_NORM, **DROPOUT}, "x64": True},
     {"mesh": [1, 4, 2], "engine": BLOCKS, "model": {"num_layers": 7, "pb_relax": 128.0}, "x64": True},
 ]
-HALF: list[dict[str, Any]] = [{"mesh": [2, 2, 2], "engine": {"compute": name}} for name in ("float16", "bfloat16")]
+HALF: list[dict[str, Any]] = [
+    {"mesh": [2, 2, 2], "engine": {"compute": name, "z_loss": 0.1}} for name in ("float16", "bfloat16")
+]
 HALF += [{"mesh": [4, 1, 2], "engine": {"compute": "float16", "zero": 3}}]
 
 

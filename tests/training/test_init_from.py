@@ -162,6 +162,7 @@ def test_a_run_resumes_without_the_weights_it_began_with(config: Experiment, tra
         ({"model.activation": "gelu"}, "with activation 'geglu', not model.activation='gelu'"),
         ({"model.norm_epsilon": 1e-6}, "with norm_epsilon 1e-05, not model.norm_epsilon=1e-06"),
         ({"model.embedding_norm": True}, "with embedding_norm False, not model.embedding_norm=True"),
+        ({"model.qk_norm": True}, "with qk_norm False, not model.qk_norm=True"),
         ({"data.tokenizer.path": "other.model"}, "the tokenizer other.model is not the one of"),
         ({"train.init_from": "nowhere"}, "train.init_from: nowhere does not exist: name a workdir"),
         ({"train.init_from": "empty"}, "train.init_from: empty holds no weights"),
