@@ -160,6 +160,9 @@ class Train(Section):
         doc="stop after this many steps in a row that are not finite (float16: at the smallest loss scale); 0 disables",
     )
     log_every: int = field(10, at_least=1, role="operational", doc="steps between logged steps")
+    log_attention_scores: bool = field(
+        False, role="operational", doc="also log each layer's largest attention score; its steps take a little longer"
+    )
     eval_every: int = field(
         500,
         at_least=0,

@@ -43,6 +43,7 @@ class EngineConfig:
     z_loss: float = 0.0  # see `cross_entropy.weighted`
     shrink_logits: bool = False  # apply the embedding gradient shrink on the head's path too
     attention: attention_cores.Name = "reference"
+    attention_scores: bool = False  # whether gradients come with each layer's largest score
     zero: Literal[1, 3] = 1  # 3: the blocks' weights also stay split over `data`, gathered one layer at a time
 
 
@@ -143,11 +144,17 @@ def functions(
         terms = position_terms(glm, rows.positions, jnp.dtype(cfg.compute))
         return model.Visibility(rows.segments, rows.context), terms, row_keys(key, batch.number)
 
+    def whole(weights: Tree) -> Tree:
+        return zero.gather_layer(weights, specs["blocks"], cfg.compute) if cfg.zero == 3 else weights
+
     def block(weights: Tree, x: Array, terms: Terms, layer: Array) -> Array:
         allowed, positions, rows = terms
-        if cfg.zero == 3:
-            weights = zero.gather_layer(weights, specs["blocks"], cfg.compute)
+        weights = whole(weights)
         return transformer.block(glm, weights, x, allowed, positions, layer, rows, axis=axis, core=core)[0]  # [B, S, D]
+
+    def look(weights: Tree, x: Array, terms: Terms, layer: Array) -> Array:
+        allowed, positions, _ = terms
+        return transformer.largest_score(glm, whole(weights), x, allowed, positions, layer, axis)  # []
 
     def head(outer: Tree, x: Array, batch: Batch) -> tuple[Array, Sums]:
         mask, counts = batch.rows.loss_mask, batch.rows.loss_mask.sum(-1)  # [B, S], [B]
@@ -158,7 +165,7 @@ def functions(
         of_objective = jax.nn.one_hot(batch.rows.objective, cfg.objectives, dtype=losses.dtype)  # [B, O]
         return loss, Sums((losses * mask).sum(-1) @ of_objective, counts @ of_objective)
 
-    return run.Functions(prepare, embed, remembering(cfg, block), head)
+    return run.Functions(prepare, embed, remembering(cfg, block), head, look if cfg.attention_scores else None)
 
 
 def remembering(cfg: EngineConfig, block: Callable[..., Array]) -> Callable[..., Array]:

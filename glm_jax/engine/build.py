@@ -62,6 +62,7 @@ def build(
         z_loss=train.z_loss,
         shrink_logits=train.embedding_shrink.logits,
         attention=attention_cores.choose(glm, platform, experiment.data.seq_length, train.precision),
+        attention_scores=train.log_attention_scores,
         zero=experiment.mesh.zero,
     )
     rows, length = train.global_batch // train.microbatches, experiment.data.seq_length

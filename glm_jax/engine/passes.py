@@ -24,6 +24,7 @@ class Gradients(NamedTuple):
     sums: Sums
     activation_rms: Array  # float32 [L padded], root mean square of the residual stream after each layer
     executed: Array  # int32 [data, P, tensor, 2]: each device's block runs in forward and in backward slots
+    attention_scores: Array | None  # float32 [L padded], each layer's largest, see `transformer.largest_score`
 
 
 class _Layout(NamedTuple):
@@ -105,13 +106,16 @@ def value_and_grad(
         )
         sums = _reduce(cfg, result.gradients, layout.specs)
         gradients = jax.tree.map(lambda total: total / loss_scale, sums)
-        squares = lax.pmean(result.squares, ("data", "tensor")) / layout.table.microbatches  # [Q]
+        squares, largest = result.measures  # [Q] each
+        squares = lax.pmean(squares, ("data", "tensor")) / layout.table.microbatches  # [Q]
+        scores = None if largest is None else lax.pmax(largest, ("data", "tensor"))  # [Q]
         executed = result.executed[None, None, None]
-        return Gradients(gradients, lax.psum(result.metrics, "data"), jnp.sqrt(squares), executed)
+        return Gradients(gradients, lax.psum(result.metrics, "data"), jnp.sqrt(squares), executed, scores)
 
     wide = jnp.promote_types(cfg.compute, jnp.float32)
     in_specs = (layout.specs, layout.batch_specs, jax.P())
-    out_specs: Tree = (layout.specs, jax.P(), jax.P("pipeline"), jax.P("data", "pipeline", "tensor"))
+    by_layer, by_device = jax.P("pipeline"), jax.P("data", "pipeline", "tensor")
+    out_specs: Tree = (layout.specs, jax.P(), by_layer, by_device, by_layer if cfg.attention_scores else None)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=Gradients(*out_specs))
     return mapped(params, layout.batch, (key, shrink, jnp.asarray(loss_scale, wide)))
 
@@ -131,7 +135,7 @@ def losses(cfg: EngineConfig, mesh: jax.sharding.Mesh, params: Tree, rows: Rows[
             return of_tokens.sum(), of_tokens
 
         weights = _weights(cfg, params, layout.specs)
-        return run.evaluate(glm._replace(head=head), layout.table, weights, batch, cfg.model.num_layers)
+        return run.evaluate(glm._replace(head=head, look=None), layout.table, weights, batch, cfg.model.num_layers)
 
     in_specs = (layout.specs, layout.batch_specs)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=partition.batch_spec(3))

@@ -20,14 +20,16 @@ from glm_jax.model.layers import (
     Affine,
     LayerNorm,
     TensorAxis,
+    at_least_float32,
     xavier_stddev,
 )
 from glm_jax.model.positions import PositionTerms, rotate
 from glm_jax.model.residual import depth_coefficients
-from glm_jax.model.visibility import Visibility
+from glm_jax.model.visibility import Visibility, dense
 
 Array = jax.Array
 
+MEASURES = "measures"  # flax's collection of what is looked at and changes nothing
 LARGESCALE_TENSOR_PARALLEL = 4  # ranks; the quirk below depends on their slices
 
 
@@ -57,6 +59,26 @@ class LayerCache(NamedTuple):
         """Return the group's keys and values, [B, N, T, K] each."""
         keys, values = (jax.lax.dynamic_index_in_dim(a, self.group, keepdims=False) for a in (self.keys, self.values))
         return keys, values
+
+
+def largest_score(queries: Array, keys: Array, allowed: Array | Visibility) -> Array:
+    """Return the largest product of a query and a key that it may see, over sqrt(K): float32 [].
+
+    Args:
+        queries: [B, S, N, K].
+        keys: [B, N, T, K].
+        allowed: of T keys. Of a `Visibility` the padding is left out.
+    """
+    seen = dense(allowed)  # [B, S, T]
+    if isinstance(allowed, Visibility):
+        seen &= allowed.segments[:, :, None] > 0
+
+    def of_row(row: tuple[Array, Array, Array]) -> Array:  # the scores of one row are in memory at a time
+        queries, keys, seen = row  # [S, N, K], [N, T, K], [S, T]
+        scores = jnp.einsum("snk,ntk->nst", at_least_float32(queries), at_least_float32(keys))  # [N, S, T]
+        return jnp.where(seen, scores, -jnp.inf).max()
+
+    return jax.lax.map(of_row, (queries, keys, seen)).max() / queries.shape[-1] ** 0.5
 
 
 def qkv_stddev(cfg: GLMConfig) -> np.ndarray:
@@ -118,9 +140,16 @@ class Attention(nn.Module):
             (width, heads, 3, dim), ("hidden", "heads", None, None), qkv_stddev(cfg)[:heads], inputs=1, name="qkv"
         )("bsd,dnck->bsnck", self.axis.enter(x))  # [B, S, N, 3, K], [N, 3, K]
         queries, keys, values = jnp.unstack(checkpoint_name(qkv, PRODUCT) + bias, axis=3)  # [B, S, N, K] each
+        if cfg.qk_norm:  # arXiv 2302.05442: a scale for each of K, which all heads share, and no bias
+            queries, keys = (
+                LayerNorm(cfg.norm_epsilon, axis=None, bias=False, name=name)(heads_of)  # [B, S, N, K]
+                for name, heads_of in (("query_norm", queries), ("key_norm", keys))
+            )
         if terms.rotation is not None:
             queries, keys = rotate(queries, terms.rotation), rotate(keys, terms.rotation)  # [B, S, N, K]
         keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # [B, N, S, K] each
+        if self.is_mutable_collection(MEASURES) and not self.is_initializing():
+            self.sow(MEASURES, "largest_score", largest_score(queries, keys, allowed))
         if cache is not None:
             cache = cache.extend(keys, values)
             if not isinstance(allowed, Visibility):
@@ -131,8 +160,3 @@ class Attention(nn.Module):
             (heads, dim, width), ("heads", None, "hidden"), output_stddev(cfg), inputs=2, name="output"
         )("bsnk,nkd->bsd", mixed)  # [B, S, D], [D]
         return checkpoint_name(self.axis.leave(partial), PRODUCT) + bias, cache  # [B, S, D]
-        if cfg.qk_norm:  # arXiv 2302.05442: a scale for each of K, which all heads share, and no bias
-            queries, keys = (
-                LayerNorm(cfg.norm_epsilon, axis=None, bias=False, name=name)(heads_of)  # [B, S, N, K]
-                for name, heads_of in (("query_norm", queries), ("key_norm", keys))
-            )

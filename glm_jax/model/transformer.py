@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from glm_jax.config.model import GLMConfig
 from glm_jax.model import attention_core
-from glm_jax.model.attention import Attention, LayerCache
+from glm_jax.model.attention import MEASURES, Attention, LayerCache
 from glm_jax.model.attention_core import Core
 from glm_jax.model.feedforward import FeedForward
 from glm_jax.model.layers import (
@@ -213,6 +213,24 @@ def block(
     """
     keys = fold_in(keys, layer + 1)  # 0 is the embedding's
     return run(Block(cfg, axis, core), layer_weights, x, allowed, terms, layer, keys, cache)
+
+
+def largest_score(
+    cfg: GLMConfig,
+    layer_weights: Params,
+    x: Array,
+    allowed: Array | Visibility,
+    terms: PositionTerms,
+    layer: Array,
+    axis: TensorAxis = ONE_DEVICE,
+) -> Array:
+    """Return the largest attention score of a block for its input x [B, S, D]: float32 [], of this member's heads.
+
+    It is the one before ALiBi's distance, see `attention.largest_score`. Arguments as in `block`.
+    """
+    arguments = (x, allowed, terms, layer, None, None)
+    measured: Tree = Block(cfg, axis).apply({"params": layer_weights}, *arguments, mutable=[MEASURES])[1]
+    return measured[MEASURES]["attention"]["largest_score"][0]
 
 
 def blocks(

@@ -56,7 +56,7 @@ def memory(experiment: Experiment, cfg: StepConfig, mesh: Mesh, traced: Pass) ->
     rows = batch_shapes(experiment)
     of_rows = _held(rows, jax.tree.map(lambda array: partition.batch_spec(array.ndim), rows), mesh)
     carried = [value.size for value in traced.tick.inputs[traced.tick.constants :][: traced.tick.carried]]
-    stash = carried[3 : len(carried) - traced.params - len(REST)]
+    stash = carried[3 : len(carried) - traced.params - len(REST) - cfg.engine.attention_scores]
     gradients = carried[3 + len(stash) :][: traced.params]
     parts = {
         "params": state.bytes("params", layout.BASE),

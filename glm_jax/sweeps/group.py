@@ -36,6 +36,7 @@ Array = jax.Array
 Metrics = dict[str, Tree]  # of a step, by name; see `train_step`
 GroupStep = Callable[[TrainState, Rows[np.ndarray], np.ndarray, np.ndarray], tuple[TrainState, Metrics]]
 
+BY_LAYER = {"activation_rms", "attention_scores"}  # metrics [members, L]
 CACHED = 8 << 20  # bytes of a block's state and logits
 
 
@@ -46,7 +47,8 @@ class Outcome:
     Attributes:
         losses: of every step's batch, nats a target token [T].
         metrics: the other metrics of a train step by name, [n] each, at `steps`; NaN where one is missing. Of
-            `activation_rms`, the largest of all layers.
+            `activation_rms` and `attention_scores`, the largest of all layers; with train.log_attention_scores also
+            each layer's, as `activation_rms/layer_00` and so on.
         steps: [n], from 1.
         heldout: held-out losses after the last step, as `glm-jax train` logs them, and those of second_half.py where
             members have different blanks; empty if not evaluated.
@@ -276,7 +278,11 @@ def _outcome(
     steps = np.array([step for step in range(1, len(taken) + 1) if step % every == 0 or step in (1, len(taken))])
     names = [name for name, value in taken[0].items() if name != "requests" and getattr(value, "ndim", 0) == 1]
     metrics = {name: np.array([taken[step - 1][name][member] for step in steps]) for name in names}  # [n] each
-    metrics["activation_rms"] = np.array([taken[step - 1]["activation_rms"][member].max() for step in steps])  # [n]
+    for name in BY_LAYER & taken[0].keys():
+        values = np.array([taken[step - 1][name][member] for step in steps])  # [n, L]
+        metrics[name] = values.max(1)
+        if config.train.log_attention_scores:
+            metrics |= {f"{name}/layer_{layer:02d}": values[:, layer] for layer in range(values.shape[1])}
     for name in sorted({name for losses in of_step for name in losses} - {"loss"}):
         metrics[name] = np.array([of_step[step - 1].get(name, np.nan) for step in steps])  # [n]
     losses = np.array([losses["loss"] for losses in of_step])  # [T]

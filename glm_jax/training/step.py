@@ -48,10 +48,10 @@ def train_step(
         base: the model's params if `state` has adapters of them, see `state.create_base`.
 
     Returns:
-        The state after the step, and metrics: `sums` (see `engine.Sums`), `activation_rms` float32 [L] (see
-        `passes.Gradients`), and the scalars `lr`, `loss_scale`, `tokens` (row tokens, padding excluded), `skipped`
-        (non-finite steps so far), `requests` and the norms of optimizer.py. A step that `optimizer.update` does not
-        take changes only the loss scale and the counters.
+        The state after the step, and metrics: `sums` (see `engine.Sums`), `activation_rms` and, if asked for,
+        `attention_scores`, float32 [L] (see `passes.Gradients`), and the scalars `lr`, `loss_scale`, `tokens` (row
+        tokens, padding excluded), `skipped` (non-finite steps so far), `requests` and the norms of optimizer.py. A step
+        that `optimizer.update` does not take changes only the loss scale and the counters.
     """
     glm = cfg.engine.model
     samples = state.samples + rows.tokens.shape[0] * rows.tokens.shape[1]
@@ -76,6 +76,8 @@ def train_step(
         **updated.norms,
         **optimizer.group_norms(passed.gradients, glm.num_layers),
     }
+    if passed.attention_scores is not None:
+        metrics["attention_scores"] = passed.attention_scores[: glm.num_layers]
     return TrainState(state.step + 1, samples, updated.params, updated.moments, loss_scale), metrics
 
 

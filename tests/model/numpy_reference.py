@@ -105,6 +105,20 @@ def rotate(x: np.ndarray, p: np.ndarray, base: float) -> np.ndarray:
     return np.concatenate([turned.real, turned.imag], -1)
 
 
+def head_scores(cfg: Any, layer: Any, x: np.ndarray, p: np.ndarray, head: int) -> np.ndarray:
+    """The scores of one head before ALiBi's distance and masks: x [S, D], p [S] or [2, S] -> [S, S]."""
+    kernel, bias = layer["qkv"]["kernel"], layer["qkv"]["bias"]
+    q, k = (x @ kernel[:, head, part] + bias[head, part] for part in range(2))
+    if cfg.qk_norm:
+        q, k = (
+            layer_norm({**layer[norm], "bias": 0}, z, cfg.norm_epsilon)
+            for norm, z in (("query_norm", q), ("key_norm", k))
+        )
+    if cfg.position == "rope":
+        q, k = rotate(q, p, cfg.rope_base), rotate(k, p, cfg.rope_base)
+    return q @ k.T / np.sqrt(q.shape[-1])
+
+
 def attention(
     cfg: Any, layer: Any, x: np.ndarray, p: np.ndarray, allowed: np.ndarray, kept: np.ndarray | None
 ) -> np.ndarray:
@@ -113,15 +127,8 @@ def attention(
     distance = alibi_distance(p) if cfg.position == "alibi" else None
     output = np.zeros_like(x)
     for head in range(cfg.num_heads):
-        q, k, v = (x @ kernel[:, head, part] + bias[head, part] for part in range(3))
-        if cfg.qk_norm:
-            q, k = (
-                layer_norm({**layer[norm], "bias": 0}, z, cfg.norm_epsilon)
-                for norm, z in (("query_norm", q), ("key_norm", k))
-            )
-        if cfg.position == "rope":
-            q, k = rotate(q, p, cfg.rope_base), rotate(k, p, cfg.rope_base)
-        scores = q @ k.T / np.sqrt(q.shape[-1])
+        v = x @ kernel[:, head, 2] + bias[head, 2]
+        scores = head_scores(cfg, layer, x, p, head)
         if distance is not None:
             scores = scores - slopes(cfg.num_heads)[head] * distance
         weights = np.exp(scores - scores.max(-1, keepdims=True)) * allowed

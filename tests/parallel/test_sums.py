@@ -58,7 +58,7 @@ def test_microbatches_are_added_up_in_float32(keep: Keep, name: str) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(result.gradients)} == {jnp.dtype("float32")}
     assert [result.gradients.outer["e"], result.gradients.outer["h"], result.metrics] == [whole] * 3
     assert result.gradients.blocks["w"].tolist() == [whole] * 2
-    assert result.squares.tolist() == [256**2 + 129**2 + ROWS - 2] * 2  # 129^2 takes 15 bits
+    assert result.measures.squares.tolist() == [256**2 + 129**2 + ROWS - 2] * 2  # 129^2 takes 15 bits
     assert result.executed.tolist() == [2 * ROWS, 2 * ROWS]
 
 

@@ -55,8 +55,13 @@ def check_equal(outcome: Outcome, events: list[dict[str, Any]]) -> None:
     np.testing.assert_allclose(outcome.losses, [event["loss"] for event in steps], rtol=1e-5)
     for name in ("grad_norm", "update_norm", "grad_norm/embedding", "lr", "loss_scale"):
         np.testing.assert_allclose(outcome.metrics[name], [event[name] for event in steps], rtol=1e-4, err_msg=name)
-    largest = [max(event["activation_rms"]) for event in steps]
-    np.testing.assert_allclose(outcome.metrics["activation_rms"], largest, rtol=1e-4)
+    for name in ("activation_rms", "attention_scores"):
+        by_layer = [event[name] for event in steps if name in event]  # [n, L]
+        assert bool(by_layer) == (name in outcome.metrics)
+        if by_layer:
+            np.testing.assert_allclose(outcome.metrics[name], np.max(by_layer, 1), rtol=1e-4)
+        if f"{name}/layer_01" in outcome.metrics:
+            np.testing.assert_allclose(outcome.metrics[f"{name}/layer_01"], np.transpose(by_layer)[1], rtol=1e-4)
     heldout = [event for event in events if event["event"] == "evaluation"][-1]
     assert set(outcome.heldout) - {"loss/second_half"} == {"loss", "loss/en", "bits_per_byte/en"}
     for name, value in outcome.heldout.items():
@@ -65,7 +70,10 @@ def check_equal(outcome: Outcome, events: list[dict[str, Any]]) -> None:
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rates and seeds": ({}, {"optimizer.peak_lr": (1e-3, 1e-2), "seed": (1, 2)}),
-    "shares": ({"train.steps": 10, "train.eval_every": 10}, {"data.blanks.mask": (0.3, 0.0)}),
+    "shares": (
+        {"train.steps": 10, "train.eval_every": 10, "train.log_attention_scores": True},
+        {"data.blanks.mask": (0.3, 0.0)},
+    ),
     "alphas in float16": (
         {"train.precision": "float16", "train.microbatches": 2, "train.steps": 10, "train.eval_every": 10},
         {"train.embedding_shrink.alpha": (0.5, 0.1)},

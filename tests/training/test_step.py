@@ -27,13 +27,15 @@ from tests.model import numpy_reference
 MODEL = GLMConfig(2, 32, 4, 48, 64, max_length=16, attention_dropout=0.0, hidden_dropout=0.0)
 LR = 1e-2
 CONFIG = StepConfig(
-    engine=EngineConfig(MODEL, num_tokens=60, objectives=len(OBJECTIVES)),
+    engine=EngineConfig(MODEL, num_tokens=60, objectives=len(OBJECTIVES), attention_scores=True),
     optimizer=OptimizerConfig(),
     loss_scale=None,
     seed=3,
 )
 DROPPING = dataclasses.replace(MODEL, attention_dropout=0.1, hidden_dropout=0.2)
-WITH_DROPOUT = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, model=DROPPING))
+WITH_DROPOUT = dataclasses.replace(
+    CONFIG, engine=dataclasses.replace(CONFIG.engine, model=DROPPING, attention_scores=False)
+)
 
 
 def make_batch(rows: int = 8, length: int = 16) -> Rows[np.ndarray]:
@@ -145,10 +147,29 @@ def residual_rms(cfg: StepConfig, params: Any) -> list[float]:
     return scales
 
 
-def test_metrics_measure_the_residual_stream_and_carry_requests(mesh_sizes: dict[str, int]) -> None:
+def largest_scores(params: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Run the reference, and return the largest score of each layer between tokens that see each other."""
+    found, attend = [], numpy_reference.attention
+
+    def spy(cfg: GLMConfig, layer: Any, x: np.ndarray, p: np.ndarray, allowed: np.ndarray, kept: None) -> np.ndarray:
+        scores = [numpy_reference.head_scores(cfg, layer, x, p, head) for head in range(4)]
+        found.append(max(of_head[:14][allowed[:14]].max() for of_head in scores))  # the rest is padding
+        return attend(cfg, layer, x, p, allowed, kept)
+
+    monkeypatch.setattr(numpy_reference, "attention", spy)
+    batch = make_batch()
+    numpy_reference.forward(MODEL, wide(params), batch.tokens, batch.positions, allowed_in(batch))
+    return np.reshape(found, (8, 2)).max(0).tolist()  # of rows and layers
+
+
+def test_metrics_measure_the_layers_and_carry_requests(
+    mesh_sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = compiled(CONFIG, mesh_sizes)
     _, metrics = made.step(made.state(), 4, request=2)
     assert metrics["activation_rms"].tolist() == pytest.approx(residual_rms(CONFIG, made.start.params), rel=1e-5)
+    scores = largest_scores(true_layers(CONFIG, made.start).params, monkeypatch)
+    assert metrics["attention_scores"].tolist() == pytest.approx(scores, rel=1e-5)
     assert metrics["requests"] == 2 and made.step(made.state(), 4)[1]["requests"] == 0
     groups = [float(value) ** 2 for name, value in metrics.items() if name.startswith("grad_norm/")]
     assert len(groups) == 4 and sum(groups) ** 0.5 == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
@@ -166,15 +187,23 @@ def test_microbatches_and_meshes_do_not_change_five_steps(mesh_sizes: dict[str, 
         assert losses[0][4] < losses[0][0]
 
 
+def wide(params: Any) -> Any:
+    return jax.tree.map(lambda array: np.asarray(array, np.float64), params)
+
+
+def allowed_in(batch: Rows[np.ndarray]) -> np.ndarray:
+    """Return which key a query may see [B, S, S]."""
+    seen = np.tril(np.ones((16, 16), bool)) | batch.context[:, None]
+    return seen & (batch.segments[:, :, None] == batch.segments[:, None])
+
+
 def reference_loss(cfg: GLMConfig, params: Any, key: jax.Array) -> float:
     """Return the summed loss of the batch in float64 numpy, with the masks of a step's dropout key."""
     batch = make_batch()
-    segments, context = batch.segments, batch.context
-    seen = np.tril(np.ones((16, 16), bool)) | context[:, None]  # [B, S, S]
-    allowed = seen & (segments[:, :, None] == segments[:, None])
-    wide = jax.tree.map(lambda array: np.asarray(array, np.float64), params)
     masks = numpy_reference.dropout_masks(cfg, key, *batch.tokens.shape)
-    logits = numpy_reference.forward(cfg, wide, batch.tokens, batch.positions, allowed, masks)[..., :60]
+    logits = numpy_reference.forward(cfg, wide(params), batch.tokens, batch.positions, allowed_in(batch), masks)[
+        ..., :60
+    ]
     chosen = np.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]  # [B, S]
     return float(((np.log(np.exp(logits).sum(-1)) - chosen) * batch.loss_mask).sum())
 
@@ -190,6 +219,7 @@ def test_dropout_follows_from_the_seed_and_the_step(mesh_sizes: dict[str, int]) 
         for step in (first, first + 1):
             state, metrics = made.train(state, made.place(2), controls(made.mesh, 0.0, 1.0), ())
             found.append((step, float(metrics["sums"].loss.sum())))
+            assert "attention_scores" not in metrics
     assert found[:2] == found[2:4]
     keys = {step: jax.random.fold_in(jax.random.key(3), step) for step, _ in found}
     expected = {step: reference_loss(DROPPING, params, key) for step, key in keys.items()}

@@ -60,14 +60,14 @@ def value_and_grad(
         forward, backward = rows  # int32 [P] each
         x, gradient, outputs, stash, result = carry
         x = stage.enter(forward[0], x)
-        x, stash, squares, ran_forward = stage.forward(forward[index], x, stash, result.squares, ring)
+        x, stash, measures, ran_forward = stage.forward(forward[index], x, stash, result.measures, ring)
         outputs = when(forward[index], lambda outputs: put(outputs, x, forward[index] % outputs.shape[0]), outputs)
         gradient, result = stage.head(backward[-1], outputs, gradient, result, seed)
         outer, blocks = result.gradients
         gradient, blocks, ran_backward = stage.backward(backward[index], gradient, stash, blocks, ring)
         outer = stage.embed_gradient(backward[0], gradient, outer)
         executed = result.executed + jnp.stack([ran_forward, ran_backward])
-        result = Result(Weights(outer, blocks), result.metrics, squares, executed)
+        result = Result(Weights(outer, blocks), result.metrics, measures, executed)
         return Carry(shift(x, 1), shift(gradient, -1), outputs, stash, result), None
 
     blank = zeros(stage.x)
@@ -88,7 +88,7 @@ def evaluate(functions: Functions, schedule: Schedule, weights: Weights, batch: 
     def tick(carry: tuple[Array, Tree], forward: Array) -> tuple[tuple[Array, Tree], None]:
         x, metrics = carry
         x = stage.enter(forward[0], x)
-        x = stage.forward(forward[index], x, stage.empty_stash(1), stage.empty_squares(), 1)[0]
+        x = stage.forward(forward[index], x, stage.empty_stash(1), stage.empty_measures(), 1)[0]
 
         def show(metrics: Tree) -> Tree:
             entry = stage.loss(stage.weights.outer, x, at(batch, forward[-1]))[1]

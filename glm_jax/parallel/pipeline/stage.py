@@ -38,6 +38,7 @@ class Functions(NamedTuple):
     embed: Callable[[Tree, Tree], Array]  # outer weights, microbatch -> x, the same on every stage
     block: Callable[[Tree, Array, Tree, Array], Array]  # a block's weights, x, terms, its index in the model -> x
     head: Callable[[Tree, Array, Tree], tuple[Array, Tree]]  # outer weights, x, microbatch -> loss, metrics
+    look: Callable[[Tree, Array, Tree, Array], Array] | None = None  # arguments of `block` -> a number [] to watch
 
 
 class Weights(NamedTuple):
@@ -47,12 +48,19 @@ class Weights(NamedTuple):
     blocks: Tree
 
 
+class Measures(NamedTuple):
+    """What forward slots measure of each block, over all microbatches."""
+
+    squares: Array  # [Q], mean square of its output, summed
+    largest: Array | None  # [Q], the largest number of `Functions.look`; None without it
+
+
 class Result(NamedTuple):
     """The result of a pass over all microbatches on one device, not yet reduced over `data`."""
 
     gradients: Weights  # sums, float32 or wider
     metrics: Tree  # sums of the head's metrics
-    squares: Array  # [Q], mean square of each block's output, summed over microbatches
+    measures: Measures
     executed: Array  # int32 [2]: block runs in forward and in backward slots, counted as they run
 
 
@@ -100,9 +108,19 @@ class Stage:
         """Return a stash with room for `ring` microbatches."""
         return vary(zeros(jax.tree.leaves(self.record), (ring if self.keep == "stage" else ring * self.capacity,)))
 
-    def empty_squares(self) -> Array:
-        """Return the sums of the blocks' mean squares before the first slot [Q]."""
-        return vary(jnp.zeros(self.capacity, jnp.promote_types(self.x.dtype, jnp.float32)))
+    def empty_measures(self) -> Measures:
+        """Return the measures before the first slot."""
+        empty = jnp.zeros(self.capacity, jnp.promote_types(self.x.dtype, jnp.float32))
+        return vary(Measures(empty, None if self.functions.look is None else empty - jnp.inf))
+
+    def _measure(self, i: Array, x: Array, y: Array, terms: Tree, measures: Measures) -> Measures:
+        """Add the measures of block i, with input x and output y."""
+        squares, largest = measures
+        squares = squares.at[i].add(jnp.square(y.astype(squares.dtype)).mean())
+        if self.functions.look is not None and largest is not None:
+            seen = self.functions.look(at(self.weights.blocks, i), x, terms, self.first_layer + i)
+            largest = largest.at[i].max(seen.astype(largest.dtype))
+        return Measures(squares, largest)
 
     def turns(self, microbatch: Array) -> Array:
         """Return how many blocks a slot runs."""
@@ -139,27 +157,29 @@ class Stage:
         return when(microbatch, job, x)
 
     def forward(
-        self, microbatch: Array, x: Array, stash: list[Array], squares: Array, ring: int
-    ) -> tuple[Array, list[Array], Array, Array]:
+        self, microbatch: Array, x: Array, stash: list[Array], measures: Measures, ring: int
+    ) -> tuple[Array, list[Array], Measures, Array]:
         """Run x through the stage's blocks.
 
         Returns:
-            The output, the stash with what this slot keeps, `squares` [Q] with the mean square of each block's output
-            added, and the number of block runs.
+            The output, the stash with what this slot keeps, the measures with those of this slot, and the number of
+            block runs.
         """
         terms = self.functions.prepare(at(self.batch, microbatch))
         slot = microbatch % ring
         if self.keep == "stage":
             stash = when(microbatch, lambda stash: put(stash, [x], slot), stash)
 
-        def block(i: Array, carry: tuple[Array, list[Array], Array, Array]) -> tuple[Array, list[Array], Array, Array]:
-            x, stash, squares, executed = carry
+        def block(
+            i: Array, carry: tuple[Array, list[Array], Measures, Array]
+        ) -> tuple[Array, list[Array], Measures, Array]:
+            x, stash, measures, executed = carry
             y, record = self._run(i, x, terms)
             if self.keep != "stage":
                 stash = put(stash, jax.tree.leaves(record), slot * self.capacity + i)
-            return y, stash, squares.at[i].add(jnp.square(y.astype(squares.dtype)).mean()), executed + 1
+            return y, stash, self._measure(i, x, y, terms, measures), executed + 1
 
-        return lax.fori_loop(0, self.turns(microbatch), block, (x, stash, squares, vary(jnp.int32(0))))
+        return lax.fori_loop(0, self.turns(microbatch), block, (x, stash, measures, vary(jnp.int32(0))))
 
     def head(
         self, microbatch: Array, outputs: Array, gradient: Array, result: Result, seed: Array
@@ -239,4 +259,4 @@ class Stage:
             lambda weight: vary(jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32))), self.weights
         )
         metrics = jax.eval_shape(lambda: self.loss(self.weights.outer, zeros(self.x), at(self.batch, 0))[1])
-        return Result(wide, zeros(metrics), self.empty_squares(), vary(jnp.zeros(2, jnp.int32)))
+        return Result(wide, zeros(metrics), self.empty_measures(), vary(jnp.zeros(2, jnp.int32)))

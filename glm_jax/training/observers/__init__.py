@@ -61,7 +61,9 @@ class Step:
 
     def event(self) -> Json:
         """Return the step's metrics as an event for the log; waits for the step."""
-        values = {name: float(value) for name, value in self.metrics.items() if getattr(value, "ndim", None) == 0}
+        dimensions = {name: getattr(value, "ndim", None) for name, value in self.metrics.items()}
+        values = {name: float(self.metrics[name]) for name, count in dimensions.items() if count == 0}
+        by_layer = {name: list(map(float, self.metrics[name])) for name, count in dimensions.items() if count == 1}
         del values["requests"]
         whole = {name: int(values[name]) for name in ("tokens", "skipped")}
         return {
@@ -73,7 +75,7 @@ class Step:
             **whole,
             "embedding_shrink": self.settings["embedding_shrink"],
             "batch": self.settings["batch"],
-            "activation_rms": [float(value) for value in self.metrics["activation_rms"]],
+            **by_layer,
         }
 
 
