@@ -59,6 +59,9 @@ class InstructionSet(Section):
         at_least=0,
         doc="maximum number of samples; 0: as many as GLM-130B used of `dataset`, or all without `dataset`",
     )
+    score_only: bool = field(
+        False, doc="train on none of its records, and score the held-out ones: a task that training does not show"
+    )
     weight: float = field(
         0.0, at_least=0, doc="share of instruction rows, relative to the others'; 0: its number of samples to train on"
     )
@@ -146,6 +149,9 @@ class BlankOptions(Section):
         "mask", doc="the blank for an answer. mask: as in GLM-130B's training; gmask: as a prompt without a blank asks"
     )
     whole_documents: bool = field(False, doc="pack each row with as many whole documents as fit")
+    causal_context: bool = field(
+        False, doc="an ablation, for sweeps alone: the tokens of a context see only what is before them, as targets do"
+    )
     cut_targets: bool = field(
         False, doc="the released model's quirk: 500 tokens into 512 places, [MASK] targets that do not fit are cut"
     )

@@ -33,7 +33,8 @@ def counts(prepared: Prepared) -> Iterator[str]:
         yield from (f"  {line}" for line in histogram(prepared.shards[source]["train"].lengths))
     for name, sides in prepared.instructions.items():
         index = sides.train.index
-        yield f"{name} (instructions, weight {prepared.instruction_weights[name]:g})"
+        weight = prepared.instruction_weights.get(name)
+        yield f"{name} (instructions, {'scored alone' if weight is None else f'weight {weight:g}'})"
         for split, instructions in (("train", sides.train), ("heldout", sides.heldout)):
             yield f"  {split:8} {len(instructions):,} samples, {int(instructions.lengths.sum()):,} tokens"
         if sides.cut or sides.left_out:

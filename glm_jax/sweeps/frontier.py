@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 from glm_jax.sweeps.results import Row, spread, table
@@ -59,6 +60,31 @@ def frontier_table(rows: Sequence[Row], rate: str = "lr") -> str:
         mine = [row for row in rows if settings(row, rate) == setting]
         lines.append([*setting, highest, *(_cell([row for row in mine if row["labels"][rate] == r]) for r in rates)])
     return table([*axes, "highest stable rate, by seed", *(f"loss at {r}" for r in rates)], lines)
+
+
+def sensitivity(rows: Sequence[Row], rate: str = "lr") -> dict[Settings, list[float]]:
+    """Return for each setting, by seed, its sensitivity to the learning rate (arXiv 2309.14322) in nats a token.
+
+    It is the mean over the grid's rates of the held-out loss less the lowest of them. A member that diverged counts as
+    guessing by the targets' frequencies, and so does one with a loss above that. A seed that lacks rates is left out.
+    """
+    count = len({row["labels"][rate] for row in rows})
+    found: dict[Settings, dict[str, list[float]]] = {}
+    for row in rows:
+        guess = row["unigram"]
+        loss = min(row["heldout"].get("loss") or guess, guess) if row["status"] == "finished" else guess
+        found.setdefault(settings(row, rate), {}).setdefault(row["labels"]["seed"], []).append(loss)
+    return {
+        setting: [statistics.fmean(losses) - min(losses) for losses in seeds.values() if len(losses) == count]
+        for setting, seeds in found.items()
+    }
+
+
+def sensitivity_table(rows: Sequence[Row], rate: str = "lr") -> str:
+    """Return a table of the sensitivity of each setting, with its spread over seeds."""
+    axes = [axis for axis in rows[0]["labels"] if axis not in (rate, "seed")]
+    found = sensitivity(rows, rate)
+    return table([*axes, "sensitivity"], [[*setting, spread(values)] for setting, values in found.items()])
 
 
 def _cell(rows: Sequence[Row]) -> str:

@@ -13,11 +13,12 @@ import math
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 from glm_jax.errors import UserError
 from glm_jax.storage.files import write_atomic
-from glm_jax.sweeps.frontier import breaking_table, frontier_table, learnt
+from glm_jax.sweeps.frontier import breaking_table, frontier_table, learnt, sensitivity_table
 from glm_jax.sweeps.paired import comparisons
 from glm_jax.sweeps.results import RESULTS, Row, provenance, read_description, summary
 
@@ -43,16 +44,22 @@ def _table(rows: list[Row]) -> str:
     if "broke" in rows[0]:
         said = "The logarithm of these rates to the base 10, without those in brackets"
         return f"{breaking_table(rows)}\n\n{said}:\n\n{comparisons(rows, _broke)}"
-    if "lr" in rows[0]["labels"]:
-        return frontier_table(rows)
-    if "objective" in rows[0]["labels"]:
+    labels = rows[0]["labels"]
+    if [axis for axis in labels if axis != "seed"] == ["objective"]:
         return summary(rows) + _second_half(rows)
-    return f"{summary(rows)}\n\nHeld-out loss:\n\n{comparisons(rows, _heldout)}"
+    parts = [frontier_table(rows) if "lr" in labels else summary(rows)]
+    if "width" in labels:
+        parts.append(f"Sensitivity to the learning rate:\n\n{sensitivity_table(rows)}")
+    parts.append(f"Held-out loss:\n\n{comparisons(rows, _heldout())}")
+    if "instructions" in labels:
+        names = sorted(name for name in rows[0]["heldout"] if name.startswith("loss/"))
+        parts += [f"Held-out `{name}`:\n\n{comparisons(rows, _heldout(name))}" for name in names]
+    return "\n\n".join(parts)
 
 
-def _heldout(row: Row) -> float | None:
-    """Return the held-out loss of a member that finished."""
-    return row["heldout"].get("loss") if row["status"] == "finished" else None
+def _heldout(name: str = "loss") -> Callable[[Row], float | None]:
+    """Return what reads a held-out loss of a member that finished."""
+    return lambda row: row["heldout"].get(name) if row["status"] == "finished" else None
 
 
 def _broke(row: Row) -> float | None:
@@ -64,7 +71,7 @@ def _second_half(rows: list[Row]) -> str:
     """Return the losses on second halves as well: members with different objectives have no other in common."""
     halves = [{**row, "heldout": {"loss": row["heldout"].get("loss/second_half")}} for row in rows]
     said = "The same, with the held-out loss on the second half of a text given the first"
-    return f"\n\n{said}:\n\n{summary(halves)}\n\n{comparisons(halves, _heldout)}"
+    return f"\n\n{said}:\n\n{summary(halves)}\n\n{comparisons(halves, _heldout())}"
 
 
 def write_page(page: Path, results: Path) -> list[str]:

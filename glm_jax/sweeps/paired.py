@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -73,11 +74,13 @@ def compare(
 
 
 def comparisons(rows: Sequence[Row], value: Callable[[Row], float | None]) -> str:
-    """Return a Markdown table of the last axis before the seed: each label less the first, by the labels of others.
+    """Return a Markdown table of the last axis before rate and seed: each label less the first, by all other labels.
 
-    Members are paired by their seeds. A comparison with fewer than two pairs is left empty.
+    Members are paired by their seeds. Comparisons with fewer than two pairs are left out.
     """
-    *others, axis = (name for name in rows[0]["labels"] if name != "seed")
+    axes = [name for name in rows[0]["labels"] if name != "seed"]
+    axis = [name for name in axes if name != "lr"][-1]
+    others = [name for name in axes if name != axis]
     settings: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         settings.setdefault(tuple(row["labels"][name] for name in others), []).append(row)
@@ -85,9 +88,6 @@ def comparisons(rows: Sequence[Row], value: Callable[[Row], float | None]) -> st
     for setting, alike in settings.items():
         first, *rest = dict.fromkeys(row["labels"][axis] for row in alike)
         for label in rest:
-            try:
-                shown = str(compare(alike, axis, first, label, value))
-            except ValueError:
-                shown = ""
-            lines.append([*setting, f"{label} - {first}", shown])
+            with contextlib.suppress(ValueError):
+                lines.append([*setting, f"{label} - {first}", str(compare(alike, axis, first, label, value))])
     return table([*others, axis, "difference at equal seeds [95% interval]"], lines)

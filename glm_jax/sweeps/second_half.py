@@ -1,8 +1,9 @@
 """A measure for members with different objectives: the loss on the second half of a text, given the first half.
 
 Every member predicts the same tokens from the same preceding tokens. A member trained on [gMASK] suffixes sees the
-first half as context, all at once. A member trained only on whole texts as targets is unidirectional: it reads the
-first half from left to right, as in training, and its loss there does not count.
+first half as context, all at once or, with data.blanks.causal_context, from left to right. A member trained only on
+whole texts as targets is unidirectional: it reads the first half from left to right, as in training, and its loss there
+does not count.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def make_batch(texts: list[np.ndarray], config: Experiment, prepared: Prepared) 
         sample, counted = _sample(text, config, prepared, two_streams)
         batch.fill(b, [sample], "gmask")
         batch.loss_mask[b, :counted] = 0
-    return batch
+    return batch.causal() if config.data.blanks.causal_context else batch
 
 
 def _sample(text: np.ndarray, config: Experiment, prepared: Prepared, two_streams: bool) -> tuple[Sample, int]:

@@ -21,6 +21,7 @@ from glm_jax.engine import EngineConfig, build, passes, stash
 from glm_jax.engine.heldout import HeldOut
 from glm_jax.engine.meter import Meter
 from glm_jax.engine.passes import Gradients
+from glm_jax.errors import UserError
 from glm_jax.model.groups import Groups
 from glm_jax.parallel import processes
 from glm_jax.parallel.devices import peak_flops
@@ -164,6 +165,11 @@ def ready(
         UserError: the config, the data, the mesh or the workdir do not fit.
     """
     config.check_sources()
+    if config.data.blanks.causal_context:
+        raise UserError(
+            "data.blanks.causal_context is for members of a sweep, which nothing but their sweep reads: fills and "
+            "evaluations see contexts in both directions; set it to False"
+        )
     if config.train.wandb:
         import_wandb()  # report a missing package before the work begins
     folder.check(workdir, config)

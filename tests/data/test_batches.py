@@ -144,6 +144,12 @@ def test_seeds_differ():
         assert not equal(build(seed=seed).at(0, 8), build(seed=seed + 1).at(0, 8))
 
 
+def test_causal_contexts_change_what_tokens_see_and_nothing_else():
+    plain, causal = (build(options=BlankOptions(causal_context=causal)).at(0, 16) for causal in (False, True))
+    assert plain.context.any(1).all() and not causal.context.any()
+    assert equal(plain._replace(context=causal.context), causal)
+
+
 def test_two_streams():
     options = BlankOptions(two_streams=True)
     batch = build(options=options).at(0, 16)

@@ -23,6 +23,7 @@ from glm_jax.data.instructions import prompts, records
 from glm_jax.data.instructions import samples as instruction_samples
 from glm_jax.data.instructions.registry import DATASETS
 from glm_jax.data.instructions.render import Refused
+from glm_jax.data.instructions.samples import SENTENCE_TASKS, sentence_tasks
 from glm_jax.data.instructions.templates import Template
 from glm_jax.data.rows.blanks import instruction_sample
 from glm_jax.errors import UserError
@@ -364,6 +365,22 @@ def test_a_known_data_set_is_capped_as_in_the_paper_unless_told_otherwise(tmp_pa
     }
     _, weights = prepare(section, Cache(tmp_path / "cache", lambda line: None))
     assert weights == {"capped": 4.0, "own": 6.0, "other": 9.0}
+
+
+def test_a_set_to_score_alone_has_no_weight(tmp_path):
+    data = write_lines(tmp_path / "a.jsonl", [{"text": str(i), "target": "x"} for i in range(99)])
+    section = {"shown": entry(path=str(data)), "unshown": entry(path=str(data), score_only=True)}
+    sets, weights = prepare(section, Cache(tmp_path / "cache", lambda line: None), heldout=0.2)
+    assert list(weights) == ["shown"] and len(sets["unshown"].heldout) == len(sets["shown"].heldout) > 0
+
+
+def test_a_sentence_is_asked_about_if_it_is_short():
+    documents = ["Return the longest word.\n\nMore.", "Return the longest word.", "Too short.", "No sentence at all"]
+    asked = {name: list(sentence_tasks(*task, documents)) for name, task in SENTENCE_TASKS.items()}
+    assert all(len(found) == 1 and found[0][0].startswith("Return the longest word.\n") for found in asked.values())
+    answers = {name: found[0][1] for name, found in asked.items()}
+    assert answers == {"copy": "Return the longest word", "count": "4", "first": "Return", "last": "word",
+                       "longest": "longest", "second": "the"}  # fmt: skip
 
 
 def test_mistakes_in_the_section_are_refused(tmp_path):

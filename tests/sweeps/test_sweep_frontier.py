@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from glm_jax.errors import UserError
-from glm_jax.sweeps.frontier import breaking_table, frontier, frontier_table
+from glm_jax.sweeps.frontier import breaking_table, frontier, frontier_table, sensitivity, sensitivity_table
 from glm_jax.sweeps.page import section, write_page
 
 
@@ -37,6 +37,14 @@ def test_the_frontier_as_a_table() -> None:
     assert lines[2] == "| pre | 0.01 / 0.1 | 5.100 ± 0.141 | 4.100 ± 0.141 | 1 diverged; 4.500 |"
     assert lines[3] == "| post | none | 1 diverged | 4.000 | 1 diverged |"
     assert len(lines) == 4
+
+
+def test_sensitivity_counts_a_diverged_member_as_guessing() -> None:
+    rows = [{**one, "unigram": 5.1} for one in ROWS]
+    found = sensitivity(rows)
+    assert found[("pre",)] == pytest.approx([(1.0 + 0 + 1.1) / 3, (0.9 + 0 + 0.3) / 3])  # 5.2 is worse than guessing
+    assert found[("post",)] == pytest.approx([(1.1 + 0 + 1.1) / 3]) and found[("deepnorm",)] == []
+    assert sensitivity_table(rows).splitlines()[3] == "| post | 0.733 |"
 
 
 @pytest.fixture

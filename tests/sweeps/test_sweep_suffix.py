@@ -32,6 +32,16 @@ def test_a_bidirectional_member_has_the_first_half_as_context(tmp_path: Path, sp
     assert batch.targets[0, counted].tolist() == [13, 14, 15, EOP]
 
 
+def test_a_member_with_causal_contexts_reads_the_first_half_from_left_to_right(tmp_path: Path, special: Any) -> None:
+    plain, causal = (
+        second_half.make_batch([TEXT], tiny(tmp_path, **{"data.blanks.causal_context": causal}), special)
+        for causal in (False, True)
+    )
+    assert not causal.context.any()
+    for name in ("tokens", "targets", "positions", "segments", "loss_mask"):
+        np.testing.assert_array_equal(getattr(causal, name), getattr(plain, name))
+
+
 def test_a_unidirectional_member_reads_it_from_left_to_right(tmp_path: Path, special: Any) -> None:
     config = tiny(tmp_path, **CAUSAL)
     assert second_half.is_unidirectional(config) and not second_half.is_unidirectional(tiny(tmp_path))

@@ -284,8 +284,8 @@ def prepare(
             call made without `strict` is used unchanged.
 
     Returns:
-        The sets, and their weights. A set whose entry has no weight gets its number of samples to train on. An example
-        set that cannot be fetched is reported and left out.
+        The sets, and the weights of those to train on. A set whose entry has no weight gets its number of samples to
+        train on. An example set that cannot be fetched is reported and left out.
 
     Raises:
         UserError: a file is missing, an example set is unknown, a record gives no prompt, or a set has no samples, or
@@ -311,7 +311,8 @@ def prepare(
         make = functools.partial(write, found=pairs, tokenizer=tokenizer, name=name, strict=strict)
         directory, _ = cache.made("instructions", _digest(files, form, templates, cap, tokenizer), make)
         made = sets[name] = open_sides(directory, heldout, room, len(tokenizer.prefix))
-        weights[name] = entry.weight or float(len(made.train))
+        if not entry.score_only:
+            weights[name] = entry.weight or float(len(made.train))
         _report(name, made, directory, heldout, room, cache)
     return sets, weights
 

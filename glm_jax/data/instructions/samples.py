@@ -27,6 +27,7 @@ LABELS = {"pos.txt": "正面", "neg.txt": "负面"}
 RECORDS = "records.jsonl"  # in the directory of a fetched set
 OPENING = 300  # characters of a chapter shown when its title is asked for
 SHORTEST_BODY = 60  # characters below a docstring's summary; less is not worth summarising
+SENTENCE_WORDS = range(3, 9)  # of a sentence that is asked about
 DOWNLOAD_TIMEOUT = 300  # seconds
 
 MANUALS = ("debian-reference-en", "debian-reference-zh-cn")  # one manual in two languages; GPL-2+
@@ -66,6 +67,15 @@ def docstring_summaries(documents: Iterable[str]) -> Iterator[Prompted]:
         summary, blank, body = inspect.cleandoc(document).partition("\n\n")
         if blank and "\n" not in summary and summary.endswith(".") and len(body) >= SHORTEST_BODY:
             yield f"{body}\nSum up this documentation in one sentence:", summary
+
+
+def sentence_tasks(question: str, answer: Callable[[list[str]], str], documents: Iterable[str]) -> Iterator[Prompted]:
+    """Yield the first lines of docstrings that are a short sentence, each once, asking a question about its words."""
+    sentences = dict.fromkeys(inspect.cleandoc(document).partition("\n")[0] for document in documents)
+    for sentence in sentences:
+        words = sentence.removesuffix(".").split()
+        if sentence.endswith(".") and len(words) in SENTENCE_WORDS:
+            yield f"{sentence}\n{question}", answer(words)
 
 
 def translations(folder: Path) -> Iterator[Prompted]:
@@ -205,10 +215,24 @@ DOWNLOADS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "debian-reference": (" ".join(MANUALS), _download_manuals),
 }
 
+# By name: a question about a sentence, and how its words answer it. Tiny models learn these, see ablations.
+SENTENCE_TASKS: dict[str, tuple[str, Callable[[list[str]], str]]] = {
+    "copy": ("Repeat this sentence:", lambda words: " ".join(words)),
+    "count": ("How many words does it have?", lambda words: str(len(words))),
+    "first": ("Which word is the first?", lambda words: words[0]),
+    "last": ("Which word is the last?", lambda words: words[-1]),
+    "longest": ("Which word is the longest?", lambda words: max(words, key=len)),
+    "second": ("Which word is the second?", lambda words: words[1]),
+}
+
 # By name: the download or sample corpus it comes from, and its reader.
 SETS: dict[str, tuple[str, Callable[[Path], Iterator[Prompted]]]] = {
     "aligned-manuals": ("debian-reference", translations),
     "chinese-reviews": (ARCHIVE, reviews),
     "chapter-titles": ("three-kingdoms", lambda path: chapter_titles(_documents(path))),
+    **{
+        f"sentence-{name}": ("python-docs", lambda path, task=task: sentence_tasks(*task, _documents(path)))
+        for name, task in SENTENCE_TASKS.items()
+    },
     "docstring-summaries": ("python-docs", lambda path: docstring_summaries(_documents(path))),
 }

@@ -235,7 +235,7 @@ class Batches:
         for b, place in enumerate(chosen):
             row = self.locate(first_row + place)
             batch.fill(b, self._samples(row), row.objective, row.source)
-        return batch
+        return batch.causal() if self._options.causal_context else batch
 
     def batch_at(
         self, step: int, global_batch: int, only: Sequence[int] | np.ndarray | None = None

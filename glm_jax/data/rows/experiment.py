@@ -26,7 +26,7 @@ def training_batches(config: Experiment, prepared: Prepared) -> Batches:
         config.seed if config.data.seed < 0 else config.data.seed,
         options=config.blank_options(),
         sentence_ends=_sentence_ends(config, prepared),
-        instructions={name: sides.train for name, sides in prepared.instructions.items()},
+        instructions={name: prepared.instructions[name].train for name in prepared.instruction_weights},
     )
 
 

@@ -73,6 +73,10 @@ class Rows(NamedTuple, Generic[A]):
             self.loss_mask[row, divide:stop] = 1
             start = stop
 
+    def causal(self: Rows[np.ndarray]) -> Rows[np.ndarray]:
+        """Return the same rows, in which the tokens of a context see only what is before them."""
+        return self._replace(context=np.zeros_like(self.context))
+
     def take(self: Rows[np.ndarray], places: np.ndarray) -> Rows[np.ndarray]:
         """Return the rows of the batch at `places`, int [n]."""
         return Rows(*(array[places] for array in self))
