@@ -8,6 +8,8 @@ the embedding?
 
 Criterion: the number of members that learnt (glm_jax/sweeps/verdict.py) and the held-out loss by rate, over five seeds
 of data and params. The rates are the two lowest of norms.py: the higher is DeepNorm's best, the lower suits Post-LN.
+
+Expected time: 4.3 hours on two cores.
 """
 
 from glm_jax.config import Config, small_english

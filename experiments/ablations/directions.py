@@ -9,6 +9,8 @@ differs: all of the context, or what is before them. What is reading in both dir
 Criterion: held-out loss at equal seeds, for [MASK] spans, whose context continues behind the blank, for [gMASK]
 suffixes, and for GLM-130B's mixture of both. With [MASK] the target sees the context on both sides of its blank in
 either case: the difference is what the states of the context know of one another.
+
+Expected time: 0.7 hours on two cores.
 """
 
 from glm_jax.config import Config, small_english

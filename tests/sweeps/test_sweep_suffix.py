@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from glm_jax.data.corpora.prepare import Prepared
+from glm_jax.errors import UserError
 from glm_jax.sweeps import second_half
 from glm_jax.sweeps.group import prepare_all
+from glm_jax.training.run import Run
 from tests.sweeps.sweep_cases import tiny, write_text
 
 CAUSAL = {"data.blanks.mask": 0.0, "data.blanks.gmask": 1.0, "data.blanks.gmask_min_ratio": 1.0}
@@ -40,6 +42,13 @@ def test_a_member_with_causal_contexts_reads_the_first_half_from_left_to_right(t
     assert not causal.context.any()
     for name in ("tokens", "targets", "positions", "segments", "loss_mask"):
         np.testing.assert_array_equal(getattr(causal, name), getattr(plain, name))
+
+
+def test_a_run_alone_refuses_causal_contexts(tmp_path: Path) -> None:
+    config = tiny(tmp_path, **{"data.blanks.causal_context": True})
+    with pytest.raises(UserError, match="causal_context is for members of a sweep"):
+        Run(config, tmp_path / "run", lambda line: None)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_unidirectional_member_reads_it_from_left_to_right(tmp_path: Path, special: Any) -> None:
