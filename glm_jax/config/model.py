@@ -34,7 +34,8 @@ class Architecture(Section):
     rope_angles: Literal["float32", "float16"] = field("float32", doc="float16: the released inference code's tables")
     score_scaling: bool = field(True, doc="query-key layer scaling: cancels out, keeps float16 scores in range")
     softmax_dtype: Literal["float32", "float16"] = field(
-        "float32", doc="of the scores from their product to their probabilities; float16: what GLM-130B's authors left"
+        "float32",
+        doc="of the scores from their product to their probabilities; float16: what GLM-130B's authors gave up",
     )
     pb_relax: float = field(
         0.0,

@@ -36,7 +36,7 @@ Array = jax.Array
 Metrics = dict[str, Tree]  # of a step, by name; see `train_step`
 GroupStep = Callable[[TrainState, Rows[np.ndarray], np.ndarray, np.ndarray], tuple[TrainState, Metrics]]
 
-BY_LAYER = {"activation_rms", "attention_scores"}  # metrics [members, L]
+BY_LAYER = ("activation_rms", "attention_scores")  # metrics [members, L]
 CACHED = 8 << 20  # bytes of a block's state and logits
 
 
@@ -278,7 +278,7 @@ def _outcome(
     steps = np.array([step for step in range(1, len(taken) + 1) if step % every == 0 or step in (1, len(taken))])
     names = [name for name, value in taken[0].items() if name != "requests" and getattr(value, "ndim", 0) == 1]
     metrics = {name: np.array([taken[step - 1][name][member] for step in steps]) for name in names}  # [n] each
-    for name in BY_LAYER & taken[0].keys():
+    for name in (name for name in BY_LAYER if name in taken[0]):
         values = np.array([taken[step - 1][name][member] for step in steps])  # [n, L]
         metrics[name] = values.max(1)
         if config.train.log_attention_scores:

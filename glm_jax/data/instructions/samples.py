@@ -215,7 +215,7 @@ DOWNLOADS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "debian-reference": (" ".join(MANUALS), _download_manuals),
 }
 
-# By name: a question about a sentence, and how its words answer it. Tiny models learn these, see ablations.
+# By name: a question about a sentence, and how its words answer it; experiments/ablations/instructions.py asks them.
 SENTENCE_TASKS: dict[str, tuple[str, Callable[[list[str]], str]]] = {
     "copy": ("Repeat this sentence:", lambda words: " ".join(words)),
     "count": ("How many words does it have?", lambda words: str(len(words))),
