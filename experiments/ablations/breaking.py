@@ -19,12 +19,12 @@ Expected time on two cores: 8 layers 0.5 hours, 16 layers 1 hour, 48 layers 2.5 
 from glm_jax.config import Config, seeds, small_english
 
 ARMS = {
+    "deepnorm": {"model.norm": "deepnorm"},
     "post": {"model.norm": "post"},
     "pre": {"model.norm": "pre"},
     "pre-embedding-norm": {"model.norm": "pre", "model.embedding_norm": True},
     "sandwich": {"model.norm": "sandwich"},
     "sandwich-embedding-norm": {"model.norm": "sandwich", "model.embedding_norm": True},
-    "deepnorm": {"model.norm": "deepnorm"},
 }
 
 

@@ -12,7 +12,7 @@ of data and params. The rates are the two lowest of norms.py: the higher is Deep
 Expected time: 4.3 hours on two cores.
 """
 
-from glm_jax.config import Config, small_english
+from glm_jax.config import Config, seeds, small_english
 
 LEARNING_RATES = (5e-4, 1.5e-3)
 WARM = {"optimizer.warmup_samples": 3200}  # 400 steps
@@ -29,12 +29,12 @@ def get_sweep() -> dict:
     """Return arm x learning rate (the cosine ends at a tenth) x seed."""
     return {
         "arm": {
+            "deepnorm": {"model.norm": "deepnorm"},
             "post": {"model.norm": "post"},
             "post-warmup-400": {"model.norm": "post", **WARM},
             "pre-embedding-norm": {"model.norm": "pre", "model.embedding_norm": True},
-            "deepnorm": {"model.norm": "deepnorm"},
             "deepnorm-warmup-400": {"model.norm": "deepnorm", **WARM},
         },
         "lr": {f"{lr:g}": {"optimizer.peak_lr": lr, "optimizer.min_lr": lr / 10} for lr in LEARNING_RATES},
-        "seed": {str(seed): {"seed": seed, "model_seed": 100 + seed} for seed in (1, 2, 3, 4, 5)},
+        "seed": seeds(),
     }

@@ -11,7 +11,7 @@ of data and params. The rates are the best of norms.py for both schemes that lea
 Expected time: 4.5 hours on two cores.
 """
 
-from glm_jax.config import Config, small_english
+from glm_jax.config import Config, seeds, small_english
 
 LEARNING_RATES = (5e-4, 1.5e-3)
 
@@ -27,10 +27,10 @@ def get_sweep() -> dict:
     """Return arm x learning rate (the cosine ends at a tenth) x seed."""
     return {
         "arm": {
+            "deepnorm": {"model.norm": "deepnorm"},
             "post": {"model.norm": "post"},
             "pre-embedding-norm": {"model.norm": "pre", "model.embedding_norm": True},
-            "deepnorm": {"model.norm": "deepnorm"},
         },
         "lr": {f"{lr:g}": {"optimizer.peak_lr": lr, "optimizer.min_lr": lr / 10} for lr in LEARNING_RATES},
-        "seed": {str(seed): {"seed": seed, "model_seed": 100 + seed} for seed in (1, 2, 3)},
+        "seed": seeds(3),
     }

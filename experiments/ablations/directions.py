@@ -13,7 +13,7 @@ either case: the difference is what the states of the context know of one anothe
 Expected time: 0.7 hours on two cores.
 """
 
-from glm_jax.config import Config, small_english
+from glm_jax.config import Config, seeds, small_english
 
 
 def get_config() -> Config:
@@ -30,5 +30,5 @@ def get_sweep() -> dict:
             "mixture": {},
         },
         "context": {"both-directions": {}, "left-to-right": {"data.blanks.causal_context": True}},
-        "seed": (1, 2, 3, 4, 5),
+        "seed": seeds(),
     }

@@ -16,7 +16,7 @@ five seeds.
 Expected time: 0.6 hours on two cores.
 """
 
-from glm_jax.config import Config, instructions, small_english
+from glm_jax.config import Config, instructions, seeds, small_english
 
 SHOWN, UNSHOWN = ("copy", "first", "second", "longest"), ("last", "count")
 
@@ -44,5 +44,5 @@ def get_sweep() -> dict:
 
     return {
         "instructions": {"0%": share(0.0), "5%": share(0.05), "20%": share(0.2)},
-        "seed": (1, 2, 3, 4, 5),
+        "seed": seeds(),
     }

@@ -12,7 +12,7 @@ penalty out.
 Expected time: 0.6 hours on two cores.
 """
 
-from glm_jax.config import Config, small_english
+from glm_jax.config import Config, seeds, small_english
 
 LEARNING_RATES = (1.5e-3, 5e-3, 1.5e-2)
 
@@ -35,5 +35,5 @@ def get_sweep() -> dict:
             "both": {"model.qk_norm": True, "train.z_loss": 1e-4},
         },
         "lr": {f"{lr:g}": {"optimizer.peak_lr": lr, "optimizer.min_lr": lr / 10} for lr in LEARNING_RATES},
-        "seed": (1, 2, 3),
+        "seed": seeds(3),
     }

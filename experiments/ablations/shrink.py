@@ -16,7 +16,7 @@ shrink at equal seeds; and the largest `grad_norm/embedding` in the 100 steps be
 Expected time: 1.5 hours on two cores.
 """
 
-from glm_jax.config import Config, small_english
+from glm_jax.config import Config, seeds, small_english
 
 
 def get_config() -> Config:
@@ -37,5 +37,5 @@ def get_sweep() -> dict:
     return {
         "model.norm": ("pre", "sandwich"),
         "shrink": {"none": {}, "tenth": {"train.embedding_shrink.alpha": 0.1}},
-        "seed": {str(seed): {"seed": seed, "model_seed": 100 + seed} for seed in (1, 2, 3, 4, 5)},
+        "seed": seeds(),
     }

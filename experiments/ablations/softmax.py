@@ -17,7 +17,7 @@ stays below 100, float16 resolves them to 0.06 or better, and equal losses say n
 Expected time: 2.4 hours on two cores.
 """
 
-from glm_jax.config import Config, small_english
+from glm_jax.config import Config, seeds, small_english
 
 LEARNING_RATES = (5e-3, 1.5e-2, 5e-2)
 
@@ -43,5 +43,5 @@ def get_sweep() -> dict:
             "float16-qk-norm": {"model.softmax_dtype": "float16", "model.qk_norm": True},
         },
         "lr": {f"{lr:g}": {"optimizer.peak_lr": lr, "optimizer.min_lr": lr / 10} for lr in LEARNING_RATES},
-        "seed": {str(seed): {"seed": seed, "model_seed": 100 + seed} for seed in (1, 2, 3)},
+        "seed": seeds(3),
     }

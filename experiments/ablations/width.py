@@ -13,7 +13,7 @@ loss less that best, where a member that diverged counts as guessing by frequenc
 Expected time: 2.9 hours on two cores.
 """
 
-from glm_jax.config import Config, small_english
+from glm_jax.config import Config, seeds, small_english
 
 LEARNING_RATES = (5e-4, 1.5e-3, 5e-3, 1.5e-2)
 
@@ -39,5 +39,5 @@ def get_sweep() -> dict:
             "deepnorm": {"model.norm": "deepnorm"},
         },
         "lr": {f"{lr:g}": {"optimizer.peak_lr": lr, "optimizer.min_lr": lr / 10} for lr in LEARNING_RATES},
-        "seed": (1, 2, 3),
+        "seed": seeds(3),
     }
