@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     _check(values)
     plan_page.check(values)
-    sheets = (Path(values.devices),) if values.devices else ()
+    sheets = (Path(values.sheet),) if values.sheet else ()
     target = targets.find(values.target, *sheets, compiled=values.compile)
     memory = target.memory if values.memory is None else targets.memory(values.memory)
     experiment = common.load(values)
@@ -102,7 +102,7 @@ def _flags() -> flags.FlagValues:
         "bytes of a device that arrays may take, such as 40GB (default: the target's; of a GPU, XLA's pool of 3/4)",
         flag_values=values,
     )
-    common.define_path(values, "devices", "a file of your own devices, beside those of device_sheet.toml")
+    common.define_path(values, "sheet", "a file of your own devices, beside those of device_sheet.toml")
     flags.DEFINE_enum(
         "inference",
         None,

@@ -170,7 +170,7 @@ def test_an_estimate_alone_needs_no_compiler(compiled: list[Request], capsys: py
         (["--memory=40"], "--memory 40: write bytes a device with their unit, such as 40GB"),
         (["--rows=2"], "--rows is for --inference: add it, or leave --rows out"),
         (["--inference=float16", "--group=64"], "--group is for --inference int8, int4 or any, not float16"),
-        (["--devices=/nowhere.toml", "--target=mine"], "/nowhere.toml: cannot be read"),
+        (["--sheet=/nowhere.toml", "--target=mine"], "/nowhere.toml: cannot be read"),
         (["--config.mesh.data=-1"], "mesh.data is -1, the rest of the devices, but a plan has none: give a number"),
     ],
 )
