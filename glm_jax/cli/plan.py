@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from glm_jax.cli import common, plan_page
+from glm_jax.cli import common, plan_page, plan_search
 from glm_jax.cli.common import say
 from glm_jax.errors import UserError
 from glm_jax.planning import targets
@@ -38,6 +38,8 @@ def run(arguments: Sequence[str]) -> int:
     target = targets.find(values.target, *sheets, compiled=values.compile)
     memory = target.memory if values.memory is None else targets.memory(values.memory)
     experiment = common.load(values)
+    if values.search:
+        return plan_search.run(values, experiment, target, sheets)
 
     from glm_jax.cli import plan_inference
     from glm_jax.planning.compile import Request
@@ -60,7 +62,7 @@ def _training(
     from glm_jax.planning.programs import pieces
 
     count, experiment = request.devices(), request.experiment
-    estimated = estimate.plan(experiment, target.device or estimate.PROCESSOR, pieces(experiment))
+    estimated = estimate.plan(experiment, target.device or estimate.processor(*request.sheets), pieces(experiment))
     shown: dict[str, object] = {"estimate": estimated.to_json(), "parameters": estimated.total_parameters}
     if not values.json:
         print("\n".join(plan_estimate.table(estimated)), flush=True)
@@ -121,6 +123,7 @@ def _flags() -> flags.FlagValues:
         ),
     ):
         flags.DEFINE_integer(name, default, summary, lower_bound=least, flag_values=values)
+    plan_search.define(values)
     flags.DEFINE_bool("compile", True, "--nocompile: the estimate alone, in seconds", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
     plan_page.define(values)
@@ -129,6 +132,7 @@ def _flags() -> flags.FlagValues:
 
 def _check(values: flags.FlagValues) -> None:
     """Refuse flags that mean nothing here."""
+    plan_search.check(values)
     for name in ("rows", "room", "group"):
         if values[name].present and not values.inference:
             raise UserError(f"--{name} is for --inference: add it, or leave --{name} out")

@@ -38,7 +38,7 @@ def run(
     if values.inference == ANY:
         return _any(values, request, target, memory, inference, processes)
     count = request.devices()
-    plan = generation.plan(experiment, inference, target.device or estimate.PROCESSOR, pieces(experiment))
+    plan = generation.plan(experiment, inference, target.device or estimate.processor(*request.sheets), pieces(experiment))
     if not values.json:
         print("\n".join(table(plan, target.name, memory)), flush=True)
     compiled: Compiled = []
@@ -56,7 +56,7 @@ def _any(
     """Print what there is to choose from, and compile the smallest that fits."""
     if memory is None:
         raise UserError("--inference any asks what fits: give --memory, such as 24GB, or a --target")
-    device, counts = target.device or estimate.PROCESSOR, _counts(target)
+    device, counts = target.device or estimate.processor(*request.sheets), _counts(target)
     found = list[Choice]()
     if not values.json:
         print("\n".join(heading(inference, target.name, memory)), flush=True)

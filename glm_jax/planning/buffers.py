@@ -53,11 +53,11 @@ class Source(NamedTuple):
 
 def largest(text: str, count: int) -> tuple[Buffer, ...]:
     """Return the largest arrays of a program, given its text, at most `count` of them."""
-    program, frames = hlo.read(text), _frames(text)
+    program, sources = hlo.read(text), frames(text)
     found = Counter[tuple[str, str, str, str]]()
     for instruction, computation, _ in program.walk(fused=False):
         for shape in _made(program, instruction, entry=computation == program.entry):
-            found[shape, _operation(instruction), *frames.get(_frame(instruction), Source("", ""))] += 1
+            found[shape, _operation(instruction), *sources.get(frame(instruction), Source("", ""))] += 1
     sized = [Buffer(shape, hlo.shape_bytes(shape), number, *place) for (shape, *place), number in found.items()]
     return tuple(sorted(sized, key=lambda buffer: (-buffer.bytes, buffer.shape, buffer.operation))[:count])
 
@@ -100,12 +100,13 @@ def _operation(instruction: Instruction) -> str:
     return "/".join(operations) or ([first, *inner][-1])
 
 
-def _frame(instruction: Instruction) -> int:
+def frame(instruction: Instruction) -> int:
+    """Return the number of an instruction's stack frame, 0 if it has none."""
     found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
     return int(found[1]) if found else 0
 
 
-def _frames(text: str) -> Mapping[int, Source]:
+def frames(text: str) -> Mapping[int, Source]:
     """Return the innermost line of glm_jax of every stack frame that has one."""
     header = text.partition("\n%")[0]
     files, functions = _names(header, "FileNames"), _names(header, "FunctionNames")

@@ -15,8 +15,10 @@ from glm_jax.config import Experiment, from_json, to_json
 from glm_jax.errors import UserError
 from glm_jax.parallel.devices import peak_memory
 from glm_jax.parallel.mesh import AXES, REST
-from glm_jax.planning import buffers, hlo, programs, targets
+from glm_jax.parallel.pipeline import schedule
+from glm_jax.planning import buffers, counted, hlo, programs, targets
 from glm_jax.planning.buffers import Buffer
+from glm_jax.planning.counted import Counted
 from glm_jax.planning.hlo import Collective
 from glm_jax.planning.programs import Inference
 from glm_jax.planning.targets import Target
@@ -111,7 +113,7 @@ class Report:
         memory: of each device.
         buffers: the largest arrays, see `buffers.largest`.
         collectives: those of a device, by kind, axes and loops.
-        flops: of a device's program, each loop counted as one trip; None if the compiler does not count them.
+        counted: what a device computes and sends in a step; None of other programs.
         lowering, compiling: seconds.
         resident: bytes of the process that compiled it, at most.
         jax: its version.
@@ -123,7 +125,7 @@ class Report:
     memory: Memory
     buffers: tuple[Buffer, ...]
     collectives: tuple[Collective, ...]
-    flops: float | None
+    counted: Counted | None
     lowering: float
     compiling: float
     resident: int
@@ -141,6 +143,7 @@ class Report:
             "memory": Memory(**values["memory"]),
             "buffers": tuple(Buffer(**buffer) for buffer in values["buffers"]),
             "collectives": tuple(Collective(**{**one, "loops": tuple(one["loops"])}) for one in values["collectives"]),
+            "counted": Counted(**values["counted"]) if values["counted"] else None,
         })  # fmt: skip
 
 
@@ -191,7 +194,7 @@ def compile_here(request: Request) -> Report:
         memory=_memory(compiled, target) if compiled else Memory(refused),
         buffers=buffers.largest(text, SHOWN) if text else (),
         collectives=hlo.collectives(text, tuple(sizes.values())) if text else (),
-        flops=_flops(compiled) if compiled else None,
+        counted=_counted(text, request, sizes) if text and request.program == "step" else None,
         lowering=round(seconds[0], 2),
         compiling=round(seconds[1], 2),
         resident=peak_memory(),
@@ -225,6 +228,7 @@ def _memory(compiled: jax.stages.Compiled, target: Target) -> Memory:
     return Memory(peak, arguments, outputs, temporaries)
 
 
-def _flops(compiled: jax.stages.Compiled) -> float | None:
-    analysis = compiled.cost_analysis()
-    return analysis.get("flops") if analysis else None
+def _counted(text: str, request: Request, sizes: Mapping[str, int]) -> Counted:
+    experiment = request.experiment
+    table = schedule.build(experiment.pipeline.schedule, sizes["pipeline"], experiment.train.microbatches)
+    return counted.count(text, tuple(sizes.values()), table, experiment.model.num_layers)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 from glm_jax.config import Experiment
-from glm_jax.parallel import partition
+from glm_jax.parallel import device_sheet, partition
 from glm_jax.parallel.device_sheet import Device
 from glm_jax.parallel.pipeline import schedule
 from glm_jax.planning import budget, speed, tracing, work
@@ -23,6 +24,12 @@ from glm_jax.types import Json
 
 # stands for the processor of whoever plans, whose rates nobody knows
 PROCESSOR = Device("cpu", (), 1e11, 8 << 30, 1e10, 1e10, "no data sheet: only counts and memory are read")
+
+
+def processor(*sheets: Path) -> Device:
+    """Return the processor of whoever plans: the entry `cpu` of their sheets, or one whose rates are not known."""
+    found = [known[tracing.CPU] for path in sheets if tracing.CPU in (known := device_sheet.sheet(path))]
+    return found[-1] if found else PROCESSOR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Plan:
     """An estimate; bytes and seconds are of one device or one step unless noted."""
 
     device: str
+    known_rates: bool  # of the device; without them neither speed nor cost can be known
     devices: int
     mesh: Mapping[str, int]
     schedule: str
@@ -50,6 +58,7 @@ class Plan:
     flops: Flops  # of a token
     memory: Memory
     bubble: float  # the share of a stage's time that is idle
+    device_flops: float  # of the products outside fused kernels, on a device of the stage with the most layers, a step
     sent: Mapping[str, int]  # bytes that a device sends in a step, by mesh axes
     slowest: Speed  # nothing overlaps
     fastest: Speed  # everything does
@@ -62,11 +71,6 @@ class Plan:
     def fits(self, memory: float) -> bool:
         """Whether a step takes at most so many bytes of a device."""
         return self.memory.total <= memory
-
-    @property
-    def known_rates(self) -> bool:
-        """Whether the rates of the device are known, and so the speed and the cost of a run."""
-        return self.device != PROCESSOR.name
 
     def to_json(self) -> Json:
         """Return the plan as plain values, for JSON; None for speeds that cannot be known."""
@@ -94,10 +98,12 @@ def plan(experiment: Experiment, device: Device, pieces: int) -> Plan:
     table = schedule.build(engine.schedule, sizes["pipeline"], train.microbatches)
     parts, flops = work.parameters(engine.model), work.flops(engine, length)
     load = speed.of_step(traced, cfg, mesh, table, device)
-    slowest, fastest = speed.bracket(load, flops, train.global_batch * length, table.bubble, device, sizes)
+    batch, fused = train.global_batch * length, engine.attention not in ("reference", "blockwise")
+    slowest, fastest = speed.bracket(load, flops, batch, table.bubble, device, sizes, fused=fused)
     tokens = budget.tokens_of(experiment)
     return Plan(
         device=device.name,
+        known_rates=device is not PROCESSOR,
         devices=devices,
         mesh=sizes,
         schedule=engine.schedule,
@@ -109,6 +115,7 @@ def plan(experiment: Experiment, device: Device, pieces: int) -> Plan:
         flops=flops,
         memory=memory(experiment, cfg, mesh, traced),
         bubble=float(table.bubble),
+        device_flops=load.flops,
         sent={axes: round(size) for axes, size in load.sent.items()},
         slowest=slowest,
         fastest=fastest,

@@ -36,6 +36,13 @@ class Instruction(NamedTuple):
     attributes: str  # what follows them
 
 
+class Loop(NamedTuple):
+    """A loop that an instruction is in."""
+
+    instruction: Instruction
+    trips: int | None  # None: known only as it runs
+
+
 @dataclass(frozen=True)
 class Program:
     """A compiled program: its computations by name, and the name of the one where it starts."""
@@ -43,14 +50,16 @@ class Program:
     computations: Mapping[str, tuple[Instruction, ...]]
     entry: str
 
-    def walk(self, *, fused: bool = True) -> Iterator[tuple[Instruction, str, Loops]]:
-        """Yield every instruction that runs, its computation's name, and the loops around it.
+    def walk(self, *, fused: bool = True) -> Iterator[tuple[Instruction, str, tuple[Loop, ...]]]:
+        """Yield every instruction that runs, its computation's name, and the loops around it, outermost first.
 
         With fused=False those inside of fusions, reductions and the like are left out.
         """
         yield from self._walk(self.entry, (), fused)
 
-    def _walk(self, name: str, loops: Loops, fused: bool) -> Iterator[tuple[Instruction, str, Loops]]:
+    def _walk(
+        self, name: str, loops: tuple[Loop, ...], fused: bool
+    ) -> Iterator[tuple[Instruction, str, tuple[Loop, ...]]]:
         for instruction in self.computations[name]:
             yield instruction, name, loops
             opcode = instruction.opcode
@@ -58,7 +67,9 @@ class Program:
                 continue
             if not (fused or opcode in ("while", "conditional", "call", "async-start")):
                 continue
-            inner = (*loops, self._trips(instruction.attributes)) if opcode == "while" else loops
+            inner = loops
+            if opcode == "while":
+                inner = (*loops, Loop(instruction, self._trips(instruction.attributes)))
             for called in _called(instruction.attributes):
                 yield from self._walk(called, inner, fused)
 
@@ -114,9 +125,9 @@ def collectives(text: str, shape: Sequence[int]) -> tuple[Collective, ...]:
     for instruction, computation, loops in program.walk():
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
-            key = kind, axes_of(instruction.attributes, tuple(shape)), loops
+            key = kind, axes_of(instruction.attributes, tuple(shape)), tuple(loop.trips for loop in loops)
             counts[key] += 1
-            sizes[key] += _payload(instruction, program.computations[computation])
+            sizes[key] += payload(instruction, program.computations[computation])
     found = [Collective(*key, count, sizes[key]) for key, count in counts.items()]
     return tuple(sorted(found, key=lambda one: (-len(one.loops), one.axes, -one.bytes)))
 
@@ -136,6 +147,11 @@ def axes_of(attributes: str, shape: tuple[int, ...]) -> str:
     places = [np.array(np.unravel_index(group, shape)) for group in _groups(attributes, math.prod(shape))]
     differs = [any((place[axis] != place[axis, 0]).any() for place in places) for axis in range(len(shape))]
     return "+".join(name for name, differ in zip(AXES, differs, strict=True) if differ)
+
+
+def members(attributes: str, devices: int) -> int:
+    """Return how many devices a group of a collective has."""
+    return len(_groups(attributes, devices)[0])
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -168,7 +184,7 @@ def _called(attributes: str) -> list[str]:
     return [name.strip().lstrip("%") for several, one in found for name in (one or several).split(",")]
 
 
-def _payload(collective: Instruction, computation: Sequence[Instruction]) -> int:
+def payload(collective: Instruction, computation: Sequence[Instruction]) -> int:
     """Return the bytes of what an all-gather returns, and of what other collectives take."""
     names = set(re.findall(r"[\w.\-]+", collective.operands))
     taken = sum(shape_bytes(one.shape) for one in computation if one.name in names)

@@ -94,7 +94,17 @@ def read(jaxpr: Any, target: Target) -> Program:
     inputs = [known[variable] for variable in jaxpr.invars]
     operations: list[Operation] = []
     outputs = _inline(jaxpr, known, target, operations)
-    return Program(inputs, outputs, operations)
+    return Program(inputs, outputs, _used(operations, outputs))
+
+
+def _used(operations: list[Operation], outputs: list[Value]) -> list[Operation]:
+    """Return the operations whose results are used, as compilers do: not the end of a block that is computed again."""
+    used, found = set(outputs), list[Operation]()
+    for one in reversed(operations):
+        if not used.isdisjoint(one.outputs):
+            used.update(one.inputs)
+            found.append(one)
+    return found[::-1]
 
 
 def _inline(jaxpr: Any, known: dict[Any, Value], target: Target, operations: list[Operation]) -> list[Value]:

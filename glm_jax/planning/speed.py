@@ -17,6 +17,7 @@ from glm_jax.parallel import partition
 from glm_jax.parallel.device_sheet import Device
 from glm_jax.parallel.mesh import AXES
 from glm_jax.parallel.pipeline import schedule
+from glm_jax.planning import tracing
 from glm_jax.planning.program import SLICES, UPDATES, VIEWS, Operation, Program, kernels
 from glm_jax.planning.tracing import Mesh, Pass
 from glm_jax.planning.work import Flops
@@ -84,10 +85,11 @@ def _moved(one: Operation) -> int:
 def of_step(traced: Pass, cfg: StepConfig, mesh: Mesh, table: schedule.Schedule, device: Device) -> Load:
     """Return the load of a device in a whole step, of the stage with the most layers; no stage waits.
 
-    The optimizer reads gradients, params and two moments, and writes the last three.
+    The optimizer reads gradients, params and two moments, and writes the last three. XLA for CPUs takes what embedding
+    and head do out of their loops of one turn or none, so that it is done in every tick.
     """
     layers = partition.layers_held(cfg.engine.model.num_layers, mesh.shape["pipeline"])
-    microbatches = table.microbatches
+    of_model = table.ticks if tracing.platform(device) == "cpu" else table.microbatches
     blocks = [one for one in (traced.forward, traced.inputs, traced.backward) if one is not None]
     body = traced.tick.bodies[0]
     in_tick = of_program(body._replace(operations=[one for one in body.operations if not one.bodies]), device)
@@ -95,7 +97,7 @@ def of_step(traced: Pass, cfg: StepConfig, mesh: Mesh, table: schedule.Schedule,
     outside = outside._replace(operations=[one for one in outside.operations if one is not traced.tick])
     total = of_program(outside, device) + in_tick.times(table.ticks)
     for one in (one for one in body.operations if one.bodies):
-        count = microbatches * layers if one in blocks else microbatches
+        count = table.microbatches * layers if one in blocks else of_model
         total += of_program(one.bodies[0], device).times(count)
     params = sum(value.size for value in traced.program.outputs[: traced.params])
     seconds = 7 * params / device.bandwidth
@@ -119,7 +121,14 @@ def link_seconds(sent: Mapping[str, float], device: Device, sizes: Mapping[str, 
 
 
 def bracket(
-    load: Load, flops: Flops, tokens: int, bubble: Fraction, device: Device, sizes: Mapping[str, int]
+    load: Load,
+    flops: Flops,
+    tokens: int,
+    bubble: Fraction,
+    device: Device,
+    sizes: Mapping[str, int],
+    *,
+    fused: bool = False,
 ) -> tuple[Speed, Speed]:
     """Return the speed at the upper bound of a step's time, the slowest, and at the lower one.
 
@@ -130,10 +139,10 @@ def bracket(
         bubble: the share of a stage's time that is idle.
         device: of all.
         sizes: of the mesh's axes.
+        fused: whether kernels do not show their products, so that `load` lacks them.
     """
     devices = math.prod(sizes.values())
-    # fused kernels do not show their products
-    hidden = max(0.0, flops.hardware * tokens / devices - load.flops) / device.peak
+    hidden = max(0.0, flops.hardware * tokens / devices - load.flops) / device.peak if fused else 0.0
     links = link_seconds(load.sent, device, sizes)
     busy = 1 / (1 - float(bubble))
     fastest = max((load.kernels + hidden) * busy, *links.values()) if links else (load.kernels + hidden) * busy

@@ -154,4 +154,4 @@ def _need(name: str, modules: Sequence[str], what: str, extra: str) -> None:
                 return
         except ModuleNotFoundError:  # of the package that holds it
             continue
-    raise UserError(f"--target {name} needs {what}: pip install -e '.[{extra}]'")
+    raise UserError(f"--target {name} needs {what}: pip install -e '.[{extra}]', or --nocompile for the estimate alone")

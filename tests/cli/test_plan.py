@@ -29,7 +29,7 @@ def given(request: Request) -> Report:
         Collective("all-reduce", "", (), 1, 4),
     )
     memory = Memory(peak * 10**9, 2 * 10**9, 10**7, (peak - 2) * 10**9)
-    return Report(request.target, request.program, mesh, memory, buffers, collectives, 1.0, 2.0, 3.0, 10**9, "0.12")
+    return Report(request.target, request.program, mesh, memory, buffers, collectives, None, 2.0, 3.0, 10**9, "0.12")
 
 
 @pytest.fixture

@@ -50,6 +50,22 @@ def test_what_a_step_communicates() -> None:
 
 
 @pytest.mark.slow
+def test_what_a_step_computes_and_sends_by_hand() -> None:
+    found = report(0).counted
+    assert found is not None
+    tokens, layers, ticks = 2 * 32, 2, 4 + 2
+    kernels = 64 * 2 * 3 * 16 + 2 * 16 * 64 + 64 * 2 * 64 + 64 * 64  # of a block, split over `tensor`
+    scores = 2 * 32 * 2 * 16  # of a token: two heads of 16, with all 32 keys, and their sums of values
+    # forward, again without the last product, and twice as much backward; logits in each tick, and two gradients
+    of_blocks = 4 * layers * tokens * 2 * (4 * (kernels + scores) - 64 * 64)
+    assert found.flops == pytest.approx(of_blocks + ticks * 3 * tokens * 2 * 64 * 16384 // 4, rel=1e-3)
+    row = 4 * tokens * 64  # bytes of the residual stream; in and out of two sublayers, and of embedding and head
+    assert found.sent["tensor"] == pytest.approx((4 * layers * 11 + ticks * 4) * row / 2, rel=3e-3)  # and norms
+    # messages, each to a neighbour; sums of four shards of tokens over two stages, there and back
+    assert found.sent["pipeline"] == pytest.approx(ticks * (2 + 4) * row / 2, rel=1e-3)
+
+
+@pytest.mark.slow
 def test_what_a_step_holds() -> None:
     memory = report(0).memory
     state = 3 * 4 * (SPLIT // 2 + WHOLE)

@@ -52,7 +52,9 @@ class Workers:
             self._executor.shutdown(cancel_futures=True)
             self._executor = None
 
-    def run(self, what: str, work: Callable[[Job], Result], jobs: Sequence[Job], sizes: Sequence[int]) -> list[Result]:
+    def run(
+        self, what: str, work: Callable[[Job], Result], jobs: Sequence[Job], sizes: Sequence[int], unit: str = "B"
+    ) -> list[Result]:
         """Run `work` on each job, with a progress bar on a terminal.
 
         Args:
@@ -60,6 +62,7 @@ class Workers:
             work: a function that other processes can import.
             jobs: its arguments, picklable.
             sizes: bytes that each job stands for.
+            unit: of the bar, if not bytes.
 
         Returns:
             The results in the order of the jobs.
@@ -69,7 +72,7 @@ class Workers:
             Exception: raised by the first job, in their order, that fails.
         """
         results: list[Result] = []
-        with tqdm(total=sum(sizes), desc=what, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        with tqdm(total=sum(sizes), desc=what, unit=unit, unit_scale=unit == "B", leave=False, disable=None) as bar:
             for result, size in zip(self._results(work, jobs), sizes, strict=True):
                 results.append(result)
                 bar.update(size)

@@ -16,6 +16,7 @@ the number of stashed inputs does not grow with M: 2(P - 1 - s) + 1 in lockstep,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
@@ -114,6 +115,7 @@ SCHEDULES: dict[str, Callable[[int, int], tuple[Rows, Rows, int]]] = {
 }
 
 
+@functools.lru_cache(maxsize=16)  # a trace builds its schedule several times, and checks it for seconds if it is long
 def build(name: str, stages: int, microbatches: int) -> Schedule:
     """Build a schedule and check it.
 
