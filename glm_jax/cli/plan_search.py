@@ -120,9 +120,8 @@ def comparison_table(ranking: Ranking, compared: Sequence[Compared]) -> Iterator
     first = compared[0].report
     yield f"compiled for {first.target} from shapes (jax {first.jax}); nothing ran"
     yield "as estimated / as compiled = ratio, of a device in a step:"
-    yield f"  {'rank':>4}  {'peak, GB':22}  {'products, TFLOP':28}  {'sent, GB':28}"
+    yield f"  {'rank':>4}  {'peak, GB':24}  {'products, TFLOP':28}  {'sent, GB':28}"
     for one in compared:
-        place = ranking.place if one.choice == ranking.own else ranking.choices.index(one.choice) + 1
         pairs = one.pairs()
         cells = [
             f"{pair.estimated / unit:.4g} / {pair.compiled / unit:.4g} = {pair.ratio:.3f}"
@@ -131,8 +130,12 @@ def comparison_table(ranking: Ranking, compared: Sequence[Compared]) -> Iterator
         ]
         fits = "fits" if one.verdict.fits else "does not fit"
         mine = ", the config's own" if one.choice == ranking.own else ""
-        yield f"  {place:4}  {cells[0]:22}  {''.join(f'{cell:28}  ' for cell in cells[1:])}{fits}{mine}"
+        yield f"  {_place(ranking, one):4}  {cells[0]:24}  {''.join(f'{cell:28}  ' for cell in cells[1:])}{fits}{mine}"
     yield from _axes(compared)
+    for one in compared:
+        if (counted := one.report.counted) and counted.repeated:
+            repeated = f"{counted.repeated / 1e9:.4g} GB"
+            yield f"  {_place(ranking, one):4}  of what it sends, XLA sends {repeated} again for want of memory"
     named = {"peak": "peaks", "FLOPs": "products", "sent": "sent bytes"}
     for name, text in named.items():
         alike, apart = ordered_alike([one.pairs()[name] for one in compared if name in one.pairs()])
@@ -143,6 +146,10 @@ def comparison_table(ranking: Ranking, compared: Sequence[Compared]) -> Iterator
         yield "none of them fits"
         return
     yield f"the first that fits: {shown(best.choice.way.changes())}"
+
+
+def _place(ranking: Ranking, one: Compared) -> int | None:
+    return ranking.place if one.choice == ranking.own else ranking.choices.index(one.choice) + 1
 
 
 def _axes(compared: Sequence[Compared]) -> Iterator[str]:

@@ -27,10 +27,13 @@ class Counted:
     Attributes:
         flops: floating-point operations of its matrix products; of those of fused kernels, none.
         sent: bytes that it sends around rings, by mesh axes.
+        repeated: of these, bytes of collectives that XLA does again instead of keeping their results, where the program
+            would take more memory than XLA has for it.
     """
 
     flops: float
     sent: Mapping[str, float]
+    repeated: float = 0.0
 
 
 def count(text: str, shape: Sequence[int], table: Schedule, layers: int) -> Counted:
@@ -63,7 +66,7 @@ def count(text: str, shape: Sequence[int], table: Schedule, layers: int) -> Coun
                 total *= last
         return total
 
-    flops, sent = 0.0, dict[str, float]()
+    flops, repeated, sent, seen = 0.0, 0.0, dict[str, float](), set[tuple[str, str]]()
     for instruction, computation, loops in program.walk():
         around = program.computations[computation]
         if instruction.opcode == "dot":
@@ -71,9 +74,12 @@ def count(text: str, shape: Sequence[int], table: Schedule, layers: int) -> Coun
         elif instruction.opcode.removesuffix("-start") in hlo.KINDS:
             axes = hlo.axes_of(instruction.attributes, tuple(shape))
             if axes:
-                often = runs(loops)
-                sent[axes] = sent.get(axes, 0.0) + often * sent_bytes(instruction, around, math.prod(shape))
-    return Counted(flops, sent)
+                size = runs(loops) * sent_bytes(instruction, around, math.prod(shape))
+                sent[axes] = sent.get(axes, 0.0) + size
+                first = computation, re.sub(r"\.remat\d*$", "", instruction.name)  # XLA names others after it
+                repeated += size if first in seen else 0.0
+                seen.add(first)
+    return Counted(flops, sent, repeated)
 
 
 def product_flops(dot: Instruction, computation: Sequence[Instruction]) -> int:

@@ -1,6 +1,9 @@
 """`glm-jax plan`: its tables and its JSON, from reports that are given; what it refuses; one real compilation."""
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from glm_jax.planning import worker
 from glm_jax.planning.buffers import Buffer
 from glm_jax.planning.compile import Memory, Report, Request
 from glm_jax.planning.hlo import Collective
+from tests.patience import HANG
 
 TINY = (
     "--config=quickstart", "--config.model.num_layers=1", "--config.model.hidden_size=16", "--config.model.num_heads=2",
@@ -171,6 +175,9 @@ def test_an_estimate_alone_needs_no_compiler(compiled: list[Request], capsys: py
         (["--rows=2"], "--rows is for --inference: add it, or leave --rows out"),
         (["--inference=float16", "--group=64"], "--group is for --inference int8, int4 or any, not float16"),
         (["--sheet=/nowhere.toml", "--target=mine"], "/nowhere.toml: cannot be read"),
+        (["--search"], "--search needs to know how many devices there are: add --devices, such as --devices 768"),
+        (["--top=2"], "--top is for --search: add it, or leave --top out"),
+        (["--search", "--devices=8"], "--search ranks by the speed of a device, and that of this CPU is not known"),
         (["--config.mesh.data=-1"], "mesh.data is -1, the rest of the devices, but a plan has none: give a number"),
     ],
 )
@@ -187,3 +194,46 @@ def test_a_small_step_is_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert report["mesh"] == {"data": 2, "pipeline": 1, "tensor": 1} and report["verdict"]["fits"]
     params = 8192 * 16 + 4 * 16 * 16 + 3 * 16 * 16  # embedding and kernels; AdamW keeps two moments of each
     assert 3 * 4 * params / 2 < report["memory"]["arguments"] < 1.1 * 3 * 4 * params / 2
+
+
+SEARCHED = (*TINY, "--config.model.num_layers=2", "--config.model.num_heads=1", "--search", "--devices=4")
+SHEET = """[cpu]
+kinds = ["cpu"]
+peak = 1e12
+memory = 8_000_000_000
+bandwidth = 5e10
+link = 1e10
+source = "a test"
+"""
+
+
+@pytest.mark.slow
+def test_a_search_compiles_what_it_ranks(tmp_path: Path) -> None:
+    (tmp_path / "sheet.toml").write_text(SHEET)
+    more = ["--top=1", f"--sheet={tmp_path / 'sheet.toml'}", f"--config.data.cache={tmp_path}"]
+    command = [sys.executable, "-m", "glm_jax", "plan", *SEARCHED, "--config.train.global_batch=4", *more]
+    own = ["--config.mesh.pipeline=2", "--config.train.microbatches=2"]  # beside mesh.data=2
+    done = subprocess.run([*command, *own], capture_output=True, text=True, timeout=HANG, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert lines[0] == "24 ways to run it on 4 x cpu with 8.00 GB each; of these"
+    assert "      16 are ranked" in lines and re.search(r"^the config's own ranks \d+ of 16: ", done.stdout, re.M)
+    rows = [line for line in lines if line.endswith(("fits", "fits, the config's own"))]
+    assert len(rows) == 2 and rows[0].split()[0] == "1" and rows[1].endswith("own")
+    for row in rows:
+        products, sent = (float(ratio) for ratio in re.findall(r"= (\d\.\d+)", row)[1:])
+        assert products == pytest.approx(1, abs=0.01) and sent == pytest.approx(1, abs=0.1)
+    assert lines[-1].startswith("the first that fits: --config.mesh.data=")
+
+
+def test_a_search_without_compiling_is_json(
+    compiled: list[Request], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)  # no other processes, which take seconds to start
+    arguments = [*SEARCHED, "--target=a100-40gb", "--nocompile", "--json", "--config.mesh.data=4", "--devices=1"]
+    arguments.append("--config.train.global_batch=1")
+    assert main.main(["plan", *arguments]) == 0
+    said = json.loads(capsys.readouterr().out)["search"]
+    assert compiled == [] and said["compared"] == [] and said["own"] is said["place"] is None  # it has 4 devices
+    assert said["considered"] == len(said["choices"]) + sum(said["left_out"].values())
+    assert said["choices"][0]["changes"]["mesh.data"] == 1 and said["choices"][0]["estimate"]["devices"] == 1

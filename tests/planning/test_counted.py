@@ -50,10 +50,14 @@ def test_loops_of_slots_turn_as_often_as_the_schedule_gives_them_work() -> None:
     table, layers = schedule.build("1f1b", 2, 5), 3  # 7 ticks, at most 2 layers a stage
     text = HEADER + MORE
     text += computation("keys") + computation("queries", loop("keys", 3))
-    text += computation("block", loop("queries", 3, 4), SENDS) + computation("job", SENDS)
+    again = SENDS.replace("%sum", "%sum.remat")
+    text += computation("block", loop("queries", 3, 4), SENDS, again) + computation(
+        "job", SENDS.replace("sum", "s.remat2")
+    )
     text += computation("tick", loop("block", 1), loop("job", 2))
     text += computation("main", loop("tick", 0, table.ticks), start="ENTRY ")
     found = counted.count(text, (2, 2, 2), table, layers)
     runs = 1 + 7 + 5 * 2 + 5 + 5 * 2 * 4 + 5 * 2 * 4 * 4  # every query sees every key
     assert found.flops == pytest.approx(runs * 2 * 8 * 4 * 6)
-    assert found.sent == pytest.approx({"tensor": (5 * 2 + 5) * 4 * 8 * 4})  # twice half of it
+    assert found.sent == pytest.approx({"tensor": (5 * 2 * 2 + 5) * 4 * 8 * 4})  # twice half of it
+    assert found.repeated == pytest.approx(5 * 2 * 4 * 8 * 4)

