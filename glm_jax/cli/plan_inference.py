@@ -38,7 +38,8 @@ def run(
     if values.inference == ANY:
         return _any(values, request, target, memory, inference, processes)
     count = request.devices()
-    plan = generation.plan(experiment, inference, target.device or estimate.processor(*request.sheets), pieces(experiment))
+    device = target.device or estimate.processor(*request.sheets)
+    plan = generation.plan(experiment, inference, device, pieces(experiment))
     if not values.json:
         print("\n".join(table(plan, target.name, memory)), flush=True)
     compiled: Compiled = []

@@ -44,6 +44,8 @@ def check(values: flags.FlagValues) -> None:
     """
     if not values.html:
         return
+    if values.search:
+        raise UserError("--html draws one mesh: leave out --search, and give the flags of the mesh that it finds")
     if values.inference == "any":
         raise UserError("--html draws one mesh: give --inference one of the weights that `any` finds, and the mesh")
     if Path(values.html).suffix.lower() not in (".html", ".htm"):

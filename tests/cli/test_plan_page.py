@@ -112,7 +112,7 @@ def test_a_step_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_the_drawings_name_devices_stages_and_microbatches(tmp_path: Path) -> None:
     page = drawn(tmp_path / "plan.html", "--nocompile", "--target=a100-40gb")
     words = page.words
-    assert "Does not fit: it takes 33.11 of 31.75 GB a device, 1.361 GB too much (estimated, not compiled)" in words
+    assert "Does not fit: it takes 32.94 of 31.75 GB a device, 1.193 GB too much (estimated, not compiled)" in words
     assert "all 24 replicas (data 0–23) and their devices; the first is drawn above" in words
     for name in ("stage 0", "layers 54–62", "layers 63–69", "2 empty", "tensor 3: heads 72–95", "736–767"):
         assert name in words
@@ -120,10 +120,10 @@ def test_the_drawings_name_devices_stages_and_microbatches(tmp_path: Path) -> No
     assert "idle: the bubble, 3.8% of a stage's time" in words
     # with 1F1B all stages work in ticks 14 to 175, of 3 forward slots each; 3 ticks are drawn at each end
     assert re.search(rf"…\s+{(162 - 2 * 3) * 3}\s+more\s+…", words)
-    assert page.row("nothing overlaps")[:3] == ["128.5", "67,335", "22.3%"]
-    assert "69.97 s: everything overlaps" in words and "tensor (in a node)" in words and "750.747" in words
+    assert page.row("nothing overlaps")[:3] == ["123.8", "69,860", "23.1%"]
+    assert "66.77 s: everything overlaps" in words and "tensor (in a node)" in words and "684.309" in words
     assert page.row("params/blocks/attention/qkv/kernel")[0] == "(70+2)x12288x96x3x128"
-    for part in ("params 0.690 GB", "gradients 16.542 GB", "work 4.481 GB", "bound 31.75 GB", "33.11"):
+    for part in ("params 0.690 GB", "gradients 16.542 GB", "work 4.313 GB", "bound 31.75 GB", "32.94"):
         assert part in words
 
 
@@ -142,6 +142,10 @@ def test_mistakes_are_one_line(
     assert main.main([*arguments, "--html=plan.pdf"]) == 2
     assert capsys.readouterr() == ("", "error: --html plan.pdf is no page: end its name in .html\n")
     (tmp_path / "file").write_text("")
+    assert main.main([*arguments, "--html=plan.html", "--search", "--devices=8"]) == 2
+    assert capsys.readouterr().err.startswith("error: --html draws one mesh: leave out --search, and give")
+    assert main.main([*arguments, "--html=plan.html", "--inference=any"]) == 2
+    assert capsys.readouterr().err.startswith("error: --html draws one mesh: give --inference one of the weights")
     assert main.main([*arguments, f"--html={tmp_path / 'file' / 'plan.html'}"]) == 2
     assert capsys.readouterr().err.startswith(f"error: --html {tmp_path / 'file' / 'plan.html'} cannot be written (")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
