@@ -21,6 +21,10 @@ def run(arguments: Sequence[str]) -> int:
     flags.DEFINE_integer(
         "parallel", cores, "processes at a time, with one core each", lower_bound=1, flag_values=values
     )
+    flags.DEFINE_string(
+        "only", "", "labels, such as num_layers=48,seed=1: only the groups with a member that has all of them",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_bool("dry-run", False, "list the members without training them", flag_values=values)
     if not common.parse(values, arguments, ["config"]):
         return 0
@@ -33,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     from glm_jax.sweeps.run import listing, train_all
 
     if lists:
-        for line in listing(resolved, path):
+        for line in listing(resolved, path, values.only):
             print(line)
         return 0
-    return train_all(resolved, path, Path(values.workdir), values.parallel, say)
+    return train_all(resolved, path, Path(values.workdir), values.parallel, say, values.only)

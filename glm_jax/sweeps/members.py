@@ -202,6 +202,22 @@ def group(members: Sequence[Member], together: int = TOGETHER) -> list[Group]:
     return groups
 
 
+def chosen(groups: Sequence[Group], only: str) -> list[Group]:
+    """Return the groups with a member whose name has all labels of `only`, such as "num_layers=48,seed=1".
+
+    Whole groups, so that a member is always trained beside the same others. An empty text takes all.
+
+    Raises:
+        UserError: there is none.
+    """
+    wanted = set(only.split(",")) if only else set[str]()
+    found = [group for group in groups if any(wanted <= set(member.name.split(",")) for member in group.members)]
+    if not found:
+        name = groups[0].members[0].name
+        raise UserError(f"--only {only}: no member has all of these labels; names are such as {name}")
+    return found
+
+
 def _group_name(members: Sequence[Member], number: int) -> str:
     first, *rest = members
     shared = [

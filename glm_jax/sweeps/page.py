@@ -34,7 +34,7 @@ def section(workdir: Path) -> str:
         rows: list[Row] = json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{workdir / RESULTS} cannot be read: run the sweep again, which rewrites it") from error
-    said = textwrap.fill(f"{provenance(description, len(rows))}.", 120, break_on_hyphens=False, break_long_words=False)
+    said = textwrap.fill(f"{provenance(description, rows)}.", 120, break_on_hyphens=False, break_long_words=False)
     return f"{said}\n\n{_table(rows)}"
 
 

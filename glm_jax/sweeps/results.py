@@ -91,12 +91,13 @@ def read_description(workdir: Path) -> Json:
     raise UserError(f"{path} is damaged: restore it, or name another --workdir")
 
 
-def provenance(description: Json, there: int) -> str:
-    """Return the source of results in Markdown: command, commit, jax, the number of members so far, steps."""
-    commit = description["commit"]
-    told = f"commit `{commit[:12]}{'+' * commit.endswith('+')}`" if commit else "no commit"  # +: the tree had changes
+def provenance(description: Json, rows: Sequence[Row]) -> str:
+    """Return the source of results in Markdown: command, commits, jax, the number of members so far, steps."""
+    commits = [*filter(None, dict.fromkeys(row.get("commit", description["commit"]) for row in rows))]
+    short = ", ".join(f"`{commit[:12]}{'+' * commit.endswith('+')}`" for commit in commits)  # +: the tree had changes
+    told = f"commit{'s' * (len(commits) > 1)} {short}" if commits else "no commit"
     return (
-        f"`{description['command']}`, {told}, jax {description['versions']['jax']}; {there} of "
+        f"`{description['command']}`, {told}, jax {description['versions']['jax']}; {len(rows)} of "
         f"{len(description['members'])} members, {steps_text(description['base'])}"
     )
 

@@ -42,7 +42,7 @@ FREE_KEYS = ("data.cache",)  # may differ when a sweep resumes
 Say = Callable[[str], None]
 
 
-def train_all(base: Experiment, path: Path, workdir: Path, parallel: int, say: Say) -> int:
+def train_all(base: Experiment, path: Path, workdir: Path, parallel: int, say: Say, only: str = "") -> int:
     """Train the members of a sweep that have no result yet.
 
     Args:
@@ -51,6 +51,7 @@ def train_all(base: Experiment, path: Path, workdir: Path, parallel: int, say: S
         workdir: created if it does not exist; resumed if it holds the same sweep.
         parallel: processes at a time.
         say: called with one line at a time.
+        only: see `members.chosen`.
 
     Returns:
         The exit code: 0, or 3 if asked to stop.
@@ -63,7 +64,7 @@ def train_all(base: Experiment, path: Path, workdir: Path, parallel: int, say: S
 
     sweep = sweep_members.load(path)
     members = sweep_members.expand(base, sweep)
-    groups = sweep_members.group(members)
+    groups = sweep_members.chosen(sweep_members.group(members), only)
     check_writable(workdir)
     description = _describe(path, base, sweep, members)
     _check_same(workdir, description)
@@ -97,15 +98,16 @@ def _run(workdir: Path, description: Json, groups: Sequence[Group], parallel: in
     return DONE
 
 
-def listing(base: Experiment, path: Path) -> Iterator[str]:
+def listing(base: Experiment, path: Path, only: str = "") -> Iterator[str]:
     """Yield what a sweep would train: a line for each group, and a line for each of its members.
 
     Raises:
         UserError: the sweep is not valid.
     """
-    groups = sweep_members.group(sweep_members.expand(base, sweep_members.load(path)))
-    members = sum(len(group.members) for group in groups)
-    yield f"{path}: {members} members in {len(groups)} groups"
+    members = sweep_members.expand(base, sweep_members.load(path))
+    groups = sweep_members.chosen(sweep_members.group(members), only)
+    count = sum(len(group.members) for group in groups)
+    yield f"{path}: {count} members in {len(groups)} groups"
     for group in groups:
         yield f"{group.name}: {len(group.members)} members, {group.steps} steps"
         for member in group.members:

@@ -2,7 +2,9 @@
 
     python -m glm_jax.sweeps.saved runs/norms experiments/ablations/results/norms
 
-The folder holds three files, even for a sweep that is not complete:
+The folder holds three files, even for a sweep that is not complete. Members of the same sweep that it already holds
+and the workdir lacks stay, so that a long sweep can be trained in parts (`glm-jax sweep --only`), each in a workdir of
+its own:
 
     sweep.json, results.json    as they are in the sweep's workdir; docs/ablations.md is written from them
     curves.json                 for each member, the moving average of its loss (verdict.smooth), its gradient norms and
@@ -94,7 +96,7 @@ class Saved:
                 "the figures work, and nothing else."
             )
         state = "complete" if there == self.members else "incomplete"
-        return f"**Saved results, {state}:** {provenance(self.description, there)}.{self._coverage()}"
+        return f"**Saved results, {state}:** {provenance(self.description, self.results)}.{self._coverage()}"
 
     def _coverage(self) -> str:
         """Return how many members each label of the first axis has; empty for a complete sweep."""
@@ -132,10 +134,10 @@ def _rounded(value: float) -> float | None:
 
 
 def save(workdir: Path, folder: Path) -> int:
-    """Write the results of a sweep so far, and return the number of members.
+    """Write the results of a sweep so far, and return the number of members that the folder then has.
 
     Raises:
-        UserError: the workdir holds no sweep or no result, or a damaged one.
+        UserError: the workdir holds no sweep or no result, or a damaged one; or the folder has another sweep's.
     """
     description, results = read_description(workdir) | rule(), read_all(workdir)  # the rule that judges the rows
     if not results:
@@ -143,11 +145,35 @@ def save(workdir: Path, folder: Path) -> int:
     numbers = sum(name.startswith("grad_norm") for name in results[0]["curves"]) + 4
     points = LARGEST // (NUMBER * numbers * len(description["members"]))
     points = min(MOST, max(FEWEST, points))
-    lines = [f"{json.dumps(found['name'])}: {_compact(thin(found, points))}" for found in results]
+    rows, curves = _kept(folder, description)
+    rows |= {found["name"]: {**row(found), "commit": description["commit"]} for found in results}
+    curves |= {found["name"]: thin(found, points) for found in results}
+    names = [name for name in description["members"] if name in rows]
+    lines = [f"{json.dumps(name)}: {_compact(curves[name])}" for name in names]
     write_atomic(folder / CURVES, "{\n" + ",\n".join(lines) + "\n}\n")
-    write_atomic(folder / RESULTS, json.dumps([row(found) for found in results], indent=1) + "\n")
+    write_atomic(folder / RESULTS, json.dumps([rows[name] for name in names], indent=1) + "\n")
     write_atomic(folder / DESCRIPTION, json.dumps(description, indent=1) + "\n")
-    return len(results)
+    return len(names)
+
+
+def _kept(folder: Path, description: Json) -> tuple[dict[str, Row], dict[str, Json]]:
+    """Return the rows and the curves that a folder already has, by member."""
+    if not (folder / DESCRIPTION).exists():
+        return {}, {}
+    saved = load(folder)
+    before, now = saved.description, description
+    same = [before.get(what) == now.get(what) for what in ("axes", "members", "data", "rule")]
+    bases = before["base"].keys() & now["base"].keys()  # newer code has more keys, which are at their defaults
+    if not all(same) or any(before["base"][key] != now["base"][key] for key in bases):
+        raise UserError(f"{folder} holds results of another sweep: remove them, or name another folder")
+    rows = {found["name"]: {key: value for key, value in found.items() if key != "curves"} for found in saved.results}
+    for found in rows.values():
+        found.setdefault("commit", before["commit"])
+    curves = {
+        found["name"]: {name: list(map(_rounded, values)) for name, values in found["curves"].items()}
+        for found in saved.results
+    }
+    return rows, curves
 
 
 def _compact(value: object) -> str:

@@ -11,7 +11,7 @@ from glm_jax.errors import UserError
 from glm_jax.sweeps import members as sweep_members
 from glm_jax.sweeps import run
 from glm_jax.sweeps.group import data_key
-from glm_jax.sweeps.members import expand, group, read_axes
+from glm_jax.sweeps.members import chosen, expand, group, read_axes
 
 AXES = {
     "model.norm": ("post", "deepnorm"),
@@ -65,6 +65,14 @@ def test_dropout_makes_the_seed_a_part_of_the_program() -> None:
     axes = read_axes({"seed": (1, 2), "optimizer.peak_lr": (0.1, 0.2)})
     assert len(group(expand(base(), axes))) == 1
     assert [len(part.members) for part in group(expand(base(**{"model.hidden_dropout": 0.1}), axes))] == [2, 2]
+
+
+def test_groups_are_chosen_by_the_labels_of_a_member() -> None:
+    groups = group(expand(base(), read_axes({"model.norm": ("pre", "post"), "seed": (1, 2)})))
+    assert chosen(groups, "") == groups
+    assert [part.members for part in chosen(groups, "norm=post,seed=2")] == [groups[1].members]
+    with pytest.raises(UserError, match=r"--only norm=posted: no member has all .*; names are such as norm=pre,seed=1"):
+        chosen(groups, "norm=posted")
 
 
 def test_a_large_group_is_split() -> None:

@@ -106,6 +106,6 @@ def test_skipped_steps_have_a_column_where_there_are_any() -> None:
 def test_results_of_a_changed_tree_say_so(commit: str | None, told: str) -> None:
     base = {"train.steps": 300, "train.global_batch": 8, "data.seq_length": 64}
     description = {"command": "glm-jax sweep", "commit": commit, "versions": {"jax": "1"}, "base": base}
-    assert results.provenance({**description, "members": ["a"]}, 1) == (
+    assert results.provenance({**description, "members": ["a"]}, [{}]) == (
         f"`glm-jax sweep`, {told} jax 1; 1 of 1 members, 300 steps of 8 rows of 64 tokens"
     )

@@ -49,6 +49,27 @@ def workdir(tmp_path):
     return tmp_path / "sweep"
 
 
+def test_a_sweep_saved_in_parts(workdir, tmp_path):
+    folder = tmp_path / "saved"
+    save(workdir, folder)
+    first = {name: (folder / name).read_text() for name in ("results.json", "curves.json")}
+    save(workdir, folder)
+    assert first == {name: (folder / name).read_text() for name in first}
+    description = json.loads((workdir / "sweep.json").read_text())
+    (workdir / "members" / "k=b.json").unlink()
+    sweep_results.save_member(workdir, result("k=a", loss=3.0))
+    (workdir / "sweep.json").write_text(json.dumps({**description, "commit": "123456", "base": {**BASE, "new": 1}}))
+    assert save(workdir, folder) == 2
+    saved = load(folder)
+    assert [(found["name"], found["loss"], found["commit"]) for found in saved.results] == [
+        ("k=a", 3.0, "123456"), ("k=b", 4.0, "abcdef0123456789"),
+    ]  # fmt: skip
+    assert "commits `123456`, `abcdef012345`, jax 0.10.2; 2 of 2 members" in saved.origin()
+    (workdir / "sweep.json").write_text(json.dumps({**description, "base": {**BASE, "train.steps": 200}}))
+    with pytest.raises(UserError, match="holds results of another sweep"):
+        save(workdir, folder)
+
+
 def test_what_is_saved_is_read_back(workdir, tmp_path):
     assert save(workdir, tmp_path / "saved") == 1
     saved = load(tmp_path / "saved")
