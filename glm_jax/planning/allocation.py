@@ -55,7 +55,7 @@ class _Run:
 
     def __init__(self, program: Program, carried: Mapping[Value, Value], forward: bool) -> None:
         self.forward = forward
-        found, of_outputs = kernels(program)
+        found, of_outputs = kernels(program, repeats=not program.cpu)
         self.last = {value: index for index, kernel in enumerate(found) for value in kernel.reads}
         self.last |= {base: len(found) for reads in of_outputs.values() for base in reads}
         self.home = {base: value for value, output in carried.items() for base in of_outputs[output]}

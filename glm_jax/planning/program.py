@@ -73,6 +73,7 @@ class Program(NamedTuple):
     inputs: list[Value]
     outputs: list[Value]
     operations: list[Operation]
+    cpu: bool = True  # see Target
 
 
 class Target(NamedTuple):
@@ -94,7 +95,7 @@ def read(jaxpr: Any, target: Target) -> Program:
     inputs = [known[variable] for variable in jaxpr.invars]
     operations: list[Operation] = []
     outputs = _inline(jaxpr, known, target, operations)
-    return Program(inputs, outputs, _used(operations, outputs))
+    return Program(inputs, outputs, _used(operations, outputs), target.cpu)
 
 
 def _used(operations: list[Operation], outputs: list[Value]) -> list[Operation]:
@@ -236,9 +237,15 @@ class Kernel(NamedTuple):
         return sum(self.reads.values()) + sum(value.size for value in self.writes)
 
 
-def kernels(program: Program) -> tuple[list[Kernel], dict[Value, Reads]]:
-    """Return the kernels of a program in order, and what each of its outputs is computed from."""
-    demanded = _demanded(program)
+def kernels(program: Program, *, repeats: bool = False) -> tuple[list[Kernel], dict[Value, Reads]]:
+    """Return the kernels of a program in order, and what each of its outputs is computed from.
+
+    Args:
+        program: what runs.
+        repeats: whether elementwise work is done again for each of its readers, instead of taking memory. XLA does so
+            for accelerators where it is cheaper, which is where memory is the most.
+    """
+    demanded = _demanded(program, repeats)
     reads: dict[Value, Reads] = {value: {value: value.size} for value in program.inputs}
     found: list[Kernel] = []
     for one in program.operations:
@@ -260,7 +267,7 @@ def kernels(program: Program) -> tuple[list[Kernel], dict[Value, Reads]]:
     return _in_order(found, set(program.inputs)), of_outputs
 
 
-def _demanded(program: Program) -> set[Value]:
+def _demanded(program: Program, repeats: bool) -> set[Value]:
     """Return the values that must lie in memory, for those who read them."""
     demanded = set(program.outputs)
     updated = {one.inputs[0] for one in program.operations if one.kind in UPDATES}
@@ -273,7 +280,7 @@ def _demanded(program: Program) -> set[Value]:
                     demanded.add(value)
             continue
         taken_before = one.kind in SLICES and one.inputs[0] in updated
-        if taken_before or (one.kind in COMPUTED and readers.get(one.outputs[0], 0) > 1):
+        if taken_before or (not repeats and one.kind in COMPUTED and readers.get(one.outputs[0], 0) > 1):
             demanded.update(one.outputs)
         for value in set(one.inputs):
             readers[value] = readers.get(value, 0) + 1

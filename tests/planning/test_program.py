@@ -39,6 +39,15 @@ def test_what_nobody_reads_any_more_is_freed() -> None:
     assert allocation.peak_bytes(read(lambda x: (x @ x) @ (x @ x), X)) == 3 * SIZE
 
 
+def test_accelerators_repeat_elementwise_work_where_cpus_keep_its_result() -> None:
+    def shared(x: jax.Array) -> jax.Array:
+        return (y := jnp.exp(x @ x)).sum(0) + y.sum(1)
+
+    row = SIZE // 256
+    assert allocation.peak_bytes(read(shared, X)) == SIZE + 2 * row  # the product, and two sums of its exponentials
+    assert allocation.peak_bytes(read(shared, X, cpu=True)) == 2 * SIZE
+
+
 def test_a_loop_updates_in_place_what_it_carries() -> None:
     rows = jax.ShapeDtypeStruct((16, 256, 256), "float32")
 
