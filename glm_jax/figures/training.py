@@ -6,6 +6,7 @@ says so.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -21,6 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from glm_jax.figures import style
 from glm_jax.sweeps.frontier import frontier
+from glm_jax.sweeps.paired import compare
 from glm_jax.sweeps.results import Row, spread, table
 
 MARKERS = "osD^vP"
@@ -252,20 +254,22 @@ def final_losses(results: Sequence[Row], axis: str, title: str = "") -> Figure:
 
 
 def paired_table(results: Sequence[Row], axis: str) -> str:
-    """Return a table of held-out losses by the labels of an axis, and of differences from the first label per seed.
+    """Return a table of held-out losses by the labels of an axis, with their differences from the first label.
 
-    Means over seeds with the spread of the sample. Equal seeds have equal batches, so differences spread less.
+    Losses are means over seeds with the spread of the sample. Differences are those of equal seeds, which have equal
+    batches: see sweeps/paired.py. A difference of fewer than two pairs is left out.
     """
-    names = labels(results, axis)
-    lost = {(r["labels"][axis], r["labels"][SEED]): value for r in results if (value := heldout(r)) is not None}
+    first, *_ = names = labels(results, axis)
     lines = []
     for name in names:
-        mine = {seed: value for (label, seed), value in lost.items() if label == name}
-        pairs = [value - lost[names[0], seed] for seed, value in mine.items() if (names[0], seed) in lost]
-        diverged = sum(result["status"] == "diverged" for result in where(results, {axis: name}))
-        difference = "" if name == names[0] else spread(pairs)
-        lines.append([name, str(len(mine)), str(diverged), spread(list(mine.values())), difference])
-    return table([axis, "finished", "diverged", "held-out loss", f"less that of {names[0]}, by seed"], lines)
+        mine = where(results, {axis: name})
+        losses = [value for result in mine if (value := heldout(result)) is not None]
+        diverged, less = sum(result["status"] == "diverged" for result in mine), ""
+        if name != first:
+            with contextlib.suppress(ValueError):
+                less = str(compare(results, axis, first, name, heldout))
+        lines.append([name, str(len(losses)), str(diverged), spread(losses), less])
+    return table([axis, "finished", "diverged", "held-out loss", f"less that of {first} [95% interval]"], lines)
 
 
 def with_margin(results: Sequence[Row], margin: float) -> list[Row]:

@@ -155,8 +155,9 @@ def test_differences_are_taken_at_equal_seeds():
     lines = paired_table(settings({"rope": [4.0, 5.0], "alibi": [4.1, 5.3], "learned": [None, 4.5]}), "model.position")
     rope, alibi, learned = lines.splitlines()[2:]
     assert rope == "| rope | 2 | 0 | 4.500 ± 0.707 |  |"
-    assert alibi == "| alibi | 2 | 0 | 4.700 ± 0.849 | 0.200 ± 0.141 |"
-    assert learned == "| learned | 1 | 1 | 4.500 | -0.500 |"
+    # 0.1 and 0.3: their spread over the root of 2 is 0.1, and with one degree of freedom 12.706 of these
+    assert alibi == "| alibi | 2 | 0 | 4.700 ± 0.849 | +0.200 [-1.071, +1.471] (n = 2, p = 0.3) |"
+    assert learned == "| learned | 1 | 1 | 4.500 |  |"
 
 
 @pytest.mark.parametrize(
