@@ -96,7 +96,8 @@ def _cell(rows: Sequence[Row]) -> str:
 
 def learnt(row: Row) -> bool:
     """Whether a member with stairs had learnt something before them, by the rule's margin."""
-    return row["loss_before_stairs"] < row["unigram"] - LEARNT
+    loss = row["loss_before_stairs"]  # None if none was finite
+    return loss is not None and loss < row["unigram"] - LEARNT
 
 
 def breaking_table(rows: Sequence[Row]) -> str:

@@ -42,7 +42,7 @@ def _table(rows: list[Row]) -> str:
     if not rows:
         return ""
     if "broke" in rows[0]:
-        said = "The logarithm of these rates to the base 10, without those in brackets"
+        said = "The logarithm of these rates to the base 10, without those in brackets and members that did not break"
         return f"{breaking_table(rows)}\n\n{said}:\n\n{comparisons(rows, _broke)}"
     labels = rows[0]["labels"]
     if [axis for axis in labels if axis != "seed"] == ["objective"]:
@@ -50,10 +50,11 @@ def _table(rows: list[Row]) -> str:
     parts = [frontier_table(rows) if "lr" in labels else summary(rows)]
     if "width" in labels:
         parts.append(f"Sensitivity to the learning rate:\n\n{sensitivity_table(rows)}")
-    parts.append(f"Held-out loss:\n\n{comparisons(rows, _heldout())}")
+    parts.append(f"Held-out loss, of pairs that both finished:\n\n{comparisons(rows, _heldout())}")
     if "instructions" in labels:
-        names = sorted(name for name in rows[0]["heldout"] if name.startswith("loss/"))
-        parts += [f"Held-out `{name}`:\n\n{comparisons(rows, _heldout(name))}" for name in names]
+        names = sorted({name for row in rows for name in row["heldout"] if name.startswith("loss/")})
+        said = "of pairs that both finished"
+        parts += [f"Held-out `{name}`, {said}:\n\n{comparisons(rows, _heldout(name))}" for name in names]
     return "\n\n".join(parts)
 
 

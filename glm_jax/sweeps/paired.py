@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,10 +13,15 @@ from scipy import stats
 from glm_jax.sweeps.results import Row, table
 
 CONFIDENCE = 0.95
+RESOLUTION = 1e-8  # of saved numbers, which have nine digits: less is no spread
 
 
 class Difference(NamedTuple):
-    """The mean difference of pairs, its interval by Student's t, and the p-value of no difference (two-sided)."""
+    """The mean difference of pairs, its interval by Student's t, and the p-value of no difference (two-sided).
+
+    Interval and p are NaN if all pairs differ by the same: without spread, Student's t has no value. Rates on a grid do
+    this often, and it says no more than that the pairs agree.
+    """
 
     mean: float
     low: float
@@ -24,6 +30,8 @@ class Difference(NamedTuple):
     pairs: int
 
     def __str__(self) -> str:
+        if math.isnan(self.p):
+            return f"{self.mean:+.3f} (n = {self.pairs}, the same in all: no interval)"
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}] (n = {self.pairs}, p = {self.p:.2g})"
 
     @property
@@ -42,9 +50,8 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     if before.shape != after.shape or before.size < 2 or not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise ValueError("a paired comparison takes two or more pairs of finite values")
     change = after - before
-    if not change.any() or np.ptp(change) == 0:  # no spread: Student's t has no value
-        mean = float(change[0])
-        return Difference(mean, mean, mean, float(mean == 0), change.size)
+    if np.ptp(change) <= RESOLUTION * np.abs([before, after]).max():
+        return Difference(float(change.mean()), math.nan, math.nan, math.nan, change.size)
     tested = stats.ttest_rel(after, before)
     interval = tested.confidence_interval(CONFIDENCE)
     return Difference(
@@ -76,18 +83,20 @@ def compare(
 def comparisons(rows: Sequence[Row], value: Callable[[Row], float | None]) -> str:
     """Return a Markdown table of the last axis before rate and seed: each label less the first, by all other labels.
 
-    Members are paired by their seeds. Comparisons with fewer than two pairs are left out.
+    Members are paired by their seeds. Comparisons with fewer than two pairs are left out; if all are, it says so.
     """
     axes = [name for name in rows[0]["labels"] if name != "seed"]
     axis = [name for name in axes if name != "lr"][-1]
+    first, *rest = dict.fromkeys(row["labels"][axis] for row in rows)  # the same first for all, whatever is missing
     others = [name for name in axes if name != axis]
     settings: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         settings.setdefault(tuple(row["labels"][name] for name in others), []).append(row)
     lines = []
     for setting, alike in settings.items():
-        first, *rest = dict.fromkeys(row["labels"][axis] for row in alike)
         for label in rest:
             with contextlib.suppress(ValueError):
                 lines.append([*setting, f"{label} - {first}", str(compare(alike, axis, first, label, value))])
+    if not lines:
+        return "No comparison has two pairs of members."
     return table([*others, axis, "difference at equal seeds [95% interval]"], lines)

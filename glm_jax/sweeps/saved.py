@@ -7,8 +7,9 @@ and the workdir lacks stay, so that a long sweep can be trained in parts (`glm-j
 its own:
 
     sweep.json, results.json    as they are in the sweep's workdir; docs/ablations.md is written from them
-    curves.json                 for each member, the moving average of its loss (verdict.smooth), its gradient norms and
-                                the rms of its activations, at some tens of steps, to DIGITS digits
+    curves.json                 for each member, the moving average of its loss (verdict.smooth), its gradient norms,
+                                the rms of its activations and, if logged, its attention scores, at some tens of steps,
+                                to DIGITS digits
 
 Without saved results, `train_small` trains a few small members in the calling process, and returns the same form.
 """
@@ -47,6 +48,7 @@ from glm_jax.sweeps.worker import result
 from glm_jax.types import Json
 
 CURVES = "curves.json"
+WATCHED = ("grad_norm", "activation_rms", "attention_scores")  # how the names of its other curves begin
 DIGITS = 4  # significant
 LARGEST = 800_000  # bytes of curves.json to aim at, with all members
 NUMBER = 8  # bytes of a number in curves.json, with its comma
@@ -115,7 +117,7 @@ def thin(full: Row, points: int) -> dict[str, list[float | None]]:
     losses = np.array(curves["loss"], np.float64)  # [T], None becomes NaN
     kept = {"loss_step": np.arange(1, len(losses) + 1), "loss": verdict.smooth(losses)}
     shown = {name: _thinned(values, points) for name, values in kept.items()}
-    for name in ["step", *sorted(name for name in curves if name.startswith("grad_norm")), "activation_rms"]:
+    for name in ["step", *sorted(name for name in curves if name.startswith(WATCHED))]:
         shown[name] = _thinned(np.array(curves[name], np.float64), points)
     return shown
 
@@ -142,7 +144,7 @@ def save(workdir: Path, folder: Path) -> int:
     description, results = read_description(workdir) | rule(), read_all(workdir)  # the rule that judges the rows
     if not results:
         raise UserError(f"{workdir} has no finished member yet: wait for the first group of the sweep")
-    numbers = sum(name.startswith("grad_norm") for name in results[0]["curves"]) + 4
+    numbers = sum(name.startswith(WATCHED) for name in results[0]["curves"]) + 3  # and two of steps, and the loss
     points = LARGEST // (NUMBER * numbers * len(description["members"]))
     points = min(MOST, max(FEWEST, points))
     rows, curves = _kept(folder, description)

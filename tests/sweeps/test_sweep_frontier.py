@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from glm_jax.errors import UserError
-from glm_jax.sweeps.frontier import breaking_table, frontier, frontier_table, sensitivity, sensitivity_table
+from glm_jax.sweeps.frontier import breaking_table, frontier, frontier_table, learnt, sensitivity, sensitivity_table
 from glm_jax.sweeps.page import section, write_page
 
 
@@ -103,6 +103,7 @@ def test_a_page_without_a_place(results: Path) -> None:
 def test_rates_at_which_members_broke() -> None:
     labels = [("8", "pre", "1"), ("8", "pre", "2"), ("8", "post", "1"), ("8", "post", "2")]
     broke = [{"step": 814, "lr": 0.0135}, None, {"step": 801, "lr": 0.0015}, {"step": 802, "lr": 0.0015}]
+    assert not learnt({"unigram": 5.0, "loss_before_stairs": None})  # none was finite
     rows = [
         {
             "labels": dict(zip(("num_layers", "arm", "seed"), each, strict=True)),

@@ -26,8 +26,11 @@ def test_three_pairs_of_like_size_are_not_enough() -> None:
 
 
 def test_pairs_without_spread_and_without_pairs() -> None:
-    assert difference((1, 2), (1, 2)) == (0, 0, 0, 1, 2)
-    assert difference((1, 2), (2, 3)) == (1, 1, 1, 0, 2)
+    """Rates of a grid, such as 0.1 and 0.3, have logarithms that differ by the same but for their last digit."""
+    for first, second, mean in (((1, 2), (1, 2), 0), ((1, 2), (2, 3), 1), ((-1, -2.1), (-0.7, -1.8), 0.3)):
+        found = difference(first, second)
+        assert found.mean == pytest.approx(mean) and not found.shown
+        assert str(found) == f"{mean:+.3f} (n = 2, the same in all: no interval)"
     for wrong in (((), ()), ((1,), (2,)), ((1, 2), (1,)), ((1, float("nan")), (1, 2))):
         with pytest.raises(ValueError, match="two or more pairs"):
             difference(*wrong)
@@ -56,6 +59,10 @@ def test_a_table_of_comparisons() -> None:
         for (depth, norm), pair in losses.items()
         for seed, loss in enumerate(pair)
     ]
-    assert comparisons(rows, lambda row: row["loss"]).splitlines()[2:] == [
-        "| 8 | post - pre | +2.000 [-10.706, +14.706] (n = 2, p = 0.3) |",
-    ]
+    expected = ["| 8 | post - pre | +2.000 [-10.706, +14.706] (n = 2, p = 0.3) |"]
+    assert comparisons(rows, lambda row: row["loss"]).splitlines()[2:] == expected
+    others = [{"labels": {"depth": "16", "norm": norm, "seed": seed}, "loss": 1.0 + (norm == "post") * float(seed)}
+              for norm in ("post", "sandwich") for seed in "01"]  # fmt: skip
+    found = comparisons([*rows, *others], lambda row: row["loss"])
+    assert found.splitlines()[2:] == expected, "16 layers lack pre, with which all are compared"
+    assert comparisons(others[:1], lambda row: row["loss"]) == "No comparison has two pairs of members."

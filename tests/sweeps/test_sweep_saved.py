@@ -23,7 +23,8 @@ BASE = {"train.steps": 100, "train.global_batch": 4, "data.seq_length": 32}
 def result(name, loss=4.0, steps=100):
     losses = [None if step == 50 else loss for step in range(steps)]
     logged = [1, *range(10, steps + 1, 10)]
-    norms = {key: [0.123456789] * len(logged) for key in ("grad_norm", "grad_norm/embedding", "grad_norm/blocks_0_1")}
+    watched = ("grad_norm", "grad_norm/embedding", "grad_norm/blocks_0_1", "attention_scores/layer_00")
+    norms = {key: [0.123456789] * len(logged) for key in watched}
     curves = {"loss": losses, "step": logged, "activation_rms": [1.0] * len(logged), "lr": [0.1] * len(logged), **norms}
     axis, _, label = name.partition("=")
     return {"name": name, "labels": {axis: label}, "status": "finished", "loss": loss, "heldout": {"loss": loss},
@@ -77,7 +78,16 @@ def test_what_is_saved_is_read_back(workdir, tmp_path):
     assert saved.members == 2 and found["name"] == "k=b" and "run" not in found
     assert saved.description["rule"] == RULE  # the rule that judges the rows, whatever rule the sweep began with
     assert sorted(found["curves"]) == sorted(
-        ["loss_step", "loss", "step", "grad_norm", "grad_norm/embedding", "grad_norm/blocks_0_1", "activation_rms"]
+        [
+            "loss_step",
+            "loss",
+            "step",
+            "grad_norm",
+            "grad_norm/embedding",
+            "grad_norm/blocks_0_1",
+            "activation_rms",
+            "attention_scores/layer_00",
+        ]
     )
     np.testing.assert_allclose(found["curves"]["grad_norm/embedding"], 0.1235)  # four digits
     np.testing.assert_array_equal(found["curves"]["step"], [1, *range(10, 101, 10)])
