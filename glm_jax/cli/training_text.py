@@ -33,7 +33,7 @@ def documents(workdir: Path, tokenizer: Tokenizer, say: Callable[[str], None]) -
             )
         prepared = prepare(config, say, tokenizer=tokenizer)
         found = [*(sides["train"] for sides in prepared.shards.values()),
-                 *(sides.train for sides in prepared.instructions.values())]  # fmt: skip
+                 *(prepared.instructions[name].train for name in prepared.instruction_weights)]  # fmt: skip
     processes.wait_for_all()
     return found
 

@@ -66,6 +66,11 @@ class InstructionSet(Section):
         0.0, at_least=0, doc="share of instruction rows, relative to the others'; 0: its number of samples to train on"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_only and self.weight:
+            raise ValueError("score_only trains on none of its records: leave out weight, or set score_only to False")
+
 
 @dataclass(frozen=True)
 class TokenizerConfig(Section):

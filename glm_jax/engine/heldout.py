@@ -24,7 +24,7 @@ class HeldOut:
         self._rows = config.train.global_batch // config.train.microbatches
         self._limit = config.train.eval_rows
         self._batches = heldout_batches(config, prepared) | heldout_answers(config, prepared)
-        self._total = set(prepared.shards) or set(prepared.instructions)  # the names that `loss` sums over
+        self._total = set(prepared.shards) or set(prepared.instruction_weights)  # the names that `loss` sums over
         self._token_bytes = prepared.tokenizer.token_bytes
 
     def losses(
@@ -32,7 +32,7 @@ class HeldOut:
     ) -> dict[str, float]:
         """Return `loss` over all sources and `loss/<name>`, in nats a target token, and `bits_per_byte/<name>`.
 
-        A name is a source's or a set's. Without any source, `loss` is over all sets.
+        A name is a source's or a set's. Without any source, `loss` is over all sets that are trained on.
 
         Args:
             evaluate: returns the loss of every target token, [1, B, S], for params and rows [1, B, ...].

@@ -165,7 +165,8 @@ def ready(
         UserError: the config, the data, the mesh or the workdir do not fit.
     """
     config.check_sources()
-    if config.data.blanks.causal_context:
+    planned = [config, *(interventions.effective(config, step) for step, _ in config.interventions)]
+    if any(one.data.blanks.causal_context for one in planned):
         raise UserError(
             "data.blanks.causal_context is for members of a sweep, which nothing but their sweep reads: fills and "
             "evaluations see contexts in both directions; set it to False"
@@ -173,9 +174,8 @@ def ready(
     if config.train.wandb:
         import_wandb()  # report a missing package before the work begins
     folder.check(workdir, config)
-    build(config)  # report an impossible mesh before minutes of data preparation
-    for step, _ in config.interventions:
-        build(interventions.effective(config, step))  # refuse one that does not fit now, not at its step
+    for one in planned:
+        build(one)  # report a mesh that does not fit now, not after minutes of data preparation or at its step
     if not processes.is_first():
         processes.wait_for_all()
     prepared = prepare(config, say, tokenizer=tokenizer)

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from glm_jax.cli import main
+from glm_jax.cli import main, training_text
+from glm_jax.config import resolve, small_english, to_json
 from tests.evaluation import official_form
 
 SEEN = "the boat that came down the river in spring had no name and no flag at all"  # 17 words
@@ -39,3 +42,12 @@ def test_a_task_is_found_in_training_text(tmp_path: Path, capsys: pytest.Capture
                                                  "found_ngrams": 5}  # fmt: skip
     assert f"| 50.00% of 2 | {500 / grams:.2f}% of {grams} |" in (tmp_path / "out/results.md").read_text()
     assert "items in training text</th>" in (tmp_path / "out/index.html").read_text()
+
+
+def test_a_set_that_is_only_scored_is_no_training_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = {name: SimpleNamespace(train=name) for name in ("shown", "unshown")}
+    prepared = SimpleNamespace(shards={"en": {"train": "text"}}, instructions=sides, instruction_weights={"shown": 1.0})
+    monkeypatch.setattr(training_text, "prepare", lambda *_, **__: prepared)
+    (tmp_path / "config.json").write_text(to_json(resolve(small_english(steps=1))))
+    tokenizer: Any = None
+    assert training_text.documents(tmp_path, tokenizer, print) == ["text", "shown"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import Table, parquet
 from rows import FIRST, SHARES, SPECIAL, Documents, build, check_row
 
+from glm_jax.config import default_config, resolve
 from glm_jax.config import instructions as entry
 from glm_jax.config.data import OBJECTIVES, BlankOptions
 from glm_jax.data.corpora import samples
@@ -372,6 +373,12 @@ def test_a_set_to_score_alone_has_no_weight(tmp_path):
     section = {"shown": entry(path=str(data)), "unshown": entry(path=str(data), score_only=True)}
     sets, weights = prepare(section, Cache(tmp_path / "cache", lambda line: None), heldout=0.2)
     assert list(weights) == ["shown"] and len(sets["unshown"].heldout) == len(sets["shown"].heldout) > 0
+    with pytest.raises(UserError, match="unshown is score_only, and none of its records is held out"):
+        prepare(section, Cache(tmp_path / "cache", lambda line: None))
+    config = default_config()
+    config.data.instructions.unshown = entry(path=str(data), score_only=True, weight=2.0)
+    with pytest.raises(UserError, match=r"data\.instructions\.unshown.*leave out weight"):
+        resolve(config)
 
 
 def test_a_sentence_is_asked_about_if_it_is_short():

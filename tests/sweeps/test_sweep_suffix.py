@@ -44,8 +44,11 @@ def test_a_member_with_causal_contexts_reads_the_first_half_from_left_to_right(t
         np.testing.assert_array_equal(getattr(causal, name), getattr(plain, name))
 
 
-def test_a_run_alone_refuses_causal_contexts(tmp_path: Path) -> None:
-    config = tiny(tmp_path, **{"data.blanks.causal_context": True})
+@pytest.mark.parametrize("changes", [
+    {"data.blanks.causal_context": True}, {"interventions": ((3, {"data.blanks.causal_context": True}),)},
+])  # fmt: skip
+def test_a_run_alone_refuses_causal_contexts(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = tiny(tmp_path, **changes)
     with pytest.raises(UserError, match="causal_context is for members of a sweep"):
         Run(config, tmp_path / "run", lambda line: None)
     assert not (tmp_path / "run").exists()

@@ -313,17 +313,20 @@ def prepare(
         made = sets[name] = open_sides(directory, heldout, room, len(tokenizer.prefix))
         if not entry.score_only:
             weights[name] = entry.weight or float(len(made.train))
-        _report(name, made, directory, heldout, room, cache)
+        _report(name, made, directory, heldout, room, cache, score_only=entry.score_only)
     return sets, weights
 
 
-def _report(name: str, made: Sides, directory: Path, heldout: float, room: int, cache: Cache) -> None:
-    """Say what a set holds and what was left out of it. Raise UserError if nothing is left to train on."""
+def _report(
+    name: str, made: Sides, directory: Path, heldout: float, room: int, cache: Cache, *, score_only: bool
+) -> None:
+    """Say what a set holds and what was left out of it. Raise UserError if nothing is left of what it is for."""
     index, tokens = made.train.index, int(made.train.lengths.sum() + made.heldout.lengths.sum())
     few = " (too few records)" if heldout and not len(made.heldout) else ""
     asked = f", {index['unasked']:,} with nothing to ask" if index["unasked"] else ""
     cache.report(
-        f"instructions {name}: {len(made.train):,} samples to train on, {len(made.heldout):,} held out{few}, "
+        f"instructions {name}: {len(made.train):,} samples {'left alone' if score_only else 'to train on'}, "
+        f"{len(made.heldout):,} held out{few}, "
         f"{tokens:,} tokens{asked}"
     )
     for line in skipped_lines(index):
@@ -334,7 +337,12 @@ def _report(name: str, made: Sides, directory: Path, heldout: float, room: int, 
             f"because their answers have over {room - 2} tokens; a sample has {room} places, which is data.seq_length "
             "divided by data.blanks.instruction_segments"
         )
-    if not len(made.train):
+    if score_only and not len(made.heldout):
+        raise UserError(
+            f"data.instructions.{name} is score_only, and none of its records is held out to be scored: raise "
+            "data.heldout, or add records"
+        )
+    if not score_only and not len(made.train):
         raise UserError(
             f"data.instructions.{name} has no answer of at most {room - 2} tokens to train on: raise data.seq_length "
             "or lower data.blanks.instruction_segments"
