@@ -71,7 +71,7 @@ def attention_probabilities(
     scores are multiplied by layer + 1 after it, in float32 (paper section 3.2: float32 softmax), like all that follows,
     or in float16 if that is the `softmax_dtype`. With `pb_relax` alpha the product is divided by alpha, its largest
     magnitude is subtracted, and the result is multiplied by alpha (CogView, arXiv 2105.13290). A query that may see
-    nothing attends evenly to everything.
+    nothing attends evenly to everything; one whose scores overflow has NaN.
     """
     if cfg.pb_relax:
         factor: Array | float = cfg.pb_relax
@@ -87,5 +87,8 @@ def attention_probabilities(
     if distance is not None:
         slopes = jnp.asarray(alibi_slopes(cfg.num_heads), scores.dtype)[heads]  # [N]
         scores = scores - slopes[:, None, None] * distance[:, None]  # [B, N, S, T]
-    scores = jnp.where(allowed[:, None], scores, jnp.finfo(scores.dtype).min)  # [B, N, S, T]
+    hidden: Array | float = float(jnp.finfo(scores.dtype).min)
+    if half:  # or a query whose scores all overflow to -inf would see what is hidden; so it gives NaN
+        hidden = jnp.where(allowed.any(-1)[:, None, :, None], -jnp.inf, hidden).astype(scores.dtype)  # [B, 1, S, 1]
+    scores = jnp.where(allowed[:, None], scores, hidden)  # [B, N, S, T]
     return jax.nn.softmax(scores, axis=-1)  # [B, N, S, T]

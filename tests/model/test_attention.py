@@ -80,6 +80,12 @@ def test_a_softmax_in_float16_rounds_and_overflows_where_one_in_float32_does_not
     keys[0, :, :, 0] = np.array([640.0, 641.0])[:, None]  # 81,920 and 82,048
     np.testing.assert_allclose(compiled(CFG, queries, keys)[0, 0, 0], [0, 1], atol=1e-6)
     assert not np.isfinite(compiled(half, queries, keys)).any()
+    keys[0, 1, :, 0] = 0.0  # hidden; the other score is -81,920, below what float16 has for "hidden"
+    for cfg, finite in ((CFG, True), (half, False)):
+        seen = np.array([[[True, False]]])
+        found = probabilities(cfg, queries, -keys, allowed=seen)
+        assert (found[0, 0, 0].tolist() == [1, 0]) == finite == np.isfinite(found).all()
+        assert probabilities(cfg, queries, keys * 0, allowed=~seen & seen)[0, 0, 0].tolist() == [0.5, 0.5]
 
 
 def test_pb_relax_subtracts_the_largest_magnitude_of_a_head_in_float16() -> None:
