@@ -237,8 +237,17 @@ class Data(Section):
         (),
         at_least=0,
         example=(0, {"name": 1.0}),
-        doc="history over samples of the weights of sources and instruction sets; those that a knot leaves out have "
-        "the weights of their entries",
+        doc="history over samples of the weights of sources and instruction sets; a knot names all sources or none, "
+        "and what it leaves out has the weight of its entry",
     )
     instructions: Mapping[str, InstructionSet] = section(dict[str, InstructionSet], doc="prompts with answers, by name")
     blanks: Blanks = section(Blanks)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for samples, weights in self.weights:
+            if (named := self.sources.keys() & weights) and (missing := sorted(self.sources.keys() - weights)):
+                raise ValueError(
+                    f"weights at {samples} samples name {', '.join(sorted(named))} and not {', '.join(missing)}: name "
+                    "all sources, with 0 for those to leave out, or none"
+                )

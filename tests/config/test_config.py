@@ -84,3 +84,14 @@ def test_blanks_need_a_share() -> None:
     config.data.blanks = ConfigDict({"mask": 0.0, "gmask": 0.0})
     with pytest.raises(UserError, match="all 0"):
         resolve(config)
+
+
+def test_a_knot_of_weights_names_all_sources_or_none() -> None:
+    config = with_source()
+    (name,) = config.data.sources
+    config.data.sources.other = config.data.sources[name]
+    config.data.weights = ((0, {"a_set": 2.0}), (9, {name: 1.0, "other": 0.0}))
+    assert resolve(config).data.weights[1] == (9, {name: 1.0, "other": 0.0})
+    config.data.weights = ((0, {name: 1.0, "a_set": 2.0}),)
+    with pytest.raises(UserError, match=f"weights at 0 samples name {name} and not other: name all sources, with 0"):
+        resolve(config)
