@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     memory = target.memory if values.memory is None else targets.memory(values.memory)
     experiment = common.load(values)
     if values.search:
-        return plan_search.run(values, experiment, target, sheets)
+        return plan_search.run(values, experiment, target, memory, sheets)
 
     from glm_jax.cli import plan_inference
     from glm_jax.planning.compile import Request
@@ -69,6 +69,8 @@ def _training(
     if not values.compile:
         if values.json:
             print(json.dumps(shown))
+        elif memory:
+            print(fit(estimated.memory.total, memory))
         draw(estimated)
         return 0
     say(f"compiling for {count:,} x {values.target}, none of which is used; large models take a minute or two")
@@ -170,8 +172,7 @@ def table(report: Report, judged: Verdict | None) -> Iterator[str]:
     if judged is None:
         yield "the CPU's memory is no measure for other devices: give --memory, such as 40GB, or a --target"
     else:
-        word, left = ("fits", "to spare") if judged.fits else ("does not fit", "too much")
-        yield f"memory {judged.memory / 1e9:.2f} GB: {word}, {abs(judged.margin) / 1e9:.3f} GB {left}"
+        yield fit(memory.peak, judged.memory)
     if report.buffers:
         yield "largest arrays, GB a device each (those that are not needed at the same time share memory):"
     for buffer in report.buffers:
@@ -187,6 +188,12 @@ def table(report: Report, judged: Verdict | None) -> Iterator[str]:
         f"lowered in {report.lowering:.1f} s, compiled in {report.compiling:.1f} s, "
         f"{report.resident / 1e9:.2f} GB resident"
     )
+
+
+def fit(peak: int, memory: int) -> str:
+    """Return whether so many bytes fit in the memory of a device, as text."""
+    word, left = ("fits", "to spare") if peak <= memory else ("does not fit", "too much")
+    return f"memory {memory / 1e9:.2f} GB: {word}, {abs(memory - peak) / 1e9:.3f} GB {left}"
 
 
 def advice(report: Report, found: Sequence[Remedy]) -> Iterator[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -57,7 +55,8 @@ def _any(
     """Print what there is to choose from, and compile the smallest that fits."""
     if memory is None:
         raise UserError("--inference any asks what fits: give --memory, such as 24GB, or a --target")
-    device, counts = target.device or estimate.processor(*request.sheets), _counts(target)
+    device = target.device or estimate.processor(*request.sheets)
+    counts = (target.slice_devices,) if target.slice_devices else choices.COUNTS
     found = list[Choice]()
     if not values.json:
         print("\n".join(heading(inference, target.name, memory)), flush=True)
@@ -83,15 +82,6 @@ def _any(
     return 0
 
 
-def _counts(target: Target) -> tuple[int, ...]:
-    """Return the numbers of devices to choose from: of a slice of TPUs, its own."""
-    if not target.chips:
-        return choices.COUNTS
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", target.chips):
-        raise UserError(f"--target {target.name}: a slice is written as in v5e:4x4")
-    return (math.prod(map(int, target.chips.split("x"))),)
-
-
 def _compiled(request: Request, inference: Inference, memory: int | None, processes: int) -> Compiled:
     """Compile prefill and decoding."""
     programs = [dataclasses.replace(request, program=program, inference=inference) for program in ("prefill", "decode")]
@@ -115,9 +105,7 @@ def table(plan: Plan, target: str, memory: int | None) -> Iterator[str]:
            f"{plan.rows:,} {'row' if plan.rows == 1 else 'rows'} of {inference.room:,} tokens")  # fmt: skip
     yield f"memory {plan.memory.total / 1e9:.2f} GB a device: {parts(plan.memory)}"
     if memory is not None:
-        left = memory - plan.memory.total
-        word, rest = ("fits", "to spare") if left >= 0 else ("does not fit", "too much")
-        yield f"memory {memory / 1e9:.2f} GB: {word}, {abs(left) / 1e9:.3f} GB {rest}"
+        yield plan_command.fit(plan.memory.total, memory)
     if plan.slowest is None or plan.fastest is None:
         yield "speed: name a device with --target, such as a100-40gb"
         return

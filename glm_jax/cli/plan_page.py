@@ -48,6 +48,8 @@ def check(values: flags.FlagValues) -> None:
         raise UserError("--html draws one mesh: leave out --search, and give the flags of the mesh that it finds")
     if values.inference == "any":
         raise UserError("--html draws one mesh: give --inference one of the weights that `any` finds, and the mesh")
+    if values.inference and not values.compile:
+        raise UserError("--html draws the compiled programs of --inference: leave --nocompile out, or --html")
     if Path(values.html).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--html {values.html} is no page: end its name in .html")
     try:

@@ -12,13 +12,12 @@ from absl import flags
 
 from glm_jax.cli.common import say
 from glm_jax.errors import UserError
-from glm_jax.planning import targets
-from glm_jax.planning.targets import Target
 
 if TYPE_CHECKING:
     from glm_jax.config import Experiment
     from glm_jax.planning.comparison import Compared
     from glm_jax.planning.search import Choice, Ranking
+    from glm_jax.planning.targets import Target
 
 SHOWN = 10  # choices of a table
 LEAST = 0.01  # share of all sent bytes, below which an axis is not shown
@@ -49,19 +48,24 @@ def check(values: flags.FlagValues) -> None:
         raise UserError("--search is for training: leave --inference out, or --search")
 
 
-def run(values: flags.FlagValues, experiment: Experiment, target: Target, sheets: tuple[Path, ...]) -> int:
+def run(
+    values: flags.FlagValues, experiment: Experiment, target: Target, memory: int | None, sheets: tuple[Path, ...]
+) -> int:
     """Search, print what is found, and return the exit code."""
     from glm_jax.planning import comparison, estimate, search
     from glm_jax.planning.compile import Request
     from glm_jax.planning.programs import pieces
 
+    if target.slice_devices not in (None, values.devices):
+        raise UserError(f"--target {target.name} has {target.slice_devices} devices, not {values.devices}: change "
+                        "--devices or the slice")  # fmt: skip
     device = target.device or estimate.processor(*sheets)
     if device is estimate.PROCESSOR:
         raise UserError(
             "--search ranks by the speed of a device, and that of this CPU is not known: add --target, such as "
             "--target a100-40gb, or an entry cpu in a --sheet of your own"
         )
-    memory = targets.memory(values.memory) if values.memory else target.memory or device.memory
+    memory = memory or device.memory
     count, processors = pieces(experiment), os.cpu_count() or 1
     say(f"estimating ways to run it on {values.devices:,} x {target.name}; each takes about a second")
     ranking = search.rank(experiment, values.devices, device, count, memory, top=values.top, processes=processors)
@@ -82,6 +86,9 @@ def run(values: flags.FlagValues, experiment: Experiment, target: Target, sheets
 
 def table(ranking: Ranking, devices: int, target: str, memory: int) -> Iterator[str]:
     """Yield the lines about a ranking."""
+    if not ranking.considered:
+        yield f"no mesh of {devices:,} devices divides the model and the batch: try another number of --devices"
+        return
     yield f"{ranking.considered:,} ways to run it on {devices:,} x {target} with {memory / 1e9:.2f} GB each; of these"
     for reason, count in ranking.left_out.items():
         yield f"  {count:6,} {reason}"

@@ -103,7 +103,7 @@ def plan(experiment: Experiment, device: Device, pieces: int) -> Plan:
     tokens = budget.tokens_of(experiment)
     return Plan(
         device=device.name,
-        known_rates=device is not PROCESSOR,
+        known_rates=device != PROCESSOR,
         devices=devices,
         mesh=sizes,
         schedule=engine.schedule,

@@ -29,6 +29,7 @@ from glm_jax.parallel.device_sheet import Device
 from glm_jax.planning import decode_shapes, speed, tracing
 from glm_jax.planning.allocation import peak_bytes
 from glm_jax.planning.decode_shapes import Batch
+from glm_jax.planning.estimate import PROCESSOR
 from glm_jax.planning.program import ALL_REDUCES, Kernel, Operation, Program, Target, kernels, read
 from glm_jax.planning.programs import Inference, bind_inference
 from glm_jax.types import Json, Tree
@@ -115,7 +116,7 @@ def plan(experiment: Experiment, inference: Inference, device: Device, pieces: i
     Args:
         experiment: resolved; each size of its mesh is given.
         inference: the weights, and the rows.
-        device: from the sheet of devices. One named `cpu` stands for a processor, whose rates nobody knows.
+        device: from a sheet of devices, or `estimate.PROCESSOR`, whose rates nobody knows.
         pieces: of the tokenizer.
 
     Raises:
@@ -127,7 +128,7 @@ def plan(experiment: Experiment, inference: Inference, device: Device, pieces: i
     weights = held.outer + held.layers
     total = max(peak("prefill", prefill, bound), peak("decode", decoding, bound))
     sizes = dict(bound.mesh.shape)
-    slowest, fastest = (None, None) if device.name == tracing.CPU else bracket(bound, prefill, decoding, device)
+    slowest, fastest = (None, None) if device == PROCESSOR else bracket(bound, prefill, decoding, device)
     return Plan(
         inference=inference,
         compute=bound.cfg.compute,

@@ -131,10 +131,10 @@ def own(experiment: Experiment, devices: int, device: Device, pieces: int) -> Wa
     return Way(**sizes, microbatches=settled.train.microbatches, schedule=settled.pipeline.schedule, stash=keep)
 
 
-def ways(experiment: Experiment, devices: int, pieces: int) -> tuple[list[Way], Counter[str]]:
+def ways(experiment: Experiment, devices: int, pieces: int, mine: Way | None = None) -> tuple[list[Way], Counter[str]]:
     """Return the ways to run an experiment, and how many others there are, by the reason why they are left out.
 
-    What the model or the batch does not divide over a mesh is no way.
+    What the model or the batch does not divide over a mesh is no way. `mine`, the config's own, is never left out.
     """
     found, left = list[Way](), Counter[str]()
     batch, names = experiment.train.global_batch, tuple(schedule.SCHEDULES)
@@ -151,7 +151,7 @@ def ways(experiment: Experiment, devices: int, pieces: int) -> tuple[list[Way], 
             for count, name in itertools.product(counts, names):
                 way = Way(data, pipeline, tensor, count, name, keep)
                 reason = CONFIG if not allowed[count] else SAME if one_layer and keep == "stage" else _pointless(way)
-                if reason is None:
+                if reason is None or way == mine:
                     found.append(way)
                 else:
                     left[reason] += 1
@@ -179,7 +179,7 @@ def rank(
         WorkFailed: a process was killed.
     """
     mine = own(experiment, devices, device, pieces)
-    found, left = ways(experiment, devices, pieces)
+    found, left = ways(experiment, devices, pieces, mine)
     considered = len(found) + left.total()
     bounds = Bounds(experiment, device, pieces)
     small = [way for way in found if way != mine and bounds.memory(way) <= memory]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,11 @@ class Target:
     chips: str = ""
 
     @property
+    def slice_devices(self) -> int | None:
+        """The number of devices of a slice; None if the target is none."""
+        return math.prod(map(int, self.chips.split("x"))) if self.chips else None
+
+    @property
     def memory(self) -> int | None:
         """The bytes that programs and their arrays get: of a GPU, XLA's pool by default; None for the CPU."""
         if self.device is None:
@@ -58,19 +64,18 @@ def find(name: str, *sheets: Path, compiled: bool = True) -> Target:
         return Target(name)
     kind, _, chips = name.partition(":")
     device = device_sheet.find(kind, *sheets)
-    if not compiled:
-        return Target(name, device, chips)
-    if device.gpu is not None:
-        if chips:
-            raise UserError(f"--target {name}: a GPU has no slice, write {kind}")
-        _need(name, ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), "XLA's CUDA compiler", "cuda-aot")
-        return Target(name, device)
-    if device.topology is None:
+    gpu = device.gpu is not None
+    if gpu and chips:
+        raise UserError(f"--target {name}: a GPU has no slice, write {kind}")
+    if compiled and not gpu and device.topology is None:
         raise UserError(f"--target {name}: {kind} has neither gpu nor topology in its sheet, so nothing can be "
                         "compiled for it: add one (docs/planning.md)")  # fmt: skip
-    if not re.fullmatch(r"\d+(x\d+)+", chips):
+    if (chips or (compiled and not gpu)) and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", chips):
         raise UserError(f"--target {name}: TPUs are named with their slice, such as {kind}:2x2 or {kind}:2x2x1")
-    _need(name, ("libtpu",), "libtpu", "tpu-aot")
+    if compiled and gpu:
+        _need(name, ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), "XLA's CUDA compiler", "cuda-aot")
+    elif compiled:
+        _need(name, ("libtpu",), "libtpu", "tpu-aot")
     return Target(name, device, chips)
 
 

@@ -149,6 +149,18 @@ def test_a_slice_of_tpus_says_how_many_there_are(capsys: pytest.CaptureFixture[s
     assert "nothing fits on 2 devices or fewer: " in capsys.readouterr().out
 
 
+def test_an_estimate_alone_says_whether_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    for memory, word in (("60GB", "fits, "), ("1MB", "does not fit, ")):
+        assert main.main(["plan", *TINY, f"--memory={memory}", "--nocompile"]) == 0
+        assert f" GB: {word}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_search_says_that_no_mesh_divides_the_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["plan", *TINY, "--search", "--devices=7", "--target=a100-40gb", "--nocompile"]) == 0
+    says = "no mesh of 7 devices divides the model and the batch: try another number of --devices\n"
+    assert capsys.readouterr().out == says
+
+
 def test_an_estimate_alone_needs_no_compiler(compiled: list[Request], capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["plan", "--config=glm_130b", "--target=a100-40gb", "--nocompile", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -168,7 +180,11 @@ def test_an_estimate_alone_needs_no_compiler(compiled: list[Request], capsys: py
         ),
         (
             ["--inference=any", "--target=v5e:large", "--nocompile"],
-            "--target v5e:large: a slice is written as in v5e:4x4",
+            "--target v5e:large: TPUs are named with their slice, such as v5e:2x2 or v5e:2x2x1",
+        ),
+        (
+            ["--search", "--devices=8", "--target=v5e:4x4", "--nocompile"],
+            "--target v5e:4x4 has 16 devices, not 8: change --devices or the slice",
         ),
         (["--target=a100"], "no device is named 'a100': there are a100-40gb, "),
         (["--memory=40"], "--memory 40: write bytes a device with their unit, such as 40GB"),

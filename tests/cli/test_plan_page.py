@@ -141,6 +141,8 @@ def test_mistakes_are_one_line(
     arguments = ["plan", "--config=glm_130b", "--nocompile"]
     assert main.main([*arguments, "--html=plan.pdf"]) == 2
     assert capsys.readouterr() == ("", "error: --html plan.pdf is no page: end its name in .html\n")
+    assert main.main([*arguments, "--html=plan.html", "--inference=int8"]) == 2
+    assert capsys.readouterr().err.startswith("error: --html draws the compiled programs of --inference: leave --noc")
     (tmp_path / "file").write_text("")
     assert main.main([*arguments, "--html=plan.html", "--search", "--devices=8"]) == 2
     assert capsys.readouterr().err.startswith("error: --html draws one mesh: leave out --search, and give")

@@ -80,6 +80,12 @@ def test_at_best_a_tick_reads_weights_and_cache_once() -> None:
     assert plan.memory.total == plan.memory.weights + plan.memory.cache + plan.memory.work
 
 
+def test_rates_are_known_of_a_cpu_in_a_sheet() -> None:
+    cpu = dataclasses.replace(ROUND, name="cpu")
+    found = [generation.plan(small(), Inference("float32", 32), one, 1000) for one in (cpu, estimate.PROCESSOR)]
+    assert [plan.slowest is None for plan in found] == [False, True]
+
+
 def test_at_best_a_slow_link_is_what_a_tick_waits_for() -> None:
     slow = dataclasses.replace(ROUND, link=1e3)
     plan = generation.plan(small(tensor=2), Inference("float16", 32, 3), slow, 1000)

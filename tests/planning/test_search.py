@@ -128,6 +128,14 @@ def test_an_own_way_that_does_not_fit_has_a_place() -> None:
 
 
 @pytest.mark.usefixtures("speeds")
+def test_an_own_way_that_is_like_another_is_counted_once() -> None:
+    gpipe = with_changes(SMALL, {"mesh.data": 4, "mesh.pipeline": 1, "pipeline.schedule": "gpipe"})
+    ranking = search.rank(gpipe, 4, A100, 900, 3, top=1)
+    assert ranking.own in ranking.choices
+    assert ranking.considered == len(ranking.choices) + sum(ranking.left_out.values())
+
+
+@pytest.mark.usefixtures("speeds")
 def test_it_compiles_down_the_ranking_until_enough_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     ranking, asked = search.rank(SMALL, 4, A100, 900, 3, top=2), list[str]()
 

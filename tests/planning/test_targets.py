@@ -30,6 +30,7 @@ def test_memory_is_that_of_programs() -> None:
         ("a100", "no device is named 'a100': there are a100-40gb, "),
         ("v5p", "TPUs are named with their slice, such as v5p:2x2"),
         ("v5p:8by8", "TPUs are named with their slice, such as v5p:2x2"),
+        ("v5p:0x4", "TPUs are named with their slice, such as v5p:2x2"),
         ("a100-40gb:8", "a GPU has no slice, write a100-40gb"),
         ("mine", "mine has neither gpu nor topology in its sheet"),
     ],
@@ -39,6 +40,14 @@ def test_other_names_are_refused(tmp_path: Path, name: str, says: str) -> None:
     sheet.write_text(BARE)
     with pytest.raises(UserError, match=says):
         targets.find(name, sheet)
+
+
+def test_slices_are_read_without_a_compiler() -> None:
+    sizes = [targets.find(name, compiled=False).slice_devices for name in ("v5p:8x8x12", "v5p", "a100-40gb", "cpu")]
+    assert sizes == [768, None, None, None]
+    for name in ("v5p:8by8", "a100-40gb:8"):
+        with pytest.raises(UserError, match="slice"):
+            targets.find(name, compiled=False)
 
 
 @pytest.mark.parametrize("name, extra", [("a100-40gb", "cuda-aot"), ("v5e:2x2", "tpu-aot")])

@@ -61,8 +61,8 @@ class Workers:
             what: the bar's label.
             work: a function that other processes can import.
             jobs: its arguments, picklable.
-            sizes: bytes that each job stands for.
-            unit: of the bar, if not bytes.
+            sizes: how far each job moves the bar, in its unit.
+            unit: of the bar; `B` is bytes.
 
         Returns:
             The results in the order of the jobs.
