@@ -198,6 +198,7 @@ def fit(peak: int, memory: int) -> str:
 
 def advice(report: Report, found: Sequence[Remedy]) -> Iterator[str]:
     """Yield the lines about changes that would let a training step fit."""
+    from glm_jax.planning.numbers import significant
     from glm_jax.planning.remedies import shown
 
     if not found:
@@ -207,5 +208,5 @@ def advice(report: Report, found: Sequence[Remedy]) -> Iterator[str]:
     yield "with each of these it fits:" if fits else "these take less memory, but do not let it fit:"
     for remedy in found:
         peaks = f"peak {report.memory.peak / 1e9:.2f} -> {remedy.report.memory.peak / 1e9:.2f} GB"
-        seconds = "" if remedy.cost is None else f", about {remedy.cost:.3g} s a step"
+        seconds = "" if remedy.cost is None else f", about {significant(remedy.cost)} s a step"
         yield f"  {shown(remedy.changes)}: {peaks}{seconds}"

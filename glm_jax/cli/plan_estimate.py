@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from glm_jax.planning.estimate import Cost, Plan
 from glm_jax.planning.layout import stages_line
+from glm_jax.planning.numbers import significant
 from glm_jax.planning.speed import Speed
 
 
@@ -36,12 +37,13 @@ def table(plan: Plan) -> Iterator[str]:
 
 def _speed(speed: Speed) -> str:
     return (
-        f"{speed.step_seconds:.4g} s a step, {speed.tokens_per_second:,.0f} tokens/s, MFU {speed.mfu:.1%}, "
+        f"{significant(speed.step_seconds, 4)} s a step, {speed.tokens_per_second:,.0f} tokens/s, MFU {speed.mfu:.1%}, "
         f"HFU {speed.hfu:.1%}"
     )
 
 
 def _cost(cost: Cost) -> str:
     if cost.kilowatt_hours is None or cost.carbon_kilograms is None:
-        return f"{cost.days:,.3g} days"
-    return f"{cost.days:,.3g} days, {cost.kilowatt_hours / 1e3:,.4g} MWh, {cost.carbon_kilograms / 1e3:,.4g} t of CO2"
+        return f"{significant(cost.days)} days"
+    energy, carbon = significant(cost.kilowatt_hours / 1e3, 4), significant(cost.carbon_kilograms / 1e3, 4)
+    return f"{significant(cost.days)} days, {energy} MWh, {carbon} t of CO2"

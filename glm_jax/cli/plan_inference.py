@@ -16,6 +16,7 @@ from glm_jax.planning import choices, estimate, generation, worker
 from glm_jax.planning.choices import Choice
 from glm_jax.planning.compile import Report, Request, Verdict, verdict
 from glm_jax.planning.generation import Memory, Plan, Rate
+from glm_jax.planning.numbers import significant
 from glm_jax.planning.programs import Inference, pieces
 
 if TYPE_CHECKING:
@@ -120,8 +121,8 @@ def parts(memory: Memory) -> str:
 
 def rate(rate: Rate) -> str:
     """Return a rate as text."""
-    return (f"contexts in {rate.context_seconds:.3g} s, then {rate.tokens_per_second:,.3g} tokens/s, "
-            f"{rate.tokens_per_row:,.3g} of each row")  # fmt: skip
+    return (f"contexts in {significant(rate.context_seconds)} s, then {significant(rate.tokens_per_second)} tokens/s, "
+            f"{significant(rate.tokens_per_row)} of each row")  # fmt: skip
 
 
 def heading(inference: Inference, target: str, memory: int) -> Iterator[str]:

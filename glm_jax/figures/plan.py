@@ -20,6 +20,7 @@ from glm_jax.planning import layout, remedies
 from glm_jax.planning.compile import Report, Verdict
 from glm_jax.planning.estimate import Cost, Plan
 from glm_jax.planning.layout import Layout
+from glm_jax.planning.numbers import significant
 from glm_jax.planning.remedies import Remedy
 
 STYLE = """
@@ -138,7 +139,7 @@ def _facts(planned: Planned, found: Layout) -> Iterator[tuple[str, str]]:
 
 
 def _between(low: float, high: float) -> str:
-    return f"{low:,.3g}–{high:,.3g}"
+    return f"{significant(low)}–{significant(high)}"
 
 
 def _drawing(drawn: Figure, caption: str = "") -> str:
@@ -191,7 +192,7 @@ def _remedies(planned: Planned) -> Iterator[str]:
             "fits" if one.verdict.fits else "does not fit",
             f"{report.memory.peak / GB:,.2f}",
             f"{one.report.memory.peak / GB:,.2f}",
-            "" if one.cost is None else f"{one.cost:,.3g}",
+            "" if one.cost is None else significant(one.cost),
         )
         for one in planned.remedies
     ]
@@ -237,7 +238,7 @@ def _speed(estimate: Plan) -> Iterator[str]:
     rows = [
         (
             name,
-            f"{one.step_seconds:,.4g}",
+            significant(one.step_seconds, 4),
             f"{one.tokens_per_second:,.0f}",
             f"{one.mfu:.1%}",
             f"{one.hfu:.1%}",
@@ -257,9 +258,9 @@ def _speed(estimate: Plan) -> Iterator[str]:
 
 
 def _cost(cost: Cost) -> tuple[str, str, str]:
-    energy = "" if cost.kilowatt_hours is None else f"{cost.kilowatt_hours / 1e3:,.4g}"
-    carbon = "" if cost.carbon_kilograms is None else f"{cost.carbon_kilograms / 1e3:,.4g}"
-    return f"{cost.days:,.3g}", energy, carbon
+    energy = "" if cost.kilowatt_hours is None else significant(cost.kilowatt_hours / 1e3, 4)
+    carbon = "" if cost.carbon_kilograms is None else significant(cost.carbon_kilograms / 1e3, 4)
+    return significant(cost.days), energy, carbon
 
 
 def _traffic(planned: Planned) -> Iterator[str]:

@@ -52,8 +52,9 @@ class Way:
 
     def __str__(self) -> str:
         """Return the way as people read it."""
+        microbatches = "1 microbatch" if self.microbatches == 1 else f"{self.microbatches} microbatches"
         return (
-            f"data={self.data} x pipeline={self.pipeline} x tensor={self.tensor}, {self.microbatches} microbatches, "
+            f"data={self.data} x pipeline={self.pipeline} x tensor={self.tensor}, {microbatches}, "
             f"{self.schedule}, stash {self.stash}"
         )
 
