@@ -72,7 +72,7 @@ def test_weights_may_follow_sizes_or_a_history(config):
     blanks = {"instruction": 0.0}
     for more, share in (
         ({}, 0.5), ({"temperature": 1.0}, 0.8), ({"temperature": 2.0}, 2 / 3),
-        ({"weights": ((0, {"large": 1.0}),)}, 1.0),
+        ({"weights": ((0, {"large": 1.0, "small": 0.0}),)}, 1.0),
     ):  # fmt: skip
         batch = training_batches(changed(config, blanks=blanks, **more), prepared).at(0, 300)
         assert (batch.source == 0).mean() == pytest.approx(share, abs=0.03)
