@@ -12,6 +12,7 @@ from absl import flags
 
 from glm_jax.cli.common import say
 from glm_jax.errors import UserError
+from glm_jax.planning.numbers import significant
 
 if TYPE_CHECKING:
     from glm_jax.config import Experiment
@@ -131,7 +132,7 @@ def comparison_table(ranking: Ranking, compared: Sequence[Compared]) -> Iterator
     for one in compared:
         pairs = one.pairs()
         cells = [
-            f"{pair.estimated / unit:.4g} / {pair.compiled / unit:.4g} = {pair.ratio:.3f}"
+            f"{significant(pair.estimated / unit, 4)} / {significant(pair.compiled / unit, 4)} = {pair.ratio:.3f}"
             for name, unit in (("peak", 1e9), ("FLOPs", 1e12), ("sent", 1e9))
             if (pair := pairs.get(name))
         ]
@@ -141,7 +142,7 @@ def comparison_table(ranking: Ranking, compared: Sequence[Compared]) -> Iterator
     yield from _axes(compared)
     for one in compared:
         if (counted := one.report.counted) and counted.repeated:
-            repeated = f"{counted.repeated / 1e9:.4g} GB"
+            repeated = f"{significant(counted.repeated / 1e9, 4)} GB"
             yield f"  {_place(ranking, one):4}  of what it sends, XLA sends {repeated} again for want of memory"
     named = {"peak": "peaks", "FLOPs": "products", "sent": "sent bytes"}
     for name, text in named.items():
@@ -166,6 +167,8 @@ def _axes(compared: Sequence[Compared]) -> Iterator[str]:
         return
     sent, estimated = one.report.counted.sent, one.choice.plan.sent
     large = [axes for axes, size in sent.items() if size > LEAST * sum(sent.values())]
-    shown = ", ".join(f"{axes} {estimated.get(axes, 0) / 1e9:.4g} / {sent[axes] / 1e9:.4g}" for axes in large)
+    shown = ", ".join(
+        f"{axes} {significant(estimated.get(axes, 0) / 1e9, 4)} / {significant(sent[axes] / 1e9, 4)}" for axes in large
+    )
     if shown:
         yield f"sent by the first, GB by axis: {shown}"
