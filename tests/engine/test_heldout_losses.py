@@ -169,7 +169,8 @@ def test_rows_and_blanks_are_the_same_whatever_the_run_does() -> None:
     event, batches = evaluate(build())
     others: list[dict[str, Any]] = [
         {"seed": 5}, {"data__seed": 3}, {"data__blanks__history": ((0, {"mask": 1.0}),)},
-        {"data__blanks__replacement": True}, {"data__weights": ((0, {"large": 1.0}),)}, {"data__temperature": 2.0},
+        {"data__blanks__replacement": True}, {"data__temperature": 2.0},
+        {"data__weights": ((0, {"large": 1.0, "little": 0.0, "scant": 0.0}),)},
     ]  # fmt: skip
     for changes in others:
         again, same = evaluate(build(**changes))
