@@ -22,8 +22,8 @@ import jax  # noqa: E402
 from glm_jax.config import resolve
 from glm_jax.planning import estimate, generation, programs  # noqa: E402
 from glm_jax.planning.programs import Inference
+from tests.planning.peaks import PIECES, compiled_bytes
 
-PIECES = 1000
 SMALL = {
     "model.num_layers": 4, "model.hidden_size": 256, "model.num_heads": 8, "model.ffn_size": 512,
     "model.vocab_size": 1024, "data.tokenizer.vocab_size": PIECES, "mesh.data": 1,
@@ -35,13 +35,11 @@ def peaks(changes: dict[str, Any]) -> tuple[int, int]:
     """Return the bytes of a device as estimated and as compiled, of the program that takes more."""
     inference = Inference(**{key: changes.get(key, value) for key, value in DEFAULTS.items()})
     experiment = resolve({}, SMALL | {key: value for key, value in changes.items() if key not in DEFAULTS})
-    compiled = []
-    for name in ("prefill", "decode"):
-        memory = programs.lower(name, experiment, jax.devices(), inference=inference)[0].compile().memory_analysis()
-        assert memory is not None
-        whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        compiled.append(whole + memory.temp_size_in_bytes)
-    return generation.plan(experiment, inference, estimate.PROCESSOR, PIECES).memory.total, max(compiled)
+    compiled = max(
+        compiled_bytes(programs.lower(name, experiment, jax.devices(), inference=inference)[0])
+        for name in ("prefill", "decode")
+    )
+    return generation.plan(experiment, inference, estimate.PROCESSOR, PIECES).memory.total, compiled
 
 
 if __name__ == "__main__":

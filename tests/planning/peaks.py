@@ -2,7 +2,7 @@
 
     python tests/planning/peaks.py '[{"mesh.data": 2}, ...]'
 
-Prints one JSON list with a pair of bytes a device for each set of changes to a small experiment.
+Prints a line of JSON for each set of changes to a small experiment, with a pair of bytes a device.
 """
 
 from __future__ import annotations
@@ -36,12 +36,19 @@ SMALL = {
 def peaks(changes: dict[str, Any], device: Device = estimate.PROCESSOR) -> tuple[int, int]:
     """Return the bytes of a device as estimated and as compiled."""
     experiment = resolve({}, SMALL | changes)
-    memory = programs.lower("step", experiment, jax.devices())[0].compile().memory_analysis()
+    compiled = compiled_bytes(programs.lower("step", experiment, jax.devices())[0])
+    return estimate.plan(experiment, device, PIECES).memory.total, compiled
+
+
+def compiled_bytes(lowered: jax.stages.Lowered) -> int:
+    """Return the bytes that a program takes of a device as compiled: what it is given and makes, and temporaries."""
+    memory = lowered.compile().memory_analysis()
     assert memory is not None
     whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return estimate.plan(experiment, device, PIECES).memory.total, whole + memory.temp_size_in_bytes
+    return whole + memory.temp_size_in_bytes
 
 
 if __name__ == "__main__":
     with ThreadPoolExecutor(2) as pool:
-        print(json.dumps(list(pool.map(peaks, json.loads(sys.argv[1])))))
+        for pair in pool.map(peaks, json.loads(sys.argv[1])):
+            print(json.dumps(pair), flush=True)

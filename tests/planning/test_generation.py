@@ -1,11 +1,6 @@
 """Estimates of generation: bytes and bounds by hand, the compiler's peak, and what others measured."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,10 +13,8 @@ from glm_jax.parallel.device_sheet import Device, find
 from glm_jax.planning import choices, estimate, generation, program
 from glm_jax.planning.allocation import peak_bytes
 from glm_jax.planning.programs import Inference, Weights
-from tests.patience import HANG
 from tests.planning import experiments
 
-ROOT = Path(__file__).parents[2]
 LAYERS, WIDTH, INNER, VOCABULARY = 2, 256, 512, 1024
 SMALL = {
     "model.num_layers": LAYERS, "model.hidden_size": WIDTH, "model.num_heads": 4, "model.ffn_size": INNER,
@@ -185,9 +178,5 @@ GRID: list[dict[str, Any]] = [{}, {"weights": "int4", "mesh.tensor": 2}, {"mesh.
 
 @pytest.mark.slow
 def test_estimates_are_within_a_tenth_of_the_compiled_peak() -> None:
-    command = [sys.executable, "tests/planning/generated.py", json.dumps(GRID)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    pairs = [json.loads(line) for line in done.stdout.splitlines()]
+    pairs = experiments.peaks("generated.py", GRID)
     assert [estimated / compiled for estimated, compiled in pairs] == pytest.approx([1] * len(GRID), abs=0.1)

@@ -1,10 +1,5 @@
 """The memory of a step, against what XLA's compiler assigns, and by hand for GLM-130B."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,10 +9,8 @@ from glm_jax.config import resolve
 from glm_jax.parallel import device_sheet
 from glm_jax.planning import estimate
 from glm_jax.planning.memory import Memory
-from tests.patience import HANG
 from tests.planning import experiments
 
-ROOT = Path(__file__).parents[2]
 CUBE = {"mesh.data": 2, "mesh.pipeline": 2, "mesh.tensor": 2}
 # the other schedules, stashes and meshes are in tests/proofs/plan_grid.py
 GRID: list[dict[str, Any]] = [
@@ -34,12 +27,7 @@ OFF = 0.1 if tuple(map(int, jax.__version__.split(".")[:2])) > (0, 10) else 0.2
 
 @pytest.mark.slow
 def test_a_grid_of_meshes_schedules_and_stashes_is_within_a_tenth_of_the_compiled_peak() -> None:
-    command = [sys.executable, "tests/planning/peaks.py", json.dumps(GRID)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    assert len(found) == len(GRID)
+    found = experiments.peaks("peaks.py", GRID)
     off = {str(changes): pair for changes, pair in zip(GRID, found, strict=True) if abs(pair[0] / pair[1] - 1) > OFF}
     assert not off
 
