@@ -117,3 +117,19 @@ def test_rates_at_which_members_broke() -> None:
         "| 8 | pre | 0.0135 | not broken |",
         "| 8 | post | 0.0015 | (0.0015) |",
     ]
+
+
+def test_breaking_is_compared_between_members_that_had_learnt(results: Path) -> None:
+    """In seed 3 one had learnt nothing; the others' logarithms differ by 1 and by 2."""
+    rates = {"post": (0.01, 0.1, 0.1), "pre": (0.1, 10.0, 0.1)}
+    rows = [
+        {
+            "labels": {"arm": arm, "seed": str(seed)}, "broke": {"step": 9, "lr": rate}, "unigram": 5.0,
+            "loss_before_stairs": 4.95 if (arm, seed) == ("pre", 3) else 4.0,
+        }
+        for arm, of_arm in rates.items()
+        for seed, rate in enumerate(of_arm, 1)
+    ]  # fmt: skip
+    (results / "norms" / "results.json").write_text(json.dumps(rows))
+    text = section(results / "norms")
+    assert "| pre | 0.1 | 10 | (0.1) |" in text and "| pre - post | +1.500 [" in text and "(n = 2," in text

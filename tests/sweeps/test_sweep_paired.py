@@ -66,3 +66,14 @@ def test_a_table_of_comparisons() -> None:
     found = comparisons([*rows, *others], lambda row: row["loss"])
     assert found.splitlines()[2:] == expected, "16 layers lack pre, with which all are compared"
     assert comparisons(others[:1], lambda row: row["loss"]) == "No comparison has two pairs of members."
+
+
+def test_arms_are_compared_at_each_learning_rate() -> None:
+    losses = {("a", "0.1"): (1.0, 2.0), ("b", "0.1"): (2.0, 4.0), ("a", "0.2"): (1.0, 2.0), ("b", "0.2"): (0.0, 1.5)}
+    rows = [
+        {"labels": {"arm": arm, "lr": rate, "seed": str(seed)}, "loss": loss}
+        for (arm, rate), pair in losses.items()
+        for seed, loss in enumerate(pair)
+    ]
+    lines = comparisons(rows, lambda row: row["loss"]).splitlines()[2:]
+    assert [line.split(" [")[0] for line in lines] == ["| 0.1 | b - a | +1.500", "| 0.2 | b - a | -0.750"]
